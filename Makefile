@@ -1,0 +1,38 @@
+# Everything here sets itself up: a .venv beside this file, made anew when the project's dependencies change.
+# On Windows, run the commands of a target by hand in a virtual environment.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check bench clean
+
+# The main job, on files it makes itself: two thin checkpoints, merged with the preset high_res.
+demo: .venv/run
+	$(BIN)/blockmerge demo blockmerge-demo --overwrite
+
+# All checks and all tests.
+test: check
+	$(BIN)/python -m pytest -n auto --dist loadgroup
+
+# Style, types and format, without the tests.
+check: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Full-size files in a temp folder (some 15 GB free needed); prints ratios to `cp` and to load-everything-and-save.
+bench: .venv/run
+	$(BIN)/python benchmarks/merge.py
+
+clean:
+	rm -rf .venv blockmerge-demo
+
+# What the command needs, and what the tests need besides: each is a mark that the installation is done.
+.venv/run: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/test: .venv/run
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
