@@ -1,0 +1,75 @@
+"""blockmerge: merge Stable Diffusion checkpoints block by block.
+
+>>> import blockmerge
+>>> blockmerge.block_of("model.diffusion_model.input_blocks.4.1.proj_in.weight")
+'IN04'
+
+The public names are those of `__all__`. None of them loads torch before it is needed.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from blockmerge.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from blockmerge.anatomy import block_of as block_of
+    from blockmerge.checkpoints import Checkpoint as Checkpoint
+    from blockmerge.checkpoints import open_checkpoint as open_checkpoint
+    from blockmerge.errors import BlockmergeError as BlockmergeError
+    from blockmerge.errors import CheckpointError as CheckpointError
+    from blockmerge.errors import IncompatibleModelsError as IncompatibleModelsError
+    from blockmerge.errors import NonFiniteError as NonFiniteError
+    from blockmerge.errors import OutputError as OutputError
+    from blockmerge.errors import PresetError as PresetError
+    from blockmerge.errors import RecipeError as RecipeError
+    from blockmerge.errors import UnknownFamilyError as UnknownFamilyError
+    from blockmerge.errors import WeightsError as WeightsError
+    from blockmerge.inspecting import Inspection as Inspection
+    from blockmerge.inspecting import inspect as inspect
+    from blockmerge.merging import MergeResult as MergeResult
+    from blockmerge.merging import merge as merge
+    from blockmerge.merging import merge_state_dicts as merge_state_dicts
+    from blockmerge.weights import BlockWeights as BlockWeights
+    from blockmerge.weights import load_preset as load_preset
+    from blockmerge.weights import preset_names as preset_names
+
+_HOMES = {
+    "BlockWeights": "weights",
+    "BlockmergeError": "errors",
+    "Checkpoint": "checkpoints",
+    "CheckpointError": "errors",
+    "IncompatibleModelsError": "errors",
+    "Inspection": "inspecting",
+    "MergeResult": "merging",
+    "NonFiniteError": "errors",
+    "OutputError": "errors",
+    "PresetError": "errors",
+    "RecipeError": "errors",
+    "UnknownFamilyError": "errors",
+    "WeightsError": "errors",
+    "block_of": "anatomy",
+    "inspect": "inspecting",
+    "load_preset": "weights",
+    "merge": "merging",
+    "merge_state_dicts": "merging",
+    "open_checkpoint": "checkpoints",
+    "preset_names": "weights",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    # Each name is fetched from its room when it is first used, so that `import blockmerge` itself costs next to nothing.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'blockmerge' has no attribute '{name}'")
+    value = getattr(import_module(f"blockmerge.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

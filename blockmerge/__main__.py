@@ -1,0 +1,5 @@
+"""`python -m blockmerge`."""
+
+from blockmerge.cli.main import main
+
+main()

@@ -1,0 +1,99 @@
+"""Which architecture a checkpoint has, told from its tensors' names and shapes alone.
+
+Nothing here looks at widths (320, 768, …): they are the same in nearly every real file, but signs that do not need them
+also hold for narrow test models. Nor does it look at text encoders: a U-Net may come alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from blockmerge.anatomy.blocks import SD_BLOCKS, SDXL_BLOCKS, block_of
+from blockmerge.anatomy.names import UNET_PREFIX
+from blockmerge.errors import RecipeError, UnknownFamilyError
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture: its short name, its title for people, its blocks, and its variants by input channels."""
+
+    name: str
+    title: str
+    blocks: tuple[str, ...]
+    variants: Mapping[int, str]
+
+
+FAMILIES: Mapping[str, Family] = {
+    family.name: family
+    for family in (
+        Family("sd1", "Stable Diffusion 1.x", SD_BLOCKS, {4: "base", 8: "pix2pix", 9: "inpainting"}),
+        Family("sd2", "Stable Diffusion 2.x", SD_BLOCKS, {4: "base", 5: "depth", 8: "pix2pix", 9: "inpainting"}),
+        Family("sdxl", "Stable Diffusion XL", SDXL_BLOCKS, {4: "base", 8: "pix2pix", 9: "inpainting"}),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What `identify` found: the family, its variant (``"base"``, ``"inpainting"``, …) and the naming."""
+
+    family: Family
+    variant: str
+    naming: str
+
+
+def identify(shapes: Mapping[str, tuple[int, ...]]) -> Anatomy:
+    """Tell family, variant and naming from tensor names and shapes.
+
+    Raises UnknownFamilyError, saying what was found, when there is no U-Net or none that blockmerge knows.
+    """
+    unet = {name.removeprefix(UNET_PREFIX): shape for name, shape in shapes.items()}
+    if "input_blocks.0.0.weight" in unet:
+        naming, first, family = "ldm", "input_blocks.0.0.weight", _ldm_family(unet)
+    elif "conv_in.weight" in unet and any(name.startswith("down_blocks.") for name in unet):
+        naming, first, family = "diffusers", "conv_in.weight", _diffusers_family(unet)
+    else:
+        raise UnknownFamilyError("holds no Stable Diffusion U-Net (no tensor input_blocks.0.0.weight)")
+    channels = unet[first][1] if len(unet[first]) == 4 else 0
+    variant = FAMILIES[family].variants.get(channels)
+    if variant is None:
+        raise UnknownFamilyError(f"its first convolution {first} has shape {list(unet[first])}, which no {family} model has")
+    for name in shapes:
+        try:
+            block_of(name, family)
+        except RecipeError as error:
+            raise UnknownFamilyError(f"holds no whole {family} U-Net: {error}") from None
+    return Anatomy(FAMILIES[family], variant, naming)
+
+
+def _highest(names: Mapping[str, object], pattern: str) -> int:
+    found = (re.match(pattern, name) for name in names)
+    # Six digits at most: a hostile name must not make a number of a megabyte.
+    return max((int(match[1][:6]) for match in found if match), default=-1)
+
+
+def _ldm_family(unet: Mapping[str, tuple[int, ...]]) -> str:
+    highest = _highest(unet, r"input_blocks\.(\d+)\.")
+    attention = any(name.startswith("input_blocks.1.1.") for name in unet)
+    labelled = "label_emb.0.0.weight" in unet
+    if highest == 8 and labelled and not attention:
+        return "sdxl"
+    if highest == 11 and labelled and not attention:
+        raise UnknownFamilyError("is an SDXL refiner, which blockmerge cannot merge yet")
+    proj_in = unet.get("input_blocks.1.1.proj_in.weight")
+    if highest == 11 and proj_in is not None and len(proj_in) in (2, 4):
+        # SD1 projects into its transformers with a 1×1 convolution, SD2 with a matrix.
+        return "sd1" if len(proj_in) == 4 else "sd2"
+    raise UnknownFamilyError(f"holds a U-Net that is neither SD1, SD2 nor SDXL (its highest input block is {highest})")
+
+
+def _diffusers_family(unet: Mapping[str, tuple[int, ...]]) -> str:
+    levels = _highest(unet, r"down_blocks\.(\d+)\.") + 1
+    if levels == 3 and "add_embedding.linear_1.weight" in unet:
+        return "sdxl"
+    proj_in = unet.get("down_blocks.0.attentions.0.proj_in.weight")
+    if levels == 4 and proj_in is not None and len(proj_in) in (2, 4):
+        return "sd1" if len(proj_in) == 4 else "sd2"
+    raise UnknownFamilyError(f"holds a U-Net that is neither SD1, SD2 nor SDXL (it has {levels} levels)")

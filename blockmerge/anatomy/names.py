@@ -1,0 +1,84 @@
+"""What a tensor's name says: its component, its canonical form, and whether it is one of the special few."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from blockmerge.anatomy.layouts import layout
+
+UNET_PREFIX = "model.diffusion_model."
+EMA_PREFIX = "model_ema."
+
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "vae", "ema", "other")
+"""The components a tensor can belong to. Only SDXL has a second text encoder."""
+
+_COMPONENT_PREFIXES = (
+    (UNET_PREFIX, "unet"),
+    ("first_stage_model.", "vae"),
+    ("cond_stage_model.", "text_encoder"),
+    ("conditioner.embedders.0.", "text_encoder"),
+    ("conditioner.embedders.1.", "text_encoder_2"),
+    (EMA_PREFIX, "ema"),
+)
+_BARE_UNET = re.compile(r"(?:input_blocks|middle_block|output_blocks|time_embed|label_emb|out)\.")
+_DIFFUSERS_UNET = re.compile(r"(?:down_blocks|mid_block|up_blocks|conv_in|conv_norm_out|conv_out|time_embedding|add_embedding)\.")
+_SCHEDULE = re.compile(
+    r"betas|alphas_cumprod(_prev)?|sqrt_\w+|log_one_minus_\w+|posterior_\w+|logvar|(denoiser\.)?(sigmas|log_sigmas)"
+)
+_MARKER = re.compile(r"v_pred|ztsnr|edm_vpred\..+")
+_NAI_TEXT_ENCODER = re.compile(
+    r"(cond_stage_model\.transformer\.|conditioner\.embedders\.0\.transformer\.)(?=(?:embeddings|encoder|final_layer_norm)\.)"
+)
+
+
+def component_of(name: str) -> str:
+    """Return the component (one of COMPONENTS) that a tensor belongs to, from its name."""
+    for prefix, component in _COMPONENT_PREFIXES:
+        if name.startswith(prefix):
+            return component
+    return "unet" if _BARE_UNET.match(name) or _DIFFUSERS_UNET.match(name) else "other"
+
+
+def canonical_name(name: str) -> str:
+    """Return the one name under which a tensor of LDM naming is matched with other models' tensors.
+
+    U-Nets without `model.diffusion_model.` get it, and SD1 text encoders in NovelAI's form get the `text_model.` that
+    every loader accepts. Other names, diffusers' among them, stay as they are.
+    """
+    if _BARE_UNET.match(name):
+        return UNET_PREFIX + name
+    return _NAI_TEXT_ENCODER.sub(r"\1text_model.", name, count=1)
+
+
+def is_schedule(name: str) -> bool:
+    """Whether a tensor is a noise schedule or a training log: never blended, since it is no weight."""
+    return _SCHEDULE.fullmatch(name) is not None
+
+
+def is_prediction_marker(name: str) -> bool:
+    """Whether a tensor only marks what the model predicts (`v_pred`, `ztsnr`, `edm_vpred.…`)."""
+    return _MARKER.fullmatch(name) is not None
+
+
+def is_position_ids(name: str) -> bool:
+    """Whether a tensor holds a text encoder's position numbers, which must be 0, 1, 2, …"""
+    return name.endswith("embeddings.position_ids")
+
+
+def plain_names_of_ema(names: Iterable[str]) -> dict[str, str]:
+    """Return {EMA name: plain U-Net name} for those of `names` that are EMA copies of known U-Net tensors.
+
+    EMA names have lost their dots, so the way back needs the list of all U-Net names; it is the same for all families,
+    since no two names are alike without dots.
+    """
+    ema = [name for name in names if name.startswith(EMA_PREFIX + "diffusion_model")]
+    if not ema:
+        return {}
+    plain = {
+        f"{EMA_PREFIX}diffusion_model{name.removeprefix(UNET_PREFIX).replace('.', '')}": name
+        for family in ("sd1", "sd2", "sdxl")
+        for name in layout(family)
+        if name.startswith(UNET_PREFIX)
+    }
+    return {name: plain[name] for name in ema if name in plain}

@@ -1,0 +1,98 @@
+"""Every error that blockmerge raises on purpose.
+
+::
+
+    BlockmergeError                 the base of all; its text is one line that says what to do
+    ├── CheckpointError             a model cannot be read: missing, damaged, changed meanwhile, of an unknown kind
+    ├── UnknownFamilyError          a model can be read but holds no U-Net that blockmerge knows
+    ├── IncompatibleModelsError     the models cannot be merged with each other: families, names or shapes differ
+    ├── RecipeError                 what was asked for makes no sense: unknown method, dtype, device, number of models
+    │   └── WeightsError            block weights: unknown block, wrong count, not a number
+    │       └── PresetError         a preset that does not exist or a preset file that cannot be read
+    ├── NonFiniteError              a merged tensor would hold NaN or infinity
+    └── OutputError                 the output cannot be written: it exists, is an input, the disk is full
+
+Only the command line turns these into messages and exit codes.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable
+
+__all__ = [
+    "BlockmergeError",
+    "CheckpointError",
+    "IncompatibleModelsError",
+    "NonFiniteError",
+    "OutputError",
+    "PresetError",
+    "RecipeError",
+    "UnknownFamilyError",
+    "WeightsError",
+]
+
+
+class BlockmergeError(Exception):
+    """Base class of every error that blockmerge raises on purpose."""
+
+
+class CheckpointError(BlockmergeError):
+    """A model cannot be read: the file is missing, damaged, changed while it was read, or of an unknown kind."""
+
+
+class UnknownFamilyError(BlockmergeError):
+    """A model can be read but holds no U-Net of a family that blockmerge knows."""
+
+
+class IncompatibleModelsError(BlockmergeError):
+    """Models cannot be merged with each other: their families, tensor names or shapes differ."""
+
+
+class RecipeError(BlockmergeError):
+    """What was asked for makes no sense: an unknown method, dtype or device, or the wrong number of models."""
+
+
+class WeightsError(RecipeError):
+    """Block weights that cannot be used: an unknown block, a wrong count, or text that is not a number."""
+
+
+class PresetError(WeightsError):
+    """A preset that does not exist, or a preset file that cannot be read."""
+
+
+class NonFiniteError(BlockmergeError):
+    """A merged tensor would hold NaN or infinity."""
+
+
+class OutputError(BlockmergeError):
+    """The output cannot be written: it exists, it is one of the inputs, its folder is missing, the disk is full."""
+
+
+def shown(text: object, limit: int = 120) -> str:
+    """Return `text` fit for one line of a message: control characters escaped, overlong middles cut.
+
+    Names come from files that may be hostile, and a terminal obeys what is printed to it.
+    """
+    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))
+    return line if len(line) <= limit else f"{line[: limit // 2]}…{line[-limit // 2 :]}"
+
+
+def listing(items: Iterable[object], limit: int = 3) -> str:
+    """Return the first few of `items` and how many more there are: ``"a, b, c and 4 more"``."""
+    texts = [shown(item) for item in items]
+    more = len(texts) - limit
+    return ", ".join(texts[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+def reason(error: OSError) -> str:
+    """Return what the operating system said, without errno and path: ``"no space left on device"``."""
+    text = error.strerror or str(error)
+    return text[:1].lower() + text[1:]
+
+
+def did_you_mean(word: str, known: Collection[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the known name nearest to `word`, or nothing when none is near."""
+    by_fold = {name.casefold(): name for name in known}
+    near = difflib.get_close_matches(word.casefold(), by_fold, n=1, cutoff=0.5)
+    return f"; did you mean '{by_fold[near[0]]}'?" if near else ""
