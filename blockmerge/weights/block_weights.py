@@ -1,0 +1,136 @@
+"""`BlockWeights`: one number for each block, and the arithmetic people do with such lists."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from blockmerge.anatomy import SD_BLOCKS, SDXL_BLOCKS
+from blockmerge.errors import WeightsError, did_you_mean, shown
+
+
+class BlockWeights(Mapping[str, float | None]):
+    """The weight of every block of a family, in the order of its blocks; immutable.
+
+    >>> weights = BlockWeights.from_numbers([0.5] * 26).replace({"BASE": 0})
+    >>> weights["BASE"], weights["IN04"], weights.complement()["BASE"]
+    (0.0, 0.5, 1.0)
+
+    26 blocks (SD1, SD2) or 20 (SDXL). A weight is how much of B the block takes, 0 all A and 1 all B; values outside
+    [0, 1] are allowed. None ("skip") leaves the block out of the merge, and stays None in all arithmetic.
+
+    Raises WeightsError for unknown or missing blocks and for values that are not finite numbers.
+    """
+
+    __slots__ = ("_weights",)
+
+    def __init__(self, weights: Mapping[str, float | None]) -> None:
+        blocks = SDXL_BLOCKS if len(weights) == len(SDXL_BLOCKS) else SD_BLOCKS
+        for block in weights:
+            if block not in blocks:
+                raise WeightsError(f"unknown block '{shown(block)}'{did_you_mean(str(block), blocks)}")
+        if missing := [block for block in blocks if block not in weights]:
+            raise WeightsError(
+                f"no weight for block {missing[0]}: {len(SD_BLOCKS)} or {len(SDXL_BLOCKS)} are needed, {len(weights)} given"
+            )
+        self._weights = {block: _finite(weights[block], block) for block in blocks}
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[float | None]) -> BlockWeights:
+        """From 26 or 20 numbers in block order, or 25 or 19 without BASE, which is then 0.
+
+        Raises WeightsError for any other count.
+        """
+        for blocks in (SD_BLOCKS, SDXL_BLOCKS):
+            if len(numbers) == len(blocks):
+                return cls(dict(zip(blocks, numbers, strict=True)))
+            if len(numbers) == len(blocks) - 1:
+                return cls({"BASE": 0.0, **dict(zip(blocks[1:], numbers, strict=True))})
+        raise WeightsError(f"{len(numbers)} weights given; 26 are needed (25 without BASE), or 20 for SDXL (19 without BASE)")
+
+    @classmethod
+    def flat(cls, weight: float | None, blocks: Sequence[str] = SD_BLOCKS) -> BlockWeights:
+        """The same weight for every one of `blocks`."""
+        return cls(dict.fromkeys(blocks, weight))
+
+    def __getitem__(self, block: str) -> float | None:
+        return self._weights[block]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._weights.items()))
+
+    def __repr__(self) -> str:
+        return f"BlockWeights({self})"
+
+    def __str__(self) -> str:
+        return ",".join("skip" if weight is None else f"{weight:.12g}" for weight in self._weights.values())
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The blocks' names in order."""
+        return tuple(self._weights)
+
+    def scale(self, factor: float) -> BlockWeights:
+        """Every weight times `factor`."""
+        return self._map(lambda weight: weight * factor)
+
+    def complement(self) -> BlockWeights:
+        """1 minus every weight: the same merge with A and B exchanged."""
+        return self._map(lambda weight: 1.0 - weight)
+
+    def interpolate(self, other: BlockWeights, ratio: float) -> BlockWeights:
+        """`(1 − ratio)·self + ratio·other`, block by block; a block that either skips is skipped.
+
+        Raises WeightsError when the two are not of the same family's blocks.
+        """
+        if self.blocks != other.blocks:
+            raise WeightsError(f"weights of {len(self)} and of {len(other)} blocks cannot be interpolated")
+        pairs = ((block, mine, other[block]) for block, mine in self.items())
+        return BlockWeights(
+            {
+                block: None if mine is None or theirs is None else (1.0 - ratio) * mine + ratio * theirs
+                for block, mine, theirs in pairs
+            }
+        )
+
+    def replace(self, changes: Mapping[str, float | None]) -> BlockWeights:
+        """The same with the weights of some blocks changed. Raises WeightsError for a block that is not there."""
+        for block in changes:
+            if block not in self._weights:
+                raise WeightsError(f"unknown block '{shown(block)}'{did_you_mean(block, self.blocks)}")
+        return BlockWeights({**self._weights, **changes})
+
+    def for_sdxl(self, by: str = "name") -> BlockWeights:
+        """The 26 weights carried over to SDXL's 20 blocks; 20 weights stay as they are.
+
+        ``"name"`` keeps the weights of the blocks that SDXL has too (as SuperMerger does). ``"resolution"`` gives SDXL's
+        OUT*k* what SD1's OUT*(k+3)* has, since those work at the same resolution.
+        """
+        if len(self) == len(SDXL_BLOCKS):
+            return self
+        if by not in ("name", "resolution"):
+            raise WeightsError(f"unknown SDXL mapping '{shown(by)}': name or resolution")
+        shift = 3 if by == "resolution" else 0
+        source = {f"OUT{k:02}": f"OUT{k + shift:02}" for k in range(9)}
+        return BlockWeights({block: self._weights[source.get(block, block)] for block in SDXL_BLOCKS})
+
+    def _map(self, function: Callable[[float], float]) -> BlockWeights:
+        return BlockWeights({block: None if weight is None else function(weight) for block, weight in self._weights.items()})
+
+
+def _finite(weight: object, block: str) -> float | None:
+    if weight is None:
+        return None
+    try:
+        number = float(weight)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if isinstance(weight, (str, bool)) or not math.isfinite(number):
+        raise WeightsError(f"weight of {block} is not a number: '{shown(weight)}'")
+    return number + 0.0  # -0.0 becomes 0.0

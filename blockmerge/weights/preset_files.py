@@ -1,0 +1,120 @@
+"""Preset files: our own TOML form, and the two text forms in use elsewhere.
+
+- TOML: `name`, `weights` (26 numbers, or 25 without BASE), and optionally `sdxl` (20 or 19), `aliases`, `source`,
+  `description`.
+- SuperMerger's list: a line ``NAME<tab>26 numbers separated by commas`` or ``NAME:numbers`` for each preset.
+- merge-block-weighted's list: the same with 25 numbers.
+
+A text file may begin with a header line; empty lines are skipped.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from blockmerge.anatomy import SD_BLOCKS, SDXL_BLOCKS
+from blockmerge.errors import PresetError, WeightsError, reason, shown
+from blockmerge.weights.block_weights import BlockWeights
+from blockmerge.weights.grammar import parse_weights
+
+SUFFIXES = (".toml", ".txt", ".tsv", ".csv")
+
+_LARGEST = 1 << 20  # bytes; a preset file is a page of text, and somebody may name a checkpoint by mistake
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named set of weights: 26 for SD1 and SD2, and 20 for SDXL where the preset has its own table for it."""
+
+    name: str
+    weights: BlockWeights
+    sdxl: BlockWeights | None = None
+    aliases: tuple[str, ...] = ()
+    source: str = ""
+    description: str = ""
+
+    def weights_for(self, family: str, sdxl_map: str | None = None) -> BlockWeights:
+        """The weights for a family; for SDXL the preset's own table, unless a mapping is asked for."""
+        if family != "sdxl":
+            return self.weights
+        if self.sdxl is not None and sdxl_map is None:
+            return self.sdxl
+        return self.weights.for_sdxl(sdxl_map or "name")
+
+
+def read_preset_file(path: Path) -> list[Preset]:
+    """Read all presets of a file. Raises PresetError that names the file and the line or key that is wrong."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(_LARGEST + 1)
+        if len(data) > _LARGEST:
+            raise PresetError(f"{shown(path)} is too large for a preset file")
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise PresetError(f"cannot read preset file {shown(path)}: {reason(error)}") from error
+    except UnicodeDecodeError as error:
+        raise PresetError(f"preset file {shown(path)} is not text (UTF-8)") from error
+    if path.suffix.lower() == ".toml":
+        return [_from_toml(text, path)]
+    return _from_lines(text, path)
+
+
+def _from_toml(text: str, path: Path) -> Preset:
+    try:
+        table = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise PresetError(f"preset file {shown(path)} is not TOML: {shown(error)}") from error
+    known = {"name", "weights", "sdxl", "aliases", "source", "description"}
+    if unknown := sorted(table.keys() - known):
+        raise PresetError(f"preset file {shown(path)}: unknown key '{shown(unknown[0])}'; known are {', '.join(sorted(known))}")
+    if "weights" not in table:
+        raise PresetError(f"preset file {shown(path)} has no 'weights'")
+    return Preset(
+        name=_text(table, "name", path, default=path.stem),
+        weights=_weights(table["weights"], SD_BLOCKS, f"preset file {shown(path)}"),
+        sdxl=_weights(table["sdxl"], SDXL_BLOCKS, f"preset file {shown(path)}") if "sdxl" in table else None,
+        aliases=tuple(str(alias) for alias in table.get("aliases", [])),
+        source=_text(table, "source", path),
+        description=_text(table, "description", path),
+    )
+
+
+def _text(table: Mapping[str, object], key: str, path: Path, default: str = "") -> str:
+    value = table.get(key, default)
+    if not isinstance(value, str):
+        raise PresetError(f"preset file {shown(path)}: '{key}' is not a text")
+    return " ".join(value.split())
+
+
+def _weights(value: object, blocks: tuple[str, ...], where: str) -> BlockWeights:
+    if not isinstance(value, (str, list, dict)):
+        raise PresetError(f"{where}: the weights are neither a list nor a text nor a table")
+    try:
+        weights = parse_weights(value, "sdxl" if blocks == SDXL_BLOCKS else "sd1")
+        if isinstance(value, list) and not len(blocks) - 1 <= len(value) <= len(blocks):
+            raise WeightsError(f"{len(value)} weights given where {len(blocks)} (or {len(blocks) - 1} without BASE) are needed")
+    except WeightsError as error:
+        raise PresetError(f"{where}: {error}") from error
+    return weights
+
+
+def _from_lines(text: str, path: Path) -> list[Preset]:
+    found = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        match = re.fullmatch(r"\s*([^\t:]+?)\s*[\t:]\s*(.+?)\s*", line)
+        if not line.strip() or (match and match[1].casefold() == "preset_name"):
+            continue
+        where = f"preset file {shown(path)}, line {number}"
+        if match is None:
+            raise PresetError(f"{where}: expected NAME, a tab or colon, and 26 or 25 numbers")
+        if re.search(r"(^|,)\s*[RUX]\s*(,|$)", match[2]):
+            # Kept out rather than guessed at: these mean random numbers, and a list with one such line is still useful.
+            continue
+        found.append(Preset(match[1], _weights(match[2], SD_BLOCKS, where), source=path.name))
+    if not found:
+        raise PresetError(f"preset file {shown(path)} holds no preset")
+    return found
