@@ -1,0 +1,26 @@
+"""One lazy `Checkpoint` for every kind of source, and the writer that never leaves a bad file."""
+
+from blockmerge.checkpoints.checkpoint import Checkpoint, Reader, TensorInfo
+from blockmerge.checkpoints.dtypes import FLOAT_DTYPES, itemsize
+from blockmerge.checkpoints.hashes import Hashes, hash_file
+from blockmerge.checkpoints.open import CheckpointLike, open_checkpoint
+from blockmerge.checkpoints.safetensors_file import SafetensorsFile, encode_header
+from blockmerge.checkpoints.state_dict import StateDict
+from blockmerge.checkpoints.writer import AtomicFile, check_output
+
+__all__ = [
+    "FLOAT_DTYPES",
+    "AtomicFile",
+    "Checkpoint",
+    "CheckpointLike",
+    "Hashes",
+    "Reader",
+    "SafetensorsFile",
+    "StateDict",
+    "TensorInfo",
+    "check_output",
+    "encode_header",
+    "hash_file",
+    "itemsize",
+    "open_checkpoint",
+]

@@ -1,0 +1,75 @@
+"""What every kind of model source looks like to the rest of blockmerge."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from blockmerge.checkpoints.dtypes import itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies and what it is: dtype in safetensors' spelling (``"F16"``), shape, offset in bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def elements(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The size in bytes."""
+        return self.elements * (itemsize(self.dtype) or 0)
+
+
+class Reader(ABC):
+    """Reads a checkpoint's bytes into the caller's buffers. Not thread-safe: each worker opens its own."""
+
+    @abstractmethod
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes that begin at `offset`. Raises CheckpointError when they cannot be read."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what the reader holds."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Checkpoint(ABC):
+    """Named tensors that can be looked at without reading them.
+
+    `name` is what messages and recipes call it (a file's name without its folder), `tensors` is in the order of the
+    data, `metadata` maps strings to strings.
+    """
+
+    name: str
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+
+    @abstractmethod
+    def reader(self) -> Reader:
+        """Open a reader of the tensors' bytes, addressed by the offsets of `tensors`."""
+
+    def check_unchanged(self) -> None:  # noqa: B027 (nothing to check is the rule; files are the exception)
+        """Raise CheckpointError when the source is no longer what it was when it was opened."""
+
+    def read(self, name: str) -> bytes:
+        """Return the bytes of one tensor; meant for small ones."""
+        info = self.tensors[name]
+        buffer = bytearray(info.nbytes)
+        with self.reader() as reader:
+            reader.read_into(info.offset, memoryview(buffer))
+        return bytes(buffer)

@@ -1,0 +1,58 @@
+"""The hashes by which people name model files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from blockmerge.checkpoints.safetensors_file import SafetensorsFile
+from blockmerge.errors import CheckpointError, reason, shown
+
+_STEP = 1 << 22
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """The usual hashes of a file, lower-case hexadecimal.
+
+    `autov1`: first 8 digits of the SHA-256 of the 65,536 bytes at offset 0x100000 (the old web UI hash).
+    `autov2`: first 10 of the whole file's. `autov3`: first 12 of everything after a safetensors header.
+    """
+
+    autov1: str
+    autov2: str
+    autov3: str
+    sha256: str
+
+
+def hash_file(checkpoint: SafetensorsFile, progress: Callable[[int, int], None] | None = None) -> Hashes:
+    """Hash a file in one pass; `progress(done, total)` is told the bytes.
+
+    Raises CheckpointError when it cannot be read.
+    """
+    path: Path = checkpoint.path
+    whole, data = hashlib.sha256(), hashlib.sha256()
+    try:
+        # Both sums want every byte; hashlib lets other threads run, so they are taken side by side.
+        with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
+            total = path.stat().st_size
+            file.seek(0x100000)
+            old = hashlib.sha256(file.read(0x10000))
+            file.seek(0)
+            start = file.read(checkpoint.data_start)
+            whole.update(start)
+            done = len(start)
+            while chunk := file.read(_STEP):
+                other = beside.submit(data.update, chunk)
+                whole.update(chunk)
+                other.result()
+                done += len(chunk)
+                if progress:
+                    progress(done, total)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {shown(path)}: {reason(error)}") from error
+    digest = whole.hexdigest()
+    return Hashes(old.hexdigest()[:8], digest[:10], data.hexdigest()[:12], digest)

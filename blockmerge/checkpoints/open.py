@@ -1,0 +1,35 @@
+"""From what a caller names to a checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Union
+
+from blockmerge.checkpoints.checkpoint import Checkpoint
+from blockmerge.checkpoints.safetensors_file import SafetensorsFile
+from blockmerge.checkpoints.state_dict import StateDict
+from blockmerge.errors import CheckpointError, shown
+
+if TYPE_CHECKING:
+    import torch
+
+CheckpointLike = Union[str, "os.PathLike[str]", Checkpoint, "Mapping[str, torch.Tensor]"]
+"""What is taken for a model: a path, an opened checkpoint, or a state dict."""
+
+
+def open_checkpoint(source: CheckpointLike, name: str = "state dict") -> Checkpoint:
+    """Return the checkpoint at a path, with its header read and checked and its data untouched.
+
+    An opened checkpoint is returned as it is, and a state dict (tensors on any device) is wrapped under `name`.
+    Raises CheckpointError when there is none, or none that can be read.
+    """
+    if isinstance(source, Checkpoint):
+        return source
+    if isinstance(source, Mapping):
+        return StateDict(source, name)
+    if not isinstance(source, (str, os.PathLike)):
+        raise CheckpointError(f"a {type(source).__name__} is no model: give a path, an opened checkpoint or a state dict")
+    if os.fspath(source).lower().endswith((".ckpt", ".pt", ".pth", ".bin")):
+        raise CheckpointError(f"{shown(source)}: only .safetensors files can be read yet")
+    return SafetensorsFile(source)

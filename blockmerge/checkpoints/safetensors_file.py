@@ -1,0 +1,226 @@
+"""safetensors files: a strict reader of headers, positioned reads, and the header of a new file.
+
+The format: 8 bytes little-endian header length N, N bytes of JSON (it may be padded with spaces), then the data. Each
+entry has `dtype`, `shape` and `data_offsets` [begin, end) from the data's start; `__metadata__` maps strings to strings.
+Everything is checked before a byte of data is touched, against the file's true size.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from blockmerge.checkpoints.checkpoint import Checkpoint, Reader, TensorInfo
+from blockmerge.checkpoints.dtypes import itemsize
+from blockmerge.errors import CheckpointError, listing, reason, shown
+
+LARGEST_HEADER = 100_000_000  # bytes; the reference reader's limit
+
+
+class SafetensorsFile(Checkpoint):
+    """An opened safetensors file: its header has been read and checked, its data has not.
+
+    Raises CheckpointError, in one line with the file's name, when it is missing, no regular file, or not valid.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.name = self.path.name
+        try:
+            # Looked at before it is opened: opening a named pipe would wait for a writer for ever.
+            if not stat.S_ISREG(os.stat(self.path).st_mode):
+                kind = "is a folder" if self.path.is_dir() else "is not a regular file"
+                raise CheckpointError(f"{shown(path)} {kind}: give a .safetensors file")
+            with self.path.open("rb") as file:
+                self._identity = _identity(os.fstat(file.fileno()))
+                size = self._identity[0]
+                self.tensors, self.metadata, self.data_start = _read_header(file, size)
+        except OSError as error:
+            raise CheckpointError(f"cannot open {shown(path)}: {reason(error)}") from error
+        except ValueError as error:
+            # Also embedded null characters in the path, which the operating system refuses as a ValueError.
+            raise CheckpointError(f"{shown(path)} is not a valid safetensors file: {shown(error, 300)}") from error
+
+    def reader(self) -> FileReader:
+        """Open a reader of this file's bytes; offsets count from the file's start."""
+        return FileReader(self.path, self.name)
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError when size or modification time are no longer what they were."""
+        try:
+            same = _identity(os.stat(self.path)) == self._identity
+        except OSError as error:
+            raise CheckpointError(f"cannot read {shown(self.path)}: {reason(error)}") from error
+        if not same:
+            raise CheckpointError(f"{shown(self.path)} was changed while it was being read; nothing was written")
+
+
+class FileReader(Reader):
+    """Positioned reads from a file into the caller's buffers.
+
+    Seek and read on a handle of its own, which is as fast as `pread` and there on every system. Not a memory map: a
+    mapped file that is cut short, or lies on a drive that goes away, kills the process instead of raising an error.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._name = name
+        try:
+            self._file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise CheckpointError(f"cannot open {shown(path)}: {reason(error)}") from error
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset` on. Raises CheckpointError on a read error and when the file ends too early."""
+        try:
+            self._file.seek(offset)
+            done = 0
+            while done < len(buffer):
+                count = self._file.readinto(buffer[done:])
+                if not count:
+                    raise CheckpointError(f"{shown(self._name)} was cut short while it was being read, at byte {offset + done}")
+                done += count
+        except OSError as error:
+            raise CheckpointError(f"cannot read {shown(self._name)} at byte {offset}: {reason(error)}") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], alignment: int) -> bytes:
+    """Return the first bytes of a file: length and JSON, padded with spaces so that the data starts at `alignment`.
+
+    The offsets in `tensors` count from the data's start.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    for name, info in tensors.items():
+        entries[name] = {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": [info.offset, info.offset + info.nbytes],
+        }
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % alignment)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+def _read_header(file: Any, size: int) -> tuple[dict[str, TensorInfo], dict[str, str], int]:
+    """Return tensors in the order of their data, metadata, and where the data starts. Raises ValueError."""
+    if size < 8:
+        raise ValueError("it is empty" if size == 0 else f"it has only {size} bytes")
+    length = int.from_bytes(file.read(8), "little")
+    if length > min(LARGEST_HEADER, size - 8):
+        raise ValueError(f"its header would be {length} bytes long, but the file has {size} (a text, a .ckpt, or cut short?)")
+    raw = file.read(length)
+    if len(raw) != length:
+        raise ValueError("its header is cut short")
+    header = _parse_json(raw)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its __metadata__ does not map strings to strings")
+    data_start = 8 + length
+    return _checked_entries(header, size - data_start, data_start), metadata, data_start
+
+
+def _parse_json(raw: bytes) -> dict[str, Any]:
+    if not raw.startswith(b"{"):
+        raise ValueError("its header is not a JSON object")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError("its header is not UTF-8") from None
+    try:
+        header = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"its header is not JSON ({error.msg} at character {error.pos})") from None
+    except RecursionError:
+        raise ValueError("its header is nested too deeply") from None
+    assert isinstance(header, dict)
+    return header
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"its header holds a name twice: {listing(name for name, count in counts.items() if count > 1)}")
+    for name in table:
+        # JSON can spell half of a surrogate pair, which cannot be written as UTF-8 again.
+        if not name.isascii():
+            name.encode("utf-8")
+    return table
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"its header holds {constant}, which is not JSON")
+
+
+def _checked_entries(header: dict[str, Any], data_size: int, data_start: int) -> dict[str, TensorInfo]:
+    faults: list[str] = []
+    spans: list[tuple[int, int, str, TensorInfo]] = []
+    for name, entry in header.items():
+        try:
+            begin, end, info = _checked_entry(entry, data_start)
+        except ValueError as fault:
+            faults.append(f"{shown(name)} {fault}")
+        else:
+            spans.append((begin, end, name, info))
+    if not faults:
+        faults = _gaps(spans, data_size)
+    if faults:
+        raise ValueError(listing((f"tensor {fault}" for fault in faults), limit=2))
+    spans.sort(key=lambda span: span[:2])
+    return {name: info for _, _, name, info in spans}
+
+
+def _checked_entry(entry: Any, data_start: int) -> tuple[int, int, TensorInfo]:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError("has an entry without exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    size = itemsize(dtype) if isinstance(dtype, str) else None
+    if size is None:
+        raise ValueError(f"has the unknown dtype {shown(json.dumps(dtype), 40)}")
+    if not _counts(shape):
+        raise ValueError(f"has the shape {shown(json.dumps(shape), 60)}, which is none")
+    if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"has the data_offsets {shown(json.dumps(offsets), 60)}, which are none")
+    begin, end = offsets
+    # Multiplied step by step and given up early: a hostile shape must not make a number of a million digits.
+    needed = 0 if 0 in shape else size
+    for extent in shape if needed else ():
+        needed *= extent
+        if needed > end - begin:
+            break
+    if needed != end - begin:
+        raise ValueError(f"has {end - begin} bytes of data, which shape {shown(shape, 60)} in {dtype} does not take")
+    return begin, end, TensorInfo(dtype, tuple(shape), data_start + begin)
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
+
+
+def _gaps(spans: list[tuple[int, int, str, TensorInfo]], data_size: int) -> list[str]:
+    position = 0
+    faults = []
+    for begin, end, name, _ in sorted(spans, key=lambda span: span[:2]):
+        if begin != position:
+            what = "overlaps the one before it" if begin < position else "leaves a gap before it"
+            faults.append(f"{shown(name)} {what} (it begins at {begin}, expected {position})")
+        position = max(position, end)
+    if not faults and position != data_size:
+        raise ValueError(
+            f"its data is cut short: {data_size} bytes of {position}"
+            if position > data_size
+            else f"{data_size - position} bytes follow after the last tensor"
+        )
+    return faults

@@ -1,0 +1,74 @@
+"""State dicts in memory as checkpoints: each tensor gets a place in an imagined file."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from blockmerge.checkpoints.checkpoint import Checkpoint, Reader, TensorInfo
+from blockmerge.errors import CheckpointError, shown
+
+if TYPE_CHECKING:
+    import torch
+
+
+class StateDict(Checkpoint):
+    """A dict of tensors, on any device, seen as a checkpoint. The tensors are not copied, and not changed.
+
+    Raises CheckpointError for entries that are no tensors or have a dtype that safetensors files cannot hold.
+    """
+
+    def __init__(self, state_dict: Mapping[str, torch.Tensor], name: str = "state dict") -> None:
+        import torch
+
+        spelling = {
+            torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
+            torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32",
+            torch.float64: "F64", torch.complex64: "C64", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+        }  # fmt: skip
+        self.name = name
+        self.metadata = {}
+        self.state_dict = dict(state_dict)
+        tensors = {}
+        offset = 0
+        for key, tensor in self.state_dict.items():
+            if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.dtype not in spelling:
+                what = f"a {tensor.dtype} tensor" if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}"
+                raise CheckpointError(f"{shown(name)}: {shown(key)} is {what}, which cannot be merged or copied")
+            tensors[key] = TensorInfo(spelling[tensor.dtype], tuple(tensor.shape), offset)
+            offset += tensor.numel() * tensor.element_size()
+        self.tensors = tensors
+
+    def reader(self) -> StateDictReader:
+        """Open a reader of the tensors' bytes."""
+        return StateDictReader(self)
+
+
+class StateDictReader(Reader):
+    """Reads from tensors in memory as if they stood one behind the other in a file."""
+
+    def __init__(self, source: StateDict) -> None:
+        filled = [(info.offset, name) for name, info in source.tensors.items() if info.nbytes]
+        self._offsets = [offset for offset, _ in filled]
+        self._names = [name for _, name in filled]
+        self._tensors = source.state_dict
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset` on."""
+        import torch
+
+        target = torch.frombuffer(buffer, dtype=torch.uint8)
+        index = bisect_right(self._offsets, offset) - 1
+        done = 0
+        while done < len(target):
+            # Flattened in memory order; only a tensor that is not contiguous is copied for it.
+            data = self._tensors[self._names[index]].detach().contiguous().flatten().view(torch.uint8)
+            skip = offset + done - self._offsets[index]
+            part = data[skip : skip + len(target) - done]
+            target[done : done + len(part)].copy_(part)
+            done += len(part)
+            index += 1
+
+    def close(self) -> None:
+        """Nothing is held."""
