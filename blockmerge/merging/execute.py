@@ -1,0 +1,169 @@
+"""Carrying out a plan: workers fill pieces of the output from its runs and write each in one call."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from blockmerge.checkpoints import Reader
+from blockmerge.errors import NonFiniteError, RecipeError, shown
+from blockmerge.merging.plan import Plan, Run
+from blockmerge.streaming import PAGE, OutputStream, Progress, aligned_buffer, default_threads, for_each
+
+if TYPE_CHECKING:
+    from blockmerge.merging.kernel import Kernel
+
+PIECE_BYTES = 8 << 20
+"""What a worker writes in one call. Larger pieces write no faster, and each worker holds one."""
+
+CHUNK_BYTES = 512 << 10
+"""What a worker computes at once: small enough that the inputs and the result stay in its cache."""
+
+PIECES_MEMORY = 32 << 20
+"""What all workers' pieces may take together, however many workers there are."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How a plan is cut; it never changes the result."""
+
+    threads: int
+    piece_bytes: int
+    chunk_bytes: int = CHUNK_BYTES
+    direct: bool = True
+
+    @classmethod
+    def default(cls, threads: int | None = None) -> Pace:
+        """The pace for a number of threads, by default twice the processors."""
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+            raise RecipeError(f"{shown(threads)} threads: at least 1 is needed")
+        threads = min(threads or default_threads(), 64)
+        piece = max(PAGE, min(PIECE_BYTES, PIECES_MEMORY // threads) // PAGE * PAGE)
+        return cls(threads, piece)
+
+
+def execute(plan: Plan, path: Path, pace: Pace, device: str = "cpu", progress: Progress | None = None) -> None:
+    """Write the output's bytes to `path`, which exists and may be padded to a multiple of PAGE.
+
+    Raises NonFiniteError naming the tensors when something that was computed is NaN or infinite (unless the recipe
+    allows it), CheckpointError when an input cannot be read or was changed meanwhile, OSError when writing fails.
+    """
+    pieces: Iterable[int] = range(0, plan.size, pace.piece_bytes)
+    if "torch" not in sys.modules:
+        # torch takes longer to load than most merges take: what needs no torch is done meanwhile.
+        pieces = sorted(pieces, key=lambda start: any(r.is_computed for r in plan.runs_between(start, start + pace.piece_bytes)))
+    job = _Job(plan, OutputStream(path, direct=pace.direct), pace, device)
+    try:
+        for_each(pieces, job.worker, min(pace.threads, -(-plan.size // pace.piece_bytes)), plan.size, progress)
+    finally:
+        job.restore_torch()
+    for checkpoint in plan.checkpoints.values():
+        checkpoint.check_unchanged()
+    if job.nonfinite:
+        raise NonFiniteError(_explain_nonfinite(plan, [name for name in plan.tensors if name in job.nonfinite]))
+
+
+class _Job:
+    """What the workers of one execution share."""
+
+    def __init__(self, plan: Plan, output: OutputStream, pace: Pace, device: str) -> None:
+        self.plan = plan
+        self.output = output
+        self.pace = pace
+        self.device = device
+        self.nonfinite: set[str] = set()
+        self._lock = threading.Lock()
+        self._torch_threads: int | None = None
+
+    @contextmanager
+    def worker(self) -> Iterator[Callable[[int], int]]:
+        with ExitStack() as stack:
+            yield _Worker(self, stack).do_piece
+
+    def one_torch_thread(self) -> None:
+        """Make torch single-threaded in the calling thread: the workers are the threads."""
+        import torch
+
+        with self._lock:
+            if self._torch_threads is None:
+                self._torch_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def restore_torch(self) -> None:
+        """Undo what `one_torch_thread` does to threads that are started later."""
+        if self._torch_threads is not None:
+            import torch
+
+            torch.set_num_threads(self._torch_threads)
+
+    def note_nonfinite(self, start: int, stop: int, is_finite: Callable[[int, int], bool]) -> None:
+        """Find out which tensors in the bytes [start, stop) of the output are not finite."""
+        for name, info in self.plan.tensors_between(start, stop):
+            if not is_finite(max(start, info.offset), min(stop, info.offset + info.nbytes)):
+                with self._lock:
+                    self.nonfinite.add(name)
+
+
+class _Worker:
+    """One thread's readers, writer and buffers."""
+
+    def __init__(self, job: _Job, stack: ExitStack) -> None:
+        self.job = job
+        self.stack = stack
+        self.readers: dict[int, Reader] = {}
+        self.piece = aligned_buffer(job.pace.piece_bytes)
+        self.writer = stack.enter_context(job.output.writer())
+        self.kernel: Kernel | None = None
+
+    def do_piece(self, start: int) -> int:
+        plan = self.job.plan
+        stop = min(start + self.job.pace.piece_bytes, plan.size)
+        for run in plan.runs_between(start, stop):
+            low, high = max(start, run.start), min(stop, run.stop)
+            target = self.piece[low - start : high - start]
+            if run.literal is not None:
+                target[:] = run.literal[low - run.start : high - run.start]
+            elif run.is_computed:
+                self.compute(run, low, target)
+            else:
+                operand = run.operands[0]
+                self.reader(operand.source).read_into(operand.offset + low - run.start, target)
+        # Whole pages, as direct writes need them; the last page is cut to the file's size at the end.
+        self.writer.write(start, self.piece[: -(-(stop - start) // PAGE) * PAGE])
+        return stop - start
+
+    def compute(self, run: Run, low: int, target: memoryview) -> None:
+        if self.kernel is None:
+            from blockmerge.merging.kernel import Kernel
+
+            self.job.one_torch_thread()
+            self.kernel = Kernel(self.job.plan.recipe, self.job.device, self.job.pace.chunk_bytes)
+        for start, stop, is_finite in self.kernel.compute(run, low, target, self.reader):
+            self.job.note_nonfinite(start, stop, is_finite)
+
+    def reader(self, source: int) -> Reader:
+        if source not in self.readers:
+            self.readers[source] = self.stack.enter_context(self.job.plan.checkpoints[source].reader())
+        return self.readers[source]
+
+
+def _explain_nonfinite(plan: Plan, names: list[str]) -> str:
+    """Say which tensors are not finite and, for the first few, which input is the reason."""
+    from blockmerge.merging.kernel import holds_nonfinite
+
+    why = []
+    for name in names[:3]:
+        bad = [shown(checkpoint.name) for checkpoint, info in plan.inputs_of(name) if holds_nonfinite(checkpoint, info)]
+        cause = f"NaN or infinity in {' and '.join(bad)}" if bad else f"values too large for {plan.tensors[name].dtype}"
+        why.append(f"{shown(name)} ({cause})")
+    what = "tensors" if len(names) > 1 else "tensor"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (
+        f"{len(names)} merged {what} would hold NaN or infinity: {', '.join(why)}{more}; "
+        "nothing was written (--allow-nonfinite keeps them)"
+    )

@@ -1,0 +1,18 @@
+"""What the output's metadata says: the recipe, and what of A's metadata is still true."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+RECIPE_KEY = "blockmerge.recipe"
+
+_NO_LONGER_TRUE = ("sshs_", "sd_merge_", "blockmerge.")
+_NO_LONGER_TRUE_KEYS = frozenset(
+    f"modelspec.{key}" for key in ("title", "date", "hash_sha256", "author", "description", "thumbnail", "merged_from")
+)
+
+
+def output_metadata(of_a: Mapping[str, str], recipe: str) -> dict[str, str]:
+    """Return A's metadata without what would now lie, and the recipe. All values are strings, as loaders demand."""
+    kept = {key: value for key, value in of_a.items() if not key.startswith(_NO_LONGER_TRUE) and key not in _NO_LONGER_TRUE_KEYS}
+    return {**kept, "format": "pt", RECIPE_KEY: recipe}

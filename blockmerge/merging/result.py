@@ -1,0 +1,47 @@
+"""What a merge found and did, as plain data; drawing it is `rendering`'s job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many of the output's tensors were computed, how many taken from which model, and how many left out.
+
+    A tensor that is only cast to another dtype counts as taken from its model.
+    """
+
+    computed: int = 0
+    from_a: int = 0
+    from_b: int = 0
+    from_c: int = 0
+    from_vae: int = 0
+    dropped: int = 0
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A finished merge, or with `dry_run` the plan for one.
+
+    `weights` is what each block took (None: left out of the merge); `bytes` is the output's size; `notes` are texts for
+    the user about everything that was decided for them. `preset` is the preset's name, if one was asked for, and
+    `label` what the weights are called in a file name.
+    """
+
+    output: Path
+    family: str
+    variant: str
+    naming: str
+    method: str
+    preset: str | None
+    weights: Mapping[str, float | None]
+    models: tuple[str, ...]
+    tensors: Counts
+    bytes: int
+    seconds: float
+    notes: tuple[str, ...]
+    runs: int
+    dry_run: bool = False

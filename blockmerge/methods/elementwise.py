@@ -1,0 +1,32 @@
+"""Methods that work element by element, so that a tensor may be cut anywhere.
+
+Each takes tensors of one shape, of any float dtypes, and writes into `out`, whose dtype is the result's. The arithmetic
+is one step wider than the result, which is then rounded once: half precision and 8-bit floats are combined in float32,
+float32 in float64, and whatever meets a float64 input in float64. (In float32, a weighted sum of float32 tensors of
+opposite signs was seen 1.7 steps off.)
+"""
+
+from __future__ import annotations
+
+import torch
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def weighted_sum(a: torch.Tensor, b: torch.Tensor, *, alpha: float, out: torch.Tensor) -> torch.Tensor:
+    """(1 − α)·A + α·B, as the web UI's checkpoint merger has it."""
+    if out.dtype in _HALVES and a.dtype == b.dtype == out.dtype:
+        # On halves, lerp itself computes in float32 and rounds once.
+        return torch.lerp(a, b, alpha, out=out)
+    wide = _wide(a, b, out)
+    return out.copy_(torch.lerp(a.to(wide), b.to(wide), alpha))
+
+
+def cast(a: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+    """A in the dtype of `out`."""
+    return out.copy_(a)
+
+
+def _wide(*tensors: torch.Tensor) -> torch.dtype:
+    *inputs, out = tensors
+    return torch.float64 if out.itemsize >= 4 or any(t.dtype == torch.float64 for t in inputs) else torch.float32

@@ -1,0 +1,14 @@
+"""How bytes move: buffers, the worker pool, writing past the page cache, and tensors as views of buffers."""
+
+from blockmerge.streaming.buffers import aligned_buffer
+from blockmerge.streaming.output import PAGE, OutputStream
+from blockmerge.streaming.workers import Progress, default_threads, for_each
+
+__all__ = [
+    "PAGE",
+    "OutputStream",
+    "Progress",
+    "aligned_buffer",
+    "default_threads",
+    "for_each",
+]

@@ -1,0 +1,10 @@
+"""Memory for workers: aligned for direct writes and for tensors of any dtype, and given back when it is dropped."""
+
+from __future__ import annotations
+
+import mmap
+
+
+def aligned_buffer(nbytes: int) -> memoryview:
+    """Return `nbytes` of zeroed memory that begins at a page, as direct writes to a disk need it."""
+    return memoryview(mmap.mmap(-1, max(1, nbytes)))[:nbytes]

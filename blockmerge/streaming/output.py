@@ -1,0 +1,96 @@
+"""Writing a large file in pieces from many threads, past the page cache where the system can.
+
+O_DIRECT hands aligned memory straight to the disk: no copy into the page cache, and nothing left to flush at the end.
+Where a file system or an operating system lacks it, writes are buffered and flushed every now and then while other
+threads go on, so that the final flush finds little to do.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+from typing import Self
+
+PAGE = 4096
+"""Direct writes begin, end and lie in memory at multiples of this."""
+
+_FLUSH_EVERY = 256 << 20  # bytes of buffered writes
+
+
+class OutputStream:
+    """The file that all workers of one run write to; each opens its own `writer()`."""
+
+    def __init__(self, path: Path, *, direct: bool = True) -> None:
+        self.path = path
+        self.direct = direct and hasattr(os, "O_DIRECT")
+        self._lock = threading.Lock()
+        self._unflushed = 0
+
+    def writer(self) -> PieceWriter:
+        """Open a writer for one thread."""
+        return PieceWriter(self)
+
+    def flush_is_due(self, count: int) -> bool:
+        """Count bytes that went into the page cache, and say whether the caller should flush now."""
+        with self._lock:
+            self._unflushed += count
+            if self._unflushed < _FLUSH_EVERY:
+                return False
+            self._unflushed = 0
+            return True
+
+
+class PieceWriter:
+    """Writes pieces at their places. One thread's own handle, since two cannot share a file position."""
+
+    def __init__(self, stream: OutputStream) -> None:
+        self._stream = stream
+        self._file = -1
+        self._open()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+    def write(self, offset: int, piece: memoryview) -> None:
+        """Write a piece. Offset, length and memory must be multiples of PAGE. Raises OSError."""
+        try:
+            self._write(offset, piece)
+        except OSError as error:
+            # Some file systems let a file be opened for direct writes and then refuse them.
+            if not self._direct or error.errno != errno.EINVAL:
+                raise
+            self._stream.direct = False
+            os.close(self._file)
+            self._open()
+            self._write(offset, piece)
+        if not self._direct and self._stream.flush_is_due(len(piece)):
+            os.fsync(self._file)
+
+    def _open(self) -> None:
+        flags = os.O_WRONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+        self._direct = self._stream.direct
+        if self._direct:
+            try:
+                self._file = os.open(self._stream.path, flags | os.O_DIRECT)
+                return
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._stream.direct = self._direct = False
+        self._file = os.open(self._stream.path, flags)
+
+    def _write(self, offset: int, piece: memoryview) -> None:
+        os.lseek(self._file, offset, os.SEEK_SET)
+        done = 0
+        while done < len(piece):
+            count = os.write(self._file, piece[done:])
+            done += count
+            if self._direct and count % PAGE and done < len(piece):
+                # A direct write may end early anywhere, but the next one must begin at a page again.
+                done -= done % PAGE
+                os.lseek(self._file, offset + done, os.SEEK_SET)

@@ -1,0 +1,35 @@
+"""Buffers seen as tensors, and the check that a tensor is finite. Loads torch: imported only where weights are computed."""
+
+from __future__ import annotations
+
+import torch
+
+TORCH_DTYPES = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""The dtypes that can be computed with, by their names in safetensors headers."""
+
+
+def tensor_view(buffer: memoryview, dtype: str, elements: int) -> torch.Tensor:
+    """Return the first `elements` of a writable buffer as a flat tensor that shares its memory."""
+    return torch.frombuffer(buffer, dtype=TORCH_DTYPES[dtype], count=elements)
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether a non-empty tensor holds neither NaN nor infinity.
+
+    Both show in a sum, which is the cheapest look at every value; only a sum that is not finite, which large finite
+    values can make too, is looked at again.
+    """
+    if tensor.itemsize == 1:  # torch has no sums of 8-bit floats
+        tensor = tensor.float()
+    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    if torch.isfinite(tensor.sum(dtype=wide)).item():
+        return True
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) and torch.isfinite(high))
