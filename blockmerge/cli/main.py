@@ -1,0 +1,87 @@
+"""The command `blockmerge`: its group of commands, and what becomes of errors.
+
+Exit codes: 0 done; 1 something the library refuses; 2 what click cannot parse; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+
+import click
+from click_default_group import DefaultGroup
+
+from blockmerge.cli.demo import demo
+from blockmerge.cli.inspect import inspect
+from blockmerge.cli.merge import merge
+from blockmerge.cli.presets import presets
+from blockmerge.errors import BlockmergeError
+from blockmerge.version import __version__
+
+
+@click.group(
+    cls=DefaultGroup,
+    default="merge",
+    default_if_no_args=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, "-V", "--version", prog_name="blockmerge")
+def cli() -> None:
+    """Merge Stable Diffusion checkpoints block by block.
+
+    \b
+      blockmerge a.safetensors b.safetensors --preset high_res
+      blockmerge a.safetensors b.safetensors --weights 0.5 -o out.safetensors
+      blockmerge presets show high_res
+
+    `blockmerge A B …` means `blockmerge merge A B …`.
+    """
+
+
+for command in (merge, inspect, presets, demo):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    for name in ("SIGTERM", "SIGHUP"):  # a closed terminal or a stopped job should leave no temp file either
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _interrupt)
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line on `arguments` and return the exit code."""
+    try:
+        cli.main(arguments, prog_name="blockmerge", standalone_mode=False)
+        sys.stdout.flush()
+    except BlockmergeError as error:
+        _say(f"Error: {error}")
+        return 1
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        _say("Interrupted: nothing was written")
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; without this, Python complains once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+def _say(text: str) -> None:
+    line = " ".join(text.split("\n"))
+    try:
+        click.echo(line, err=True)
+    except UnicodeEncodeError:
+        click.echo(line.encode("ascii", "backslashreplace").decode(), err=True)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

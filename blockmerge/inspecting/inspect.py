@@ -1,0 +1,91 @@
+"""`inspect`: family, components, blocks, metadata and hashes of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from blockmerge.anatomy import COMPONENTS, Anatomy, block_of, canonical_name, component_of, identify, plain_names_of_ema
+from blockmerge.checkpoints import CheckpointLike, Hashes, SafetensorsFile, TensorInfo, hash_file, open_checkpoint
+from blockmerge.errors import CheckpointError, UnknownFamilyError
+from blockmerge.streaming import Progress
+
+
+@dataclass(frozen=True)
+class Part:
+    """The size of a component or a block; `bytes` as stored, `dtypes` maps each dtype to its number of tensors."""
+
+    tensors: int
+    parameters: int
+    bytes: int
+    dtypes: Mapping[str, int]
+
+    @classmethod
+    def of(cls, tensors: list[TensorInfo]) -> Part:
+        """Add up tensors."""
+        dtypes: dict[str, int] = {}
+        for info in tensors:
+            dtypes[info.dtype] = dtypes.get(info.dtype, 0) + 1
+        return cls(len(tensors), sum(info.elements for info in tensors), sum(info.nbytes for info in tensors), dtypes)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found. Family, variant and naming are None, and `why_unknown` says why, without a known U-Net.
+
+    `blocks` are the U-Net's, without BASE. `hashes` is None unless asked for.
+    """
+
+    name: str
+    family: str | None
+    variant: str | None
+    naming: str | None
+    why_unknown: str | None
+    components: Mapping[str, Part]
+    blocks: Mapping[str, Part]
+    metadata: Mapping[str, str]
+    hashes: Hashes | None
+
+
+def inspect(path: CheckpointLike, hashes: bool = False, progress: Progress | None = None) -> Inspection:
+    """Look at a checkpoint's header; with `hashes` also read the whole file once.
+
+    Raises CheckpointError when it cannot be read. A file that is no Stable Diffusion model is no error.
+    """
+    checkpoint = open_checkpoint(path)
+    plain = plain_names_of_ema(checkpoint.tensors)
+    has_unet = any(component_of(name) == "unet" for name in checkpoint.tensors)
+    names = {name: canonical_name(name) for name in checkpoint.tensors}
+    if not has_unet:  # then EMA weights are the U-Net
+        names.update(plain)
+    anatomy, why = _identify({names[name]: info.shape for name, info in checkpoint.tensors.items()})
+    components: dict[str, list[TensorInfo]] = {component: [] for component in COMPONENTS}
+    blocks: dict[str, list[TensorInfo]] = {block: [] for block in (anatomy.family.blocks[1:] if anatomy else ())}
+    for name, info in checkpoint.tensors.items():
+        components[component_of(name)].append(info)
+        if anatomy and component_of(names[name]) == "unet":
+            block = block_of(names[name], anatomy.family.name)
+            blocks.setdefault(block, []).append(info)
+    found = None
+    if hashes:
+        if not isinstance(checkpoint, SafetensorsFile):
+            raise CheckpointError(f"{checkpoint.name} is no file: it has no hashes")
+        found = hash_file(checkpoint, progress)
+    return Inspection(
+        name=checkpoint.name,
+        family=anatomy.family.name if anatomy else None,
+        variant=anatomy.variant if anatomy else None,
+        naming=anatomy.naming if anatomy else None,
+        why_unknown=why,
+        components={component: Part.of(infos) for component, infos in components.items() if infos},
+        blocks={block: Part.of(infos) for block, infos in blocks.items()},
+        metadata=checkpoint.metadata,
+        hashes=found,
+    )
+
+
+def _identify(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Anatomy | None, str | None]:
+    try:
+        return identify(shapes), None
+    except UnknownFamilyError as error:
+        return None, str(error)

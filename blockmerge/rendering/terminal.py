@@ -1,0 +1,123 @@
+"""Results drawn for a terminal with rich."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from blockmerge.errors import shown
+from blockmerge.rendering.u_net import WeightsU
+
+if TYPE_CHECKING:
+    from blockmerge.inspecting import Inspection, Part
+    from blockmerge.merging import MergeResult
+    from blockmerge.weights import Preset
+
+_FAMILY_TITLES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL"}
+
+
+def print_merge(console: Console, result: MergeResult) -> None:
+    """Print the weights along the U, what was computed, copied and left out, the notes, and the file."""
+    what = f"{result.method} {result.preset}" if result.preset else result.method
+    title = f"{_FAMILY_TITLES[result.family]}{'' if result.variant == 'base' else ' ' + result.variant}"
+    _line(console, Text.assemble((what, "bold"), f" of {' and '.join(map(shown, result.models))} ({title})"))
+    console.print()
+    console.print(WeightsU(result.weights))
+    console.print()
+    _line(console, Text(", ".join(_counts(result))))
+    for note in result.notes:
+        _line(console, Text(f"- {note}"))
+    if result.dry_run:
+        _line(console, Text(f"dry run: would write {shown(result.output)}, {size(result.bytes)} in {result.runs} runs"))
+    else:
+        rate = f"{result.bytes / max(result.seconds, 1e-9) / 1e9:.1f} GB/s"
+        _line(
+            console,
+            Text.assemble((shown(result.output), "bold"), f"  {size(result.bytes)} in {result.seconds:.2f} s ({rate})"),
+        )
+
+
+def print_inspection(console: Console, found: Inspection) -> None:
+    """Print what is in a checkpoint."""
+    title = f"{_FAMILY_TITLES[found.family]}, {found.variant}, {found.naming} names" if found.family else found.why_unknown or ""
+    _line(console, Text.assemble((shown(found.name), "bold"), f"  {title}"))
+    console.print(_parts("component", found.components))
+    if found.blocks:
+        console.print(_parts("block", found.blocks))
+    if found.hashes:
+        for name in ("autov1", "autov2", "autov3", "sha256"):
+            _line(console, Text(f"{name:<7} {getattr(found.hashes, name)}"))
+    for key, value in found.metadata.items():
+        _line(console, Text.assemble((f"{shown(key)}: ", "bold"), shown(value, 400)))
+
+
+def print_presets(console: Console, presets: Sequence[Preset]) -> None:
+    """Print a line for each preset."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("preset", style="bold", no_wrap=True)
+    table.add_column("SDXL", no_wrap=True)
+    table.add_column("what it does")
+    for preset in presets:
+        table.add_row(Text(shown(preset.name)), "own" if preset.sdxl else "by name", Text(shown(preset.description, 400)))
+    console.print(table)
+
+
+def print_preset(console: Console, preset: Preset) -> None:
+    """Print a preset: the U, its table for SDXL where it has one, and where it comes from."""
+
+    def parts() -> Iterator[RenderableType]:
+        yield Text(shown(preset.name), "bold")
+        if preset.description:
+            yield Text(shown(preset.description, 400))
+        yield Group(Text(), WeightsU(preset.weights), Text())
+        if preset.sdxl:
+            yield Group(Text("SDXL", "bold"), WeightsU(preset.sdxl), Text())
+        if preset.source:
+            yield Text(f"source: {shown(preset.source, 400)}")
+
+    for part in parts():
+        console.print(part)
+
+
+def size(count: int) -> str:
+    """Bytes as people read them: 1000 bytes are 1 kB."""
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"
+
+
+def _counts(result: MergeResult) -> Iterator[str]:
+    counts = result.tensors
+    yield f"{counts.computed} tensors computed"
+    sources = (
+        *zip((counts.from_a, counts.from_b, counts.from_c), result.models, strict=False),
+        (counts.from_vae, "the VAE file"),
+    )
+    for count, name in sources:
+        if count:
+            yield f"{count} taken from {shown(name)}"
+    if counts.dropped:
+        yield f"{counts.dropped} left out"
+
+
+def _parts(title: str, parts: Mapping[str, Part]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column(title, style="bold")
+    for heading in ("tensors", "parameters", "size", "dtypes"):
+        table.add_column(heading, justify="left" if heading == "dtypes" else "right")
+    for name, part in parts.items():
+        dtypes = ", ".join(f"{dtype} {count}" if len(part.dtypes) > 1 else dtype for dtype, count in part.dtypes.items())
+        table.add_row(name, f"{part.tensors:,}", f"{part.parameters:,}", size(part.bytes), dtypes)
+    return table
+
+
+def _line(console: Console, text: Text) -> None:
+    # Paths and notes are copied from the screen, so they are never broken.
+    console.print(text, soft_wrap=True)

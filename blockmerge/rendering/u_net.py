@@ -1,0 +1,48 @@
+"""The U: input blocks down the left, output blocks up the right, the middle at the bottom, a bar for each weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
+
+_BAR = 12
+
+
+class WeightsU:
+    """Draws the weights of 26 or 20 blocks; None is a block that is left out of the merge."""
+
+    def __init__(self, weights: Mapping[str, float | None]) -> None:
+        self.weights = weights
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """One line of text per level of the U."""
+        full, empty = "#." if options.ascii_only else "█░"
+        inputs = [block for block in self.weights if block.startswith("IN")]
+        outputs = [block for block in self.weights if block.startswith("OUT")]
+        lines = [self._cell("BASE", full, empty), Text()]
+        for block, opposite in zip(inputs, reversed(outputs), strict=True):
+            lines.append(Text.assemble(self._cell(block, full, empty), "    ", self._cell(opposite, full, empty)))
+        lines.append(Text.assemble(" " * 14, self._cell("M00", full, empty)))
+        yield from (Text.assemble("  ", line) if line else line for line in lines)
+
+    def _cell(self, block: str, full: str, empty: str) -> Text:
+        weight = self.weights[block]
+        if weight is None:
+            return Text.assemble((f"{block:<5} ", "bold"), (f"{'skip':>6} ", "dim"), ("-" * _BAR, "dim"))
+        filled = round(min(1.0, max(0.0, weight)) * _BAR)
+        if 0 < weight < 1:  # a block that takes a little must not look like one that takes nothing
+            filled = min(_BAR - 1, max(1, filled))
+        style = "dim" if weight == 0 else "cyan" if 0 < weight <= 1 else "yellow"
+        return Text.assemble(
+            (f"{block:<5} ", "bold"),
+            (f"{number(weight):>6} ", style),
+            (full * filled, style),
+            (empty * (_BAR - filled), "dim"),
+        )
+
+
+def number(weight: float) -> str:
+    """A weight in at most six characters where that is possible."""
+    return f"{weight:.3f}".rstrip("0").rstrip(".") if abs(weight) < 100 else f"{weight:.3g}"
