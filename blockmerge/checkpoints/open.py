@@ -30,6 +30,8 @@ def open_checkpoint(source: CheckpointLike, name: str = "state dict") -> Checkpo
         return StateDict(source, name)
     if not isinstance(source, (str, os.PathLike)):
         raise CheckpointError(f"a {type(source).__name__} is no model: give a path, an opened checkpoint or a state dict")
+    if not os.fspath(source):
+        raise CheckpointError("an empty path is no model: give the path of a .safetensors file")
     if os.fspath(source).lower().endswith((".ckpt", ".pt", ".pth", ".bin")):
         raise CheckpointError(f"{shown(source)}: only .safetensors files can be read yet")
     return SafetensorsFile(source)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+_E4M3FN_OVERFLOW = 464.0  # half a step above 448: from here on, a value rounds to one that the format does not have
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -19,12 +20,19 @@ def weighted_sum(a: torch.Tensor, b: torch.Tensor, *, alpha: float, out: torch.T
         # On halves, lerp itself computes in float32 and rounds once.
         return torch.lerp(a, b, alpha, out=out)
     wide = _wide(a, b, out)
-    return out.copy_(torch.lerp(a.to(wide), b.to(wide), alpha))
+    return _round_into(out, torch.lerp(a.to(wide), b.to(wide), alpha))
 
 
 def cast(a: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
     """A in the dtype of `out`."""
-    return out.copy_(a)
+    return _round_into(out, a)
+
+
+def _round_into(out: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    if out.dtype == torch.float8_e4m3fn:
+        # torch turns whatever is too large into the largest value, 448, which would hide an overflow.
+        values = torch.where(values.float().abs() >= _E4M3FN_OVERFLOW, torch.nan, values.float())
+    return out.copy_(values)
 
 
 def _wide(*tensors: torch.Tensor) -> torch.dtype:

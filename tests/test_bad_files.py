@@ -1,0 +1,236 @@
+"""Damaged inputs: each is refused in one line, before or while it is read, on every system."""
+
+from __future__ import annotations
+
+import json
+import struct
+import tracemalloc
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from blockmerge import CheckpointError, open_checkpoint
+from tests.refusals import assert_refused
+
+PROJ = "model.diffusion_model.input_blocks.4.1.proj_in.weight"
+
+
+def pack(header, data=b"", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def entry(dtype="F16", shape=(2,), offsets=(0, 4)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+BAD = {
+    "empty": (b"", "is empty"),
+    "three bytes": (b"abc", "only 3 bytes"),
+    "text": (b"Dear user, this is no model. " * 40, "header would be"),
+    "html": (b"<!DOCTYPE html><html>rate limited</html>", "header would be"),
+    "header beyond the file": (pack({}, length=1000), "header would be 1000 bytes"),
+    "absurd header length": (pack({}, length=10**12), "header would be 1000000000000 bytes"),
+    "longest header length": (pack({}, length=2**64 - 1), "header would be"),
+    "header is no JSON": (pack(b"{nope"), "is not JSON"),
+    "header is a list": (pack(b"[]"), "not a JSON object"),
+    "header is empty": (pack(b""), "not a JSON object"),
+    "header begins with a space": (pack(b" {}"), "not a JSON object"),
+    "header is no UTF-8": (pack(b'{"\xff\xfe": 1}'), "not UTF-8"),
+    "header is UTF-16": (pack("{}".encode("utf-16")), "not a JSON object"),
+    "half a surrogate pair": (pack(b'{"\\ud800": {"dtype":"F16","shape":[0],"data_offsets":[0,0]}}'), "surrogates"),
+    "nested too deeply": (pack(b'{"a":' * 100_000 + b"1" + b"}" * 100_000), "too deeply"),
+    "NaN in the header": (pack(b'{"a": NaN}'), "NaN"),
+    "a number of a million digits": (pack(b'{"a":{"dtype":"F16","shape":[1' + b"0" * 1_000_000 + b'],"data_offsets":[0,2]}}'), "valid"),
+    "a name twice": (pack(b'{"a":{"dtype":"F16","shape":[1],"data_offsets":[0,2]},"a":{"dtype":"F16","shape":[1],"data_offsets":[0,2]}}', b"\0\0"), "twice: a"),
+    "a key twice": (pack(b'{"a":{"dtype":"F16","dtype":"F16","shape":[1],"data_offsets":[0,2]}}', b"\0\0"), "twice: dtype"),
+    "entry is no object": (pack({"a": 3}), "without exactly dtype"),
+    "entry lacks its shape": (pack({"a": {"dtype": "F16", "data_offsets": [0, 4]}}, b"\0" * 4), "without exactly dtype"),
+    "unknown dtype": (pack({"a": entry("F12")}, b"\0" * 4), 'unknown dtype "F12"'),
+    "dtype is a number": (pack({"a": entry(7)}, b"\0" * 4), "unknown dtype 7"),
+    "shape is negative": (pack({"a": entry(shape=(-2,))}, b"\0" * 4), "shape [-2]"),
+    "shape is a fraction": (pack({"a": entry(shape=(2.0,))}, b"\0" * 4), "shape [2.0]"),
+    "shape is true": (pack({"a": entry(shape=(True,), offsets=(0, 2))}, b"\0" * 2), "shape [true]"),
+    "shape overflows": (pack({"a": entry(shape=(2**62, 4))}, b"\0" * 4), "does not take"),
+    "shape overflows to zero": (pack({"a": entry(shape=(2**32, 2**32), offsets=(0, 0))}), "does not take"),
+    "size differs": (pack({"a": entry(shape=(3,))}, b"\0" * 4), "4 bytes of data"),
+    "offsets backwards": (pack({"a": entry(offsets=(4, 0))}, b"\0" * 4), "data_offsets [4, 0]"),
+    "three offsets": (pack({"a": entry(offsets=(0, 2, 4))}, b"\0" * 4), "data_offsets"),
+    "overlap": (pack({"a": entry(), "b": entry(offsets=(2, 6))}, b"\0" * 6), "overlaps"),
+    "gap": (pack({"a": entry(), "b": entry(offsets=(6, 10))}, b"\0" * 10), "gap"),
+    "gap at the start": (pack({"a": entry(offsets=(2, 6))}, b"\0" * 6), "gap"),
+    "data cut short": (pack({"a": entry()}, b"\0" * 3), "cut short: 3 bytes of 4"),
+    "data too long": (pack({"a": entry()}, b"\0" * 5), "1 bytes follow"),
+    "metadata is a list": (pack({"__metadata__": []}), "__metadata__"),
+    "metadata holds a number": (pack({"__metadata__": {"a": 1}}), "__metadata__"),
+    "no tensors": (pack({}), "no Stable Diffusion U-Net"),
+    "no U-Net": (pack({"a": entry()}, b"\0" * 4), "no Stable Diffusion U-Net"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_a_damaged_file_is_refused(pairs, tmp_path, capsys, case, side):
+    data, says = BAD[case]
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(data)
+    good = pairs()[0]
+    models = (bad, good) if side == "a" else (good, bad)
+    assert_refused(capsys, tmp_path, *models, "-w", "0.5", says=["bad.safetensors", says])
+    if "U-Net" not in says:
+        with pytest.raises(CheckpointError):
+            open_checkpoint(bad)
+        assert_refused(capsys, tmp_path, "inspect", bad, says=["bad.safetensors", says])
+
+
+def test_an_absurd_header_length_costs_no_memory(tmp_path):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(pack({}, length=10**12))
+    tracemalloc.start()
+    with pytest.raises(CheckpointError):
+        open_checkpoint(path)
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+
+
+def test_what_is_no_file_is_refused(pairs, tmp_path, capsys):
+    import os
+
+    good = pairs()[0]
+    (tmp_path / "folder.safetensors").mkdir()
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    assert_refused(capsys, tmp_path, good, "folder.safetensors", "-w", "0.5", says="folder.safetensors is a folder")
+    assert_refused(capsys, tmp_path, "missing.safetensors", good, "-w", "0.5", says="missing.safetensors: no such file")
+    assert_refused(capsys, tmp_path, good, "/dev/zero", "-w", "0.5", says="/dev/zero is not a regular file")
+    assert_refused(capsys, tmp_path, good, "old.ckpt", "-w", "0.5", says="old.ckpt: only .safetensors files")
+    assert_refused(capsys, tmp_path, good, "", "-w", "0.5", says="an empty path is no model")
+    assert_refused(capsys, tmp_path, good, "a\0b", "-w", "0.5", says="null")
+    assert_refused(capsys, tmp_path, good, "two\nlines", "-w", "0.5", says=r"two\nlines")
+
+
+def test_a_pipe_does_not_hang(pairs, tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        open_checkpoint(tmp_path / "pipe.safetensors")
+
+
+def test_an_unreadable_file_is_refused(pairs, tmp_path, monkeypatch):
+    """The tests may run as root, who may read everything: the refusal is made by hand."""
+    from pathlib import Path
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError, match="permission denied"):
+        open_checkpoint(pairs()[0])
+
+
+@pytest.mark.parametrize("when", ["cut", "touched"])
+def test_a_file_that_changes_while_it_is_read_is_refused(pairs, system, capsys, monkeypatch, when):
+    import os
+
+    from blockmerge.merging import execute
+
+    a = system / "a.safetensors"
+    a.write_bytes(pairs()[0].read_bytes())
+    b = pairs()[1]
+    real = execute.for_each
+
+    def change_first(*arguments, **options):
+        if when == "cut":
+            os.truncate(a, 500_000)
+        else:
+            os.utime(a, ns=(1, 1))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(execute, "for_each", change_first)
+    from blockmerge.cli.main import run
+
+    assert run([str(a), str(b), "-w", "0.5", "-o", str(system / "out.safetensors")]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert ("cut short" if when == "cut" else "changed") in err
+    assert sorted(path.name for path in system.iterdir() if path.is_file()) == ["a.safetensors"]
+
+
+def test_families_names_and_shapes_that_do_not_fit(pairs, tmp_path, capsys):
+    a, b = pairs()
+    whole = load_file(b)
+    assert_refused(capsys, tmp_path, a, pairs("sdxl")[1], "-w", "0.5", says=["Stable Diffusion 1.x", "Stable Diffusion XL"])
+    assert_refused(capsys, tmp_path, a, pairs("sd2")[1], "-w", "0.5", says=["only models of one family"])
+
+    lacking = {name: tensor for name, tensor in whole.items() if ".input_blocks.4." not in name}
+    save_file(lacking, tmp_path / "lacking.safetensors")
+    line = assert_refused(capsys, tmp_path, a, "lacking.safetensors", "-w", "0.5", says="lacking.safetensors lacks 38 U-Net tensors")
+    assert "and 35 more" in line
+    assert_refused(capsys, tmp_path, "lacking.safetensors", a, "-w", "0.5", says="lacking.safetensors lacks 38 U-Net tensors")
+
+    for shape in ((1, 16, 1, 1), (16, 16), (16, 8, 1, 1)):
+        save_file({**whole, PROJ: torch.zeros(shape, dtype=torch.float16)}, tmp_path / "shape.safetensors")
+        for weight in ("0.5", "0", "1"):
+            assert_refused(capsys, tmp_path, a, "shape.safetensors", "-w", weight, says=["shapes differ", PROJ, str(list(shape))])
+
+    name = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    save_file({**whole, name: torch.zeros((1600, 24), dtype=torch.float16)}, tmp_path / "tokens.safetensors")
+    assert_refused(capsys, tmp_path, a, "tokens.safetensors", "-w", "0.5", says=["shapes differ", name])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtypes", [("F16", "F16"), ("BF16", "BF16"), ("F32", "F32"), ("F16", "F32")])
+def test_nan_and_infinity_are_refused_by_name(pairs, system, capsys, value, dtypes):
+    a, b = pairs("sd1", dtypes)
+    bad = load_file(b)
+    for name in (PROJ, "model.diffusion_model.output_blocks.3.0.in_layers.0.bias"):
+        bad[name].view(-1)[-1] = value
+    save_file(bad, system / "bad.safetensors")
+    line = assert_refused(
+        capsys, system, a, "bad.safetensors", "-w", "0.5", says=["2 merged tensors", PROJ, "NaN or infinity in bad.safetensors"]
+    )
+    assert "output_blocks.3.0" in line
+    # asked for, or not computed, it is none of the merge's business
+    from blockmerge.cli.main import run
+
+    assert run([str(a), str(system / "bad.safetensors"), "-w", "0.5", "--allow-nonfinite", "-q", "-o", str(system / "1.safetensors")]) == 0
+    assert run([str(a), str(system / "bad.safetensors"), "-w", "0", "-q", "-o", str(system / "2.safetensors")]) == 0
+
+
+@pytest.mark.parametrize(("dtypes", "weights"), [(("F16", "F32"), "1"), (("F16", "BF16"), "1"), (("F16", "F32"), "0.5")])
+def test_overflow_into_half_precision_is_refused_by_name(pairs, tmp_path, capsys, dtypes, weights):
+    a, b = pairs("sd1", dtypes)
+    large = load_file(b)
+    large[PROJ].view(-1)[3] = 2e6
+    save_file(large, tmp_path / "large.safetensors")
+    assert_refused(capsys, tmp_path, a, "large.safetensors", "-w", weights, says=[PROJ, "values too large for F16"])
+
+
+def test_overflow_of_the_asked_dtype_is_refused_by_name(pairs, tmp_path, capsys):
+    large = load_file(pairs("sd1", ("BF16", "BF16"))[0])
+    large[PROJ].view(-1)[3] = 1e6
+    save_file(large, tmp_path / "large.safetensors")
+    for dtype, shown in (("fp16", "F16"), ("fp8_e4m3fn", "F8_E4M3"), ("fp8_e5m2", "F8_E5M2")):
+        assert_refused(
+            capsys, tmp_path, "large.safetensors", "large.safetensors", "-w", "0", "--dtype", dtype,
+            says=[PROJ, f"values too large for {shown}"],
+        )  # fmt: skip
+
+
+def test_many_faults_are_one_short_line(pairs, tmp_path, capsys):
+    a, b = pairs()
+    bad = {name: tensor * float("nan") if tensor.is_floating_point() else tensor for name, tensor in load_file(b).items()}
+    save_file(bad, tmp_path / "bad.safetensors")
+    line = assert_refused(capsys, tmp_path, a, "bad.safetensors", "-w", "0.5", says="merged tensors would hold NaN")
+    assert len(line) < 1000
+    assert "more" in line
+
+
+def test_hostile_names_are_shown_harmlessly(pairs, tmp_path, capsys):
+    name = "model.diffusion_model.\x1b[31mred\n\u202e" + "x" * 5000
+    save_file({**load_file(pairs()[0]), name: torch.zeros(1)}, tmp_path / "bad.safetensors")
+    line = assert_refused(capsys, tmp_path, "bad.safetensors", pairs()[0], "-w", "0.5", says=r"\x1b[31mred\n\u202e")
+    assert "\x1b" not in line
+    assert len(line) < 1000
+
