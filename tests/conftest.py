@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from blockmerge.demo import write_pair
+from tests.big import write_big
 
 settings.register_profile(
     "default", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -89,3 +90,12 @@ def unchanged(*paths):
     before = [path.read_bytes() for path in files]
     yield
     assert [path.read_bytes() for path in files] == before
+
+
+@pytest.fixture(scope="session")
+def big_pair(tmp_path_factory):
+    """Paths of two models of 256 MB, of which one tensor makes up nearly all."""
+    folder = tmp_path_factory.mktemp("big")
+    for name, value in (("a", b"\x00\x3c"), ("b", b"\x00\x40")):  # 1.0 and 2.0
+        write_big(folder / f"{name}.safetensors", value)
+    return folder / "a.safetensors", folder / "b.safetensors"

@@ -89,8 +89,10 @@ class PieceWriter:
         done = 0
         while done < len(piece):
             count = os.write(self._file, piece[done:])
-            done += count
-            if self._direct and count % PAGE and done < len(piece):
+            if self._direct and done + count < len(piece) and count % PAGE:
                 # A direct write may end early anywhere, but the next one must begin at a page again.
-                done -= done % PAGE
-                os.lseek(self._file, offset + done, os.SEEK_SET)
+                count -= count % PAGE
+                os.lseek(self._file, offset + done + count, os.SEEK_SET)
+            if count == 0:  # no way on: a buffered write will say why
+                raise OSError(errno.EINVAL if self._direct else errno.EIO, "nothing more can be written")
+            done += count

@@ -1,0 +1,24 @@
+"""`kill -9` at random moments: no file or a complete one under the final name, and the next merge cleans up."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.timeout(600)
+def test_killed_merges_leave_no_bad_file(big_pair, tmp_path):
+    script = Path(__file__).parent / "kill_merges.py"
+    arguments = [sys.executable, str(script), *map(str, big_pair), str(tmp_path), "60"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert seen["rounds"] == 60
+    assert seen["midway"] >= 20, seen
+    assert seen["swept"] == seen["midway"]
