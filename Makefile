@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench docs clean
 
 # The main job, on files it makes itself: two thin checkpoints, merged with the preset high_res.
 demo: .venv/run
@@ -23,6 +23,10 @@ check: .venv/test
 # Full-size files in a temp folder (some 15 GB free needed); prints ratios to `cp` and to load-everything-and-save.
 bench: .venv/run
 	$(BIN)/python benchmarks/merge.py
+
+# Write docs/cli.md anew from the commands' own help.
+docs: .venv/run
+	PYTHONPATH=. $(BIN)/python docs/cli_reference.py
 
 clean:
 	rm -rf .venv blockmerge-demo

@@ -68,8 +68,9 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         _say("Interrupted: nothing was written")
         return 130
-    except BrokenPipeError:
-        # Whoever read the output has seen enough; without this, Python complains once more when it exits.
+    except (BrokenPipeError, SystemExit):
+        # Whoever read the output has seen enough (click makes a SystemExit of it). Without this, Python complains once
+        # more when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return 0

@@ -54,7 +54,8 @@ def find_preset(name: str) -> Preset:
     path, _, inner = name.partition("#")
     if Path(path).suffix.lower() in SUFFIXES or Path(path).is_file():
         return _from_file(Path(path), inner)
-    raise PresetError(f"unknown preset '{shown(name)}'{did_you_mean(name, known)} ('blockmerge presets' lists them)")
+    names = [name for preset in known.values() for name in (preset.name, *preset.aliases)]
+    raise PresetError(f"unknown preset '{shown(name)}'{did_you_mean(name, names)} ('blockmerge presets' lists them)")
 
 
 def user_folder() -> Path:

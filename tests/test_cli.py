@@ -1,0 +1,343 @@
+"""The command line: exit codes, what goes where, and what a user reads. Drawn at a fixed width of 100."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+import blockmerge
+from blockmerge.cli.main import run
+from tests import oracle
+from tests.refusals import assert_refused, snapshot
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def ok(capsys, *arguments):
+    assert run([str(argument) for argument in arguments]) == 0, capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def test_the_main_job(pairs, here, capsys):
+    a, b = pairs()
+    out = ok(capsys, a, b, "--preset", "high_res")
+    assert [path.name for path in here.iterdir()] == ["a+b-high_res.safetensors"]
+    lines = out.splitlines()
+    assert lines[0] == "weighted_sum high_res of a.safetensors and b.safetensors (Stable Diffusion 1.x)"
+    assert "  IN03    0.67 ████████░░░░    OUT08   0.67 ████████░░░░" in lines
+    assert "234 tensors computed, 749 taken from a.safetensors, 148 taken from b.safetensors" in lines
+    assert "- the VAE is taken whole from a.safetensors (--vae blend would blend it)" in lines
+    assert re.fullmatch(r".*a\+b-high_res\.safetensors  2\.2 MB in \d+\.\d\d s \(.* GB/s\)", lines[-1])
+
+
+def test_merge_may_be_said_or_not_and_options_stand_anywhere(pairs, here, capsys):
+    a, b = pairs()
+    ok(capsys, "merge", a, b, "-p", "HIGH-RES", "-o", "1.safetensors")
+    ok(capsys, "-p", "high_res", a, b, "-o", "2.safetensors")
+    ok(capsys, a, "--preset=high-res_replace", b, "-o", "3.safetensors")
+    contents = {(here / f"{n}.safetensors").read_bytes() for n in (1, 2, 3)}
+    assert len(contents) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (("-p", "low-res_replace"), "a+b-low_res.safetensors"),
+        (("-w", "0.5"), "a+b-0.5.safetensors"),
+        (("-w", "IN00=1,M00=2"), "a+b-weights.safetensors"),
+        (("-p", "SMOOTHSTEP*2"), "a+b-SMOOTHSTEP_2.safetensors"),
+    ],
+)
+def test_default_output_names(pairs, here, capsys, arguments, name):
+    ok(capsys, *pairs(), *arguments, "-q")
+    assert [path.name for path in here.iterdir()] == [name]
+
+
+def test_json_is_one_object_with_the_promised_keys(pairs, here, capsys):
+    a, b = pairs()
+    found = json.loads(ok(capsys, a, b, "-p", "low_res", "--json"))
+    assert {
+        "output", "family", "variant", "naming", "method", "preset", "weights", "weights_beta", "models", "tensors", "bytes", "seconds", "notes",
+    } <= found.keys()  # fmt: skip
+    assert found["output"] == str(here / "a+b-low_res.safetensors")
+    assert found["models"] == ["a.safetensors", "b.safetensors"]
+    assert list(found["weights"].values()) == oracle.numbers(oracle.LOW_RES)
+    assert (found["family"], found["variant"], found["naming"]) == ("sd1", "base", "ldm")
+    assert (found["method"], found["preset"], found["weights_beta"]) == ("weighted_sum", "low_res", None)
+    assert {"computed", "from_a", "from_b", "from_c", "dropped"} <= found["tensors"].keys()
+    assert found["bytes"] == (here / "a+b-low_res.safetensors").stat().st_size
+    assert found["seconds"] > 0
+
+
+def test_set_goes_on_top(pairs, here, capsys):
+    found = json.loads(ok(capsys, *pairs(), "-p", "low_res", "--set", "BASE=0.25,IN00-IN02=1", "--json"))
+    expected = dict(zip(oracle.SD, oracle.numbers(oracle.LOW_RES), strict=True)) | {"BASE": 0.25, "IN00": 1, "IN01": 1, "IN02": 1}
+    assert found["weights"] == expected
+
+
+def test_sdxl_weights(pairs, here, capsys):
+    a, b = pairs("sdxl")
+
+    def weights(*arguments):
+        return list(json.loads(ok(capsys, a, b, *arguments, "--json", "--dry-run"))["weights"].values())
+
+    assert weights("-p", "high_res") == oracle.numbers(oracle.SDXL_HIGH_RES)
+    named = dict(zip(oracle.SD, oracle.numbers(oracle.HIGH_RES), strict=True))
+    assert weights("-p", "high_res", "--sdxl-map", "name") == [named[block] for block in oracle.SDXL]
+    assert weights("-w", oracle.HIGH_RES) == [named[block] for block in oracle.SDXL]
+    assert weights("-w", oracle.HIGH_RES, "--sdxl-map", "resolution") == oracle.numbers(oracle.SDXL_HIGH_RES)
+
+
+def test_dry_run_writes_nothing(pairs, here, capsys):
+    out = ok(capsys, *pairs(), "-p", "high_res", "--dry-run")
+    assert "dry run: would write" in out
+    assert re.search(r"2\.2 MB in \d+ runs", out)
+    assert list(here.iterdir()) == []
+
+
+def test_quiet_prints_nothing(pairs, here, capsys):
+    assert ok(capsys, *pairs(), "-p", "high_res", "-q") == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), ["how much of B?", "--preset high_res", "--weights 0.5"]),
+        (("-p", "high_res", "-w", "1"), "both a preset and weights"),
+        (("-p", "hi_res"), ["unknown preset 'hi_res'", "did you mean 'high_res'"]),
+        (("-p", "nothing.toml"), "cannot read preset file nothing.toml"),
+        (("-w", "IN55=1"), ["unknown block 'IN55'", "did you mean 'IN"]),
+        (("-w", "1,2,3"), "3 weights given"),
+        (("-w", "half"), "'half' is not a number"),
+        (("-w", "0.5", "--set", "OUT12=1"), "unknown block 'OUT12'"),
+        (("-w", "0.5", "-m", "weighted_sun"), "did you mean 'weighted_sum'"),
+        (("-w", "0.5", "--dtype", "fp17"), ["unknown dtype 'fp17'", "did you mean 'fp16'"]),
+        (("-w", "0.5", "--sdxl-map", "size"), "unknown SDXL mapping"),
+        (("-w", "0.5", "--threads", "0"), "0 threads"),
+        (("-w", "0.5", "--device", "toaster"), "device toaster cannot be used"),
+    ],
+)
+def test_refused_arguments(pairs, here, capsys, arguments, says):
+    assert_refused(capsys, here, *pairs(), *arguments, says=says)
+
+
+def test_refusals_without_a_gpu(pairs, here, capsys):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert_refused(capsys, here, *pairs(), "-w", "0.5", "--device", "cuda", says="device cuda cannot be used")
+    ok(capsys, *pairs(), "-w", "0.5", "--device", "auto")
+
+
+def test_the_number_of_models(pairs, here, capsys):
+    a, b = pairs()
+    assert_refused(capsys, here, a, "-w", "0.5", says="weighted_sum merges 2 models; 1 given")
+    assert_refused(capsys, here, a, b, a, "-w", "0.5", says="weighted_sum merges 2 models; 3 given")
+
+
+@pytest.mark.parametrize("arguments", [["--frobnicate", "a", "b"], ["merge"], ["presets", "show"], ["a", "b", "--threads", "many"]])
+def test_what_click_cannot_parse_is_exit_code_2(here, capsys, arguments):
+    assert run(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Usage: " in err
+
+
+def test_inspect(pairs, here, capsys):
+    a, _ = pairs("sdxl")
+    out = ok(capsys, "inspect", a)
+    assert "a.safetensors  Stable Diffusion XL, base, ldm names" in out
+    assert re.search(r"IN08 +216 ", out)
+    found = json.loads(ok(capsys, "inspect", a, "--json"))
+    assert {"name", "family", "variant", "naming", "components", "blocks", "metadata"} <= found.keys()
+    assert "hashes" not in found
+    assert found["name"] == "a.safetensors"
+    assert found["blocks"]["IN08"]["tensors"] == 216
+    assert set(found["blocks"]["IN08"]) == {"tensors", "parameters", "bytes"}
+    assert "BASE" not in found["blocks"]
+    assert found["components"]["text_encoder_2"]["tensors"] == 390
+    assert found["components"]["unet"]["dtypes"] == {"F16": 1680}
+    assert sum(part["bytes"] for part in found["components"].values()) == sum(t.nbytes for t in load_file(a).values())
+    assert found["metadata"] == {"format": "pt"}
+
+
+def test_inspect_hashes(pairs, here, capsys):
+    a, _ = pairs()
+    found = json.loads(ok(capsys, "inspect", a, "--hash", "--json"))["hashes"]
+    data = a.read_bytes()
+
+    def sha(part):
+        return subprocess.run(["sha256sum"], input=part, capture_output=True, check=True).stdout.decode().split()[0]
+
+    length = int.from_bytes(data[:8], "little")
+    assert found == {
+        "sha256": sha(data),
+        "autov2": sha(data)[:10],
+        "autov3": sha(data[8 + length :])[:12],
+        "autov1": sha(data[0x100000:0x110000])[:8],
+    }
+    assert found["sha256"] in ok(capsys, "inspect", a, "--hash")
+
+
+def test_inspect_of_what_is_no_model(here, capsys):
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"lora_unet_x": torch.zeros(3)}, here / "lora.safetensors")
+    assert "no Stable Diffusion U-Net" in ok(capsys, "inspect", "lora.safetensors")
+    found = json.loads(ok(capsys, "inspect", "lora.safetensors", "--json"))
+    assert (found["family"], found["blocks"]) == (None, {})
+    assert found["components"]["other"]["tensors"] == 1
+    assert run(["inspect", "lora.safetensors", "--hash"]) == 0
+    assert "e3b0c442" in capsys.readouterr().out  # under 1 MiB AutoV1 hashes nothing
+
+
+def test_presets(here, capsys):
+    out = ok(capsys, "presets")
+    assert len([line for line in out.splitlines() if re.match(r"\S", line)]) == 41
+    found = json.loads(ok(capsys, "presets", "--json"))
+    assert len(found) == 40
+    assert all(preset.keys() == {"name", "weights", "sdxl", "source", "description"} for preset in found)
+    shown = json.loads(ok(capsys, "presets", "show", "HIGH-RES", "--json"))
+    assert shown == [preset for preset in found if preset["name"] == "high_res"]
+    assert_refused(capsys, here, "presets", "show", "lowres", says="did you mean 'low_res'")
+
+
+def test_presets_show_draws_the_u(here, capsys):
+    (here / "p.toml").write_text('name = "[bold]p[/bold]"\nweights = "IN00=1,IN11=-0.5,M00=0.01,OUT00=skip,OUT11=1.25,BASE=0.999"\n')
+    lines = [line.rstrip() for line in ok(capsys, "presets", "show", "p.toml").splitlines()]
+    assert lines[0] == "[bold]p[/bold]"
+    assert lines[2] == "  BASE   0.999 ███████████░"
+    assert lines[4] == "  IN00       1 ████████████    OUT11   1.25 ████████████"
+    assert lines[15] == "  IN11    -0.5 ░░░░░░░░░░░░    OUT00   skip ------------"
+    assert lines[16] == "                M00     0.01 █░░░░░░░░░░░"
+
+
+def test_ascii_terminals_get_ascii(pairs, here):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    done = subprocess.run(
+        [sys.executable, "-m", "blockmerge", "presets", "show", "high_res"], capture_output=True, env=environment, check=True
+    )
+    assert b"IN01       1 ############" in done.stdout
+    done = subprocess.run([sys.executable, "-m", "blockmerge", "ä", "b", "-w", "1"], capture_output=True, env=environment, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_demo(here, capsys):
+    out = ok(capsys, "demo")
+    folder = here / "blockmerge-demo"
+    assert sorted(path.name for path in folder.iterdir()) == ["a+b-high_res.safetensors", "a.safetensors", "b.safetensors"]
+    assert "weighted_sum high_res" in out
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 10_000_000
+    weights = dict(zip(oracle.SD, oracle.numbers(oracle.HIGH_RES), strict=True))
+    oracle.assert_merged(*(load_file(folder / f"{name}.safetensors") for name in ("a+b-high_res", "a", "b")), weights, "sd1")
+    assert_refused(capsys, here, "demo", says="a.safetensors exists")
+    first = snapshot(folder)
+    ok(capsys, "demo", "--overwrite")
+    assert snapshot(folder) == first
+    ok(capsys, "demo", "--seed", "1", "--overwrite")
+    assert snapshot(folder) != first
+    found = json.loads(ok(capsys, "demo", "other", "--family", "sdxl", "--json"))
+    assert found["family"] == "sdxl"
+    assert_refused(capsys, here, "demo", "blockmerge-demo", "--family", "sd3", says="unknown family 'sd3'")
+    (here / "file").write_text("")
+    assert_refused(capsys, here, "demo", "file", says="cannot make the folder file")
+
+
+def test_a_progress_bar_only_on_a_terminal(big_pair, here):
+    command = [sys.executable, "-m", "blockmerge", *map(str, big_pair), "-w", "0.5", "--overwrite", "-o", "out.safetensors"]
+    done = subprocess.run(command, capture_output=True, check=True)
+    assert done.stderr == b""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=slave, env={**os.environ, "TERM": "xterm"})
+    os.close(slave)
+    seen = b""
+    try:
+        while chunk := os.read(master, 4096):
+            seen += chunk
+    except OSError:  # the other end was closed
+        pass
+    os.close(master)
+    assert process.wait() == 0
+    assert b"merging" in seen
+    assert b"MB" in seen
+
+
+def test_no_color_is_honoured_and_pipes_get_none(pairs, here):
+    command = [sys.executable, "-m", "blockmerge", "presets", "show", "high_res"]
+    assert b"\x1b[" not in subprocess.run(command, capture_output=True, check=True).stdout
+    colours = []
+    for environment in ({"TERM": "xterm"}, {"TERM": "xterm", "NO_COLOR": "1"}):
+        master, slave = pty.openpty()
+        process = subprocess.Popen(command, stdout=slave, env={**os.environ, **environment})
+        assert process.wait() == 0
+        os.close(slave)
+        seen = b""
+        try:
+            while chunk := os.read(master, 65536):
+                seen += chunk
+        except OSError:
+            pass
+        os.close(master)
+        colours.append(b"\x1b[36m" in seen or b"\x1b[1;36m" in seen)
+    assert colours == [True, False]
+
+
+def test_a_closed_pipe_is_no_error():
+    process = subprocess.Popen([sys.executable, "-m", "blockmerge", "presets", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    _, err = process.communicate()
+    assert (process.returncode, err) == (0, b"")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["presets"], ["presets", "show", "high_res"], ["merge", "--help"]])
+def test_what_needs_no_torch_does_not_load_it(arguments):
+    code = (
+        "import sys\nfrom blockmerge.cli.main import run\n"
+        f"code = run({arguments!r})\nprint(sorted(m for m in ('torch', 'numpy', 'safetensors') if m in sys.modules), code, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "[] 0\n"
+
+
+def test_importing_the_package_loads_no_torch():
+    code = "import sys, blockmerge; blockmerge.merge, blockmerge.block_of, dir(blockmerge); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_version(capsys):
+    assert ok(capsys, "--version") == f"blockmerge, version {blockmerge.__version__}\n"
+
+
+def test_help_without_arguments(capsys):
+    assert run([]) in (0, 2)  # click has changed its mind about the code
+    out = capsys.readouterr()
+    assert "Merge Stable Diffusion checkpoints block by block." in out.out + out.err
+
+
+def test_ctrl_c_before_the_merge_begins(here, big_pair):
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import time, sys; from blockmerge.cli import main; main.cli.main = lambda *a, **k: time.sleep(60); main.main()"],
+        stderr=subprocess.PIPE,
+    )
+    time.sleep(1.5)
+    process.send_signal(2)
+    assert process.wait(timeout=30) == 130
+    assert b"Traceback" not in process.stderr.read()
+    process.stderr.close()

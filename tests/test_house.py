@@ -1,0 +1,185 @@
+"""The house is as the design draws it: who may import whom, the public names, sizes, and commands with docs."""
+
+from __future__ import annotations
+
+import ast
+import inspect as python_inspect
+from pathlib import Path
+
+import click
+import pytest
+
+import blockmerge
+from blockmerge.cli.main import cli
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "blockmerge"
+
+MAY_IMPORT = {
+    "errors": set(),
+    "version": set(),
+    "anatomy": set(),
+    "weights": {"anatomy"},
+    "methods": set(),
+    "checkpoints": {"anatomy"},
+    "streaming": {"checkpoints"},
+    "merging": {"streaming", "checkpoints", "methods", "weights", "anatomy"},
+    "inspecting": {"streaming", "checkpoints", "anatomy"},
+    "rendering": {"merging", "inspecting", "weights"},
+    "demo": {"checkpoints", "anatomy"},
+    "cli": {"merging", "inspecting", "weights", "rendering", "demo", "streaming"},
+    "__main__": {"cli"},
+}
+EVERYONE_MAY_IMPORT = {"errors", "version"}
+NO_TORCH = {"errors", "anatomy", "weights", "rendering", "cli"}
+
+
+def modules():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """Yield (module, at the top level?) of every import statement of a file."""
+    tree = ast.parse(path.read_text())
+    late = {id(node) for outer in ast.walk(tree) if isinstance(outer, (ast.FunctionDef, ast.If)) for node in ast.walk(outer)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) not in late) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module, id(node) not in late
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_keep_to_the_table(path):
+    room = room_of(path)
+    if room == "__init__":
+        return
+    for module, _ in imports(path):
+        first, *rest = module.split(".")
+        if first == "blockmerge" and rest and rest[0] != room:
+            assert rest[0] in MAY_IMPORT[room] | EVERYONE_MAY_IMPORT, f"{room} may not import {rest[0]}"
+        if first in ("click", "rich", "click_default_group"):
+            allowed = {"cli"} | ({"rendering"} if first == "rich" else {"weights"})
+            assert room in allowed, f"{room} may not know {first}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_torch_is_loaded_late(path):
+    top = {module.split(".")[0] for module, at_top in imports(path) if at_top}
+    if "torch" in top:
+        # Only files that are themselves loaded late, by the first worker that computes.
+        assert path.relative_to(PACKAGE).as_posix() in {"methods/elementwise.py", "merging/kernel.py", "streaming/tensors.py"}
+    if room_of(path) in NO_TORCH:
+        torch_users = {module for module, _ in imports(path) if module.split(".")[0] == "torch"}
+        # The merge command begins to load torch in the background, and the others do without.
+        assert not torch_users or path.relative_to(PACKAGE).as_posix() == "cli/merge.py"
+
+
+def test_the_table_is_the_one_in_the_docs():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for room, allowed in MAY_IMPORT.items():
+        if room in ("version", "__main__"):
+            continue
+        row = next(line for line in text.splitlines() if line.startswith((f"| `{room}/`", f"| `{room}.py`")))
+        said = {word.strip() for word in row.split("|")[3].split(",")} - {"–"}
+        assert said == allowed, room
+
+
+def test_the_public_names():
+    assert blockmerge.__all__ == [
+        "BlockWeights",
+        "BlockmergeError",
+        "Checkpoint",
+        "CheckpointError",
+        "IncompatibleModelsError",
+        "Inspection",
+        "MergeResult",
+        "NonFiniteError",
+        "OutputError",
+        "PresetError",
+        "RecipeError",
+        "UnknownFamilyError",
+        "WeightsError",
+        "block_of",
+        "inspect",
+        "load_preset",
+        "merge",
+        "merge_state_dicts",
+        "open_checkpoint",
+        "preset_names",
+    ]
+    for name in blockmerge.__all__:
+        thing = getattr(blockmerge, name)
+        assert python_inspect.getdoc(thing), name
+        assert name in dir(blockmerge)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = blockmerge.nothing
+
+
+def test_the_contract_of_the_python_interface():
+    merge = python_inspect.signature(blockmerge.merge).parameters
+    for name, default in {
+        "preset": None, "weights": None, "method": "weighted_sum", "preset_beta": None, "weights_beta": None, "vae": "auto",
+        "dtype": "keep", "device": "cpu", "threads": None, "overwrite": False, "progress": None,
+    }.items():  # fmt: skip
+        assert merge[name].default == default
+        assert merge[name].kind == merge[name].KEYWORD_ONLY
+    assert merge["output"].default is merge["output"].empty
+    dicts = python_inspect.signature(blockmerge.merge_state_dicts).parameters
+    assert {"preset", "weights", "method", "preset_beta", "weights_beta", "check_finite", "numbers"} <= dicts.keys()
+    assert list(python_inspect.signature(blockmerge.block_of).parameters) == ["name", "family"]
+    with pytest.raises(blockmerge.RecipeError, match="weighted_sum takes no 'beta'"):
+        blockmerge.merge("a", "b", output="c.safetensors", weights=0.5, weights_beta=0.5)
+    with pytest.raises(blockmerge.RecipeError, match="weighted_sum takes no 'gamma'"):
+        blockmerge.merge_state_dicts({}, {}, weights=0.5, gamma=0.5)
+
+
+def commands(group=cli, path=()):
+    for name, command in group.commands.items():
+        yield (*path, name), command
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
+
+
+@pytest.mark.parametrize(("path", "command"), list(commands()), ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
+def test_every_command_has_help_and_a_place_in_the_docs(path, command):
+    assert command.help
+    for parameter in command.params:
+        assert isinstance(parameter, click.Argument) or parameter.help, parameter.name
+    assert f"## blockmerge {' '.join(path)}\n" in (ROOT / "docs" / "cli.md").read_text()
+
+
+def test_the_command_reference_is_up_to_date():
+    """`make docs` writes it."""
+    from docs.cli_reference import reference
+
+    assert (ROOT / "docs" / "cli.md").read_text() == reference()
+
+
+def test_files_and_functions_are_of_a_size_to_be_read():
+    for path in modules():
+        text = path.read_text()
+        assert text.count("\n") <= 500, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                length = node.end_lineno - body[0].lineno + 1 if body else 0
+                assert length <= 60, f"{path}: {node.name} has {length} lines"
+
+
+def test_rooms_say_what_belongs_in_them():
+    for path in PACKAGE.rglob("__init__.py"):
+        assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_links_in_the_docs_lead_somewhere():
+    import re
+
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} → {target}"

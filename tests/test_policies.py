@@ -1,0 +1,312 @@
+"""What becomes of the tensors that are not simply merged: each row of docs/policies.md."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import blockmerge
+from blockmerge import IncompatibleModelsError
+from tests.refusals import assert_refused
+
+UNET = "model.diffusion_model."
+FIRST = UNET + "input_blocks.0.0.weight"
+PROJ = UNET + "input_blocks.4.1.proj_in.weight"
+VAE = "first_stage_model.decoder.conv_in.weight"
+TEXT = "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.k_proj.weight"
+POSITIONS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
+
+
+@pytest.fixture
+def models(pairs):
+    return tuple(load_file(path) for path in pairs())
+
+
+@pytest.fixture
+def merged(tmp_path):
+    """Merge two state dicts through files and give back the result's tensors and notes."""
+
+    def merge(a, b, **options):
+        options = {"weights": 0.5} | options
+        for name, tensors in (("a", a), ("b", b)):
+            save_file(tensors, tmp_path / f"{name}.safetensors")
+        output = tmp_path / "out.safetensors"
+        result = blockmerge.merge(tmp_path / "a.safetensors", tmp_path / "b.safetensors", output=output, overwrite=True, **options)
+        out = load_file(output)
+        assert sum((result.tensors.computed, result.tensors.from_a, result.tensors.from_b, result.tensors.from_vae)) == len(out)
+        return out, result
+
+    return merge
+
+
+def half(a, b, name):
+    return ((a[name].double() + b[name].double()) / 2).to(a[name].dtype)
+
+
+@pytest.mark.parametrize(
+    ("base", "vae", "source"),
+    [(0, "auto", 0), (0.5, "auto", 0), (0.51, "auto", 1), (1, "auto", 1), (1, "a", 0), (0, "b", 1), ("skip", "auto", 0)],
+)
+def test_the_vae_is_taken_whole(models, merged, base, vae, source):
+    out, result = merged(*models, weights=f"BASE={base},M00=0.5", vae=vae)
+    for name in out:
+        if name.startswith("first_stage_model."):
+            assert torch.equal(out[name], models[source][name])
+    assert any(f"the VAE is taken whole from {'ab'[source]}.safetensors" in note for note in result.notes) == (vae == "auto")
+
+
+def test_the_vae_blended_follows_base(models, merged):
+    out, _ = merged(*models, weights="BASE=0.5", vae="blend")
+    assert torch.equal(out[VAE], half(*models, VAE))
+    assert torch.equal(out[TEXT], half(*models, TEXT))
+    assert torch.equal(out[PROJ], models[0][PROJ])
+
+
+@pytest.mark.parametrize("prefix", ["first_stage_model.", ""])
+def test_a_vae_file_is_baked_in(models, merged, tmp_path, prefix):
+    vae = {
+        prefix + name.removeprefix("first_stage_model."): tensor + 1
+        for name, tensor in models[0].items()
+        if name.startswith("first_stage_model.")
+    }
+    save_file({**vae, "loss.logvar": torch.zeros(1)}, tmp_path / "my.vae.safetensors")
+    out, result = merged(*models, vae=tmp_path / "my.vae.safetensors")
+    assert torch.equal(out[VAE], models[0][VAE] + 1)
+    assert result.tensors.from_vae == 248
+    assert "the VAE is my.vae.safetensors" in result.notes
+    without = [{n: t for n, t in model.items() if not n.startswith("first_stage")} for model in models]
+    out, result = merged(*without, vae=tmp_path / "my.vae.safetensors")
+    assert torch.equal(out[VAE], models[0][VAE] + 1)
+    assert "loss.logvar" not in out
+
+
+def test_a_vae_that_does_not_fit_is_refused(models, pairs, tmp_path, capsys):
+    a, b = pairs()
+    vae = {name: tensor for name, tensor in models[0].items() if name.startswith("first_stage_model.")}
+    wide = {**vae, VAE: torch.zeros(512, 4, 3, 3)}
+    vae.pop(VAE)
+    save_file(vae, tmp_path / "part.safetensors")
+    save_file(wide, tmp_path / "wide.safetensors")
+    assert_refused(capsys, tmp_path, a, b, "-w", "0.5", "--vae", "part.safetensors", says=["no complete VAE", VAE])
+    assert_refused(capsys, tmp_path, a, b, "-w", "0.5", "--vae", "wide.safetensors", says=["another shape", VAE])
+    assert_refused(capsys, tmp_path, a, b, "-w", "0.5", "--vae", "C", says=["C", "auto, a, b, blend or a file"])
+    save_file({n: t for n, t in models[1].items() if n.startswith("model.")}, tmp_path / "unet.safetensors")
+    assert_refused(capsys, tmp_path, a, "unet.safetensors", "-w", "0.5", "--vae", "b", says="unet.safetensors has no VAE")
+
+
+@pytest.mark.parametrize("prefixed", [(True, True), (False, False), (True, False), (False, True)])
+def test_a_unet_alone_with_and_without_prefix(models, merged, prefixed):
+    unets = [
+        {name if keep else name.removeprefix(UNET): tensor for name, tensor in model.items() if name.startswith(UNET)}
+        for model, keep in zip(models, prefixed, strict=True)
+    ]
+    out, result = merged(*unets)
+    assert out.keys() == unets[0].keys()
+    assert torch.equal(out[PROJ if prefixed[0] else PROJ.removeprefix(UNET)], half(*models, PROJ))
+    assert result.tensors.computed == 686
+
+
+def test_components_that_only_one_model_has(models, merged):
+    unet = {name: tensor for name, tensor in models[0].items() if name.startswith(UNET)}
+    out, result = merged(unet, models[1])
+    assert out.keys() == models[1].keys()
+    assert torch.equal(out[TEXT], models[1][TEXT])
+    assert torch.equal(out[VAE], models[1][VAE])
+    assert torch.equal(out[PROJ], half(*models, PROJ))
+    assert "the VAE is only in b.safetensors and copied from there" in result.notes
+    assert "the text encoder is only in b.safetensors and copied from there" in result.notes
+    out, result = merged(models[1], unet)
+    assert out.keys() == models[1].keys()
+    assert torch.equal(out[TEXT], models[1][TEXT])
+
+
+def test_a_bare_unet_gets_its_prefix_when_more_comes_with_it(models, merged):
+    bare = {name.removeprefix(UNET): tensor for name, tensor in models[0].items() if name.startswith(UNET)}
+    out, result = merged(bare, models[1])
+    assert out.keys() == models[1].keys()
+    assert any("get the prefix model.diffusion_model." in note for note in result.notes)
+
+
+def test_single_tensors_that_only_one_model_has(models, merged):
+    a, b = models
+    extra = {"cond_stage_model.extra": torch.ones(3), "strange.tensor": torch.full((2,), 7.0)}
+    out, result = merged(a, {**b, **extra})
+    assert torch.equal(out["cond_stage_model.extra"], torch.ones(3))
+    assert torch.equal(out["strange.tensor"], torch.full((2,), 7.0))
+    assert any("2 tensors are only in b.safetensors" in note for note in result.notes)
+    out, result = merged({**a, **extra}, b)
+    assert torch.equal(out["strange.tensor"], torch.full((2,), 7.0))
+    assert any("2 tensors are only in a.safetensors" in note for note in result.notes)
+
+
+def test_schedules_and_integers_come_from_a(models, merged):
+    a, b = models
+    ours = {"betas": torch.rand(10), "alphas_cumprod": torch.rand(10), "steps": torch.tensor([1, 2]), "flag": torch.tensor(True)}
+    theirs = {"betas": torch.rand(10), "alphas_cumprod": torch.rand(10), "steps": torch.tensor([3, 4]), "flag": torch.tensor(False)}
+    out, result = merged({**a, **ours}, {**b, **theirs}, dtype="bf16")
+    for name, tensor in ours.items():
+        assert torch.equal(out[name], tensor)
+    assert "4 integer or schedule tensors are copied from a.safetensors" in result.notes
+    out, _ = merged(a, {**b, **theirs})
+    assert torch.equal(out["betas"], theirs["betas"])
+
+
+def test_intact_position_ids_never_change(models, merged):
+    for dtype in (torch.int64, torch.int32, torch.float16, torch.float32, torch.bfloat16):
+        exact = torch.arange(77).view(1, 77).to(dtype)
+        out, result = merged({**models[0], POSITIONS: exact}, models[1], weights=1, dtype="bf16")
+        assert torch.equal(out[POSITIONS], exact)
+        assert out[POSITIONS].dtype == dtype
+        assert not any("position_ids" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("broken", [torch.arange(77).float() * 1.01, torch.arange(77) + 1, torch.full((77,), float("nan"))])
+def test_broken_position_ids_are_restored(models, merged, broken):
+    out, result = merged({**models[0], POSITIONS: broken.view(1, 77)}, models[1])
+    assert torch.equal(out[POSITIONS], torch.arange(77).view(1, 77))
+    assert any("position_ids restored" in note for note in result.notes)
+    memory = blockmerge.merge_state_dicts({**models[0], POSITIONS: broken.view(1, 77)}, models[1], weights=0.5)
+    assert torch.equal(memory[POSITIONS], torch.arange(77).view(1, 77))
+
+
+def test_position_ids_that_only_b_has(models, merged):
+    a = {name: tensor for name, tensor in models[0].items() if name != POSITIONS}
+    out, _ = merged(a, models[1])
+    assert torch.equal(out[POSITIONS], models[1][POSITIONS])
+    out, _ = merged(models[1], a)
+    assert torch.equal(out[POSITIONS], models[1][POSITIONS])
+
+
+def test_prediction_markers_come_from_a_only(models, merged):
+    a, b = models
+    marked = {**b, "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    out, result = merged(a, marked)
+    assert "v_pred" not in out
+    assert any("warning: prediction markers differ" in note and "b.safetensors has v_pred, ztsnr" in note for note in result.notes)
+    out, result = merged(marked, b)
+    assert "v_pred" in out
+    assert any("warning" in note for note in result.notes)
+    out, result = merged(marked, marked)
+    assert not any("warning" in note for note in result.notes)
+
+
+def ema_of(model):
+    return {
+        "model_ema.diffusion_model" + name.removeprefix(UNET).replace(".", ""): tensor.float()
+        for name, tensor in model.items()
+        if name.startswith(UNET)
+    }
+
+
+def test_ema_copies_are_left_out(models, merged):
+    a, b = models
+    out, result = merged({**a, **ema_of(a), "model_ema.decay": torch.tensor(0.99)}, b)
+    assert out.keys() == a.keys()
+    assert result.tensors.dropped == 687
+    assert any("left out 687 EMA tensors of a.safetensors" in note for note in result.notes)
+
+
+def test_ema_weights_that_are_all_there_is_are_the_unet(models, merged):
+    a, b = models
+    out, result = merged(a, {**ema_of(b), "model_ema.decay": torch.tensor(0.99)})
+    assert out.keys() == a.keys()
+    assert torch.equal(out[PROJ], half(a, b, PROJ))
+    assert any("b.safetensors has only EMA weights" in note for note in result.notes)
+    out, result = merged(ema_of(a), b)
+    assert out[PROJ].dtype == torch.float32
+    assert torch.equal(out[PROJ].double(), (a[PROJ].double() + b[PROJ].double()) / 2)
+
+
+def test_novelai_text_encoders_match_the_usual_ones(models, merged):
+    a, b = models
+    nai = {name.replace(".text_model.", "."): tensor for name, tensor in b.items()}
+    assert nai.keys() != b.keys()
+    out, _ = merged(a, nai)
+    assert out.keys() == a.keys()
+    assert torch.equal(out[TEXT], half(a, b, TEXT))
+    out, _ = merged(nai, a)
+    assert out.keys() == a.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("channels", "family"), [(9, "sd1"), (8, "sd1"), (5, "sd2")])
+@pytest.mark.parametrize("weight", [0, 0.5, 1])
+@pytest.mark.parametrize("wide_is_a", [True, False])
+def test_more_input_channels_are_kept(pairs, merged, channels, family, weight, wide_is_a, dtype):
+    a, b = (load_file(path) for path in pairs(family))
+    extra = torch.randn(8, channels - 4, 3, 3, dtype=dtype)
+    wide = a if wide_is_a else b
+    wide[FIRST] = torch.cat([wide[FIRST].to(dtype), extra], dim=1)
+    out, result = merged(a, b, weights=weight)
+    first, second = a[FIRST][:, :4], b[FIRST][:, :4]
+    exact = ((1 - weight) * first.double() + weight * second.double()).to(a[FIRST].dtype)
+    assert torch.equal(out[FIRST][:, :4], exact)
+    assert torch.equal(out[FIRST][:, 4:], extra.to(a[FIRST].dtype))
+    assert out[FIRST].dtype == a[FIRST].dtype
+    memory = blockmerge.merge_state_dicts(a, b, weights=weight)
+    assert torch.equal(memory[FIRST], out[FIRST])
+
+
+def test_two_wide_first_convolutions_of_different_kinds_are_refused(models, tmp_path):
+    a, b = models
+    a[FIRST], b[FIRST] = torch.zeros(8, 9, 3, 3), torch.zeros(8, 8, 3, 3)
+    with pytest.raises(IncompatibleModelsError, match="shapes differ"):
+        blockmerge.merge(a, b, weights=0.5, output=tmp_path / "out.safetensors")
+
+
+def test_each_tensor_keeps_the_dtype_of_a(models, merged):
+    a, b = models
+    mixed_a = {name: tensor.float() if "output_blocks" in name and tensor.is_floating_point() else tensor for name, tensor in a.items()}
+    mixed_b = {name: tensor.bfloat16() if "input_blocks" in name else tensor for name, tensor in b.items()}
+    for weight in (0.5, 1):
+        out, result = merged(mixed_a, mixed_b, weights=weight)
+        assert {name: tensor.dtype for name, tensor in out.items()} == {name: tensor.dtype for name, tensor in mixed_a.items()}
+        assert any("are converted from BF16 to F16" in note for note in result.notes)
+        assert any("are converted from F16 to F32" in note for note in result.notes)
+
+
+def test_files_in_another_order_than_a(models, tmp_path):
+    """B's tensors lie in reverse; written by hand, since safetensors always sorts."""
+    import json
+
+    a, b = models
+    header, blob = {}, b""
+    for name in reversed(list(b)):
+        raw = b[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        dtype = {torch.float16: "F16", torch.int64: "I64"}[b[name].dtype]
+        header[name] = {"dtype": dtype, "shape": list(b[name].shape), "data_offsets": [len(blob), len(blob) + len(raw)]}
+        blob += raw
+    for pad in range(4):  # the data begins at any byte
+        text = json.dumps(header).encode() + b" " * pad
+        (tmp_path / "b.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + blob)
+        blockmerge.merge(a, tmp_path / "b.safetensors", preset="high_res", output=tmp_path / "one.safetensors", overwrite=True)
+        blockmerge.merge(tmp_path / "b.safetensors", a, preset="high_res", output=tmp_path / "three.safetensors", overwrite=True)
+        blockmerge.merge(a, b, preset="high_res", output=tmp_path / "two.safetensors", overwrite=True)
+        blockmerge.merge(b, a, preset="high_res", output=tmp_path / "four.safetensors", overwrite=True)
+        for left, right in (("one", "two"), ("three", "four")):
+            first, second = load_file(tmp_path / f"{left}.safetensors"), load_file(tmp_path / f"{right}.safetensors")
+            assert first.keys() == second.keys()
+            assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_empty_and_scalar_tensors(models, merged):
+    a, b = models
+    extra = {UNET + "time_embed.scalar": torch.tensor(1.0), UNET + "time_embed.empty": torch.zeros(0, 4), "nothing": torch.zeros(0)}
+    other = {UNET + "time_embed.scalar": torch.tensor(3.0), UNET + "time_embed.empty": torch.zeros(0, 4), "nothing": torch.zeros(0)}
+    out, _ = merged({**a, **extra}, {**b, **other})
+    assert out[UNET + "time_embed.scalar"].item() == 2.0
+    assert out[UNET + "time_embed.scalar"].shape == ()
+    assert out[UNET + "time_embed.empty"].shape == (0, 4)
+
+
+def test_skip_leaves_a_block_alone(models, merged):
+    out, result = merged(*models, weights="BASE=skip,IN04=skip,IN05=0.5")
+    assert torch.equal(out[PROJ], models[0][PROJ])
+    assert torch.equal(out[TEXT], models[0][TEXT])
+    assert result.weights["IN04"] is None
+
+
+def test_weights_beyond_the_models_are_noted(models, merged):
+    _, result = merged(*models, weights="IN04=1.5,M00=-0.5")
+    assert "weights outside 0 to 1 go beyond the models: IN04, M00" in result.notes
