@@ -7,7 +7,7 @@ narrower widths (8 channels for 320), on which diffusers' U-Net still runs. Test
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -64,10 +64,12 @@ def write_pair(
     seed: int = 0,
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write a model A and a model B that is A plus differences of `difference` times its weights' size.
 
     `dtypes` are A's and B's, in safetensors' spelling. The same arguments give the same files. Memory stays small.
+    `progress(done, total)` is told the numbers made of those to make.
     Raises OutputError when a file exists or cannot be written.
     """
     shapes = demo_layout(family, full_size=full_size)
@@ -87,7 +89,11 @@ def write_pair(
             except OSError as error:
                 raise OutputError(f"cannot write {shown(path)}: {reason(error)}") from error
             files.append((file, handle, dtype))
+        done, total = 0, sum(TensorInfo("F32", shape, 0).elements for shape in shapes.values())
         for pair in _values(order, shapes, difference, seed):
+            done += len(pair[0])
+            if progress:
+                progress(done, total)
             for (file, handle, dtype), values in zip(files, pair, strict=True):
                 try:
                     handle.write(_bytes(values, dtype))

@@ -53,7 +53,17 @@ def pairs(tmp_path_factory):
     return pair
 
 
-TAKEN_AWAY = ("pread", "pwrite", "preadv", "pwritev", "copy_file_range", "posix_fallocate", "posix_fadvise", "O_DIRECT", "O_DIRECTORY")
+TAKEN_AWAY = (
+    "pread",
+    "pwrite",
+    "preadv",
+    "pwritev",
+    "copy_file_range",
+    "posix_fallocate",
+    "posix_fadvise",
+    "O_DIRECT",
+    "O_DIRECTORY",
+)
 
 
 def _no_hard_links(*_, **__):

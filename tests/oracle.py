@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 
 SD = ["BASE", *(f"IN{n:02}" for n in range(12)), "M00", *(f"OUT{n:02}" for n in range(12))]
@@ -67,5 +66,3 @@ def assert_merged(out, a, b, weights, family, *, vae="auto"):
 
 def bits(tensor):
     return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-

@@ -109,7 +109,8 @@ def test_families_are_told_from_names_and_shapes(family, full_size):
 
 
 @pytest.mark.parametrize(
-    ("family", "channels", "variant"), [("sd1", 9, "inpainting"), ("sd1", 8, "pix2pix"), ("sd2", 5, "depth"), ("sdxl", 9, "inpainting")]
+    ("family", "channels", "variant"),
+    [("sd1", 9, "inpainting"), ("sd1", 8, "pix2pix"), ("sd2", 5, "depth"), ("sdxl", 9, "inpainting")],
 )
 def test_variants_are_told_from_the_first_convolution(family, channels, variant):
     shapes = {**demo_layout(family), "model.diffusion_model.input_blocks.0.0.weight": (8, channels, 3, 3)}
@@ -153,7 +154,10 @@ def test_diffusers_names_are_in_the_same_blocks(family):
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_ema_names_lead_back_to_plain_ones(family):
     unet = [name for name in layout(family) if component_of(name) == "unet"]
-    ema = {"model_ema." + name.removeprefix("model.").replace("diffusion_model.", "diffusion_model").replace(".", ""): name for name in unet}
+    ema = {
+        "model_ema." + name.removeprefix("model.").replace("diffusion_model.", "diffusion_model").replace(".", ""): name
+        for name in unet
+    }
     assert len(ema) == len(unet)
     assert plain_names_of_ema([*ema, "model_ema.decay", "model_ema.num_updates"]) == ema
     assert plain_names_of_ema(layout(family)) == {}

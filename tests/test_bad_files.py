@@ -42,8 +42,17 @@ BAD = {
     "half a surrogate pair": (pack(b'{"\\ud800": {"dtype":"F16","shape":[0],"data_offsets":[0,0]}}'), "surrogates"),
     "nested too deeply": (pack(b'{"a":' * 100_000 + b"1" + b"}" * 100_000), "too deeply"),
     "NaN in the header": (pack(b'{"a": NaN}'), "NaN"),
-    "a number of a million digits": (pack(b'{"a":{"dtype":"F16","shape":[1' + b"0" * 1_000_000 + b'],"data_offsets":[0,2]}}'), "valid"),
-    "a name twice": (pack(b'{"a":{"dtype":"F16","shape":[1],"data_offsets":[0,2]},"a":{"dtype":"F16","shape":[1],"data_offsets":[0,2]}}', b"\0\0"), "twice: a"),
+    "a number of a million digits": (
+        pack(b'{"a":{"dtype":"F16","shape":[1' + b"0" * 1_000_000 + b'],"data_offsets":[0,2]}}'),
+        "valid",
+    ),
+    "a name twice": (
+        pack(
+            b'{"a":{"dtype":"F16","shape":[1],"data_offsets":[0,2]},"a":{"dtype":"F16","shape":[1],"data_offsets":[0,2]}}',
+            b"\0\0",
+        ),
+        "twice: a",
+    ),
     "a key twice": (pack(b'{"a":{"dtype":"F16","dtype":"F16","shape":[1],"data_offsets":[0,2]}}', b"\0\0"), "twice: dtype"),
     "entry is no object": (pack({"a": 3}), "without exactly dtype"),
     "entry lacks its shape": (pack({"a": {"dtype": "F16", "data_offsets": [0, 4]}}, b"\0" * 4), "without exactly dtype"),
@@ -165,7 +174,9 @@ def test_families_names_and_shapes_that_do_not_fit(pairs, tmp_path, capsys):
 
     lacking = {name: tensor for name, tensor in whole.items() if ".input_blocks.4." not in name}
     save_file(lacking, tmp_path / "lacking.safetensors")
-    line = assert_refused(capsys, tmp_path, a, "lacking.safetensors", "-w", "0.5", says="lacking.safetensors lacks 38 U-Net tensors")
+    line = assert_refused(
+        capsys, tmp_path, a, "lacking.safetensors", "-w", "0.5", says="lacking.safetensors lacks 38 U-Net tensors"
+    )
     assert "and 35 more" in line
     assert_refused(capsys, tmp_path, "lacking.safetensors", a, "-w", "0.5", says="lacking.safetensors lacks 38 U-Net tensors")
 
@@ -194,7 +205,12 @@ def test_nan_and_infinity_are_refused_by_name(pairs, system, capsys, value, dtyp
     # asked for, or not computed, it is none of the merge's business
     from blockmerge.cli.main import run
 
-    assert run([str(a), str(system / "bad.safetensors"), "-w", "0.5", "--allow-nonfinite", "-q", "-o", str(system / "1.safetensors")]) == 0
+    assert (
+        run(
+            [str(a), str(system / "bad.safetensors"), "-w", "0.5", "--allow-nonfinite", "-q", "-o", str(system / "1.safetensors")]
+        )
+        == 0
+    )
     assert run([str(a), str(system / "bad.safetensors"), "-w", "0", "-q", "-o", str(system / "2.safetensors")]) == 0
 
 
@@ -233,4 +249,3 @@ def test_hostile_names_are_shown_harmlessly(pairs, tmp_path, capsys):
     line = assert_refused(capsys, tmp_path, "bad.safetensors", pairs()[0], "-w", "0.5", says=r"\x1b[31mred\n\u202e")
     assert "\x1b" not in line
     assert len(line) < 1000
-

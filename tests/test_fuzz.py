@@ -57,7 +57,9 @@ def mutate_tree(rng, header):
         entry = header[name]
         match rng.randrange(7):
             case 0:
-                header[rng.choice([name + "x", name[: len(name) // 2], "model_ema." + name, name.replace("1", "9")])] = header.pop(name)
+                header[rng.choice([name + "x", name[: len(name) // 2], "model_ema." + name, name.replace("1", "9")])] = (
+                    header.pop(name)
+                )
             case 1:
                 del header[name]
             case 2:
@@ -103,7 +105,11 @@ def mutated(rng):
     text = json.dumps(mutate_tree(rng, header)).encode()
     text = text if rng.random() < 0.5 else mutate_bytes(rng, text)
     text += b" " * rng.choice([0, 0, 1, 3, 4096])
-    length = len(text) if rng.random() < 0.93 else rng.choice([0, len(text) - 1, len(text) + 1, 10**12, 2**64 - 1, rng.getrandbits(64)])
+    length = (
+        len(text)
+        if rng.random() < 0.93
+        else rng.choice([0, len(text) - 1, len(text) + 1, 10**12, 2**64 - 1, rng.getrandbits(64)])
+    )
     values = torch.randn(size // 2 + 1, generator=torch.Generator().manual_seed(rng.getrandbits(32))).half()
     data = values.view(torch.uint8).numpy().tobytes()[:size]
     if rng.random() < 0.05:

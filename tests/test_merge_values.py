@@ -162,12 +162,8 @@ def test_a_unet_in_diffusers_names_merges_in_memory(pairs):
 
     from tests.thin_unet import config
 
-    a, b = (
-        {name: tensor for name, tensor in load_file(path).items() if name.startswith("model.")} for path in pairs()
-    )
-    expected = convert_ldm_unet_checkpoint(
-        blockmerge.merge_state_dicts(a, b, preset="high_res"), config=config("sd1")
-    )
+    a, b = ({name: tensor for name, tensor in load_file(path).items() if name.startswith("model.")} for path in pairs())
+    expected = convert_ldm_unet_checkpoint(blockmerge.merge_state_dicts(a, b, preset="high_res"), config=config("sd1"))
     converted = [convert_ldm_unet_checkpoint(dict(side), config=config("sd1")) for side in (a, b)]
     merged = blockmerge.merge_state_dicts(*converted, preset="high_res")
     assert merged.keys() == expected.keys()
@@ -206,7 +202,7 @@ def test_the_result_opens_with_diffusers_and_runs(pairs, tmp_path):
     blockmerge.merge(a, b, preset="high_res", output=tmp_path / "out.safetensors")
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
         assert file.metadata()["format"] == "pt"
-        assert len(file.keys()) == 1131  # noqa: SIM118 (safe_open is no dict)
+        assert len(file.keys()) == 1131
     checkpoint = load_file(tmp_path / "out.safetensors")
     unet = UNet2DConditionModel.from_config(config("sd1"))
     converted = convert_ldm_unet_checkpoint(checkpoint, config=dict(unet.config))
@@ -281,9 +277,13 @@ def test_output_dtypes(pairs, tmp_path, dtype):
         weight = oracle.weight_of(name, "sd1", weights)
         exact = (1 - weight) * first[name].double() + weight * second[name].double()
         # one rounding: the nearest of all values the dtype has, up to the error of the wider arithmetic
-        assert torch.allclose(tensor.double(), exact.to(wanted).double(), rtol=2.0**-2 if "fp8" in dtype else 2.0**-7, atol=2.0**-9)
+        assert torch.allclose(
+            tensor.double(), exact.to(wanted).double(), rtol=2.0**-2 if "fp8" in dtype else 2.0**-7, atol=2.0**-9
+        )
         if wanted == torch.float32:
-            assert ((tensor.double() - exact).abs() <= oracle.step_at(torch.maximum(first[name].abs(), second[name].abs()), wanted)).all()
+            assert (
+                (tensor.double() - exact).abs() <= oracle.step_at(torch.maximum(first[name].abs(), second[name].abs()), wanted)
+            ).all()
 
 
 def test_the_recipe_is_in_the_metadata_and_what_would_lie_is_not(pairs, tmp_path):

@@ -51,14 +51,42 @@ def test_the_output_is_never_an_input(pairs, system, capsys):
     subprocess.run(["ln", system / "b.safetensors", system / "hard.safetensors"], check=True)
     for name in ("a", "b", "soft", "hard", "../" + system.name + "/a"):
         assert_refused(
-            capsys, system, "a.safetensors", "b.safetensors", "-w", "0.5", "-o", f"{name}.safetensors", "--overwrite", says="is the input"
+            capsys,
+            system,
+            "a.safetensors",
+            "b.safetensors",
+            "-w",
+            "0.5",
+            "-o",
+            f"{name}.safetensors",
+            "--overwrite",
+            says="is the input",
         )
     assert_refused(
-        capsys, system, "soft.safetensors", "b.safetensors", "-w", "0.5", "-o", "a.safetensors", "--overwrite", says="is the input"
+        capsys,
+        system,
+        "soft.safetensors",
+        "b.safetensors",
+        "-w",
+        "0.5",
+        "-o",
+        "a.safetensors",
+        "--overwrite",
+        says="is the input",
     )
     vae = ["--vae", "hard.safetensors"]
     assert_refused(
-        capsys, system, "a.safetensors", "a.safetensors", "-w", "0.5", *vae, "-o", "b.safetensors", "--overwrite", says="is the input"
+        capsys,
+        system,
+        "a.safetensors",
+        "a.safetensors",
+        "-w",
+        "0.5",
+        *vae,
+        "-o",
+        "b.safetensors",
+        "--overwrite",
+        says="is the input",
     )
 
 
@@ -218,7 +246,10 @@ def test_ctrl_c_leaves_nothing(big_pair, tmp_path, number):
 def test_progress_is_told_from_the_callers_thread(pairs, tmp_path):
     seen = []
     result = blockmerge.merge(
-        *pairs(), weights=0.5, output=tmp_path / "o.safetensors", progress=lambda *step: seen.append((threading.get_ident(), *step))
+        *pairs(),
+        weights=0.5,
+        output=tmp_path / "o.safetensors",
+        progress=lambda *step: seen.append((threading.get_ident(), *step)),
     )
     assert {ident for ident, _, _ in seen} == {threading.get_ident()}
     assert seen[-1][1:] == (result.bytes, result.bytes)

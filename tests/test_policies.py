@@ -32,7 +32,9 @@ def merged(tmp_path):
         for name, tensors in (("a", a), ("b", b)):
             save_file(tensors, tmp_path / f"{name}.safetensors")
         output = tmp_path / "out.safetensors"
-        result = blockmerge.merge(tmp_path / "a.safetensors", tmp_path / "b.safetensors", output=output, overwrite=True, **options)
+        result = blockmerge.merge(
+            tmp_path / "a.safetensors", tmp_path / "b.safetensors", output=output, overwrite=True, **options
+        )
         out = load_file(output)
         assert sum((result.tensors.computed, result.tensors.from_a, result.tensors.from_b, result.tensors.from_vae)) == len(out)
         return out, result
@@ -143,7 +145,12 @@ def test_single_tensors_that_only_one_model_has(models, merged):
 def test_schedules_and_integers_come_from_a(models, merged):
     a, b = models
     ours = {"betas": torch.rand(10), "alphas_cumprod": torch.rand(10), "steps": torch.tensor([1, 2]), "flag": torch.tensor(True)}
-    theirs = {"betas": torch.rand(10), "alphas_cumprod": torch.rand(10), "steps": torch.tensor([3, 4]), "flag": torch.tensor(False)}
+    theirs = {
+        "betas": torch.rand(10),
+        "alphas_cumprod": torch.rand(10),
+        "steps": torch.tensor([3, 4]),
+        "flag": torch.tensor(False),
+    }
     out, result = merged({**a, **ours}, {**b, **theirs}, dtype="bf16")
     for name, tensor in ours.items():
         assert torch.equal(out[name], tensor)
@@ -183,7 +190,9 @@ def test_prediction_markers_come_from_a_only(models, merged):
     marked = {**b, "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
     out, result = merged(a, marked)
     assert "v_pred" not in out
-    assert any("warning: prediction markers differ" in note and "b.safetensors has v_pred, ztsnr" in note for note in result.notes)
+    assert any(
+        "warning: prediction markers differ" in note and "b.safetensors has v_pred, ztsnr" in note for note in result.notes
+    )
     out, result = merged(marked, b)
     assert "v_pred" in out
     assert any("warning" in note for note in result.notes)
@@ -257,7 +266,9 @@ def test_two_wide_first_convolutions_of_different_kinds_are_refused(models, tmp_
 
 def test_each_tensor_keeps_the_dtype_of_a(models, merged):
     a, b = models
-    mixed_a = {name: tensor.float() if "output_blocks" in name and tensor.is_floating_point() else tensor for name, tensor in a.items()}
+    mixed_a = {
+        name: tensor.float() if "output_blocks" in name and tensor.is_floating_point() else tensor for name, tensor in a.items()
+    }
     mixed_b = {name: tensor.bfloat16() if "input_blocks" in name else tensor for name, tensor in b.items()}
     for weight in (0.5, 1):
         out, result = merged(mixed_a, mixed_b, weights=weight)
@@ -292,8 +303,16 @@ def test_files_in_another_order_than_a(models, tmp_path):
 
 def test_empty_and_scalar_tensors(models, merged):
     a, b = models
-    extra = {UNET + "time_embed.scalar": torch.tensor(1.0), UNET + "time_embed.empty": torch.zeros(0, 4), "nothing": torch.zeros(0)}
-    other = {UNET + "time_embed.scalar": torch.tensor(3.0), UNET + "time_embed.empty": torch.zeros(0, 4), "nothing": torch.zeros(0)}
+    extra = {
+        UNET + "time_embed.scalar": torch.tensor(1.0),
+        UNET + "time_embed.empty": torch.zeros(0, 4),
+        "nothing": torch.zeros(0),
+    }
+    other = {
+        UNET + "time_embed.scalar": torch.tensor(3.0),
+        UNET + "time_embed.empty": torch.zeros(0, 4),
+        "nothing": torch.zeros(0),
+    }
     out, _ = merged({**a, **extra}, {**b, **other})
     assert out[UNET + "time_embed.scalar"].item() == 2.0
     assert out[UNET + "time_embed.scalar"].shape == ()

@@ -183,12 +183,14 @@ def _sweep(folder: Path) -> Iterable[str]:
                 path.unlink()
                 yield f"removed {shown(path.name)} ({_mega(size)}), left by an interrupted run"
         except OSError:
+            if fcntl is None:
+                continue  # somebody's merge is under way there: Windows removes no open file
             yield f"{shown(path.name)} seems left by an interrupted run, but cannot be removed"
 
 
 def _is_abandoned(path: Path) -> bool:
     if fcntl is None:
-        return True  # the writer's own open handle makes the removal fail
+        return True  # a writer's open handle will make the removal fail
     file = os.open(path, os.O_RDWR)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import threading
-
 import click
 
 from blockmerge.cli.console import json_option, progress_bar, stdout_console
@@ -79,9 +76,6 @@ def merge(
     if dry_run:
         result = plan_only(recipe, models, target, overwrite=overwrite)
     else:
-        if "torch" not in sys.modules:
-            # torch takes longer to load than the plan, and often than the merge: begin now, the workers wait for it.
-            threading.Thread(target=_load_torch, daemon=True).start()
         with progress_bar("merging", quiet=quiet or as_json) as progress:
             result = run(recipe, models, target, device=device, threads=threads, overwrite=overwrite, progress=progress)
     if as_json:
@@ -92,7 +86,3 @@ def merge(
         from blockmerge.rendering.terminal import print_merge
 
         print_merge(stdout_console(), result)
-
-
-def _load_torch() -> None:
-    import torch  # noqa: F401

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,10 +53,9 @@ def execute(plan: Plan, path: Path, pace: Pace, device: str = "cpu", progress: P
     Raises NonFiniteError naming the tensors when something that was computed is NaN or infinite (unless the recipe
     allows it), CheckpointError when an input cannot be read or was changed meanwhile, OSError when writing fails.
     """
-    pieces: Iterable[int] = range(0, plan.size, pace.piece_bytes)
+    pieces = list(range(0, plan.size, pace.piece_bytes))
     if "torch" not in sys.modules:
-        # torch takes longer to load than most merges take: what needs no torch is done meanwhile.
-        pieces = sorted(pieces, key=lambda start: any(r.is_computed for r in plan.runs_between(start, start + pace.piece_bytes)))
+        pieces = _ordered_for_loading(pieces, plan, pace)
     job = _Job(plan, OutputStream(path, direct=pace.direct), pace, device)
     try:
         for_each(pieces, job.worker, min(pace.threads, -(-plan.size // pace.piece_bytes)), plan.size, progress)
@@ -66,6 +65,16 @@ def execute(plan: Plan, path: Path, pace: Pace, device: str = "cpu", progress: P
         checkpoint.check_unchanged()
     if job.nonfinite:
         raise NonFiniteError(_explain_nonfinite(plan, [name for name in plan.tensors if name in job.nonfinite]))
+
+
+def _ordered_for_loading(pieces: list[int], plan: Plan, pace: Pace) -> list[int]:
+    """Put one piece that needs torch first and those that need none behind it.
+
+    torch takes as long to load as most merges take: one worker loads it while the others already copy.
+    """
+    computed = [start for start in pieces if any(run.is_computed for run in plan.runs_between(start, start + pace.piece_bytes))]
+    copied = sorted(set(pieces) - set(computed))
+    return [*computed[:1], *copied, *computed[1:]]
 
 
 class _Job:

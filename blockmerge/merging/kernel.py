@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 import torch
@@ -79,12 +80,13 @@ def choose_device(device: str) -> str:
     """Return the device that `device` means ("auto" is the GPU where there is one). Raises RecipeError."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cpu" and re.fullmatch(r"cuda(:\d{1,3})?", device) is None:
+        raise RecipeError(f"unknown device '{shown(device)}': cpu, cuda, cuda:N or auto")
     try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
+        torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         # torch says "not compiled with CUDA" with an AssertionError
-        raise RecipeError(f"device {shown(device)} cannot be used: {shown(str(error).splitlines()[0])}") from error
+        raise RecipeError(f"device {device} cannot be used: {shown(str(error).splitlines()[0])}") from error
     return device
 
 

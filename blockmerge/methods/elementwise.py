@@ -37,4 +37,6 @@ def _round_into(out: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 def _wide(*tensors: torch.Tensor) -> torch.dtype:
     *inputs, out = tensors
+    if out.device.type == "mps":  # which has no float64
+        return torch.float32
     return torch.float64 if out.itemsize >= 4 or any(t.dtype == torch.float64 for t in inputs) else torch.float32

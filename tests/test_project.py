@@ -1,0 +1,47 @@
+"""What is shipped: the wheel has the presets and the layouts, and the examples run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_wheel_has_presets_and_layouts_and_works_where_it_is_unpacked(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".venv", ".git", "*cache*", "blockmerge-demo", "__pycache__"))
+    build = "from hatchling.build import build_wheel; print(build_wheel('dist'))"
+    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True, check=True)
+    wheel = source / "dist" / done.stdout.split()[-1]
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        assert sum(name.startswith("blockmerge/presets/") for name in names) == 40
+        assert sum(name.startswith("blockmerge/anatomy/layouts/") and name.endswith(".json") for name in names) == 3
+        assert "blockmerge/py.typed" in names
+        assert not [name for name in names if name.startswith("tests")]
+        archive.extractall(tmp_path / "site")
+    shutil.rmtree(source)
+    code = "import blockmerge; print(blockmerge.__file__, len(blockmerge.preset_names()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == [str(tmp_path / "site" / "blockmerge" / "__init__.py"), "40"]
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_examples_run(example, tmp_path):
+    done = subprocess.run([sys.executable, example], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "in memory: 1131 tensors, the same as in the file" in done.stdout
