@@ -40,25 +40,26 @@ class Kernel:
         count = len(target) // size
         for at in range(0, count, step):
             elements = min(step, count - at)
-            inputs = [
-                self._read(place, operand.dtype, operand.offset, first + at, elements, reader(operand.source))
-                for place, operand in enumerate(run.operands)
-            ]
             part = target[at * size : (at + elements) * size]
+            inputs = []
+            for place, operand in enumerate(run.operands):
+                # A is read straight into the output, where the result then takes its place: less memory to go through.
+                buffer = (
+                    part if place == 0 and operand.dtype == run.dtype else self._buffer(place, elements * size_of(operand.dtype))
+                )
+                reader(operand.source).read_into(operand.offset + (first + at) * size_of(operand.dtype), buffer)
+                inputs.append(tensor_view(buffer, operand.dtype, elements))
             out = tensor_view(part, run.dtype, elements)
             if not self._compute_one(inputs, run.alpha, out):
                 start = low + at * size
                 yield start, start + len(part), _part_is_finite(out, start, size)
 
-    def _read(self, place: int, dtype: str, offset: int, element: int, elements: int, reader: Reader) -> torch.Tensor:
-        nbytes = elements * size_of(dtype)
+    def _buffer(self, place: int, nbytes: int) -> memoryview:
         while len(self._buffers) <= place:
-            self._buffers.append(aligned_buffer(self._chunk_bytes))
+            self._buffers.append(aligned_buffer(0))
         if len(self._buffers[place]) < nbytes:
             self._buffers[place] = aligned_buffer(nbytes)
-        buffer = self._buffers[place][:nbytes]
-        reader.read_into(offset + element * size_of(dtype), buffer)
-        return tensor_view(buffer, dtype, elements)
+        return self._buffers[place][:nbytes]
 
     def _compute_one(self, inputs: list[torch.Tensor], alpha: float | None, out: torch.Tensor) -> bool:
         """Write the result into `out`, which is on the CPU, and say whether it is finite (or need not be)."""

@@ -1,6 +1,7 @@
 """Methods that work element by element, so that a tensor may be cut anywhere.
 
-Each takes tensors of one shape, of any float dtypes, and writes into `out`, whose dtype is the result's. The arithmetic
+Each takes tensors of one shape, of any float dtypes, and writes into `out`, whose dtype is the result's, and which may be
+A's own memory. The arithmetic
 is one step wider than the result, which is then rounded once: half precision and 8-bit floats are combined in float32,
 float32 in float64, and whatever meets a float64 input in float64. (In float32, a weighted sum of float32 tensors of
 opposite signs was seen 1.7 steps off.)
