@@ -146,12 +146,9 @@ class _Judge:
                 return None
         alpha = self.weights[block_of(name, self.models[0].anatomy.family.name)]
         source = 0 if alpha is None else self.recipe.merge_method.copies(alpha)
-        decision = self._take(name, 0)
-        if wider == 1:
-            decision = replace(decision, shape=second)
-        if source is None:
-            return replace(decision, sources=(0, 1), alpha=alpha, wider=wider)
-        return replace(decision, sources=(source,), wider=wider)
+        sources, alpha = ((0, 1), alpha) if source is None else ((source,), None)
+        dtype = self.recipe.output_dtype or self.infos[0][name].dtype
+        return Decision(name, name, dtype, second if wider == 1 else first, sources, alpha, wider=wider)
 
     def _take(self, name: str, source: int, *, fixed_dtype: bool = False) -> Decision:
         info = self.infos[source][name]

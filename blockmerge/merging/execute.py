@@ -18,11 +18,11 @@ from blockmerge.streaming import PAGE, OutputStream, Progress, aligned_buffer, d
 if TYPE_CHECKING:
     from blockmerge.merging.kernel import Kernel
 
-PIECE_BYTES = 8 << 20
+PIECE_BYTES = 4 << 20
 """What a worker writes in one call. Larger pieces write no faster, and each worker holds one."""
 
 CHUNK_BYTES = 512 << 10
-"""What a worker computes at once: small enough that the inputs and the result stay in its cache."""
+"""What a worker computes at once: small enough to stay in a cache, large enough that Python is not in the way."""
 
 PIECES_MEMORY = 32 << 20
 """What all workers' pieces may take together, however many workers there are."""
