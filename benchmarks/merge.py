@@ -5,6 +5,7 @@
 Makes a full-size pair with the project's own generator (kept in --folder, when one is given), then runs paired rounds of
 
   cp            cp --reflink=never of A, and fsync of the copy
+  write only    dd of as many bytes, direct and fsync: what the disk allows, whatever the program
   load and save a whole process: safetensors' load_file of both, one loop over the tensors, save_file, fsync
   merge …       blockmerge.merge in this process, torch loaded; fsync included
   command …     the whole command `blockmerge A B`, a fresh process
@@ -100,6 +101,12 @@ def copy(a: Path, output: Path) -> None:
         os.fsync(file.fileno())
 
 
+def write_only(size: int, output: Path) -> None:
+    """What the disk allows: as many bytes, written past the page cache and flushed, by a program that does nothing else."""
+    of = [f"of={output}", "oflag=direct", "conv=fsync"]
+    subprocess.run(["dd", "if=/dev/zero", "bs=8M", f"count={-(-size // (8 << 20))}", *of], check=True, stderr=subprocess.DEVNULL)
+
+
 def contestants(a: Path, b: Path, output: Path, peers: bool) -> dict[str, Callable[[], object]]:
     import torch  # noqa: F401 (loaded before anything is timed)
 
@@ -112,6 +119,7 @@ def contestants(a: Path, b: Path, output: Path, peers: bool) -> dict[str, Callab
 
     found: dict[str, Callable[[], object]] = {
         "cp + fsync": lambda: copy(a, output),
+        "write only": lambda: write_only(a.stat().st_size, output),
         "load and save (process)": lambda: process(LOAD_AND_SAVE, a, b, output),
         "merge, high_res": lambda: blockmerge.merge(a, b, preset="high_res", output=output, overwrite=True),
         "merge, flat 0.5": lambda: blockmerge.merge(a, b, weights=0.5, output=output, overwrite=True),

@@ -7,6 +7,7 @@ IN00, the last norm and convolution (`out.`) to the last output block, and what 
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from blockmerge.errors import RecipeError, shown
 
@@ -26,6 +27,7 @@ _DIFFUSERS = re.compile(
 )
 
 
+@lru_cache(1 << 13)  # the models of a merge have the same names
 def block_of(name: str, family: str | None = None) -> str:
     """Return the block that a tensor belongs to.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 from blockmerge.anatomy.layouts import layout
 
@@ -23,6 +24,7 @@ _COMPONENT_PREFIXES = (
 )
 _BARE_UNET = re.compile(r"(?:input_blocks|middle_block|output_blocks|time_embed|label_emb|out)\.")
 _DIFFUSERS_UNET = re.compile(r"(?:down_blocks|mid_block|up_blocks|conv_in|conv_norm_out|conv_out|time_embedding|add_embedding)\.")
+_REMEMBERED = 1 << 13  # names: the models of a merge have the same ones, and each is asked about several times
 _SCHEDULE = re.compile(
     r"betas|alphas_cumprod(_prev)?|sqrt_\w+|log_one_minus_\w+|posterior_\w+|logvar|(denoiser\.)?(sigmas|log_sigmas)"
 )
@@ -32,6 +34,7 @@ _NAI_TEXT_ENCODER = re.compile(
 )
 
 
+@lru_cache(_REMEMBERED)
 def component_of(name: str) -> str:
     """Return the component (one of COMPONENTS) that a tensor belongs to, from its name."""
     for prefix, component in _COMPONENT_PREFIXES:
@@ -40,6 +43,7 @@ def component_of(name: str) -> str:
     return "unet" if _BARE_UNET.match(name) or _DIFFUSERS_UNET.match(name) else "other"
 
 
+@lru_cache(_REMEMBERED)
 def canonical_name(name: str) -> str:
     """Return the one name under which a tensor of LDM naming is matched with other models' tensors.
 
