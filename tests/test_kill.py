@@ -20,6 +20,6 @@ def test_killed_merges_leave_no_bad_file(big_pair, tmp_path, rounds, kind):
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
-    assert seen["rounds"] == rounds
+    assert seen["rounds"] >= rounds
     assert seen["midway"] >= rounds // 3, seen
     assert seen["swept"] == seen["midway"]
