@@ -13,7 +13,7 @@ Makes a full-size pair with the project's own generator (kept in --folder, when 
 
 Every round runs each of them once, in a random order, and ratios are taken within a round: these are what to compare,
 since seconds depend on the machine and on what else it is doing. Files are warm (read once before). Memory is the peak
-of anonymous memory (RssAnon, Linux), sampled every 5 ms in a process of its own, beside the same of `import torch`.
+of anonymous memory (RssAnon and RssShmem, Linux), sampled every 5 ms in a process of its own, beside the same of `import torch`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ MEMORY = """
 import json, os, sys, threading, time
 def anonymous():
     with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+        return sum(int(line.split()[1]) for line in file if line.startswith(("RssAnon", "RssShmem")))
 import torch
 peak = loaded = anonymous()
 done = threading.Event()

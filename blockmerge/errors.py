@@ -74,15 +74,18 @@ def shown(text: object, limit: int = 120) -> str:
 
     Names come from files that may be hostile, and a terminal obeys what is printed to it.
     """
-    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))
+    line = str(text)
+    if len(line) > 8 * limit:  # cut before it is looked at letter by letter: it may be of megabytes
+        line = line[: 4 * limit] + line[-4 * limit :]
+    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
     return line if len(line) <= limit else f"{line[: limit // 2]}…{line[-limit // 2 :]}"
 
 
 def listing(items: Iterable[object], limit: int = 3) -> str:
     """Return the first few of `items` and how many more there are: ``"a, b, c and 4 more"``."""
-    texts = [shown(item) for item in items]
-    more = len(texts) - limit
-    return ", ".join(texts[:limit]) + (f" and {more} more" if more > 0 else "")
+    everything = list(items)
+    more = len(everything) - limit
+    return ", ".join(map(shown, everything[:limit])) + (f" and {more} more" if more > 0 else "")
 
 
 def reason(error: OSError) -> str:

@@ -19,6 +19,8 @@ from blockmerge.checkpoints.checkpoint import Checkpoint, Reader, TensorInfo
 from blockmerge.checkpoints.dtypes import itemsize
 from blockmerge.errors import CheckpointError, listing, reason, shown
 
+_MOST_FAULTS = 100  # counted; a hostile header can hold millions
+_MOST_AXES = 64
 LARGEST_HEADER = 100_000_000  # bytes; the reference reader's limit
 
 
@@ -109,8 +111,8 @@ def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
     return len(text).to_bytes(8, "little") + text
 
 
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns
+def _identity(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _read_header(file: Any, size: int) -> tuple[dict[str, TensorInfo], dict[str, str], int]:
@@ -127,6 +129,8 @@ def _read_header(file: Any, size: int) -> tuple[dict[str, TensorInfo], dict[str,
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its __metadata__ does not map strings to strings")
+    for value in metadata.values():
+        value.encode("utf-8")  # as for names: half a surrogate pair cannot be written again
     data_start = 8 + length
     return _checked_entries(header, size - data_start, data_start), metadata, data_start
 
@@ -172,12 +176,17 @@ def _checked_entries(header: dict[str, Any], data_size: int, data_start: int) ->
             begin, end, info = _checked_entry(entry, data_start)
         except ValueError as fault:
             faults.append(f"{shown(name)} {fault}")
+            if len(faults) == _MOST_FAULTS:
+                break
         else:
             spans.append((begin, end, name, info))
     if not faults:
         faults = _gaps(spans, data_size)
     if faults:
-        raise ValueError(listing((f"tensor {fault}" for fault in faults), limit=2))
+        many = len(faults) >= _MOST_FAULTS
+        raise ValueError(
+            listing([f"tensor {fault}" for fault in faults[:2]], limit=2) + (_more(len(faults) - 2, many) if faults[2:] else "")
+        )
     spans.sort(key=lambda span: span[:2])
     return {name: info for _, _, name, info in spans}
 
@@ -188,11 +197,11 @@ def _checked_entry(entry: Any, data_start: int) -> tuple[int, int, TensorInfo]:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     size = itemsize(dtype) if isinstance(dtype, str) else None
     if size is None:
-        raise ValueError(f"has the unknown dtype {shown(json.dumps(dtype), 40)}")
-    if not _counts(shape):
-        raise ValueError(f"has the shape {shown(json.dumps(shape), 60)}, which is none")
+        raise ValueError(f"has the unknown dtype {_brief(dtype, 40)}")
+    if not _counts(shape) or len(shape) > _MOST_AXES:
+        raise ValueError(f"has the shape {_brief(shape)}, which is none")
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"has the data_offsets {shown(json.dumps(offsets), 60)}, which are none")
+        raise ValueError(f"has the data_offsets {_brief(offsets)}, which are none")
     begin, end = offsets
     # Multiplied step by step and given up early: a hostile shape must not make a number of a million digits.
     needed = 0 if 0 in shape else size
@@ -203,6 +212,17 @@ def _checked_entry(entry: Any, data_start: int) -> tuple[int, int, TensorInfo]:
     if needed != end - begin:
         raise ValueError(f"has {end - begin} bytes of data, which shape {shown(shape, 60)} in {dtype} does not take")
     return begin, end, TensorInfo(dtype, tuple(shape), data_start + begin)
+
+
+def _more(count: int, many: bool) -> str:
+    return f" and {'at least ' if many else ''}{count} more"
+
+
+def _brief(value: object, limit: int = 60) -> str:
+    # A hostile value may be of megabytes: what is not shown is not spelled either.
+    return shown(
+        json.dumps(value[:20] if isinstance(value, (list, str)) else value if not isinstance(value, dict) else "an object"), limit
+    )
 
 
 def _counts(value: Any) -> bool:
@@ -216,6 +236,8 @@ def _gaps(spans: list[tuple[int, int, str, TensorInfo]], data_size: int) -> list
         if begin != position:
             what = "overlaps the one before it" if begin < position else "leaves a gap before it"
             faults.append(f"{shown(name)} {what} (it begins at {begin}, expected {position})")
+            if len(faults) == _MOST_FAULTS:
+                return faults
         position = max(position, end)
     if not faults and position != data_size:
         raise ValueError(

@@ -7,13 +7,16 @@ writer in that folder finds it and removes it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
+import re
 import secrets
 import shutil
 import stat
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
@@ -26,6 +29,8 @@ except ImportError:  # Windows, where an open file cannot be removed anyway
     fcntl = None  # type: ignore[assignment]
 
 _TEMP_PREFIX, _TEMP_SUFFIX = ".blockmerge-", ".tmp"
+_TEMP_NAME = re.compile(r"\.blockmerge-\d+-[0-9a-f]{8}\.tmp")
+_YOUNG = 600  # seconds
 
 
 def check_output(path: str | os.PathLike[str], inputs: Iterable[Path] = (), *, overwrite: bool = False) -> Path:
@@ -36,7 +41,7 @@ def check_output(path: str | os.PathLike[str], inputs: Iterable[Path] = (), *, o
     """
     try:
         target = Path(os.path.realpath(path))
-        folder_exists, status = target.parent.is_dir(), target.stat() if target.exists() else None
+        folder_exists, status = target.parent.is_dir(), _stat(target)
     except (OSError, ValueError) as error:
         why = reason(error) if isinstance(error, OSError) else str(error)
         raise OutputError(f"cannot write {shown(path)}: {why}") from error
@@ -53,6 +58,13 @@ def check_output(path: str | os.PathLike[str], inputs: Iterable[Path] = (), *, o
     if not folder_exists:
         raise OutputError(f"cannot write {shown(path)}: the folder {shown(target.parent)} does not exist")
     return target
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 class AtomicFile:
@@ -102,7 +114,7 @@ class AtomicFile:
         assert self._file is not None
         try:
             os.ftruncate(self._file, self.size)
-            os.fsync(self._file)
+            _flush(self._file)
             if os.name == "nt":  # Windows renames no open file
                 os.close(self._file)
                 self._file = None
@@ -125,20 +137,23 @@ class AtomicFile:
 
     def _remove(self) -> None:
         if self.path != self.target:
-            self.path.unlink(missing_ok=True)
+            # An error here must not hide the one that led here, and after a rename there is nothing left to lose.
+            with contextlib.suppress(OSError):
+                self.path.unlink(missing_ok=True)
 
     def _create(self) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-        while True:
+        for _ in range(100):
             name = f"{_TEMP_PREFIX}{os.getpid()}-{secrets.token_hex(4)}{_TEMP_SUFFIX}"
             self.path = self.target.with_name(name)
             self._file = os.open(self.path, flags, 0o666)
-            if _lock(self._file) and os.fstat(self._file).st_nlink:
+            if _lock(self._file) and self.path.exists():
                 return
             # Between creating and locking it, another writer took it for a leftover and removed it.
             os.close(self._file)
             self._file = None
             self.path.unlink(missing_ok=True)
+        raise OSError(errno.EAGAIN, "temp files vanish as soon as they are made")
 
     def _rename(self) -> None:
         if self._overwrite:
@@ -177,23 +192,29 @@ def _lock(file: int) -> bool:
 def _sweep(folder: Path) -> Iterable[str]:
     """Remove what killed writers left in `folder`, and say what was found."""
     for path in sorted(folder.glob(f"{_TEMP_PREFIX}*{_TEMP_SUFFIX}")):
+        if not _TEMP_NAME.fullmatch(path.name):
+            continue
         try:
             size = path.stat().st_size
-            if _is_abandoned(path):
-                path.unlink()
+            if _remove_if_abandoned(path):
                 yield f"removed {shown(path.name)} ({_mega(size)}), left by an interrupted run"
         except OSError:
-            if fcntl is None:
-                continue  # somebody's merge is under way there: Windows removes no open file
-            yield f"{shown(path.name)} seems left by an interrupted run, but cannot be removed"
+            continue  # somebody else's, or already gone
 
 
-def _is_abandoned(path: Path) -> bool:
+def _remove_if_abandoned(path: Path) -> bool:
+    """Remove a temp file that no living writer holds, and say whether it was one."""
     if fcntl is None:
-        return True  # a writer's open handle will make the removal fail
+        # Windows removes no open file, but a writer closes its file just before it renames it: leave young ones alone.
+        if time.time() - path.stat().st_mtime < _YOUNG:
+            return False
+        path.unlink()
+        return True
     file = os.open(path, os.O_RDWR)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Still locked: a writer that has just created it finds that it is gone, and makes another.
+        path.unlink()
     except BlockingIOError:
         return False
     finally:
@@ -217,6 +238,15 @@ def _reserve(file: int, size: int) -> None:
         code = ctypes.get_errno()
         if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
             raise OSError(code, os.strerror(code))
+
+
+def _flush(file: int) -> None:
+    """Flush a file to the disk itself."""
+    if fcntl is not None and hasattr(fcntl, "F_FULLFSYNC"):  # on macOS, fsync stops at the drive's own cache
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(file, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(file)
 
 
 def _sync_folder(folder: Path) -> None:

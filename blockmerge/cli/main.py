@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 something the library refuses; 2 what click cannot parse; 
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -47,8 +48,13 @@ for command in (merge, inspect, presets, demo):
 def main() -> None:
     """Run the command line and exit."""
     for name in ("SIGTERM", "SIGHUP"):  # a closed terminal or a stopped job should leave no temp file either
-        if hasattr(signal, name):
+        # … but a signal that was switched off stays so: that is how nohup works.
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
             signal.signal(getattr(signal, name), _interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        # A name or a bar that the terminal's encoding lacks must not end a merge that has been done.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:]))
 
 
@@ -73,6 +79,11 @@ def run(arguments: list[str]) -> int:
         # more when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        # All the library's own are BlockmergeErrors: this is stdout, on a full disk or (on Windows) a closed pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _say(f"Error: cannot print the result: {error.strerror}")
+        return 1
     return 0
 
 

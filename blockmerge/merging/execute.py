@@ -77,6 +77,11 @@ def _ordered_for_loading(pieces: list[int], plan: Plan, pace: Pace) -> list[int]
     return [*computed[:1], *copied, *computed[1:]]
 
 
+_torch_lock = threading.Lock()
+_torch_threads: list[int] = []
+"""torch's number of threads before the first of the merges that are under way, and once more for each of them."""
+
+
 class _Job:
     """What the workers of one execution share."""
 
@@ -87,7 +92,7 @@ class _Job:
         self.device = device
         self.nonfinite: set[str] = set()
         self._lock = threading.Lock()
-        self._torch_threads: int | None = None
+        self._borrowed_torch = False
 
     @contextmanager
     def worker(self) -> Iterator[Callable[[int], int]]:
@@ -98,17 +103,23 @@ class _Job:
         """Make torch single-threaded in the calling thread: the workers are the threads."""
         import torch
 
-        with self._lock:
-            if self._torch_threads is None:
-                self._torch_threads = torch.get_num_threads()
-        torch.set_num_threads(1)
+        with _torch_lock:
+            if not self._borrowed_torch:
+                self._borrowed_torch = True
+                if not _torch_threads:
+                    _torch_threads.append(torch.get_num_threads())
+                _torch_threads.append(_torch_threads[0])
+            torch.set_num_threads(1)
 
     def restore_torch(self) -> None:
         """Undo what `one_torch_thread` does to threads that are started later."""
-        if self._torch_threads is not None:
+        if self._borrowed_torch:
             import torch
 
-            torch.set_num_threads(self._torch_threads)
+            with _torch_lock:
+                torch.set_num_threads(_torch_threads.pop())
+                if len(_torch_threads) == 1:
+                    _torch_threads.clear()
 
     def note_nonfinite(self, start: int, stop: int, is_finite: Callable[[int, int], bool]) -> None:
         """Find out which tensors in the bytes [start, stop) of the output are not finite."""

@@ -61,7 +61,7 @@ class Recipe:
             {
                 "version": __version__,
                 "method": self.method,
-                "models": [model.name for model in models],
+                "models": [model.name.encode("utf-8", "replace").decode() for model in models],
                 "preset": preset,
                 "weights": dict(weights),
                 "vae": vae,

@@ -51,13 +51,24 @@ def for_each(
                     progress(pool.done, total)
     finally:
         pool.stop.set()
-        for thread in running:
-            if thread.ident is not None:
-                thread.join()
+        _join_all(running)
     if pool.errors:
         raise pool.errors[0]
     if progress:
         progress(total, total)
+
+
+def _join_all(threads: list[threading.Thread]) -> None:
+    """Wait for all threads, whatever happens meanwhile: a second Ctrl-C is raised when they have ended."""
+    interrupted: KeyboardInterrupt | None = None
+    for thread in threads:
+        while thread.ident is not None and thread.is_alive():
+            try:
+                thread.join(_POLL)
+            except KeyboardInterrupt as error:
+                interrupted = error
+    if interrupted is not None:
+        raise interrupted
 
 
 class _Pool(Generic[Task]):
