@@ -249,3 +249,43 @@ def test_hostile_names_are_shown_harmlessly(pairs, tmp_path, capsys):
     line = assert_refused(capsys, tmp_path, "bad.safetensors", pairs()[0], "-w", "0.5", says=r"\x1b[31mred\n\u202e")
     assert "\x1b" not in line
     assert len(line) < 1000
+
+
+@pytest.mark.parametrize("what", ["entries", "axes", "duplicates"])
+def test_large_hostile_headers_cost_little(tmp_path, what):
+    import time
+
+    body = {
+        "entries": b"{" + b",".join(b'"%d":{}' % n for n in range(300_000)) + b"}",
+        "axes": b'{"a":{"dtype":"F16","shape":[' + b"0," * 2_000_000 + b'0],"data_offsets":[0,0]}}',
+        "duplicates": b"{" + b",".join([b'"a":1'] * 300_000) + b"}",
+    }[what]
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(pack(body))
+    started = time.process_time()
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path)
+    assert time.process_time() - started < 10  # it took minutes, once; far from a benchmark
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_metadata_value_that_cannot_be_written_again(tmp_path):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(pack(b'{"__metadata__":{"x":"\\ud800"}}'))
+    with pytest.raises(CheckpointError, match="surrogates"):
+        open_checkpoint(path)
+
+
+def test_a_file_name_that_is_no_utf8(pairs, tmp_path):
+    import os
+
+    name = os.fsencode(tmp_path) + b"/a\xff.safetensors"
+    try:
+        with open(name, "wb") as file:
+            file.write(pairs()[0].read_bytes())
+    except OSError:
+        pytest.skip("not on this file system")
+    import blockmerge
+
+    blockmerge.merge(os.fsdecode(name), pairs()[1], weights=0.5, output=tmp_path / "out.safetensors")
+    assert len(load_file(tmp_path / "out.safetensors")) == 1131

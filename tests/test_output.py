@@ -307,3 +307,50 @@ def test_short_writes_are_continued(tmp_path, monkeypatch):
     with OutputStream(path).writer() as piece_writer:
         piece_writer.write(0, buffer)
     assert path.read_bytes() == data
+
+
+def test_the_data_is_flushed_before_it_gets_its_name(pairs, tmp_path, monkeypatch):
+    steps = []
+    for name in ("fsync", "link", "replace", "rename"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *given, name=name, real=real: (steps.append(name), real(*given))[1])
+    blockmerge.merge(*pairs(), weights=0, output=tmp_path / "out.safetensors")
+    assert steps[:2] == ["fsync", "link"]
+
+
+def test_an_abandoned_file_is_removed_while_it_is_locked(tmp_path, monkeypatch):
+    """Between unlocking and removing, a new writer could lock it and then lose it."""
+    import fcntl
+    from pathlib import Path
+
+    stale = tmp_path / ".blockmerge-1-abcdef01.tmp"
+    stale.write_bytes(b"x")
+    seen = []
+    real = Path.unlink
+
+    def unlink(path, **options):
+        if path == stale:
+            with path.open("rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    seen.append("locked")
+        real(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with AtomicFile(check_output(tmp_path / "one"), 10):
+        assert seen == ["locked"]
+
+
+def test_a_cleanup_that_fails_does_not_hide_the_error(pairs, tmp_path, monkeypatch):
+    from pathlib import Path
+
+    a, b = (load_file(path) for path in pairs())
+    a["model.diffusion_model.input_blocks.4.1.proj_in.weight"][0] = float("nan")
+
+    def refuse(path, **_):
+        raise PermissionError(13, "in use")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(blockmerge.NonFiniteError):
+        blockmerge.merge(a, b, weights=0.5, output=tmp_path / "out.safetensors")

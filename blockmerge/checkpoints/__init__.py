@@ -6,7 +6,7 @@ from blockmerge.checkpoints.hashes import Hashes, hash_file
 from blockmerge.checkpoints.open import CheckpointLike, open_checkpoint
 from blockmerge.checkpoints.safetensors_file import SafetensorsFile, encode_header
 from blockmerge.checkpoints.state_dict import StateDict
-from blockmerge.checkpoints.writer import AtomicFile, check_output
+from blockmerge.checkpoints.writer import AtomicFile, check_output, check_space
 
 __all__ = [
     "FLOAT_DTYPES",
@@ -19,6 +19,7 @@ __all__ = [
     "StateDict",
     "TensorInfo",
     "check_output",
+    "check_space",
     "encode_header",
     "hash_file",
     "itemsize",

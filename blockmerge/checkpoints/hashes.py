@@ -37,7 +37,7 @@ def hash_file(checkpoint: SafetensorsFile, progress: Callable[[int, int], None] 
     whole, data = hashlib.sha256(), hashlib.sha256()
     try:
         # Both sums want every byte; hashlib lets other threads run, so they are taken side by side.
-        with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
+        with path.open("rb") as file, ThreadPoolExecutor(1) as beside:
             total = path.stat().st_size
             file.seek(0x100000)
             old = hashlib.sha256(file.read(0x10000))

@@ -58,6 +58,8 @@ class StateDictReader(Reader):
         """Fill `buffer` from `offset` on."""
         import torch
 
+        if not len(buffer):
+            return
         target = torch.frombuffer(buffer, dtype=torch.uint8)
         index = bisect_right(self._offsets, offset) - 1
         done = 0

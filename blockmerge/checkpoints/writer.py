@@ -60,6 +60,13 @@ def check_output(path: str | os.PathLike[str], inputs: Iterable[Path] = (), *, o
     return target
 
 
+def check_space(target: Path, size: int) -> None:
+    """Raise OutputError when `size` bytes are not free where `target` is to lie, OSError when that cannot be told."""
+    free = shutil.disk_usage(target.parent).free
+    if free < size:
+        raise OutputError(f"not enough space for {shown(target)}: it needs {_mega(size)}, {_mega(free)} are free")
+
+
 def _stat(path: Path) -> os.stat_result | None:
     try:
         return os.stat(path)
@@ -87,11 +94,7 @@ class AtomicFile:
     def __enter__(self) -> Self:
         try:
             self.swept = tuple(_sweep(self.target.parent))
-            free = shutil.disk_usage(self.target.parent).free
-            if free < self.size:
-                raise OutputError(
-                    f"not enough space for {shown(self.target)}: it needs {_mega(self.size)}, {_mega(free)} are free"
-                )
+            check_space(self.target, self.size)
             self._create()
             assert self._file is not None
             _reserve(self._file, self.size)

@@ -74,7 +74,7 @@ def merge(
     recipe.weights.check()
     target = output if output is not None else default_output(recipe, models)
     if dry_run:
-        result = plan_only(recipe, models, target, overwrite=overwrite)
+        result = plan_only(recipe, models, target, device=device, threads=threads, overwrite=overwrite)
     else:
         with progress_bar("merging", quiet=quiet or as_json) as progress:
             result = run(recipe, models, target, device=device, threads=threads, overwrite=overwrite, progress=progress)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blockmerge.checkpoints import Reader
-from blockmerge.errors import NonFiniteError, RecipeError, shown
+from blockmerge.errors import NonFiniteError, OutputError, RecipeError, reason, shown
 from blockmerge.merging.plan import Plan, Run
 from blockmerge.streaming import PAGE, OutputStream, Progress, aligned_buffer, default_threads, for_each
 
@@ -47,16 +47,19 @@ class Pace:
         return cls(threads, piece)
 
 
-def execute(plan: Plan, path: Path, pace: Pace, device: str = "cpu", progress: Progress | None = None) -> None:
+def execute(
+    plan: Plan, path: Path, pace: Pace, device: str = "cpu", progress: Progress | None = None, *, shown_as: Path | None = None
+) -> None:
     """Write the output's bytes to `path`, which exists and may be padded to a multiple of PAGE.
 
     Raises NonFiniteError naming the tensors when something that was computed is NaN or infinite (unless the recipe
-    allows it), CheckpointError when an input cannot be read or was changed meanwhile, OSError when writing fails.
+    allows it), CheckpointError when an input cannot be read or was changed meanwhile, OutputError, with the name
+    `shown_as`, when writing fails.
     """
     pieces = list(range(0, plan.size, pace.piece_bytes))
     if "torch" not in sys.modules:
         pieces = _ordered_for_loading(pieces, plan, pace)
-    job = _Job(plan, OutputStream(path, direct=pace.direct), pace, device)
+    job = _Job(plan, OutputStream(path, direct=pace.direct), pace, device, shown_as or path)
     try:
         for_each(pieces, job.worker, min(pace.threads, -(-plan.size // pace.piece_bytes)), plan.size, progress)
     finally:
@@ -85,7 +88,8 @@ _torch_threads: list[int] = []
 class _Job:
     """What the workers of one execution share."""
 
-    def __init__(self, plan: Plan, output: OutputStream, pace: Pace, device: str) -> None:
+    def __init__(self, plan: Plan, output: OutputStream, pace: Pace, device: str, shown_as: Path) -> None:
+        self.shown_as = shown_as
         self.plan = plan
         self.output = output
         self.pace = pace
@@ -96,8 +100,11 @@ class _Job:
 
     @contextmanager
     def worker(self) -> Iterator[Callable[[int], int]]:
-        with ExitStack() as stack:
-            yield _Worker(self, stack).do_piece
+        try:
+            with ExitStack() as stack:
+                yield _Worker(self, stack).do_piece
+        except OSError as error:  # readers have their own errors: this is the output
+            raise OutputError(f"cannot write {shown(self.shown_as)}: {reason(error)}") from error
 
     def one_torch_thread(self) -> None:
         """Make torch single-threaded in the calling thread: the workers are the threads."""

@@ -50,7 +50,14 @@ class Kernel:
                 reader(operand.source).read_into(operand.offset + (first + at) * size_of(operand.dtype), buffer)
                 inputs.append(tensor_view(buffer, operand.dtype, elements))
             out = tensor_view(part, run.dtype, elements)
-            if not self._compute_one(inputs, run.alpha, out):
+            try:
+                finite = self._compute_one(inputs, run.alpha, out)
+            except RuntimeError as error:
+                if self._device.type == "cpu":
+                    raise
+                why = shown(str(error).splitlines()[0], 200)
+                raise RecipeError(f"{self._device} cannot do this merge: {why} (fewer --threads, or --device cpu)") from error
+            if not finite:
                 start = low + at * size
                 yield start, start + len(part), _part_is_finite(out, start, size)
 

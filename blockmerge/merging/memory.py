@@ -89,8 +89,13 @@ def merge_state_dicts(
 
 def _combine(inputs: list[torch.Tensor], decision: Decision, recipe: Recipe, target: torch.Tensor) -> None:
     """Write the combination of the inputs into `target`, which is contiguous."""
+    from blockmerge.methods.elementwise import cast
+
     if decision.alpha is None:
-        target.copy_(inputs[0])
+        if target.is_floating_point():
+            cast(inputs[0], out=target)
+        else:
+            target.copy_(inputs[0])
         return
     flat = [tensor.contiguous().view(-1) for tensor in inputs]
     out = target.view(-1)

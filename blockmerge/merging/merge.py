@@ -12,9 +12,10 @@ from blockmerge.checkpoints import (
     CheckpointLike,
     SafetensorsFile,
     check_output,
+    check_space,
     open_checkpoint,
 )
-from blockmerge.errors import OutputError, reason, shown
+from blockmerge.errors import OutputError, shown
 from blockmerge.merging.execute import Pace, execute
 from blockmerge.merging.plan import Plan, make_plan
 from blockmerge.merging.recipe import Recipe, check_numbers
@@ -74,31 +75,43 @@ def run(
 ) -> MergeResult:
     """Carry out a recipe: plan, reserve, execute, commit."""
     started = time.perf_counter()
-    pace = Pace.default(threads)
     plan, target = _prepare(recipe, models, output, overwrite)
-    if device != "cpu":
-        from blockmerge.merging.kernel import choose_device
-
-        device = choose_device(device)
-        # A GPU is worth asking for whole pieces only.
-        pace = Pace(pace.threads, pace.piece_bytes, chunk_bytes=pace.piece_bytes)
+    device, pace = _choose_pace(device, threads)
     with AtomicFile(target, plan.size, overwrite=overwrite) as file:
-        try:
-            execute(plan, file.path, pace, device, progress)
-        except OSError as error:
-            raise OutputError(f"cannot write {shown(target)}: {reason(error)}") from error
+        execute(plan, file.path, pace, device, progress, shown_as=target)
         file.commit()
         swept = file.swept
     return _result(plan, target, time.perf_counter() - started, swept)
 
 
 def dry_run(
-    recipe: Recipe, models: tuple[CheckpointLike, ...], output: str | os.PathLike[str], *, overwrite: bool = False
+    recipe: Recipe,
+    models: tuple[CheckpointLike, ...],
+    output: str | os.PathLike[str],
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    overwrite: bool = False,
 ) -> MergeResult:
     """Make all checks and the plan, and write nothing. Raises what `run` would raise before it reads a weight."""
     started = time.perf_counter()
     plan, target = _prepare(recipe, models, output, overwrite)
+    _choose_pace(device, threads)
+    check_space(target, plan.size)
     return _result(plan, target, time.perf_counter() - started, (), dry=True)
+
+
+def _choose_pace(device: str, threads: int | None) -> tuple[str, Pace]:
+    pace = Pace.default(threads)
+    if device == "cpu":
+        return device, pace
+    from blockmerge.merging.kernel import choose_device
+
+    device = choose_device(device)
+    if device == "cpu":
+        return device, pace
+    # A GPU is worth asking for whole pieces only.
+    return device, Pace(pace.threads, pace.piece_bytes, chunk_bytes=pace.piece_bytes)
 
 
 def _prepare(

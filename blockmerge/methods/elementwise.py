@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-_E4M3FN_OVERFLOW = 464.0  # half a step above 448: from here on, a value rounds to one that the format does not have
+_E4M3FN_OVERFLOW = 464.0  # half a step above 448: beyond it, a value rounds to one that the format does not have
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -32,7 +32,7 @@ def cast(a: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
 def _round_into(out: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     if out.dtype == torch.float8_e4m3fn:
         # torch turns whatever is too large into the largest value, 448, which would hide an overflow.
-        values = torch.where(values.float().abs() >= _E4M3FN_OVERFLOW, torch.nan, values.float())
+        values = torch.where(values.float().abs() > _E4M3FN_OVERFLOW, torch.nan, values.float())
     return out.copy_(values)
 
 

@@ -16,6 +16,7 @@ from typing import Self
 PAGE = 4096
 """Direct writes begin, end and lie in memory at multiples of this."""
 
+_NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
 _FLUSH_EVERY = 256 << 20  # bytes of buffered writes
 
 
@@ -54,7 +55,8 @@ class PieceWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._file)
+        if self._file >= 0:
+            os.close(self._file)
 
     def write(self, offset: int, piece: memoryview) -> None:
         """Write a piece. Offset, length and memory must be multiples of PAGE. Raises OSError."""
@@ -62,10 +64,11 @@ class PieceWriter:
             self._write(offset, piece)
         except OSError as error:
             # Some file systems let a file be opened for direct writes and then refuse them.
-            if not self._direct or error.errno != errno.EINVAL:
+            if not self._direct or error.errno not in _NOT_DIRECT:
                 raise
             self._stream.direct = False
-            os.close(self._file)
+            stale, self._file = self._file, -1
+            os.close(stale)
             self._open()
             self._write(offset, piece)
         if not self._direct and self._stream.flush_is_due(len(piece)):
@@ -79,7 +82,7 @@ class PieceWriter:
                 self._file = os.open(self._stream.path, flags | os.O_DIRECT)
                 return
             except OSError as error:
-                if error.errno != errno.EINVAL:
+                if error.errno not in _NOT_DIRECT:
                     raise
                 self._stream.direct = self._direct = False
         self._file = os.open(self._stream.path, flags)

@@ -105,16 +105,16 @@ def _weights(value: object, blocks: tuple[str, ...], where: str) -> BlockWeights
 def _from_lines(text: str, path: Path) -> list[Preset]:
     found = []
     for number, line in enumerate(text.splitlines(), start=1):
-        match = re.fullmatch(r"\s*([^\t:]+?)\s*[\t:]\s*(.+?)\s*", line)
-        if not line.strip() or (match and match[1].casefold() == "preset_name"):
+        name, *rest = (part.strip() for part in re.split(r"[\t:]", line.strip(), maxsplit=1))
+        if not line.strip() or name.casefold() == "preset_name":
             continue
         where = f"preset file {shown(path)}, line {number}"
-        if match is None:
+        if not rest or not name or not rest[0]:
             raise PresetError(f"{where}: expected NAME, a tab or colon, and 26 or 25 numbers")
-        if re.search(r"(^|,)\s*[RUX]\s*(,|$)", match[2]):
+        if re.search(r"(^|,)\s*[RUX]\s*(,|$)", rest[0]):
             # Kept out rather than guessed at: these mean random numbers, and a list with one such line is still useful.
             continue
-        found.append(Preset(match[1], _weights(match[2], SD_BLOCKS, where), source=path.name))
+        found.append(Preset(name, _weights(rest[0], SD_BLOCKS, where), source=path.name))
     if not found:
         raise PresetError(f"preset file {shown(path)} holds no preset")
     return found

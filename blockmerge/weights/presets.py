@@ -10,6 +10,8 @@ Upper and lower case, `-` and `_` are the same in names.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from functools import cache
 from pathlib import Path
 
@@ -35,10 +37,7 @@ def preset_names() -> list[str]:
 
 
 def presets() -> list[Preset]:
-    """Return all presets, the user's own first, without those that a user's preset hides.
-
-    Raises PresetError when a file in the user's folder cannot be read.
-    """
+    """Return all presets, the user's own first, without those that a user's preset hides and files that are none."""
     found: dict[str, Preset] = {}
     for folder in (user_folder(), shipped_folder()):
         for preset in sorted(_presets_in(folder), key=lambda preset: preset.name.casefold()):
@@ -52,7 +51,7 @@ def find_preset(name: str) -> Preset:
     if preset := known.get(_fold(name)):
         return preset
     path, _, inner = name.partition("#")
-    if Path(path).suffix.lower() in SUFFIXES or Path(path).is_file():
+    if Path(path).suffix.lower() in SUFFIXES or os.path.isfile(path):
         return _from_file(Path(path), inner)
     names = [name for preset in known.values() for name in (preset.name, *preset.aliases)]
     raise PresetError(f"unknown preset '{shown(name)}'{did_you_mean(name, names)} ('blockmerge presets' lists them)")
@@ -108,4 +107,9 @@ def _presets_in(folder: Path) -> tuple[Preset, ...]:
 @cache
 def _read_folder(folder: Path, newest: int) -> tuple[Preset, ...]:
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    return tuple(preset for path in files for preset in read_preset_file(path))
+    found: list[Preset] = []
+    for path in files:
+        # A stray text in the user's folder must not take all presets away; asked for by its path, it says what is wrong.
+        with contextlib.suppress(PresetError):
+            found += read_preset_file(path)
+    return tuple(found)
