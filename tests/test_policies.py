@@ -248,6 +248,7 @@ def test_more_input_channels_are_kept(pairs, merged, channels, family, weight, w
     wide = a if wide_is_a else b
     wide[FIRST] = torch.cat([wide[FIRST].to(dtype), extra], dim=1)
     out, result = merged(a, b, weights=weight)
+    assert result.variant == {9: "inpainting", 8: "pix2pix", 5: "depth"}[channels]
     first, second = a[FIRST][:, :4], b[FIRST][:, :4]
     exact = ((1 - weight) * first.double() + weight * second.double()).to(a[FIRST].dtype)
     assert torch.equal(out[FIRST][:, :4], exact)

@@ -76,7 +76,7 @@ def run(
     """Carry out a recipe: plan, reserve, execute, commit."""
     started = time.perf_counter()
     plan, target = _prepare(recipe, models, output, overwrite)
-    device, pace = _choose_pace(device, threads)
+    device, pace = _choose_pace(str(device), threads)
     with AtomicFile(target, plan.size, overwrite=overwrite) as file:
         execute(plan, file.path, pace, device, progress, shown_as=target)
         file.commit()

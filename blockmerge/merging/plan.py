@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from blockmerge.anatomy import Anatomy
+from blockmerge.anatomy import Anatomy, identify
 from blockmerge.checkpoints import Checkpoint, TensorInfo, encode_header, itemsize
 from blockmerge.merging.decisions import Decision, Decisions, decide
 from blockmerge.merging.metadata import output_metadata
@@ -127,8 +127,7 @@ def make_plan(checkpoints: Sequence[Checkpoint], recipe: Recipe) -> Plan:
     """
     recipe.check_model_count(len(checkpoints))
     models = [Model.of(checkpoint) for checkpoint in checkpoints]
-    anatomy = models[0].anatomy
-    weights = recipe.weights.resolve(anatomy.family.name)
+    weights = recipe.weights.resolve(models[0].anatomy.family.name)
     decided = decide(models, recipe, weights)
     order = _aligned_order(decided.tensors)
     metadata = output_metadata(
@@ -150,7 +149,7 @@ def make_plan(checkpoints: Sequence[Checkpoint], recipe: Recipe) -> Plan:
             runs.append(run)
     return Plan(
         recipe=recipe,
-        anatomy=anatomy,
+        anatomy=identify({name: info.shape for name, info in tensors.items()}),  # B may have widened the first convolution
         weights=weights,
         decided=decided,
         tensors=tensors,

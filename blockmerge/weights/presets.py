@@ -47,6 +47,7 @@ def presets() -> list[Preset]:
 
 def find_preset(name: str) -> Preset:
     """Return a preset by name, alias, path, or ``FILE#NAME``. Raises PresetError when there is none."""
+    name = os.fspath(name)
     known = _by_name()
     if preset := known.get(_fold(name)):
         return preset
