@@ -72,9 +72,10 @@ def write_pair(
     `progress(done, total)` is told the numbers made of those to make.
     Raises OutputError when a file exists or cannot be written.
     """
+    if not 0 <= seed < 1 << 63:
+        raise RecipeError(f"{shown(seed)} is no seed: a whole number from 0 to 2^63 - 1")
     shapes = demo_layout(family, full_size=full_size)
-    # The order of the reference writer: widest dtype first, then by name.
-    order = sorted(shapes, key=lambda name: (not is_position_ids(name), name))
+    order = _file_order(shapes)
     with ExitStack() as stack:
         files = []
         for path, dtype in zip((a, b), dtypes, strict=True):
@@ -100,7 +101,10 @@ def write_pair(
                 except OSError as error:
                     raise OutputError(f"cannot write {shown(file.target)}: {reason(error)}") from error
         for file, handle, _ in files:
-            handle.close()
+            try:
+                handle.close()
+            except OSError as error:  # what it still held did not fit
+                raise OutputError(f"cannot write {shown(file.target)}: {reason(error)}") from error
             file.commit()
 
 
@@ -111,20 +115,27 @@ def make_state_dicts(
     import torch
 
     shapes = demo_layout(family)
+    order = _file_order(shapes)
     parts: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-    for pair in _values(list(shapes), shapes, difference, seed):
+    for pair in _values(order, shapes, difference, seed):
         for values, found in zip(pair, parts, strict=True):
             found.append(values)
     dicts = []
     for found in parts:
         flat = iter(found)
         state_dict = {}
-        for name, shape in shapes.items():
+        for name in order:
+            shape = shapes[name]
             elements = TensorInfo("F32", shape, 0).elements
             pieces = [next(flat) for _ in range(max(1, -(-elements // _STEP)))]
             state_dict[name] = torch.cat(pieces).view(shape)
         dicts.append(state_dict)
     return dicts[0], dicts[1]
+
+
+def _file_order(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    # The order of the reference writer: widest dtype first, then by name.
+    return sorted(shapes, key=lambda name: (not is_position_ids(name), name))
 
 
 def _infos(order: Sequence[str], shapes: Mapping[str, tuple[int, ...]], dtype: str) -> dict[str, TensorInfo]:

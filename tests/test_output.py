@@ -239,7 +239,7 @@ def test_ctrl_c_leaves_nothing(big_pair, tmp_path, number):
         time.sleep(0.002)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err.strip()) == (130, "", "Interrupted: nothing was written")
+    assert (process.returncode, out, err.strip()) == (130, "", "Interrupted: no unfinished file is left")
     assert list(tmp_path.iterdir()) == []
 
 

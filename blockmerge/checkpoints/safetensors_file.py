@@ -111,8 +111,8 @@ def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
     return len(text).to_bytes(8, "little") + text
 
 
-def _identity(status: os.stat_result) -> tuple[int, int, int]:
-    return status.st_size, status.st_mtime_ns, status.st_ino
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev
 
 
 def _read_header(file: Any, size: int) -> tuple[dict[str, TensorInfo], dict[str, str], int]:

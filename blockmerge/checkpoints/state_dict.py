@@ -33,6 +33,8 @@ class StateDict(Checkpoint):
         tensors = {}
         offset = 0
         for key, tensor in self.state_dict.items():
+            if not isinstance(key, str):
+                raise CheckpointError(f"{shown(name)} has the name {shown(key)}, which is a {type(key).__name__}, not a text")
             if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.dtype not in spelling:
                 what = f"a {tensor.dtype} tensor" if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}"
                 raise CheckpointError(f"{shown(name)}: {shown(key)} is {what}, which cannot be merged or copied")
@@ -53,6 +55,7 @@ class StateDictReader(Reader):
         self._offsets = [offset for offset, _ in filled]
         self._names = [name for _, name in filled]
         self._tensors = source.state_dict
+        self._last: tuple[int, torch.Tensor | None] = (-1, None)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset` on."""
@@ -64,8 +67,7 @@ class StateDictReader(Reader):
         index = bisect_right(self._offsets, offset) - 1
         done = 0
         while done < len(target):
-            # Flattened in memory order; only a tensor that is not contiguous is copied for it.
-            data = self._tensors[self._names[index]].detach().contiguous().flatten().view(torch.uint8)
+            data = self._bytes_of(index)
             skip = offset + done - self._offsets[index]
             part = data[skip : skip + len(target) - done]
             target[done : done + len(part)].copy_(part)
@@ -73,4 +75,15 @@ class StateDictReader(Reader):
             index += 1
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Let go of the tensor that was read last."""
+        self._last = (-1, None)
+
+    def _bytes_of(self, index: int) -> torch.Tensor:
+        """A tensor's bytes in a row; only one that is not contiguous is copied for it, and once for all its chunks."""
+        import torch
+
+        last, data = self._last
+        if last != index or data is None:
+            data = self._tensors[self._names[index]].detach().contiguous().flatten().view(torch.uint8)
+            self._last = (index, data)
+        return data

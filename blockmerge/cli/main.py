@@ -72,7 +72,7 @@ def run(arguments: list[str]) -> int:
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except (KeyboardInterrupt, click.Abort):
-        _say("Interrupted: nothing was written")
+        _say("Interrupted: no unfinished file is left")
         return 130
     except (BrokenPipeError, SystemExit):
         # Whoever read the output has seen enough (click makes a SystemExit of it). Without this, Python complains once

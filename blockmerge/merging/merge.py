@@ -33,7 +33,7 @@ def merge(
     method: str = "weighted_sum",
     preset_beta: str | None = None,
     weights_beta: WeightsLike | None = None,
-    vae: str | os.PathLike[str] = "auto",
+    vae: CheckpointLike = "auto",
     dtype: str = "keep",
     sdxl_map: str | None = None,
     device: str = "cpu",
@@ -51,7 +51,8 @@ def merge(
     `weights` (all that ``--weights`` takes, a number, a sequence, a mapping, a BlockWeights) says how much of B each
     block takes; `changes` (``"BASE=0.5,OUT11=1"``) goes on top. `dtype` is ``"keep"`` (each tensor keeps A's) or
     ``"fp16"``, ``"bf16"``, ``"fp32"``, ``"fp8_e4m3fn"``, ``"fp8_e5m2"``. `vae` is ``"auto"`` (whole, from A when BASE
-    is at most 0.5, else from B), ``"a"``, ``"b"``, ``"blend"`` or a file. `progress(done, total)` is told the bytes.
+    is at most 0.5, else from B), ``"a"``, ``"b"``, ``"blend"``, or a VAE (a file, an opened checkpoint or a
+    state dict). `progress(done, total)` is told the bytes.
 
     All checks that headers allow are made before a weight is read. The models are never changed. The output appears
     complete or not at all.

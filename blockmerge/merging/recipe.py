@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from blockmerge.checkpoints import Checkpoint
+from blockmerge.checkpoints import Checkpoint, CheckpointLike
 from blockmerge.errors import RecipeError, did_you_mean, shown
 from blockmerge.methods import Method, find_method
 from blockmerge.version import __version__
@@ -25,7 +25,7 @@ class Recipe:
 
     weights: WeightsRequest
     method: str = "weighted_sum"
-    vae: str | os.PathLike[str] = "auto"
+    vae: CheckpointLike = "auto"
     dtype: str = "keep"
     allow_nonfinite: bool = False
     _method: Method = field(init=False, repr=False, compare=False)
@@ -56,7 +56,6 @@ class Recipe:
 
     def as_metadata(self, models: Sequence[Checkpoint], weights: BlockWeights, preset: str | None) -> str:
         """The recipe as the JSON text that goes into the output's metadata; file names without folders."""
-        vae = self.vae if self.vae in ("auto", "a", "b", "blend") else os.path.basename(os.fspath(self.vae))
         return json.dumps(
             {
                 "version": __version__,
@@ -64,12 +63,17 @@ class Recipe:
                 "models": [model.name.encode("utf-8", "replace").decode() for model in models],
                 "preset": preset,
                 "weights": dict(weights),
-                "vae": vae,
+                "vae": self._vae_name(),
                 "dtype": self.dtype,
                 "allow_nonfinite": self.allow_nonfinite,
             },
             ensure_ascii=False,
         )
+
+    def _vae_name(self) -> str:
+        if isinstance(self.vae, (str, os.PathLike)):
+            return os.path.basename(os.fspath(self.vae))
+        return self.vae.name if isinstance(self.vae, Checkpoint) else "state dict"
 
 
 def check_numbers(method: str, preset_beta: object, weights_beta: object, numbers: Mapping[str, object]) -> None:
