@@ -3,6 +3,7 @@
 from blockmerge.checkpoints.checkpoint import Checkpoint, Reader, TensorInfo
 from blockmerge.checkpoints.dtypes import FLOAT_DTYPES, itemsize
 from blockmerge.checkpoints.hashes import Hashes, hash_file
+from blockmerge.checkpoints.model import VAE_PREFIX, Model, vae_tensors
 from blockmerge.checkpoints.open import CheckpointLike, open_checkpoint
 from blockmerge.checkpoints.safetensors_file import SafetensorsFile, encode_header
 from blockmerge.checkpoints.state_dict import StateDict
@@ -10,10 +11,12 @@ from blockmerge.checkpoints.writer import AtomicFile, check_output, check_space
 
 __all__ = [
     "FLOAT_DTYPES",
+    "VAE_PREFIX",
     "AtomicFile",
     "Checkpoint",
     "CheckpointLike",
     "Hashes",
+    "Model",
     "Reader",
     "SafetensorsFile",
     "StateDict",
@@ -24,4 +27,5 @@ __all__ = [
     "hash_file",
     "itemsize",
     "open_checkpoint",
+    "vae_tensors",
 ]

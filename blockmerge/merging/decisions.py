@@ -20,9 +20,8 @@ from blockmerge.anatomy import (
     is_schedule,
     layout,
 )
-from blockmerge.checkpoints import FLOAT_DTYPES, Checkpoint, TensorInfo, open_checkpoint
+from blockmerge.checkpoints import FLOAT_DTYPES, VAE_PREFIX, Checkpoint, Model, TensorInfo, open_checkpoint, vae_tensors
 from blockmerge.errors import CheckpointError, IncompatibleModelsError, RecipeError, listing, shown
-from blockmerge.merging.models import VAE_PREFIX, Model, vae_tensors
 from blockmerge.merging.recipe import Recipe
 from blockmerge.merging.result import Counts
 from blockmerge.weights import BlockWeights

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from blockmerge.checkpoints import Reader
 from blockmerge.errors import NonFiniteError, OutputError, RecipeError, reason, shown
 from blockmerge.merging.plan import Plan, Run
-from blockmerge.streaming import PAGE, OutputStream, Progress, aligned_buffer, default_threads, for_each
+from blockmerge.streaming import PAGE, OutputStream, Progress, TorchThreads, aligned_buffer, default_threads, for_each
 
 if TYPE_CHECKING:
     from blockmerge.merging.kernel import Kernel
@@ -63,7 +63,7 @@ def execute(
     try:
         for_each(pieces, job.worker, min(pace.threads, -(-plan.size // pace.piece_bytes)), plan.size, progress)
     finally:
-        job.restore_torch()
+        job.torch_threads.restore()
     for checkpoint in plan.checkpoints.values():
         checkpoint.check_unchanged()
     if job.nonfinite:
@@ -80,11 +80,6 @@ def _ordered_for_loading(pieces: list[int], plan: Plan, pace: Pace) -> list[int]
     return [*computed[:1], *copied, *computed[1:]]
 
 
-_torch_lock = threading.Lock()
-_torch_threads: list[int] = []
-"""torch's number of threads before the first of the merges that are under way, and once more for each of them."""
-
-
 class _Job:
     """What the workers of one execution share."""
 
@@ -96,7 +91,7 @@ class _Job:
         self.device = device
         self.nonfinite: set[str] = set()
         self._lock = threading.Lock()
-        self._borrowed_torch = False
+        self.torch_threads = TorchThreads()
 
     @contextmanager
     def worker(self) -> Iterator[Callable[[int], int]]:
@@ -105,28 +100,6 @@ class _Job:
                 yield _Worker(self, stack).do_piece
         except OSError as error:  # readers have their own errors: this is the output
             raise OutputError(f"cannot write {shown(self.shown_as)}: {reason(error)}") from error
-
-    def one_torch_thread(self) -> None:
-        """Make torch single-threaded in the calling thread: the workers are the threads."""
-        import torch
-
-        with _torch_lock:
-            if not self._borrowed_torch:
-                self._borrowed_torch = True
-                if not _torch_threads:
-                    _torch_threads.append(torch.get_num_threads())
-                _torch_threads.append(_torch_threads[0])
-            torch.set_num_threads(1)
-
-    def restore_torch(self) -> None:
-        """Undo what `one_torch_thread` does to threads that are started later."""
-        if self._borrowed_torch:
-            import torch
-
-            with _torch_lock:
-                torch.set_num_threads(_torch_threads.pop())
-                if len(_torch_threads) == 1:
-                    _torch_threads.clear()
 
     def note_nonfinite(self, start: int, stop: int, is_finite: Callable[[int, int], bool]) -> None:
         """Find out which tensors in the bytes [start, stop) of the output are not finite."""
@@ -168,7 +141,7 @@ class _Worker:
         if self.kernel is None:
             from blockmerge.merging.kernel import Kernel
 
-            self.job.one_torch_thread()
+            self.job.torch_threads.single_here()
             self.kernel = Kernel(self.job.plan.recipe, self.job.device, self.job.pace.chunk_bytes)
         for start, stop, is_finite in self.kernel.compute(run, low, target, self.reader):
             self.job.note_nonfinite(start, stop, is_finite)

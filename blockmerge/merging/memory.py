@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from blockmerge.checkpoints import StateDict
+from blockmerge.checkpoints import Model, StateDict
 from blockmerge.errors import NonFiniteError, listing
 from blockmerge.merging.decisions import Decision, check_vae_option, decide
-from blockmerge.merging.models import Model
 from blockmerge.merging.recipe import Recipe, check_numbers
 from blockmerge.weights import WeightsLike, WeightsRequest
 

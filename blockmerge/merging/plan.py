@@ -12,10 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from blockmerge.anatomy import Anatomy, identify
-from blockmerge.checkpoints import Checkpoint, TensorInfo, encode_header, itemsize
+from blockmerge.checkpoints import Checkpoint, Model, TensorInfo, encode_header, itemsize
 from blockmerge.merging.decisions import Decision, Decisions, decide
 from blockmerge.merging.metadata import output_metadata
-from blockmerge.merging.models import Model
 from blockmerge.merging.recipe import Recipe
 from blockmerge.streaming import PAGE
 from blockmerge.weights import BlockWeights

@@ -2,12 +2,14 @@
 
 from blockmerge.streaming.buffers import aligned_buffer
 from blockmerge.streaming.output import PAGE, OutputStream
+from blockmerge.streaming.torch_threads import TorchThreads
 from blockmerge.streaming.workers import Progress, default_threads, for_each
 
 __all__ = [
     "PAGE",
     "OutputStream",
     "Progress",
+    "TorchThreads",
     "aligned_buffer",
     "default_threads",
     "for_each",

@@ -1,4 +1,4 @@
-"""A model as the merge sees it: its anatomy, and its tensors under the names by which models are matched."""
+"""A model as merging and comparing see it: its anatomy, and its tensors under the names by which models are matched."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from blockmerge.anatomy import UNET_PREFIX, Anatomy, canonical_name, component_of, identify, plain_names_of_ema
-from blockmerge.checkpoints import Checkpoint, TensorInfo
+from blockmerge.checkpoints.checkpoint import Checkpoint, TensorInfo
 from blockmerge.errors import UnknownFamilyError, listing, shown
 
 VAE_PREFIX = "first_stage_model."
