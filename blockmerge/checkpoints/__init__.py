@@ -2,7 +2,7 @@
 
 from blockmerge.checkpoints.checkpoint import Checkpoint, Reader, TensorInfo
 from blockmerge.checkpoints.dtypes import FLOAT_DTYPES, itemsize
-from blockmerge.checkpoints.hashes import Hashes, hash_file
+from blockmerge.checkpoints.hashes import Hashes, hash_file, old_hash
 from blockmerge.checkpoints.model import VAE_PREFIX, Model, vae_tensors
 from blockmerge.checkpoints.open import CheckpointLike, open_checkpoint
 from blockmerge.checkpoints.safetensors_file import SafetensorsFile, encode_header
@@ -26,6 +26,7 @@ __all__ = [
     "encode_header",
     "hash_file",
     "itemsize",
+    "old_hash",
     "open_checkpoint",
     "vae_tensors",
 ]

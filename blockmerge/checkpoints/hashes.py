@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from blockmerge.checkpoints.safetensors_file import SafetensorsFile
 from blockmerge.errors import CheckpointError, reason, shown
@@ -28,6 +29,20 @@ class Hashes:
     sha256: str
 
 
+def old_hash(checkpoint: SafetensorsFile) -> str:
+    """Return a file's AutoV1 hash alone, which takes reading 64 KB. Raises CheckpointError when it cannot be read."""
+    try:
+        with checkpoint.path.open("rb") as file:
+            return _autov1(file)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {shown(checkpoint.path)}: {reason(error)}") from error
+
+
+def _autov1(file: BinaryIO) -> str:
+    file.seek(0x100000)
+    return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
+
+
 def hash_file(checkpoint: SafetensorsFile, progress: Callable[[int, int], None] | None = None) -> Hashes:
     """Hash a file in one pass; `progress(done, total)` is told the bytes.
 
@@ -39,8 +54,7 @@ def hash_file(checkpoint: SafetensorsFile, progress: Callable[[int, int], None] 
         # Both sums want every byte; hashlib lets other threads run, so they are taken side by side.
         with path.open("rb") as file, ThreadPoolExecutor(1) as beside:
             total = path.stat().st_size
-            file.seek(0x100000)
-            old = hashlib.sha256(file.read(0x10000))
+            old = _autov1(file)
             file.seek(0)
             start = file.read(checkpoint.data_start)
             whole.update(start)
@@ -55,4 +69,4 @@ def hash_file(checkpoint: SafetensorsFile, progress: Callable[[int, int], None] 
     except OSError as error:
         raise CheckpointError(f"cannot read {shown(path)}: {reason(error)}") from error
     digest = whole.hexdigest()
-    return Hashes(old.hexdigest()[:8], digest[:10], data.hexdigest()[:12], digest)
+    return Hashes(old, digest[:10], data.hexdigest()[:12], digest)

@@ -1,0 +1,149 @@
+"""`explain`: where a merge comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from blockmerge.checkpoints import CheckpointLike, Model
+from blockmerge.comparing.explanation import BlockOrigin, Explanation
+from blockmerge.comparing.linear_fit import explained
+from blockmerge.comparing.parents import Parents, find_parents, nearest_pair
+from blockmerge.comparing.sources import open_model, open_sources
+from blockmerge.comparing.telling import Sight, Told, ToldUnit, tell
+from blockmerge.comparing.units import Compared, Units, group_by_block, group_by_component
+from blockmerge.comparing.verdict import write_verdict
+from blockmerge.errors import IncompatibleModelsError, NonFiniteError, RecipeError, listing, shown
+from blockmerge.streaming import Progress
+
+if TYPE_CHECKING:
+    from blockmerge.comparing.gram import Gram
+
+
+def explain(
+    merge: CheckpointLike,
+    candidates: CheckpointLike | Iterable[CheckpointLike],
+    *,
+    tensors: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Explanation:
+    """Say from which of the `candidates` a checkpoint was merged, with which weights, or that it was not.
+
+    >>> origin = blockmerge.explain("merged.safetensors", ["a.safetensors", "b.safetensors"])  # doctest: +SKIP
+
+    Every block's weights are found by least squares over all its values: M = Σ cᵢXᵢ with Σ cᵢ = 1, which covers weighted
+    sums, add difference and averages, whichever candidate is the base. The fewest parents that leave nothing but rounding
+    are taken; then the merge is made again in memory, with these weights and with rounder ones and presets near them, and
+    held against the file. With `tensors` every tensor is told as well. `candidates` are what `similarity` takes for
+    references. Reads the merge and the candidates twice; `progress(done, total)` is told the bytes of each pass.
+
+    Candidates that cannot be used are named in `left_out`. Raises what is wrong with the merge itself, RecipeError without
+    any candidate, IncompatibleModelsError when none can be compared, NonFiniteError for NaN or infinity in a weight.
+    """
+    from blockmerge.comparing.gram import Pass
+    from blockmerge.comparing.merging_again import merge_again
+
+    merged = open_model(merge, "merge")
+    sources = open_sources(candidates)
+    left_out = {source.name: source.error for source in sources if source.error is not None}
+    usable: list[tuple[str, Model]] = []
+    for source in sources:
+        if source.model is None:
+            continue
+        if source.model.anatomy.family != merged.anatomy.family:
+            left_out[source.name] = f"{shown(source.name)} is {source.model.anatomy.family.title}"
+        else:
+            usable.append((source.name, source.model))
+    if not usable:
+        raise IncompatibleModelsError(f"no candidate can be compared with {shown(merged.name)}: {listing(left_out.values())}")
+    if len(usable) > _MOST_CANDIDATES:
+        raise RecipeError(f"{len(usable)} candidates are too many to try all combinations: at most {_MOST_CANDIDATES}")
+    names = tuple(name for name, _ in usable)
+    models = [merged, *(model for _, model in usable)]
+    compared = Compared.of(merged, models[1:])
+    work = Pass(models, compared.names, compared.holders)
+    gram = work.gram(threads, progress)
+    _check_finite(compared, models, gram)
+    family = merged.anatomy.family
+
+    def units(groups: dict[str, list[int]]) -> Units:
+        return Units.of(groups, compared, gram)
+
+    each = {name: [number] for number, name in enumerate(compared.names)}
+    sight = Sight(
+        blocks=units(group_by_block(compared, family.name, family.blocks)),
+        components=units(group_by_component(compared)),
+        tensors=units(each),
+    )
+    if not any(block != "BASE" for block in sight.blocks.names):
+        raise IncompatibleModelsError(f"no candidate has U-Net tensors of the same shapes as {shown(merged.name)}")
+    parents = find_parents(sight.blocks, sight.tensors, family.name)
+    told = tell(sight, parents or nearest_pair(sight.blocks))
+    exact = False
+    if parents is not None:
+        told, exact = merge_again(work, told, sight.blocks.names, threads, progress)
+    blocks, components = (
+        {name: _origin(unit, told.parents, names) for name, unit in part.items()} for part in (told.blocks, told.components)
+    )
+    found = Explanation(
+        merge=merged.name,
+        family=family.name,
+        candidates=names,
+        base=names[told.parents.base],
+        method=told.parents.method if parents is not None else None,
+        exact=exact,
+        preset=told.preset,
+        parents=tuple(names[n] for n in told.parents.subset) if parents is not None else (),
+        blocks=blocks,
+        components=components,
+        verdict="",
+        tensors={name: _origin(unit, told.parents, names) for name, unit in told.tensors.items()} if tensors else {},
+        notes=tuple(_notes(merged, compared, sight, told, names)),
+        left_out=left_out,
+    )
+    return replace(found, verdict=write_verdict(found, by_tensor=told.parents.by_tensor))
+
+
+_MOST_CANDIDATES = 24
+
+
+def _origin(unit: ToldUnit, parents: Parents, names: Sequence[str]) -> BlockOrigin:
+    found = dict(zip(unit.subset, unit.coefficients.tolist(), strict=True))
+    return BlockOrigin(
+        weights={names[n]: (found.get(n) if unit.determined else None) for n in parents.subset if n != parents.base},
+        uncertainty=unit.uncertainty if np.isfinite(unit.uncertainty) else None,
+        residual=unit.residual,
+        determined=unit.determined,
+        explained=unit.explained,
+    )
+
+
+def _check_finite(compared: Compared, models: Sequence[Model], gram: Gram) -> None:
+    bad: dict[int, list[str]] = {}
+    for number, name in enumerate(compared.names):
+        if not gram.finite[number]:
+            bad.setdefault(0, []).append(name)
+            continue
+        for n in np.flatnonzero(~np.isfinite(np.diagonal(gram.plain[number]))):
+            bad.setdefault(int(n) + 1, []).append(name)
+    if bad:
+        raise NonFiniteError(
+            "; ".join(f"{shown(models[n].name)} holds NaN or infinity in {listing(found)}" for n, found in bad.items())
+        )
+
+
+def _notes(merged: Model, compared: Compared, sight: Sight, told: Told, names: Sequence[str]) -> Iterable[str]:
+    if compared.skipped:
+        yield f"{len(compared.skipped)} tensors that not every candidate has are not looked at ({listing(compared.skipped)})"
+    for name, unit in told.components.items():
+        if unit.explained:
+            continue
+        title = {"text_encoder": "text encoder", "text_encoder_2": "second text encoder", "vae": "VAE"}.get(name, name)
+        place = sight.components.names.index(name)
+        errors = np.sqrt(np.diagonal(sight.components.products[place]))
+        alone = np.flatnonzero(sight.components.have[place] & explained(errors, sight.components.elements[place]))
+        yield f"the {title} is {'that of ' + shown(names[alone[0]]) if len(alone) else 'not from these'}"

@@ -1,0 +1,189 @@
+"""The two streamed passes of `explain`: inner products of differences from a merge, and merging again.
+
+For a merge M and candidates X₁ … X_k the first pass finds, for every tensor, the Gram matrix G with
+G_ij = ⟨(X_i − M)/u, (X_j − M)/u⟩. All fits of M as a combination of candidates follow from it, whichever of them is the
+base. u is the step of the dtype at the size of the largest of the values, so that rounding counts the same everywhere.
+That matters where models differ by little: a small value, whose differences are many steps, tells a weight far more
+sharply than a large one, whose differences rounding has all but swallowed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+
+from blockmerge.checkpoints import Model, TensorInfo
+from blockmerge.comparing.arrays import Array, Flags
+from blockmerge.comparing.sums import CHUNK, ChunkReader
+from blockmerge.streaming import Progress, TorchThreads, default_threads, for_each
+from blockmerge.streaming.tensors import TORCH_DTYPES
+
+_MANTISSA = {"F8_E4M3": (3, -6), "F8_E5M2": (2, -14), "F16": (10, -14), "BF16": (7, -126), "F32": (23, -126), "F64": (52, -1022)}
+"""Bits of the mantissa, and the exponent of the smallest normal number."""
+
+_EXPONENT_BITS = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF << 52)}
+
+
+class Gram:
+    """What the first pass found, tensor by tensor.
+
+    `products[tensor, i, j]` is G, in squares of steps, and `plain` the same without division by u. `elements[tensor]`
+    counts the values, `apart[tensor]` those at which the candidates are not all equal. `finite[tensor]` is False when M
+    itself is not.
+    """
+
+    def __init__(self, tensors: int, candidates: int) -> None:
+        self.products: Array = np.zeros((tensors, candidates, candidates))
+        self.plain: Array = np.zeros((tensors, candidates, candidates))
+        self.elements: Array = np.zeros(tensors)
+        self.apart: Array = np.zeros(tensors)
+        self.finite: Flags = np.ones(tensors, dtype=np.bool_)
+
+
+class Remerged:
+    """What the second pass found for hypothesis h: `beyond[tensor, h]` values more than two steps off, `squares` Σ((M̂−M)/u)²."""
+
+    def __init__(self, tensors: int, hypotheses: int) -> None:
+        self.beyond: Array = np.zeros((tensors, hypotheses))
+        self.squares: Array = np.zeros((tensors, hypotheses))
+
+
+class Pass:
+    """Streams a merge and its candidates, tensor by tensor; `models[0]` is the merge.
+
+    `names` are the tensors to look at; `holders[name]` the numbers of the models that are read for it, the merge first.
+    """
+
+    def __init__(self, models: Sequence[Model], names: Sequence[str], holders: Mapping[str, Sequence[int]]) -> None:
+        self.models = models
+        self.names = names
+        self.holders = holders
+
+    def gram(self, threads: int | None, progress: Progress | None) -> Gram:
+        """Run the first pass."""
+        found = Gram(len(self.names), len(self.models) - 1)
+
+        def look(index: int, values: Mapping[int, torch.Tensor], dtypes: Sequence[str]) -> None:
+            merge = values[0]
+            step = _largest_step(values, dtypes)
+            found.finite[index] &= math.isfinite(torch.dot(merge, merge).item())
+            found.elements[index] += len(merge)
+            differences = {number: tensor.sub_(merge) for number, tensor in values.items() if number}
+            _add_products(found.plain[index], differences)
+            numbers = list(differences)
+            if len(numbers) > 1:
+                apart = differences[numbers[1]] != differences[numbers[0]]
+                for number in numbers[2:]:
+                    apart |= differences[number] != differences[numbers[0]]
+                found.apart[index] += apart.sum().item()
+            for difference in differences.values():
+                difference.div_(step)
+            _add_products(found.products[index], differences)
+
+        self._run(look, threads, progress)
+        return found
+
+    def remerge(self, coefficients: Mapping[str, Array], threads: int | None, progress: Progress | None) -> Remerged:
+        """Merge again: `coefficients[name][h, i]` is how much of candidate i hypothesis h takes, the sum being 1."""
+        found = Remerged(len(self.names), max(len(rows) for rows in coefficients.values()))
+
+        def look(index: int, values: Mapping[int, torch.Tensor], dtypes: Sequence[str]) -> None:
+            merge = values[0]
+            step = _largest_step(values, dtypes[:1])  # the merge's own: here nothing coarser will do
+            rows = coefficients[self.names[index]]
+            done: dict[tuple[float, ...], tuple[float, float]] = {}
+            for hypothesis, row in enumerate(rows):
+                key = tuple(row)
+                if key not in done:
+                    off = _combine(values, row).to(TORCH_DTYPES[dtypes[0]]).to(merge.dtype).sub_(merge).div_(step)
+                    done[key] = (float((~(off.abs() <= 2)).sum().item()), torch.dot(off, off).item())
+                found.beyond[index, hypothesis] += done[key][0]
+                found.squares[index, hypothesis] += done[key][1]
+
+        self._run(look, threads, progress)
+        return found
+
+    def _run(
+        self,
+        look: Callable[[int, Mapping[int, torch.Tensor], Sequence[str]], None],
+        threads: int | None,
+        progress: Progress | None,
+    ) -> None:
+        infos = [{number: self.models[number].tensors[name] for number in self.holders[name]} for name in self.names]
+        # Longest first: a worker does whole tensors, so that the order of additions never depends on the threads.
+        tasks = sorted(range(len(infos)), key=lambda index: -infos[index][0].elements)
+        total = sum(info.nbytes for of_tensor in infos for info in of_tensor.values())
+        chunk = CHUNK // max(1, len(self.models) // 3)
+        torch_threads = TorchThreads()
+
+        @contextmanager
+        def worker() -> Iterator[Callable[[int], int]]:
+            torch_threads.single_here()
+            with ExitStack() as stack:
+                chunks = ChunkReader(self.models, stack)
+                yield lambda index: _stream(index, infos[index], chunks, chunk, look)
+
+        try:
+            for_each(tasks, worker, threads or default_threads(), total, progress)
+        finally:
+            torch_threads.restore()
+
+
+def _stream(
+    index: int,
+    infos: Mapping[int, TensorInfo],
+    chunks: ChunkReader,
+    chunk: int,
+    look: Callable[[int, Mapping[int, torch.Tensor], Sequence[str]], None],
+) -> int:
+    dtypes = [info.dtype for info in infos.values()]
+    # Where the merge itself has float32's digits, they must not drown in the arithmetic.
+    wide = "F64" if dtypes[0] in ("F32", "F64") else "F32"
+    elements = infos[0].elements
+    for start in range(0, elements, chunk):
+        count = min(chunk, elements - start)
+        look(index, {number: chunks.read(number, info, start, count, number, wide) for number, info in infos.items()}, dtypes)
+    return sum(info.nbytes for info in infos.values())
+
+
+def _add_products(target: Array, differences: Mapping[int, torch.Tensor]) -> None:
+    numbers = list(differences)
+    for place, i in enumerate(numbers):
+        for j in numbers[place:]:
+            product = torch.dot(differences[i], differences[j]).item()
+            target[i - 1, j - 1] += product
+            if i != j:
+                target[j - 1, i - 1] += product
+
+
+def _largest_step(values: Mapping[int, torch.Tensor], dtypes: Sequence[str]) -> torch.Tensor:
+    """The coarsest step of any of `dtypes` at the size of the largest of the values."""
+    size = torch.zeros(())
+    for tensor in values.values():
+        size = torch.maximum(tensor.abs(), size)
+    coarsest = min(set(dtypes), key=lambda dtype: _MANTISSA[dtype][0])
+    return step_of(size, coarsest)
+
+
+def _combine(values: Mapping[int, torch.Tensor], row: Array) -> torch.Tensor:
+    """Σ row[i]·X_i, as the first of them plus differences, so that a copy is a copy to the bit."""
+    used = [(number, float(row[number - 1])) for number in values if number and row[number - 1] != 0]
+    base = max(used, key=lambda pair: pair[1])[0]
+    result = values[base].clone()
+    for number, weight in used:
+        if number != base:
+            result.add_(values[number] - values[base], alpha=weight)
+    return result
+
+
+def step_of(values: torch.Tensor, dtype: str) -> torch.Tensor:
+    """The distance between neighbouring numbers of `dtype` at the size of each value (a float32 or float64 tensor)."""
+    mantissa, smallest = _MANTISSA[dtype]
+    integer, mask = _EXPONENT_BITS[values.dtype]
+    powers = values.view(integer).bitwise_and(mask).view(values.dtype)
+    # A subnormal number of the wide dtype has no power of its own here, but its step is the smallest one's.
+    return powers.clamp_(min=math.ldexp(1.0, max(smallest, -126))).mul_(math.ldexp(1.0, -mantissa))

@@ -1,0 +1,79 @@
+"""What a comparison found, as plain data; drawing it is `rendering`'s job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Differences:
+    """How the weights of B differ from those of A, over some set of tensors.
+
+    `cosine` is Σab / √(Σa²·Σb²), 1 where both are all zeros and 0 where one is. `relative_difference` is ‖b − a‖ / ‖a‖,
+    None where only a is all zeros. `max_difference` is the largest |b − a|. `difference_cosine` is the cosine of a − c
+    and b − c for a common base c, None where none was given or a or b is c.
+    """
+
+    cosine: float
+    relative_difference: float | None
+    max_difference: float
+    difference_cosine: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One reference beside the base. With an `error`, one line about why there is no number, all else is empty.
+
+    `similarity` and `parts` are percent for the method ``"attention"`` (parts: the output blocks looked at) and cosines
+    for ``"weights"`` (parts: all blocks, BASE being everything outside the U-Net). `total`, `blocks` and `components`
+    are for ``"weights"`` only. `hash` is the old (AutoV1) hash, None for what is no file. `notes` tell what could not be
+    compared.
+    """
+
+    name: str
+    hash: str | None = None
+    similarity: float | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
+    total: Differences | None = None
+    blocks: Mapping[str, Differences] = field(default_factory=dict)
+    components: Mapping[str, Differences] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class SimilarityResult:
+    """A base and its references, best first, those with errors last. `seed` is None for the method ``"weights"``.
+
+    `common_base` is the name of the model that differences were taken from, if one was given.
+    """
+
+    method: str
+    seed: int | None
+    base: str
+    base_hash: str | None
+    family: str
+    references: tuple[Comparison, ...]
+    common_base: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def failed(self) -> tuple[Comparison, ...]:
+        """The references that could not be compared."""
+        return tuple(reference for reference in self.references if reference.error is not None)
+
+
+@dataclass(frozen=True)
+class SimilarityMatrix:
+    """All models beside all: `similarity[i][j]` in percent or as a cosine, None where two cannot be compared.
+
+    `errors` maps the names of the models that could not be compared with any to one line about why.
+    """
+
+    method: str
+    seed: int | None
+    names: tuple[str, ...]
+    similarity: tuple[tuple[float | None, ...], ...]
+    errors: Mapping[str, str]
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,119 @@
+"""How `explain` groups tensors: into blocks and components, and which of the candidates can speak for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from blockmerge.anatomy import COMPONENTS, block_of, component_of
+from blockmerge.checkpoints import Model
+from blockmerge.comparing.arrays import Array, Flags
+from blockmerge.comparing.linear_fit import Fit, fit
+from blockmerge.comparing.sources import weights_of
+
+if TYPE_CHECKING:
+    from blockmerge.comparing.gram import Gram
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The tensors of a merge that candidates can explain.
+
+    `holders[name]` are the numbers of the models that have the tensor in the merge's shape, the merge (0) first; a tensor
+    is looked at when every candidate that has its component at all is among them. `skipped` are the others.
+    """
+
+    names: tuple[str, ...]
+    holders: dict[str, tuple[int, ...]]
+    skipped: tuple[str, ...]
+
+    @classmethod
+    def of(cls, merge: Model, candidates: Sequence[Model]) -> Compared:
+        """Look at names and shapes."""
+        tensors = [weights_of(model) for model in (merge, *candidates)]
+        components = [{component_of(name) for name in found} for found in tensors]
+        holders, skipped = {}, []
+        for name, info in tensors[0].items():
+            able = [n for n in range(1, len(tensors)) if component_of(name) in components[n]]
+            having = [n for n in able if name in tensors[n] and tensors[n][name].shape == info.shape]
+            if having and having == able:
+                holders[name] = (0, *having)
+            else:
+                skipped.append(name)
+        return cls(tuple(holders), holders, tuple(skipped))
+
+
+@dataclass(frozen=True)
+class Units:
+    """The sums of `Gram` over groups of tensors, and which candidates `have` each group: `have[U, k]`."""
+
+    names: tuple[str, ...]
+    members: tuple[tuple[int, ...], ...]
+    products: Array
+    plain: Array
+    elements: Array
+    apart: Array
+    have: Flags
+
+    @classmethod
+    def of(cls, groups: dict[str, list[int]], compared: Compared, gram: Gram) -> Units:
+        """Add up the tensors of each group; groups without tensors are left out."""
+        groups = {name: members for name, members in groups.items() if members}
+        candidates = gram.products.shape[1]
+        have = np.array(
+            [
+                [all(n in compared.holders[compared.names[t]] for t in members) for n in range(1, candidates + 1)]
+                for members in groups.values()
+            ],
+            dtype=np.bool_,
+        ).reshape(len(groups), candidates)
+        return cls(
+            tuple(groups),
+            tuple(tuple(members) for members in groups.values()),
+            *(
+                np.array([table[members].sum(axis=0) for members in groups.values()]).reshape(-1, *table.shape[1:])
+                for table in (gram.products, gram.plain, gram.elements, gram.apart)
+            ),
+            have,
+        )
+
+    def select(self, wanted: Sequence[int]) -> Units:
+        """Some of the units."""
+        chosen = list(wanted)
+        return Units(
+            tuple(self.names[u] for u in chosen),
+            tuple(self.members[u] for u in chosen),
+            self.products[chosen],
+            self.plain[chosen],
+            self.elements[chosen],
+            self.apart[chosen],
+            self.have[chosen],
+        )
+
+    def fit(self, subset: tuple[int, ...]) -> Fit:
+        """Fit a subset of the candidates to every unit."""
+        return fit(self.products, self.apart, subset)
+
+
+def group_by_block(compared: Compared, family: str, blocks: Sequence[str]) -> dict[str, list[int]]:
+    """Tensor numbers by block. BASE is what merges treat as BASE: all outside the U-Net but the VAE."""
+    groups: dict[str, list[int]] = {block: [] for block in blocks}
+    for number, name in enumerate(compared.names):
+        if component_of(name) != "vae":
+            groups[block_of(name, family)].append(number)
+    return groups
+
+
+def group_by_component(compared: Compared) -> dict[str, list[int]]:
+    """Tensor numbers by component, the U-Net aside, whose blocks are told one by one."""
+    groups: dict[str, list[int]] = {component: [] for component in COMPONENTS if component != "unet"}
+    for number, name in enumerate(compared.names):
+        if component_of(name) != "unet":
+            groups[component_of(name)].append(number)
+    return groups
