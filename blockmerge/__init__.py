@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from blockmerge.anatomy import block_of as block_of
     from blockmerge.checkpoints import Checkpoint as Checkpoint
     from blockmerge.checkpoints import open_checkpoint as open_checkpoint
+    from blockmerge.comparing import Explanation as Explanation
+    from blockmerge.comparing import SimilarityMatrix as SimilarityMatrix
+    from blockmerge.comparing import SimilarityResult as SimilarityResult
+    from blockmerge.comparing import explain as explain
+    from blockmerge.comparing import similarity as similarity
+    from blockmerge.comparing import similarity_matrix as similarity_matrix
     from blockmerge.errors import BlockmergeError as BlockmergeError
     from blockmerge.errors import CheckpointError as CheckpointError
     from blockmerge.errors import IncompatibleModelsError as IncompatibleModelsError
@@ -41,6 +47,7 @@ _HOMES = {
     "BlockmergeError": "errors",
     "Checkpoint": "checkpoints",
     "CheckpointError": "errors",
+    "Explanation": "comparing",
     "IncompatibleModelsError": "errors",
     "Inspection": "inspecting",
     "MergeResult": "merging",
@@ -48,15 +55,20 @@ _HOMES = {
     "OutputError": "errors",
     "PresetError": "errors",
     "RecipeError": "errors",
+    "SimilarityMatrix": "comparing",
+    "SimilarityResult": "comparing",
     "UnknownFamilyError": "errors",
     "WeightsError": "errors",
     "block_of": "anatomy",
+    "explain": "comparing",
     "inspect": "inspecting",
     "load_preset": "weights",
     "merge": "merging",
     "merge_state_dicts": "merging",
     "open_checkpoint": "checkpoints",
     "preset_names": "weights",
+    "similarity": "comparing",
+    "similarity_matrix": "comparing",
 }
 
 __all__ = sorted(_HOMES)

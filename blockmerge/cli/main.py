@@ -15,9 +15,11 @@ import click
 from click_default_group import DefaultGroup
 
 from blockmerge.cli.demo import demo
+from blockmerge.cli.explain import explain
 from blockmerge.cli.inspect import inspect
 from blockmerge.cli.merge import merge
 from blockmerge.cli.presets import presets
+from blockmerge.cli.similarity import similarity
 from blockmerge.errors import BlockmergeError
 from blockmerge.version import __version__
 
@@ -41,7 +43,7 @@ def cli() -> None:
     """
 
 
-for command in (merge, inspect, presets, demo):
+for command in (merge, inspect, similarity, explain, presets, demo):
     cli.add_command(command)
 
 

@@ -12,7 +12,7 @@ from blockmerge.checkpoints import CheckpointLike, Model
 from blockmerge.comparing.explanation import BlockOrigin, Explanation
 from blockmerge.comparing.linear_fit import explained
 from blockmerge.comparing.parents import Parents, find_parents, nearest_pair
-from blockmerge.comparing.sources import open_model, open_sources
+from blockmerge.comparing.sources import is_same_file, open_model, open_sources
 from blockmerge.comparing.telling import Sight, Told, ToldUnit, tell
 from blockmerge.comparing.units import Compared, Units, group_by_block, group_by_component
 from blockmerge.comparing.verdict import write_verdict
@@ -52,14 +52,15 @@ def explain(
     left_out = {source.name: source.error for source in sources if source.error is not None}
     usable: list[tuple[str, Model]] = []
     for source in sources:
-        if source.model is None:
+        if source.model is None or is_same_file(source.model, merged):  # as when a whole folder is named
             continue
         if source.model.anatomy.family != merged.anatomy.family:
             left_out[source.name] = f"{shown(source.name)} is {source.model.anatomy.family.title}"
         else:
             usable.append((source.name, source.model))
     if not usable:
-        raise IncompatibleModelsError(f"no candidate can be compared with {shown(merged.name)}: {listing(left_out.values())}")
+        why = f": {listing(left_out.values())}" if left_out else ", which is the only one"
+        raise IncompatibleModelsError(f"no candidate can be compared with {shown(merged.name)}{why}")
     if len(usable) > _MOST_CANDIDATES:
         raise RecipeError(f"{len(usable)} candidates are too many to try all combinations: at most {_MOST_CANDIDATES}")
     names = tuple(name for name, _ in usable)

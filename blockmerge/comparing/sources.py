@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blockmerge.anatomy import is_position_ids, is_schedule
-from blockmerge.checkpoints import FLOAT_DTYPES, Checkpoint, CheckpointLike, Model, TensorInfo, open_checkpoint
+from blockmerge.checkpoints import FLOAT_DTYPES, Checkpoint, CheckpointLike, Model, SafetensorsFile, TensorInfo, open_checkpoint
 from blockmerge.errors import BlockmergeError, CheckpointError, RecipeError, shown
 
 
@@ -30,7 +30,8 @@ def open_sources(models: CheckpointLike | Iterable[CheckpointLike]) -> list[Sour
     """
     if isinstance(models, (str, os.PathLike, Checkpoint, Mapping)):
         models = [models]
-    found = [_open(one, number) for number, model in enumerate(models, 1) for one in _expand(model)]
+    named = (one for model in models for one in _expand(model))
+    found = [_open(one, number) for number, one in enumerate(_once_each(named), 1)]
     if not found:
         raise RecipeError("nothing to compare with: name at least one model, or a folder of them")
     return _unique(found)
@@ -54,6 +55,26 @@ def _expand(model: CheckpointLike) -> Iterator[CheckpointLike | Source]:
         yield from found
     else:
         yield model
+
+
+def _once_each(models: Iterable[CheckpointLike | Source]) -> Iterator[CheckpointLike | Source]:
+    """Leave out files that were named before, as `a.safetensors *.safetensors` does."""
+    seen: set[str] = set()
+    for model in models:
+        if isinstance(model, (str, os.PathLike)):
+            path = os.path.realpath(model)
+            if path in seen:
+                continue
+            seen.add(path)
+        yield model
+
+
+def is_same_file(one: Model, other: Model) -> bool:
+    """Whether two models are the same file under one name or two."""
+    a, b = one.checkpoint, other.checkpoint
+    return (
+        isinstance(a, SafetensorsFile) and isinstance(b, SafetensorsFile) and os.path.realpath(a.path) == os.path.realpath(b.path)
+    )
 
 
 def _open(model: CheckpointLike | Source, number: int) -> Source:

@@ -73,13 +73,17 @@ class Units:
             ],
             dtype=np.bool_,
         ).reshape(len(groups), candidates)
+
+        def add_up(table: Array) -> Array:
+            return np.array([table[members].sum(axis=0) for members in groups.values()]).reshape(-1, *table.shape[1:])
+
         return cls(
             tuple(groups),
             tuple(tuple(members) for members in groups.values()),
-            *(
-                np.array([table[members].sum(axis=0) for members in groups.values()]).reshape(-1, *table.shape[1:])
-                for table in (gram.products, gram.plain, gram.elements, gram.apart)
-            ),
+            add_up(gram.products),
+            add_up(gram.plain),
+            add_up(gram.elements),
+            add_up(gram.apart),
             have,
         )
 

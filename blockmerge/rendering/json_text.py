@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from blockmerge.comparing import Comparison, Explanation, SimilarityMatrix, SimilarityResult
     from blockmerge.inspecting import Inspection
     from blockmerge.merging import MergeResult
     from blockmerge.weights import Preset
@@ -38,6 +39,50 @@ def presets_json(presets: Sequence[Preset]) -> str:
 def preset_json(preset: Preset) -> str:
     """A list of one preset."""
     return presets_json([preset])
+
+
+def similarity_json(result: SimilarityResult) -> str:
+    """A base and its references; `similarity` and `parts` are percent or cosines, by the method."""
+    return _dumps(
+        {
+            "method": result.method,
+            "seed": result.seed,
+            "family": result.family,
+            "base": {"name": result.base, "hash": result.base_hash},
+            "common_base": result.common_base,
+            "references": [_comparison(one, result) for one in result.references],
+            "notes": result.notes,
+        }
+    )
+
+
+def matrix_json(result: SimilarityMatrix) -> str:
+    """All models beside all."""
+    return _dumps(asdict(result))
+
+
+def explanation_json(found: Explanation) -> str:
+    """Where a merge comes from; `tensors` only where they were asked for."""
+    fields = asdict(found)
+    if not found.tensors:
+        del fields["tensors"]
+    return _dumps(fields)
+
+
+def _comparison(one: Comparison, result: SimilarityResult) -> dict[str, Any]:
+    fields: dict[str, Any] = {"name": one.name, "hash": one.hash, "similarity": one.similarity, "parts": dict(one.parts)}
+    if result.method == "weights":
+        kinds = {"relative_difference": "relative_difference", "max_difference": "max_difference"}
+        if result.common_base is not None:
+            kinds["difference_similarity"] = "difference_cosine"
+        for key, attribute in kinds.items():
+            fields[key] = None if one.total is None else getattr(one.total, attribute)
+            fields[f"{key}_parts"] = {block: getattr(found, attribute) for block, found in one.blocks.items()}
+        fields["components"] = {
+            component: {"similarity": found.cosine, **{key: getattr(found, attribute) for key, attribute in kinds.items()}}
+            for component, found in one.components.items()
+        }
+    return {**fields, "notes": one.notes, "error": one.error}
 
 
 def _preset(preset: Preset) -> dict[str, Any]:

@@ -11,10 +11,11 @@ _BAR = 12
 
 
 class WeightsU:
-    """Draws the weights of 26 or 20 blocks; None is a block that is left out of the merge."""
+    """Draws the weights of 26 or 20 blocks; None is a block without one: `unknown` says what that means."""
 
-    def __init__(self, weights: Mapping[str, float | None]) -> None:
+    def __init__(self, weights: Mapping[str, float | None], unknown: str = "skip") -> None:
         self.weights = weights
+        self.unknown = unknown
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """One line of text per level of the U."""
@@ -30,7 +31,7 @@ class WeightsU:
     def _cell(self, block: str, full: str, empty: str) -> Text:
         weight = self.weights[block]
         if weight is None:
-            return Text.assemble((f"{block:<5} ", "bold"), (f"{'skip':>6} ", "dim"), ("-" * _BAR, "dim"))
+            return Text.assemble((f"{block:<5} ", "bold"), (f"{self.unknown:>6} ", "dim"), ("-" * _BAR, "dim"))
         filled = round(min(1.0, max(0.0, weight)) * _BAR)
         if 0 < weight < 1:  # a block that takes a little must not look like one that takes nothing
             filled = min(_BAR - 1, max(1, filled))

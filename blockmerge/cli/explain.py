@@ -1,0 +1,52 @@
+"""`blockmerge explain`."""
+
+from __future__ import annotations
+
+import click
+
+from blockmerge.cli.console import progress_bar
+from blockmerge.cli.report import ReportTarget, report_options
+
+
+@click.command(short_help="Say which models a merge was made from, and how.")
+@click.argument("merge")
+@click.argument("candidates", metavar="CANDIDATE...", nargs=-1, required=True)
+@click.option("--tensors", is_flag=True, help="Also tell every single tensor, for merges whose weights change within blocks.")
+@click.option("--threads", metavar="N", type=int, help="How many workers. [default: twice the processors, at most 8]")
+@report_options
+def explain(
+    merge: str,
+    candidates: tuple[str, ...],
+    tensors: bool,
+    threads: int | None,
+    form: str | None,
+    as_json: bool,
+    output: str | None,
+    overwrite: bool,
+) -> None:
+    """Say which of the CANDIDATEs MERGE was merged from, with which weights, or that it was not.
+
+    \b
+      blockmerge explain merged.safetensors a.safetensors b.safetensors c.safetensors
+      blockmerge explain merged.safetensors models/ -o report.html
+
+    The fewest candidates that explain the file win. Then the merge is made again in memory and held against the file.
+    Candidates may be models, folders of models, or patterns. Everything is read twice.
+    """
+    from blockmerge.comparing import explain as find_origin
+    from blockmerge.errors import CheckpointError, listing
+
+    target = ReportTarget.of(form, as_json, output, overwrite, (merge, *candidates))
+    with progress_bar("looking", quiet=target.is_quiet) as progress:
+        found = find_origin(merge, candidates, tensors=tensors, threads=threads, progress=progress)
+    from blockmerge.rendering.comparison import print_explanation
+    from blockmerge.rendering.csv_text import explanation_csv
+    from blockmerge.rendering.html_page import explanation_html
+    from blockmerge.rendering.json_text import explanation_json
+
+    target.write(
+        lambda console: print_explanation(console, found),
+        {"json": lambda: explanation_json(found), "csv": lambda: explanation_csv(found), "html": lambda: explanation_html(found)},
+    )
+    if found.left_out:
+        raise CheckpointError(f"{len(found.left_out)} of the candidates could not be used: {listing(found.left_out)}")

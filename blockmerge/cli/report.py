@@ -1,0 +1,92 @@
+"""Where reports go: the screen or a file, as a table, JSON, CSV or an HTML page."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from blockmerge.cli.console import stdout_console
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FORMATS = ("table", "json", "csv", "html")
+_SUFFIXES = {".json": "json", ".csv": "csv", ".html": "html", ".htm": "html"}
+_FILE_WIDTH = 120
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def report_options(command: Command) -> Command:
+    """Give a command the options of all reports."""
+    for option in (
+        click.option("--overwrite", is_flag=True, help="Replace an existing report."),
+        click.option("-o", "--output", metavar="FILE", help="Write the report to a file. Its ending tells the format."),
+        click.option("--json", "as_json", is_flag=True, help="The same as --format json."),
+        click.option("--format", "form", metavar="|".join(FORMATS), help="How to show it. [default: table]"),
+    ):
+        command = option(command)
+    return command
+
+
+@dataclass(frozen=True)
+class ReportTarget:
+    """A format and a place, checked before any work is done."""
+
+    form: str
+    path: Path | None
+    overwrite: bool
+
+    @classmethod
+    def of(cls, form: str | None, as_json: bool, output: str | None, overwrite: bool, inputs: tuple[str, ...]) -> ReportTarget:
+        """Raises RecipeError for an unknown format, OutputError for a place that cannot be written."""
+        from blockmerge.checkpoints import check_output
+        from blockmerge.errors import RecipeError, did_you_mean, shown
+
+        if form is None:
+            form = "json" if as_json else _SUFFIXES.get(Path(output or "").suffix.lower(), "table")
+        if form not in FORMATS:
+            raise RecipeError(f"unknown format '{shown(form)}'{did_you_mean(form, FORMATS)} ({', '.join(FORMATS)})")
+        path = None if output is None else check_output(output, map(Path, inputs), overwrite=overwrite)
+        return cls(form, path, overwrite)
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether a progress bar would disturb a program that reads along."""
+        return self.path is None and self.form != "table"
+
+    def write(self, draw: Callable[[Console], None], texts: Mapping[str, Callable[[], str]]) -> None:
+        """Show a report: `draw` prints the table, `texts` make the other formats."""
+        if self.path is None:
+            if self.form == "table":
+                draw(stdout_console())
+            else:
+                click.echo(texts[self.form]())
+            return
+        if self.form == "table":
+            from rich.console import Console
+
+            out = io.StringIO()
+            draw(Console(file=out, width=_FILE_WIDTH, markup=False, highlight=False, emoji=False))
+            self._save(out.getvalue())
+        else:
+            self._save(texts[self.form]() + "\n")
+
+    def _save(self, text: str) -> None:
+        from blockmerge.checkpoints import AtomicFile
+        from blockmerge.errors import OutputError, reason, shown
+
+        assert self.path is not None
+        data = text.encode("utf-8", "backslashreplace")
+        with AtomicFile(self.path, len(data), overwrite=self.overwrite) as file:
+            try:
+                file.path.write_bytes(data)
+            except OSError as error:
+                raise OutputError(f"cannot write {shown(self.path)}: {reason(error)}") from error
+            file.commit()
+        click.echo(f"wrote {shown(self.path)}", err=True)

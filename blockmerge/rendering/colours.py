@@ -1,0 +1,19 @@
+"""The colours of heat maps: how far a value is from the best, as a step of one scale."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def warmth(value: float, values: Iterable[float]) -> float:
+    """Where `value` lies among `values`, from 0 (the lowest) to 1 (the highest); 1 where all are the same."""
+    numbers = list(values)
+    low, high = min(numbers), max(numbers)
+    return 1.0 if high <= low else (value - low) / (high - low)
+
+
+def rgb(warm: float) -> tuple[int, int, int]:
+    """A colour between deep blue (0) and amber (1), as dark text on light and light text on dark can both stand on."""
+    cold, hot = (49, 84, 156), (224, 152, 40)
+    red, green, blue = (round(one + (other - one) * warm) for one, other in zip(cold, hot, strict=True))
+    return red, green, blue

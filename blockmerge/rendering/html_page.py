@@ -1,0 +1,82 @@
+"""Comparisons as one self-contained HTML page: no script, nothing fetched, legible in light, in dark and on paper."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING
+
+from blockmerge.rendering.colours import warmth
+from blockmerge.rendering.comparison import difference_text, remark, value_text, weight_text
+from blockmerge.version import __version__
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+    from blockmerge.comparing import Explanation, SimilarityMatrix, SimilarityResult
+
+
+def similarity_html(result: SimilarityResult) -> str:
+    """The references, and a heat map of blocks × models with exact figures on hover."""
+    good = [one for one in result.references if one.error is None]
+    return _render(
+        "similarity.html",
+        result=result,
+        good=good,
+        blocks=list(dict.fromkeys(block for one in good for block in one.parts)),
+        values=[value for one in good for value in one.parts.values()],
+    )
+
+
+def matrix_html(result: SimilarityMatrix) -> str:
+    """All models beside all."""
+    values = [value for row in result.similarity for value in row if value is not None]
+    return _render("matrix.html", result=result, values=values)
+
+
+def explanation_html(found: Explanation) -> str:
+    """The verdict, the weights along the U, and tables of blocks, components and tensors."""
+    others = list(dict.fromkeys(name for origin in found.blocks.values() for name in origin.weights))
+    tables = {"Blocks": found.blocks, "Components": found.components, "Tensors": found.tensors}
+    return _render(
+        "explanation.html",
+        found=found,
+        others=others,
+        weights={other: _along_the_u({b: o.weights.get(other) for b, o in found.blocks.items()}) for other in others},
+        parts={title: origins for title, origins in tables.items() if origins},
+    )
+
+
+def _along_the_u(weights: Mapping[str, float | None]) -> list[tuple[str, str, float | None]]:
+    """(place, block, weight) in the order of a two-column grid: inputs down the left, outputs up the right."""
+    inputs = [block for block in weights if block.startswith("IN")]
+    outputs = [block for block in reversed(list(weights)) if block.startswith("OUT")]
+    pairs = [block for pair in zip(inputs, outputs, strict=False) for block in pair]
+    order = [
+        *(("base", block) for block in weights if block == "BASE"),
+        *(("", block) for block in pairs),
+        *(("middle", block) for block in weights if block == "M00"),
+    ]
+    return [(place, block, weights[block]) for place, block in order]
+
+
+def _bar(weight: float | None) -> float:
+    return 0.0 if weight is None else min(1.0, max(0.0, weight))
+
+
+def _render(template: str, **values: object) -> str:
+    return _templates().get_template(template).render(version=__version__, **values)
+
+
+@cache
+def _templates() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    # Names of files and tensors are whatever somebody called them: all of them are escaped.
+    environment = Environment(
+        loader=PackageLoader("blockmerge.rendering"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.globals.update(
+        warmth=warmth, value_text=value_text, difference_text=difference_text, weight_text=weight_text, remark=remark, bar=_bar
+    )
+    return environment
