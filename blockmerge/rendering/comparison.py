@@ -180,9 +180,8 @@ def _table(*headings: str) -> Table:
     table = Table(box=None, pad_edge=False)
     for heading in headings:
         right = heading.startswith(">")
-        table.add_column(
-            Text(heading.removeprefix(">")), justify="right" if right else "left", no_wrap=right or heading == "hash"
-        )
+        title = Text(heading.removeprefix(">"))
+        table.add_column(title, justify="right" if right else "left", no_wrap=right or heading == "hash", overflow="fold")
     return table
 
 
