@@ -1,0 +1,355 @@
+"""Where merges come from: merges made by an independent oracle (float64, rounded once) or in the way of other tools."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import blockmerge
+from blockmerge.anatomy import SD_BLOCKS, SDXL_BLOCKS, block_of, component_of
+from blockmerge.demo import make_state_dicts
+from blockmerge.weights import find_preset
+from tests.refusals import assert_refused
+
+BLOCKS = {"sd1": SD_BLOCKS, "sd2": SD_BLOCKS, "sdxl": SDXL_BLOCKS}
+CONV = "model.diffusion_model.input_blocks.4.1.proj_in.weight"
+
+
+def cast(model, dtype):
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in model.items()}
+
+
+@cache
+def base_of(family):
+    return make_state_dicts(family)[0]
+
+
+@cache
+def relative(family, difference, number):
+    return tuned(base_of(family), difference, seed=number)
+
+
+def relatives(count, difference=0.05, family="sd1", dtype=torch.float16):
+    """A model and `count - 1` fine-tunes of it, named a, b, c, …"""
+    models = {"a": base_of(family)}
+    for number, name in enumerate("bcdefghij"[: count - 1]):
+        models[name] = relative(family, difference, number)
+    return {name: cast(model, dtype) for name, model in models.items()}
+
+
+def tuned(model, difference, seed):
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return {
+        name: (t.float() + difference * t.float().std(correction=0) * torch.randn(t.shape, generator=generator)).to(t.dtype)
+        if t.is_floating_point()
+        else t
+        for name, t in model.items()
+    }
+
+
+def mixed(models, shares, family="sd1"):
+    """Σ share·model with shares by block (VAE: "VAE"), in float64, rounded once to the first model's dtype."""
+    first, *_ = models.values()
+    made = {}
+    for name, tensor in first.items():
+        if not tensor.is_floating_point():
+            made[name] = tensor
+            continue
+        of = shares["VAE" if component_of(name) == "vae" else block_of(name, family)]
+        made[name] = sum(share * models[m][name].double() for m, share in of.items()).to(tensor.dtype)
+    return made
+
+
+def random_shares(names, seed, family="sd1"):
+    """Random weights of all models but the first for every block; the VAE is the first model's."""
+    numbers = np.random.default_rng(seed)
+    base, *others = names
+    shares = {}
+    for block in BLOCKS[family]:
+        weights = numbers.random(len(others)) / len(others)
+        shares[block] = {base: 1 - weights.sum(), **dict(zip(others, weights, strict=True))}
+    return {**shares, "VAE": {base: 1.0}}
+
+
+def preset_shares(preset, family="sd1", ratio=1.0):
+    weights = find_preset(preset).weights_for(family)
+    return {**{block: {"a": 1 - ratio * w, "b": ratio * w} for block, w in weights.items()}, "VAE": {"a": 1.0}}
+
+
+def explain(tmp_path, merge, candidates, **options):
+    paths = []
+    for name, model in {"merge": merge, **candidates}.items():
+        paths.append(tmp_path / f"{name}.safetensors")
+        save_file({n: t.contiguous() for n, t in model.items()}, paths[-1])
+    return blockmerge.explain(paths[0], paths[1:], **options)
+
+
+def letters(found):
+    return tuple(name.removesuffix(".safetensors") for name in found.parents)
+
+
+def assert_weights(found, shares, within):
+    for block, origin in found.blocks.items():
+        if not origin.determined:
+            continue
+        for name, weight in origin.weights.items():
+            error = abs(weight - shares[block].get(name.removesuffix(".safetensors"), 0.0))
+            assert error <= (origin.uncertainty if within is None else within), (block, name, weight, shares[block])
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("parents", [2, 3, 4])
+@pytest.mark.parametrize("difference", [0.05, 0.01, 0.002])
+def test_weights_are_recovered(tmp_path, family, parents, difference):
+    models = relatives(parents, difference, family)
+    shares = random_shares(list(models), seed=parents, family=family)
+    found = explain(tmp_path, mixed(models, shares, family), models)
+    assert letters(found) == tuple(models)
+    assert found.method == {2: "weighted_sum", 3: "triple_sum", 4: "linear"}[parents]
+    assert found.exact
+    assert all(origin.determined and origin.explained for origin in found.blocks.values())
+    assert_weights(found, shares, 0.005 if difference == 0.05 else None)
+    assert_weights(found, shares, None)
+    assert found.components["vae"].weights[found.candidates[1]] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_other_dtypes(tmp_path, dtype):
+    models = relatives(2, dtype=dtype)
+    shares = random_shares(list(models), seed=5)
+    found = explain(tmp_path, mixed(models, shares), models)
+    assert found.exact
+    assert_weights(found, shares, None)
+
+
+PRESETS = ["high_res", "low_res", "GRAD_V", "GRAD_A", "WRAP12", "MID12_50", "OUT07", "RING08_SOFT", "COSINE", "SMOOTHSTEP", "TRUE_CUBIC_HERMITE", "FLAT_25", "RING10_3"]  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_named(tmp_path, preset):
+    models = relatives(3)
+    found = explain(tmp_path, mixed(models, preset_shares(preset)), models)
+    assert (found.preset, found.base, letters(found), found.exact) == (preset, "a.safetensors", ("a", "b"), True)
+    assert_weights(found, preset_shares(preset), 1e-9)  # the preset's own numbers
+
+
+@pytest.mark.parametrize("preset", ["high_res", "low_res"])
+def test_presets_of_sdxl(tmp_path, preset):
+    models = relatives(2, family="sdxl")
+    found = explain(tmp_path, mixed(models, preset_shares(preset, "sdxl"), "sdxl"), models)
+    assert (found.preset, found.exact) == (preset, True)
+
+
+def test_a_scaled_preset(tmp_path):
+    models = relatives(2)
+    assert explain(tmp_path, mixed(models, preset_shares("GRAD_V", ratio=0.6)), models).preset == "GRAD_V@0.6"
+
+
+def test_a_preset_with_its_own_base(tmp_path):
+    models = relatives(2)
+    shares = {**preset_shares("GRAD_V"), "BASE": {"a": 0.3, "b": 0.7}, "VAE": {"b": 1.0}}
+    found = explain(tmp_path, mixed(models, shares), models)
+    assert (found.preset, found.exact) == ("GRAD_V", True)
+    assert found.blocks["BASE"].weights == {"b.safetensors": pytest.approx(0.7, abs=1e-9)}
+    assert found.components["vae"].weights == {"b.safetensors": 1}
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.7, 1.4])
+def test_add_difference(tmp_path, alpha):
+    models = relatives(4)
+    shares = {block: {"c": 1.0, "b": alpha, "a": -alpha} for block in SD_BLOCKS}
+    found = explain(tmp_path, mixed(models, {**shares, "VAE": {"c": 1.0}}), models)
+    assert (found.method, found.base, set(letters(found))) == ("add_difference", "c.safetensors", {"a", "b", "c"})
+    assert found.exact
+    assert_weights(found, shares, 1e-6)
+
+
+def test_a_full_difference_has_two_bases(tmp_path):
+    """c + (b − a) is b + (c − a): either may be called the base."""
+    models = relatives(3)
+    found = explain(tmp_path, mixed(models, {block: {"c": 1.0, "b": 1.0, "a": -1.0} for block in (*SD_BLOCKS, "VAE")}), models)
+    assert (found.method, found.exact) == ("add_difference", True)
+    assert found.base in ("b.safetensors", "c.safetensors")
+    assert found.blocks["IN04"].weights["a.safetensors"] == -1
+
+
+def test_two_of_six(tmp_path):
+    models = relatives(6)
+    shares = random_shares(["b", "e"], seed=9)
+    found = explain(tmp_path, mixed(models, shares), models)
+    assert set(letters(found)) == {"b", "e"}
+    assert found.exact
+
+
+@pytest.mark.parametrize("order", ["a b ab", "ab b a"])
+def test_true_parents_before_a_merge_of_them(tmp_path, order):
+    models = relatives(2)
+    models["ab"] = mixed(models, {block: {"a": 0.5, "b": 0.5} for block in (*SD_BLOCKS, "VAE")})
+    shares = preset_shares("high_res")
+    found = explain(tmp_path, mixed(models, shares), {name: models[name] for name in order.split()})
+    assert set(letters(found)) == {"a", "b"}
+    assert (found.preset, found.exact) == ("high_res", True)
+
+
+def test_a_fine_tune_is_no_merge(tmp_path):
+    models = relatives(4)
+    found = explain(tmp_path, tuned(models["b"], 0.02, seed=77), models)
+    assert (found.method, found.parents, found.exact, found.preset) == (None, (), False, None)
+    assert found.base == "b.safetensors"  # the nearest
+    assert "not, or not only, a merge of these" in found.verdict
+
+
+def test_a_missing_parent(tmp_path):
+    models = relatives(4)
+    made = mixed(models, {block: {"a": 0.6, "b": 0.3, "c": 0.1} for block in (*SD_BLOCKS, "VAE")})
+    del models["c"]
+    found = explain(tmp_path, made, models)
+    assert (found.method, found.parents, found.exact) == (None, (), False)
+    assert not any(origin.explained for origin in found.blocks.values())
+
+
+def test_a_copy(tmp_path):
+    models = relatives(3)
+    found = explain(tmp_path, models["b"], models)
+    assert (found.method, letters(found), found.exact) == ("copy", ("b",), True)
+    half = explain(tmp_path, cast(models["b"], torch.bfloat16), models)
+    assert (half.method, letters(half), half.exact) == ("copy", ("b",), True)
+
+
+def test_weights_0_and_1_are_numbers(tmp_path):
+    models = relatives(2)
+    shares = {block: {"a": 1.0} if number % 2 else {"b": 1.0} for number, block in enumerate(SD_BLOCKS)}
+    found = explain(tmp_path, mixed(models, {**shares, "VAE": {"a": 1.0}}), models)
+    for number, block in enumerate(SD_BLOCKS):
+        (weight,) = found.blocks[block].weights.values()
+        assert weight == (number % 2 if found.base == "b.safetensors" else 1 - number % 2)
+        assert found.blocks[block].residual == pytest.approx(0, abs=1e-12)
+
+
+def test_equal_blocks_are_undetermined(tmp_path):
+    models = relatives(3)
+    for name in models["b"]:
+        if "input_blocks.5." in name:
+            models["b"][name] = models["a"][name]
+    found = explain(tmp_path, mixed(models, preset_shares("high_res")), models)
+    assert not found.blocks["IN05"].determined
+    assert found.blocks["IN05"].weights == {"b.safetensors": None}
+    assert (found.preset, found.exact) == ("high_res", True)
+
+
+def test_collinear_blocks_are_undetermined(tmp_path):
+    models = relatives(3, dtype=torch.float32)
+    inside = [name for name in models["a"] if "output_blocks.4." in name]
+    for name in inside:  # exactly halfway between the other two
+        models["c"][name] = models["a"][name] + (models["b"][name] - models["a"][name]) / 2
+    shares = {block: {"a": 0.5, "b": 0.2, "c": 0.3} for block in (*SD_BLOCKS, "VAE")}
+    found = explain(tmp_path, mixed(models, shares), models)
+    assert not found.blocks["OUT04"].determined
+    assert found.blocks["OUT03"].determined
+    assert found.exact
+
+
+def test_text_encoder_and_vae_are_told_apart(tmp_path):
+    models = relatives(3)
+    shares = {**preset_shares("low_res"), "BASE": {"b": 1.0}, "VAE": {"c": 1.0}}
+    found = explain(tmp_path, mixed(models, shares), models)
+    assert (found.preset, letters(found)) == ("low_res", ("a", "b"))
+    assert found.components["text_encoder"].weights == {"b.safetensors": 1}
+    assert not found.components["vae"].explained
+    assert "the VAE is that of c.safetensors" in found.notes
+    assert not found.exact
+
+
+def test_weights_that_change_within_blocks(tmp_path):
+    models = relatives(2)
+    made = mixed(models, preset_shares("FLAT_25"))
+    attention = [name for name in made if "attn2" in name]
+    for name in attention:
+        made[name] = (0.2 * models["a"][name].double() + 0.8 * models["b"][name].double()).half()
+    found = explain(tmp_path, made, models, tensors=True)
+    assert (found.method, found.exact) == ("weighted_sum", True)
+    assert "change within blocks" in found.verdict
+    for name, origin in found.tensors.items():
+        if component_of(name) == "unet" and origin.determined:
+            other = next(n for n in found.candidates if n != found.base)
+            expected = 0.8 if name in attention else 0.25
+            assert origin.weights[other] == pytest.approx(
+                expected if other[0] == "b" else 1 - expected, abs=max(0.005, origin.uncertainty)
+            )
+
+
+def three_roundings(models, shares):
+    """As web UIs do it: all in half precision, product by product."""
+    made = {}
+    for name, tensor in models["a"].items():
+        if not tensor.is_floating_point():
+            made[name] = tensor
+            continue
+        w = shares["VAE" if component_of(name) == "vae" else block_of(name)].get("b", 0.0)
+        made[name] = (1 - w) * tensor + w * models["b"][name]
+    return made
+
+
+@pytest.mark.parametrize("preset", ["high_res", "GRAD_A", "SMOOTHSTEP"])
+def test_merges_of_other_tools(tmp_path, preset):
+    models = relatives(3)
+    found = explain(tmp_path, three_roundings(models, preset_shares(preset)), models)
+    assert (found.preset, letters(found), found.exact) == (preset, ("a", "b"), True)
+
+
+def test_our_own_merges(pairs, tmp_path):
+    a, b = pairs()
+    blockmerge.merge(a, b, weights="0.35", output=tmp_path / "m.safetensors", vae="blend")
+    found = blockmerge.explain(tmp_path / "m.safetensors", [a, b])
+    assert found.exact
+    assert {name for origin in found.blocks.values() for name in origin.weights} == {"b.safetensors"}
+    assert all(origin.weights["b.safetensors"] == pytest.approx(0.35, abs=1e-12) for origin in found.blocks.values())
+    assert blockmerge.explain(tmp_path / "m.safetensors", [b, a]).base == "a.safetensors"  # found, not asked
+
+
+def test_a_folder_that_holds_the_merge_too(pairs, tmp_path):
+    for path in pairs():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    blockmerge.merge(*pairs(), preset="high_res", output=tmp_path / "m.safetensors")
+    (tmp_path / "broken.safetensors").touch()
+    found = blockmerge.explain(tmp_path / "m.safetensors", tmp_path)
+    assert (found.preset, found.candidates) == ("high_res", ("a.safetensors", "b.safetensors"))
+    assert "is empty" in found.left_out["broken.safetensors"]
+
+
+def test_threads_change_no_digit(pairs, tmp_path):
+    blockmerge.merge(*pairs(), preset="GRAD_V", output=tmp_path / "m.safetensors")
+    one, three = (blockmerge.explain(tmp_path / "m.safetensors", pairs(), threads=threads) for threads in (1, 3))
+    assert one == three
+
+
+def test_nan_is_told_by_name(pairs, tmp_path, capsys):
+    a, b = pairs()
+    for holder in ("merge", "candidate"):
+        tensors = load_file(b)
+        tensors[CONV].view(-1)[3] = torch.nan
+        save_file(tensors, tmp_path / f"{holder}.safetensors")
+    assert_refused(capsys, tmp_path, "explain", tmp_path / "merge.safetensors", a, b, says=["merge.safetensors holds NaN", CONV])
+    says = ["candidate.safetensors holds NaN", CONV]
+    assert_refused(capsys, tmp_path, "explain", a, b, tmp_path / "candidate.safetensors", says=says)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nope.safetensors", "a.safetensors"], "nope.safetensors"),
+        (["a.safetensors", "nope.safetensors"], "no candidate can be compared"),
+        (["a.safetensors", "a.safetensors"], "which is the only one"),
+        (["a.safetensors", "xl.safetensors"], "xl.safetensors is Stable Diffusion XL"),
+        (["a.safetensors", "b.safetensors", "-o", "b.safetensors", "--overwrite"], "is the input"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(pairs, tmp_path, capsys, arguments, says):
+    for path in pairs():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "xl.safetensors").write_bytes(pairs("sdxl")[0].read_bytes())
+    assert_refused(capsys, tmp_path, "explain", *arguments, says=says)
