@@ -73,12 +73,20 @@ def test_names_and_ranges():
         (",".join("1" * 20), "sd1", "SDXL's 20 blocks given; sd1 needs 26"),
         (",".join("1" * 19), "sd2", "sd2 needs 26"),
         ("IN12=1", "sd1", "unknown block 'IN12'; did you mean 'IN"),
-        ("IN11=1", "sdxl", "unknown block 'IN11' in SDXL, whose blocks end at OUT08"),
+        ("IN11=1", "sdxl", "unknown block 'IN11': SDXL has BASE, IN00-IN08, M00, OUT00-OUT08"),
         ("BASS=1", "sd1", "did you mean 'BASE'"),
         ("IN01=x", "sd1", "'x' is not a number"),
-        ("IN01=", "sd1", "'' is not a number"),
+        ("IN01=", "sd1", "cannot read 'IN01=' in the weights: write BLOCK=NUMBER"),
         ("IN01=1,M00", "sd1", "cannot read 'M00'"),
-        ("IN01-=1", "sd1", "unknown block ''"),
+        ("IN01-=1", "sd1", "cannot read 'IN01-=1' in the weights: write BLOCK=NUMBER"),
+        ("=0.5", "sd1", "cannot read '=0.5' in the weights: write BLOCK=NUMBER"),
+        ("IN00", "sd1", "'IN00' is not a number: write BLOCK=NUMBER"),
+        ("ALL=1", "sd1", "SD1 and SD2 have BASE, IN00-IN11, M00, OUT00-OUT11"),
+        ("M00=\u0661", "sd1", "not a number"),
+        ("IN\u0661=1", "sd1", "unknown block"),
+        ("1e308", "sd1", "weight of BASE is 1e+308: at most 1,000,000 is allowed"),
+        ("IN04=-2e6", "sdxl", "weight of IN04 is -2e+06"),
+        (10**300, "sd1", "at most 1,000,000"),
         ([0.5, "x"] + [0] * 24, "sd1", "not a number"),
         ([True] * 26, "sd1", "not a number"),
         ([float("nan")] * 26, "sd1", "BASE is not a number"),
@@ -222,10 +230,10 @@ def test_preset_files_by_path(tmp_path):
         ("x.toml", "weights = [1, 2", "not TOML"),
         ("x.toml", "name = 'x'", "has no 'weights'"),
         ("x.toml", "weights = [1, 2]", "2 weights given"),
-        ("x.toml", "weights = 3", "neither a list nor a text nor a table"),
+        ("x.toml", "weights = 1979-05-27", "'weights': neither a number, a list, a text nor a table"),
         ("x.toml", "weight = '0.5'", "unknown key 'weight'"),
         ("x.toml", "name = 3\nweights = '0.5'", "'name' is not a text"),
-        ("x.toml", "weights = '0.5'\nsdxl = [" + ",".join("1" * 26) + "]", "26 weights given where 20"),
+        ("x.toml", "weights = '0.5'\nsdxl = [" + ",".join("1" * 26) + "]", "'sdxl': 26 weights given where 20"),
         ("x.txt", "just words", "line 1: expected NAME"),
         ("x.txt", "\nname\t1,2,3", "line 2: 3 weights given"),
         ("x.txt", "", "holds no preset"),
@@ -242,6 +250,20 @@ def test_preset_files_that_cannot_be_read(tmp_path, name, text, says):
         blockmerge.load_preset(str(path))
     assert says in str(caught.value)
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["0.5", "1", '"skip"', '["skip", 0.25' + ", 1" * 24 + "]", '{BASE = "skip", IN00 = 0.5}'])
+def test_all_forms_of_weights_in_a_toml_file(tmp_path, text):
+    path = tmp_path / "x.toml"
+    path.write_text(f"weights = {text}")
+    expected = {
+        "0.5": BlockWeights.flat(0.5),
+        "1": BlockWeights.flat(1),
+        '"skip"': BlockWeights.flat(None),
+        '["skip", 0.25' + ", 1" * 24 + "]": BlockWeights.from_numbers([None, 0.25, *[1] * 24]),
+        '{BASE = "skip", IN00 = 0.5}': parse_weights("BASE=skip,IN00=0.5"),
+    }[text]
+    assert blockmerge.load_preset(str(path)) == expected
 
 
 def test_community_presets_have_not_been_touched():

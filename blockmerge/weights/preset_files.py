@@ -75,8 +75,8 @@ def _from_toml(text: str, path: Path) -> Preset:
         raise PresetError(f"preset file {shown(path)} has no 'weights'")
     return Preset(
         name=_text(table, "name", path, default=path.stem),
-        weights=_weights(table["weights"], SD_BLOCKS, f"preset file {shown(path)}"),
-        sdxl=_weights(table["sdxl"], SDXL_BLOCKS, f"preset file {shown(path)}") if "sdxl" in table else None,
+        weights=_weights(table["weights"], SD_BLOCKS, f"preset file {shown(path)}: 'weights'"),
+        sdxl=_weights(table["sdxl"], SDXL_BLOCKS, f"preset file {shown(path)}: 'sdxl'") if "sdxl" in table else None,
         aliases=tuple(str(alias) for alias in table.get("aliases", [])),
         source=_text(table, "source", path),
         description=_text(table, "description", path),
@@ -91,8 +91,8 @@ def _text(table: Mapping[str, object], key: str, path: Path, default: str = "") 
 
 
 def _weights(value: object, blocks: tuple[str, ...], where: str) -> BlockWeights:
-    if not isinstance(value, (str, list, dict)):
-        raise PresetError(f"{where}: the weights are neither a list nor a text nor a table")
+    if not isinstance(value, (int, float, str, list, dict)):
+        raise PresetError(f"{where}: neither a number, a list, a text nor a table of weights")
     try:
         weights = parse_weights(value, "sdxl" if blocks == SDXL_BLOCKS else "sd1")
         if isinstance(value, list) and not len(blocks) - 1 <= len(value) <= len(blocks):
