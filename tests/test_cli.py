@@ -221,6 +221,18 @@ def test_presets(here, capsys):
     assert_refused(capsys, here, "presets", "show", "lowres", says="did you mean 'low_res'")
 
 
+def test_presets_tell_of_files_that_cannot_be_read(here, capsys):
+    from blockmerge.weights.presets import user_folder
+
+    user_folder().mkdir(parents=True)
+    (user_folder() / "broken.toml").write_text("weights = ")
+    assert run(["presets", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)) == 40
+    assert re.fullmatch(r"Left out: preset file .*broken\.toml is not TOML: .*\n", err)
+    assert_refused(capsys, here, "presets", "show", "broken", says=["unknown preset 'broken'", "broken.toml is not TOML"])
+
+
 def test_presets_show_draws_the_u(here, capsys):
     (here / "p.toml").write_text(
         'name = "[bold]p[/bold]"\nweights = "IN00=1,IN11=-0.5,M00=0.01,OUT00=skip,OUT11=1.25,BASE=0.999"\n'

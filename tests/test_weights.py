@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import blockmerge
 from blockmerge import BlockWeights, PresetError, WeightsError
-from blockmerge.weights import find_preset, parse_weights, presets
+from blockmerge.weights import find_preset, parse_weights, presets, unreadable_presets
 from blockmerge.weights.presets import shipped_folder, user_folder
 from tests import oracle
 
@@ -201,6 +201,30 @@ def test_the_users_own_presets():
     assert blockmerge.load_preset("mine")["IN04"] == 0.25
 
 
+def test_a_hidden_presets_aliases_lead_to_the_one_that_hides_it():
+    user_folder().mkdir(parents=True)
+    (user_folder() / "high_res.toml").write_text("weights = 0.75")
+    assert blockmerge.load_preset("high-res_replace") == BlockWeights.flat(0.75)
+    assert blockmerge.load_preset("low-res_replace") == parse_weights(oracle.LOW_RES)
+
+
+def test_preset_files_in_the_users_folder_that_cannot_be_read_are_told_of():
+    folder = user_folder()
+    folder.mkdir(parents=True)
+    assert unreadable_presets() == []
+    (folder / "my_mix.toml").write_text("weights = [1, 2")
+    (folder / "a.txt").write_text("just words")
+    (folder / "good.txt").write_text(f"# a comment: 1\n\nGOOD\t{oracle.LOW_RES}\n")
+    assert blockmerge.load_preset("good") == parse_weights(oracle.LOW_RES)
+    first, second = unreadable_presets()
+    assert "a.txt, line 1: expected NAME" in first
+    assert "my_mix.toml is not TOML" in second
+    with pytest.raises(PresetError, match=r"unknown preset 'MY-MIX'.*my_mix.toml is not TOML.* \(and 1 more\)"):
+        blockmerge.load_preset("MY-MIX")
+    with pytest.raises(PresetError, match=r"unknown preset 'other'.*a.txt, line 1"):
+        blockmerge.load_preset("other")
+
+
 def test_preset_files_by_path(tmp_path):
     own = tmp_path / "own.toml"
     own.write_text("weights = [" + ",".join(["0.5"] * 25) + "]\nsdxl = [" + ",".join(["1"] * 20) + "]\n")
@@ -220,6 +244,11 @@ def test_preset_files_by_path(tmp_path):
     assert list(blockmerge.load_preset(f"{supermerger}#mbw").values()) == [0.0] + [0.5] * 25
     with pytest.raises(PresetError, match=r"holds 3 presets \(A, B 2, MBW\): write mbwpresets.txt#NAME"):
         blockmerge.load_preset(str(supermerger))
+    twice = tmp_path / "twice.txt"
+    twice.write_text(f"A:{oracle.HIGH_RES}\na:{oracle.LOW_RES}\nB:{oracle.LOW_RES}\n")
+    assert blockmerge.load_preset(f"{twice}#B") == parse_weights(oracle.LOW_RES)
+    with pytest.raises(PresetError, match=r"twice.txt holds 2 presets of the name 'A'"):
+        blockmerge.load_preset(f"{twice}#A")
     with pytest.raises(PresetError, match=r"no preset 'C' in .*mbwpresets.txt"):
         blockmerge.load_preset(f"{supermerger}#C")
 
@@ -232,7 +261,14 @@ def test_preset_files_by_path(tmp_path):
         ("x.toml", "weights = [1, 2]", "2 weights given"),
         ("x.toml", "weights = 1979-05-27", "'weights': neither a number, a list, a text nor a table"),
         ("x.toml", "weight = '0.5'", "unknown key 'weight'"),
-        ("x.toml", "name = 3\nweights = '0.5'", "'name' is not a text"),
+        ("x.toml", "name = 3\nweights = '0.5'", "'name' is not a text of one line"),
+        ("x.toml", "name = ' '\nweights = '0.5'", "'name' is not a text of one line"),
+        ("x.toml", 'name = "a\\nb"\nweights = "0.5"', "'name' is not a text of one line"),
+        ("x.toml", "source = 3\nweights = '0.5'", "'source' is not a text"),
+        ("x.toml", "aliases = 'x'\nweights = '0.5'", "'aliases' is not a list of texts"),
+        ("x.toml", "aliases = [1]\nweights = '0.5'", "'aliases' is not a list of texts"),
+        ("x.toml", "weights = " + "1" * 5000, "a number too long"),
+        ("x.txt", "# only a comment: 0.5", "holds no preset"),
         ("x.toml", "weights = '0.5'\nsdxl = [" + ",".join("1" * 26) + "]", "'sdxl': 26 weights given where 20"),
         ("x.txt", "just words", "line 1: expected NAME"),
         ("x.txt", "\nname\t1,2,3", "line 2: 3 weights given"),
