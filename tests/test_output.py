@@ -102,7 +102,9 @@ def test_places_where_nothing_can_be_written(pairs, tmp_path, capsys):
         "file/out.safetensors": "does not exist",
         "out.ckpt": "the output is a .safetensors file",
         "out": "the output is a .safetensors file",
-        "": "the output is a .safetensors file",
+        "": "the output's name is empty",
+        ".": ". is a folder",
+        "newdir/": "newdir/ is a folder",
         "x" * 300 + ".safetensors": "name too long",
         "nul\0.safetensors": "null",
     }.items():

@@ -94,7 +94,10 @@ def dry_run(
     threads: int | None = None,
     overwrite: bool = False,
 ) -> MergeResult:
-    """Make all checks and the plan, and write nothing. Raises what `run` would raise before it reads a weight."""
+    """Make all checks that need no weights, and the plan, and write nothing.
+
+    Raises what `run` would raise before it reads a weight.
+    """
     started = time.perf_counter()
     plan, target = _prepare(recipe, models, output, overwrite)
     _choose_pace(device, threads)
@@ -121,10 +124,21 @@ def _prepare(
     recipe.check_model_count(len(models))
     checkpoints = [open_checkpoint(model, name=f"state dict {letter}") for model, letter in zip(models, "ABCDEFGH", strict=False)]
     plan = make_plan(checkpoints, recipe)
-    if not os.fspath(output).lower().endswith(".safetensors"):
-        raise OutputError(f"{shown(output)}: the output is a .safetensors file; end its name so")
+    _check_output_name(output)
     inputs = [checkpoint.path for checkpoint in plan.checkpoints.values() if isinstance(checkpoint, SafetensorsFile)]
     return plan, check_output(output, inputs, overwrite=overwrite)
+
+
+def _check_output_name(output: object) -> None:
+    if not isinstance(output, (str, os.PathLike)):
+        raise OutputError(f"the output is a path; {type(output).__name__} given")
+    name = os.fspath(output)
+    if not name:
+        raise OutputError("the output's name is empty: give the name of a .safetensors file")
+    if name.endswith(("/", os.sep)) or os.path.isdir(name):
+        raise OutputError(f"{shown(name)} is a folder: give the output a file name")
+    if not name.lower().endswith(".safetensors"):
+        raise OutputError(f"{shown(name)}: the output is a .safetensors file; end its name so")
 
 
 def default_output(recipe: Recipe, models: tuple[str, ...]) -> Path:
