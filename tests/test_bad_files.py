@@ -118,6 +118,19 @@ def test_what_is_no_file_is_refused(pairs, tmp_path, capsys):
     assert_refused(capsys, tmp_path, good, "two\nlines", "-w", "0.5", says=r"two\nlines")
 
 
+def test_what_is_no_state_dict_is_refused(pairs):
+    import blockmerge
+
+    a = load_file(pairs()[0])
+    for other, kind in ((None, "NoneType"), (str(pairs()[1]), "str")):
+        with pytest.raises(
+            CheckpointError, match=rf"a {kind} is no state dict: give a dict of tensors \(merge\(\) takes files\)"
+        ):
+            blockmerge.merge_state_dicts(a, other, weights=0.5)
+    with pytest.raises(CheckpointError, match=r"state dict B: .*proj_in.weight is a meta tensor, which has no values"):
+        blockmerge.merge_state_dicts(a, {**a, PROJ: a[PROJ].to("meta")}, weights=0.5)
+
+
 def test_a_pipe_does_not_hang(pairs, tmp_path):
     import os
 

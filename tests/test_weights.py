@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import blockmerge
 from blockmerge import BlockWeights, PresetError, WeightsError
-from blockmerge.weights import find_preset, parse_weights, presets, unreadable_presets
+from blockmerge.weights import WeightsRequest, find_preset, parse_weights, presets, unreadable_presets
 from blockmerge.weights.presets import shipped_folder, user_folder
 from tests import oracle
 
@@ -223,6 +223,11 @@ def test_preset_files_in_the_users_folder_that_cannot_be_read_are_told_of():
         blockmerge.load_preset("MY-MIX")
     with pytest.raises(PresetError, match=r"unknown preset 'other'.*a.txt, line 1"):
         blockmerge.load_preset("other")
+
+
+def test_weights_given_as_a_preset_are_refused():
+    with pytest.raises(PresetError, match="a preset is a name or a file, not a BlockWeights: give weights as weights="):
+        WeightsRequest(preset=BlockWeights.flat(0.5)).check()
 
 
 def test_preset_files_by_path(tmp_path):
