@@ -193,6 +193,10 @@ def test_families_names_and_shapes_that_do_not_fit(pairs, tmp_path, capsys):
     assert "and 35 more" in line
     assert_refused(capsys, tmp_path, "lacking.safetensors", a, "-w", "0.5", says="lacking.safetensors lacks 38 U-Net tensors")
 
+    one = {name: tensor for name, tensor in whole.items() if name != PROJ}
+    save_file(one, tmp_path / "one.safetensors")
+    assert_refused(capsys, tmp_path, a, "one.safetensors", "-w", "0.5", says=f"lacks 1 U-Net tensor of the other ({PROJ})")
+
     for shape in ((1, 16, 1, 1), (16, 16), (16, 8, 1, 1)):
         save_file({**whole, PROJ: torch.zeros(shape, dtype=torch.float16)}, tmp_path / "shape.safetensors")
         for weight in ("0.5", "0", "1"):

@@ -9,7 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from blockmerge.errors import shown
+from blockmerge.errors import counted, shown
 from blockmerge.rendering.u_net import WeightsU
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def print_merge(console: Console, result: MergeResult) -> None:
     if result.dry_run:
         _line(console, Text(f"dry run: would write {shown(result.output)}, {size(result.bytes)} in {result.runs} runs"))
     else:
-        rate = f"{result.bytes / max(result.seconds, 1e-9) / 1e9:.1f} GB/s"
+        rate = f"{size(round(result.bytes / max(result.seconds, 1e-9)))}/s"
         _line(
             console,
             Text.assemble((shown(result.output), "bold"), f"  {size(result.bytes)} in {result.seconds:.2f} s ({rate})"),
@@ -95,7 +95,7 @@ def size(count: int) -> str:
 
 def _counts(result: MergeResult) -> Iterator[str]:
     counts = result.tensors
-    yield f"{counts.computed} tensors computed"
+    yield f"{counted(counts.computed, 'tensor')} computed"
     sources = (
         *zip((counts.from_a, counts.from_b, counts.from_c), result.models, strict=False),
         (counts.from_vae, "the VAE file"),

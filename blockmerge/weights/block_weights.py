@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from blockmerge.anatomy import SD_BLOCKS, SDXL_BLOCKS
-from blockmerge.errors import WeightsError, did_you_mean, shown
+from blockmerge.errors import WeightsError, counted, did_you_mean, shown
 
 _LARGEST = 1e6
 """Weights beyond this size are refused: they are slips of the pen, and overflow float32 long before 1e38."""
@@ -49,7 +49,9 @@ class BlockWeights(Mapping[str, float | None]):
                 return cls(dict(zip(blocks, numbers, strict=True)))
             if len(numbers) == len(blocks) - 1:
                 return cls({"BASE": 0.0, **dict(zip(blocks[1:], numbers, strict=True))})
-        raise WeightsError(f"{len(numbers)} weights given; 26 are needed (25 without BASE), or 20 for SDXL (19 without BASE)")
+        raise WeightsError(
+            f"{counted(len(numbers), 'weight')} given; 26 are needed (25 without BASE), or 20 for SDXL (19 without BASE)"
+        )
 
     @classmethod
     def flat(cls, weight: float | None, blocks: Sequence[str] = SD_BLOCKS) -> BlockWeights:
