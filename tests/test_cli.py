@@ -252,6 +252,25 @@ def test_presets_show_draws_the_u(here, capsys):
     assert lines[16] == "                M00     0.01 █░░░░░░░░░░░"
 
 
+def test_narrow_terminals_lose_nothing(pairs, here, capsys, monkeypatch):
+    a, _ = pairs()
+    wide = [ok(capsys, *words).split() for words in (("presets",), ("inspect", a))]
+    u = ok(capsys, "presets", "show", "high_res").split("\n\n", 1)[1]
+    for columns in (20, 40, 56):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert [ok(capsys, *words).split() for words in (("presets",), ("inspect", a))] == wide
+        lines = ok(capsys, "presets", "show", "high_res").split("\n\n", 1)[1].splitlines()
+        assert all(len(line) <= columns for line in lines)
+        if columns == 56:
+            assert u.startswith("\n".join(lines[:14]))
+        else:
+            assert [line.split()[:2] for line in lines[:26]] == [
+                [block, f"{number:g}"] for block, number in zip(oracle.SD, oracle.numbers(oracle.HIGH_RES), strict=True)
+            ]
+    monkeypatch.setenv("COLUMNS", "0")
+    assert u.startswith(ok(capsys, "presets", "show", "high_res").split("\n\n", 1)[1].split("SDXL")[0])
+
+
 def test_ascii_terminals_get_ascii(pairs, here):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
     done = subprocess.run(
