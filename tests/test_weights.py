@@ -85,7 +85,7 @@ def test_names_and_ranges():
         ("M00=\u0661", "sd1", "not a number"),
         ("IN\u0661=1", "sd1", "unknown block"),
         ("1e308", "sd1", "weight of BASE is 1e+308: at most 1,000,000 is allowed"),
-        ("IN04=-2e6", "sdxl", "weight of IN04 is -2e+06"),
+        ("IN04=-2e6", "sdxl", "weight of IN04 is -2000000"),
         (10**300, "sd1", "at most 1,000,000"),
         ([0.5, "x"] + [0] * 24, "sd1", "not a number"),
         ([True] * 26, "sd1", "not a number"),

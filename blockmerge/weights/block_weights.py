@@ -9,7 +9,7 @@ from blockmerge.anatomy import SD_BLOCKS, SDXL_BLOCKS
 from blockmerge.errors import WeightsError, counted, did_you_mean, shown
 
 _LARGEST = 1e6
-"""Weights beyond this size are refused: they are slips of the pen, and overflow float32 long before 1e38."""
+"""Larger weights are refused: they are slips of the pen, and the largest floats do not fit torch's float32."""
 
 
 class BlockWeights(Mapping[str, float | None]):
@@ -149,5 +149,5 @@ def _checked(weight: object, block: str) -> float | None:
     if isinstance(weight, (str, bool)) or not math.isfinite(number):
         raise WeightsError(f"weight of {block} is not a number: '{shown(weight)}'")
     if abs(number) > _LARGEST:
-        raise WeightsError(f"weight of {block} is {number:g}: at most {_LARGEST:,.0f} is allowed, and 0 to 1 is usual")
+        raise WeightsError(f"weight of {block} is {number:.12g}: at most {_LARGEST:,.0f} is allowed, and 0 to 1 is usual")
     return number + 0.0  # -0.0 becomes 0.0
