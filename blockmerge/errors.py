@@ -81,11 +81,16 @@ def shown(text: object, limit: int = 120) -> str:
     return line if len(line) <= limit else f"{line[: limit // 2]}…{line[-limit // 2 :]}"
 
 
-def listing(items: Iterable[object], limit: int = 3) -> str:
-    """Return the first few of `items` and how many more there are: ``"a, b, c and 4 more"``."""
+def listing(items: Iterable[object], limit: int = 3, width: int = 120) -> str:
+    """Return the first few of `items`, each within `width`, and how many more there are: ``"a, b, c and 4 more"``."""
     everything = list(items)
     more = len(everything) - limit
-    return ", ".join(map(shown, everything[:limit])) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(shown(item, width) for item in everything[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+def counted(count: int, noun: str) -> str:
+    """Return ``"1 tensor"`` or ``"2 tensors"``."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 def reason(error: OSError) -> str:

@@ -20,6 +20,8 @@ Written by `make docs` from the commands' own `--help`. Results go to stdout, ev
 | 2 | an unknown option or a missing argument |
 | 130 | interrupted (Ctrl-C) |
 
+A result that cannot be printed (stdout is a full disk) is exit code 1 too; all else is done then.
+
 `--json` prints one JSON object: see [json.md](json.md).
 """
 

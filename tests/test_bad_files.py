@@ -28,11 +28,11 @@ def entry(dtype="F16", shape=(2,), offsets=(0, 4)):
 BAD = {
     "empty": (b"", "is empty"),
     "three bytes": (b"abc", "only 3 bytes"),
-    "text": (b"Dear user, this is no model. " * 40, "header would be"),
-    "html": (b"<!DOCTYPE html><html>rate limited</html>", "header would be"),
+    "text": (b"Dear user, this is no model. " * 40, "does not begin with a safetensors header"),
+    "html": (b"<!DOCTYPE html><html>rate limited</html>", "does not begin with a safetensors header"),
     "header beyond the file": (pack({}, length=1000), "header would be 1000 bytes"),
-    "absurd header length": (pack({}, length=10**12), "header would be 1000000000000 bytes"),
-    "longest header length": (pack({}, length=2**64 - 1), "header would be"),
+    "absurd header length": (pack({}, length=10**12), "does not begin with a safetensors header"),
+    "longest header length": (pack({}, length=2**64 - 1), "does not begin with a safetensors header"),
     "header is no JSON": (pack(b"{nope"), "is not JSON"),
     "header is a list": (pack(b"[]"), "not a JSON object"),
     "header is empty": (pack(b""), "not a JSON object"),
@@ -44,7 +44,7 @@ BAD = {
     "NaN in the header": (pack(b'{"a": NaN}'), "NaN"),
     "a number of a million digits": (
         pack(b'{"a":{"dtype":"F16","shape":[1' + b"0" * 1_000_000 + b'],"data_offsets":[0,2]}}'),
-        "valid",
+        "its header holds a number of thousands of digits",
     ),
     "a name twice": (
         pack(
@@ -58,7 +58,10 @@ BAD = {
     "entry lacks its shape": (pack({"a": {"dtype": "F16", "data_offsets": [0, 4]}}, b"\0" * 4), "without exactly dtype"),
     "unknown dtype": (pack({"a": entry("F12")}, b"\0" * 4), 'unknown dtype "F12"'),
     "dtype is a number": (pack({"a": entry(7)}, b"\0" * 4), "unknown dtype 7"),
-    "shape is negative": (pack({"a": entry(shape=(-2,))}, b"\0" * 4), "shape [-2]"),
+    "shape is negative": (
+        pack({"a": entry(shape=(-2,))}, b"\0" * 4),
+        "has the shape [-2]; shapes are lists of whole numbers from 0 up",
+    ),
     "shape is a fraction": (pack({"a": entry(shape=(2.0,))}, b"\0" * 4), "shape [2.0]"),
     "shape is true": (pack({"a": entry(shape=(True,), offsets=(0, 2))}, b"\0" * 2), "shape [true]"),
     "shape overflows": (pack({"a": entry(shape=(2**62, 4))}, b"\0" * 4), "does not take"),
@@ -70,9 +73,13 @@ BAD = {
     "gap": (pack({"a": entry(), "b": entry(offsets=(6, 10))}, b"\0" * 10), "gap"),
     "gap at the start": (pack({"a": entry(offsets=(2, 6))}, b"\0" * 6), "gap"),
     "data cut short": (pack({"a": entry()}, b"\0" * 3), "cut short: 3 bytes of 4"),
-    "data too long": (pack({"a": entry()}, b"\0" * 5), "1 bytes follow"),
+    "data too long": (pack({"a": entry()}, b"\0" * 5), "goes on for 1 byte after"),
     "metadata is a list": (pack({"__metadata__": []}), "__metadata__"),
     "metadata holds a number": (pack({"__metadata__": {"a": 1}}), "__metadata__"),
+    "long names and long values": (
+        pack({"x" * 3000 + "y": entry(shape=[-1] * 30), "z" * 3000: entry(offsets=[9] * 50), "w": 1}),
+        ["y has the shape [-1, ", "]; shapes are lists", "; tensor zz", "; these are two whole numbers", " and 1 more"],
+    ),
     "no tensors": (pack({}), "no Stable Diffusion U-Net"),
     "no U-Net": (pack({"a": entry()}, b"\0" * 4), "no Stable Diffusion U-Net"),
 }
@@ -86,11 +93,12 @@ def test_a_damaged_file_is_refused(pairs, tmp_path, capsys, case, side):
     bad.write_bytes(data)
     good = pairs()[0]
     models = (bad, good) if side == "a" else (good, bad)
-    assert_refused(capsys, tmp_path, *models, "-w", "0.5", says=["bad.safetensors", says])
-    if "U-Net" not in says:
+    says = [says] if isinstance(says, str) else says
+    assert_refused(capsys, tmp_path, *models, "-w", "0.5", says=["bad.safetensors", *says])
+    if "no Stable Diffusion U-Net" not in says:
         with pytest.raises(CheckpointError):
             open_checkpoint(bad)
-        assert_refused(capsys, tmp_path, "inspect", bad, says=["bad.safetensors", says])
+        assert_refused(capsys, tmp_path, "inspect", bad, says=["bad.safetensors", *says])
 
 
 def test_an_absurd_header_length_costs_no_memory(tmp_path):
@@ -116,6 +124,19 @@ def test_what_is_no_file_is_refused(pairs, tmp_path, capsys):
     assert_refused(capsys, tmp_path, good, "", "-w", "0.5", says="an empty path is no model")
     assert_refused(capsys, tmp_path, good, "a\0b", "-w", "0.5", says="null")
     assert_refused(capsys, tmp_path, good, "two\nlines", "-w", "0.5", says=r"two\nlines")
+
+
+def test_what_is_no_state_dict_is_refused(pairs):
+    import blockmerge
+
+    a = load_file(pairs()[0])
+    for other, kind in ((None, "NoneType"), (str(pairs()[1]), "str")):
+        with pytest.raises(
+            CheckpointError, match=rf"a {kind} is no state dict: give a dict of tensors \(merge\(\) takes files\)"
+        ):
+            blockmerge.merge_state_dicts(a, other, weights=0.5)
+    with pytest.raises(CheckpointError, match=r"state dict B: .*proj_in.weight is a meta tensor, which has no values"):
+        blockmerge.merge_state_dicts(a, {**a, PROJ: a[PROJ].to("meta")}, weights=0.5)
 
 
 def test_a_pipe_does_not_hang(pairs, tmp_path):
@@ -179,6 +200,10 @@ def test_families_names_and_shapes_that_do_not_fit(pairs, tmp_path, capsys):
     )
     assert "and 35 more" in line
     assert_refused(capsys, tmp_path, "lacking.safetensors", a, "-w", "0.5", says="lacking.safetensors lacks 38 U-Net tensors")
+
+    one = {name: tensor for name, tensor in whole.items() if name != PROJ}
+    save_file(one, tmp_path / "one.safetensors")
+    assert_refused(capsys, tmp_path, a, "one.safetensors", "-w", "0.5", says=f"lacks 1 U-Net tensor of the other ({PROJ})")
 
     for shape in ((1, 16, 1, 1), (16, 16), (16, 8, 1, 1)):
         save_file({**whole, PROJ: torch.zeros(shape, dtype=torch.float16)}, tmp_path / "shape.safetensors")

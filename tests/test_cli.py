@@ -41,7 +41,7 @@ def test_the_main_job(pairs, here, capsys):
     assert "  IN03    0.67 ████████░░░░    OUT08   0.67 ████████░░░░" in lines
     assert "234 tensors computed, 749 taken from a.safetensors, 148 taken from b.safetensors" in lines
     assert "- the VAE is taken whole from a.safetensors (--vae blend would blend it)" in lines
-    assert re.fullmatch(r".*a\+b-high_res\.safetensors  2\.2 MB in \d+\.\d\d s \(.* GB/s\)", lines[-1])
+    assert re.fullmatch(r".*a\+b-high_res\.safetensors  2\.2 MB in \d+\.\d\d s \(\S+ [MG]B/s\)", lines[-1])
 
 
 def test_merge_may_be_said_or_not_and_options_stand_anywhere(pairs, here, capsys):
@@ -87,6 +87,11 @@ def test_set_goes_on_top(pairs, here, capsys):
     found = json.loads(ok(capsys, *pairs(), "-p", "low_res", "--set", "BASE=0.25,IN00-IN02=1", "--json"))
     expected = dict(zip(oracle.SD, oracle.numbers(oracle.LOW_RES), strict=True)) | {"BASE": 0.25, "IN00": 1, "IN01": 1, "IN02": 1}
     assert found["weights"] == expected
+
+
+def test_set_may_be_said_more_than_once(pairs, here, capsys):
+    found = json.loads(ok(capsys, *pairs(), "-w", "0", "--set", "BASE=1,IN00=1", "--set", "IN00=0.5", "--json"))
+    assert found["weights"] == dict.fromkeys(oracle.SD, 0) | {"BASE": 1, "IN00": 0.5}
 
 
 def test_sdxl_weights(pairs, here, capsys):
@@ -147,7 +152,9 @@ def test_refusals_without_a_gpu(pairs, here, capsys):
 
 def test_the_number_of_models(pairs, here, capsys):
     a, b = pairs()
-    assert_refused(capsys, here, a, "-w", "0.5", says="weighted_sum merges 2 models; 1 given")
+    for arguments in ([a, "-w", "0.5"], [a], ["merge", a, "-p", "high_res"]):
+        assert_refused(capsys, here, *arguments, says="one model given; merging takes two: blockmerge A B --preset high_res")
+    assert_refused(capsys, here, "frob", says="frob: no such file or command")
     assert_refused(capsys, here, a, b, a, "-w", "0.5", says="weighted_sum merges 2 models; 3 given")
 
 
@@ -221,6 +228,18 @@ def test_presets(here, capsys):
     assert_refused(capsys, here, "presets", "show", "lowres", says="did you mean 'low_res'")
 
 
+def test_presets_tell_of_files_that_cannot_be_read(here, capsys):
+    from blockmerge.weights.presets import user_folder
+
+    user_folder().mkdir(parents=True)
+    (user_folder() / "broken.toml").write_text("weights = ")
+    assert run(["presets", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)) == 40
+    assert re.fullmatch(r"Left out: preset file .*broken\.toml is not TOML: .*\n", err)
+    assert_refused(capsys, here, "presets", "show", "broken", says=["unknown preset 'broken'", "broken.toml is not TOML"])
+
+
 def test_presets_show_draws_the_u(here, capsys):
     (here / "p.toml").write_text(
         'name = "[bold]p[/bold]"\nweights = "IN00=1,IN11=-0.5,M00=0.01,OUT00=skip,OUT11=1.25,BASE=0.999"\n'
@@ -231,6 +250,25 @@ def test_presets_show_draws_the_u(here, capsys):
     assert lines[4] == "  IN00       1 ████████████    OUT11   1.25 ████████████"
     assert lines[15] == "  IN11    -0.5 ░░░░░░░░░░░░    OUT00   skip ------------"
     assert lines[16] == "                M00     0.01 █░░░░░░░░░░░"
+
+
+def test_narrow_terminals_lose_nothing(pairs, here, capsys, monkeypatch):
+    a, _ = pairs()
+    wide = [ok(capsys, *words).split() for words in (("presets",), ("inspect", a))]
+    u = ok(capsys, "presets", "show", "high_res").split("\n\n", 1)[1]
+    for columns in (20, 40, 56):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert [ok(capsys, *words).split() for words in (("presets",), ("inspect", a))] == wide
+        lines = ok(capsys, "presets", "show", "high_res").split("\n\n", 1)[1].splitlines()
+        assert all(len(line) <= columns for line in lines)
+        if columns == 56:
+            assert u.startswith("\n".join(lines[:14]))
+        else:
+            assert [line.split()[:2] for line in lines[:26]] == [
+                [block, f"{number:g}"] for block, number in zip(oracle.SD, oracle.numbers(oracle.HIGH_RES), strict=True)
+            ]
+    monkeypatch.setenv("COLUMNS", "0")
+    assert u.startswith(ok(capsys, "presets", "show", "high_res").split("\n\n", 1)[1].split("SDXL")[0])
 
 
 def test_ascii_terminals_get_ascii(pairs, here):
@@ -254,7 +292,7 @@ def test_demo(here, capsys):
     assert sum(path.stat().st_size for path in folder.iterdir()) < 10_000_000
     weights = dict(zip(oracle.SD, oracle.numbers(oracle.HIGH_RES), strict=True))
     oracle.assert_merged(*(load_file(folder / f"{name}.safetensors") for name in ("a+b-high_res", "a", "b")), weights, "sd1")
-    assert_refused(capsys, here, "demo", says="a.safetensors exists")
+    assert_refused(capsys, here, "demo", says=["a.safetensors exists", "another folder, or --overwrite"])
     first = snapshot(folder)
     ok(capsys, "demo", "--overwrite")
     assert snapshot(folder) == first
@@ -262,7 +300,7 @@ def test_demo(here, capsys):
     assert snapshot(folder) != first
     found = json.loads(ok(capsys, "demo", "other", "--family", "sdxl", "--json"))
     assert found["family"] == "sdxl"
-    assert_refused(capsys, here, "demo", "blockmerge-demo", "--family", "sd3", says="unknown family 'sd3'")
+    assert_refused(capsys, here, "demo", "blockmerge-demo", "--overwrite", "--family", "sd3", says="unknown family 'sd3'")
     (here / "file").write_text("")
     assert_refused(capsys, here, "demo", "file", says="cannot make the folder file")
 
@@ -304,6 +342,32 @@ def test_no_color_is_honoured_and_pipes_get_none(pairs, here):
         os.close(master)
         colours.append(b"\x1b[36m" in seen or b"\x1b[1;36m" in seen)
     assert colours == [True, False]
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_do_not_keep_a_merge_from_being_done(pairs, here, closed):
+    a, b = pairs()
+    command = f'exec "{sys.executable}" -m blockmerge "{a}" "{b}" -w 0.5 -o'
+    plain = subprocess.run(["sh", "-c", f"{command} plain.safetensors"], capture_output=True, text=True, check=True)
+    done = subprocess.run(["sh", "-c", f"{command} out.safetensors {closed}"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.stdout == "") == (">&-" in closed.split())
+    assert plain.stdout
+    assert (here / "out.safetensors").read_bytes() == (here / "plain.safetensors").read_bytes()
+    refused = subprocess.run(["sh", "-c", f"{command} out.safetensors {closed}"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_result_that_cannot_be_printed_is_there_all_the_same(pairs, here):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    command = [sys.executable, "-m", "blockmerge", *map(str, pairs()), "-w", "0.5", "-o", "out.safetensors"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "Error: cannot print the result, though all else is done: no space left on device\n"
+    assert len(load_file(here / "out.safetensors")) == 1131
 
 
 def test_a_closed_pipe_is_no_error():

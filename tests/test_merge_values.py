@@ -286,6 +286,15 @@ def test_output_dtypes(pairs, tmp_path, dtype):
             ).all()
 
 
+def test_output_dtypes_may_be_torchs_own(pairs, tmp_path):
+    a, b = pairs()
+    for name, dtype in (("text", "bf16"), ("torch", torch.bfloat16)):
+        blockmerge.merge(a, b, weights=0.5, output=tmp_path / f"{name}.safetensors", dtype=dtype)
+    assert (tmp_path / "text.safetensors").read_bytes() == (tmp_path / "torch.safetensors").read_bytes()
+    with pytest.raises(blockmerge.RecipeError, match=r"unknown dtype 'torch.float64'"):
+        blockmerge.merge(a, b, weights=0.5, output=tmp_path / "no.safetensors", dtype=torch.float64)
+
+
 def test_the_recipe_is_in_the_metadata_and_what_would_lie_is_not(pairs, tmp_path):
     a, b = pairs()
     lying = {

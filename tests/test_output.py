@@ -102,11 +102,19 @@ def test_places_where_nothing_can_be_written(pairs, tmp_path, capsys):
         "file/out.safetensors": "does not exist",
         "out.ckpt": "the output is a .safetensors file",
         "out": "the output is a .safetensors file",
-        "": "the output is a .safetensors file",
+        "": "the output's name is empty",
+        ".": ". is a folder",
+        "newdir/": "newdir/ is a folder",
         "x" * 300 + ".safetensors": "name too long",
         "nul\0.safetensors": "null",
     }.items():
         assert_refused(capsys, tmp_path, a, b, "-w", "0.5", "-o", output, says=says)
+
+
+@pytest.mark.parametrize(("output", "kind"), [(None, "NoneType"), (b"out.safetensors", "bytes"), (3, "int")])
+def test_an_output_that_is_no_path(pairs, output, kind):
+    with pytest.raises(OutputError, match=f"the output is a path; {kind} given"):
+        blockmerge.merge(*pairs(), weights=0.5, output=output)
 
 
 def test_a_folder_that_may_not_be_written(pairs, tmp_path, capsys, monkeypatch):

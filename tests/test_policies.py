@@ -159,6 +159,24 @@ def test_schedules_and_integers_come_from_a(models, merged):
     assert torch.equal(out["betas"], theirs["betas"])
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool])
+def test_floats_in_only_one_model_are_refused_in_the_unet_and_noted_elsewhere(models, merged, dtype):
+    a, b = models
+    spelled = {torch.int8: "I8", torch.bool: "BOOL"}[dtype]
+    for first, second, said in (
+        ({**a, PROJ: a[PROJ].to(dtype)}, b, f"{spelled} and F16"),
+        (a, {**b, PROJ: b[PROJ].to(dtype)}, f"F16 and {spelled}"),
+    ):
+        with pytest.raises(IncompatibleModelsError, match=rf"cannot be merged: {PROJ} \(dtypes do not blend: {said}\)$"):
+            merged(first, second)
+    out, result = merged(a, {**b, TEXT: b[TEXT].to(dtype)})
+    assert torch.equal(out[TEXT], a[TEXT])
+    assert f"1 tensor is of floats in one model only, and copied from a.safetensors ({TEXT} is F16 and {spelled})" in result.notes
+    out, result = merged({**a, PROJ: a[PROJ].to(dtype)}, {**b, PROJ: b[PROJ].to(dtype)})
+    assert torch.equal(out[PROJ], a[PROJ].to(dtype))
+    assert "1 integer or schedule tensor is copied from a.safetensors" in result.notes
+
+
 def test_intact_position_ids_never_change(models, merged):
     for dtype in (torch.int64, torch.int32, torch.float16, torch.float32, torch.bfloat16):
         exact = torch.arange(77).view(1, 77).to(dtype)

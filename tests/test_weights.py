@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import blockmerge
 from blockmerge import BlockWeights, PresetError, WeightsError
-from blockmerge.weights import find_preset, parse_weights, presets
+from blockmerge.weights import WeightsRequest, find_preset, parse_weights, presets, unreadable_presets
 from blockmerge.weights.presets import shipped_folder, user_folder
 from tests import oracle
 
@@ -73,12 +73,20 @@ def test_names_and_ranges():
         (",".join("1" * 20), "sd1", "SDXL's 20 blocks given; sd1 needs 26"),
         (",".join("1" * 19), "sd2", "sd2 needs 26"),
         ("IN12=1", "sd1", "unknown block 'IN12'; did you mean 'IN"),
-        ("IN11=1", "sdxl", "unknown block 'IN11' in SDXL, whose blocks end at OUT08"),
+        ("IN11=1", "sdxl", "unknown block 'IN11': SDXL has BASE, IN00-IN08, M00, OUT00-OUT08"),
         ("BASS=1", "sd1", "did you mean 'BASE'"),
         ("IN01=x", "sd1", "'x' is not a number"),
-        ("IN01=", "sd1", "'' is not a number"),
+        ("IN01=", "sd1", "cannot read 'IN01=' in the weights: write BLOCK=NUMBER"),
         ("IN01=1,M00", "sd1", "cannot read 'M00'"),
-        ("IN01-=1", "sd1", "unknown block ''"),
+        ("IN01-=1", "sd1", "cannot read 'IN01-=1' in the weights: write BLOCK=NUMBER"),
+        ("=0.5", "sd1", "cannot read '=0.5' in the weights: write BLOCK=NUMBER"),
+        ("IN00", "sd1", "'IN00' is not a number: write BLOCK=NUMBER"),
+        ("ALL=1", "sd1", "SD1 and SD2 have BASE, IN00-IN11, M00, OUT00-OUT11"),
+        ("M00=\u0661", "sd1", "not a number"),
+        ("IN\u0661=1", "sd1", "unknown block"),
+        ("1e308", "sd1", "weight of BASE is 1e+308: at most 1,000,000 is allowed"),
+        ("IN04=-2e6", "sdxl", "weight of IN04 is -2000000"),
+        (10**300, "sd1", "at most 1,000,000"),
         ([0.5, "x"] + [0] * 24, "sd1", "not a number"),
         ([True] * 26, "sd1", "not a number"),
         ([float("nan")] * 26, "sd1", "BASE is not a number"),
@@ -193,6 +201,35 @@ def test_the_users_own_presets():
     assert blockmerge.load_preset("mine")["IN04"] == 0.25
 
 
+def test_a_hidden_presets_aliases_lead_to_the_one_that_hides_it():
+    user_folder().mkdir(parents=True)
+    (user_folder() / "high_res.toml").write_text("weights = 0.75")
+    assert blockmerge.load_preset("high-res_replace") == BlockWeights.flat(0.75)
+    assert blockmerge.load_preset("low-res_replace") == parse_weights(oracle.LOW_RES)
+
+
+def test_preset_files_in_the_users_folder_that_cannot_be_read_are_told_of():
+    folder = user_folder()
+    folder.mkdir(parents=True)
+    assert unreadable_presets() == []
+    (folder / "my_mix.toml").write_text("weights = [1, 2")
+    (folder / "a.txt").write_text("just words")
+    (folder / "good.txt").write_text(f"# a comment: 1\n\nGOOD\t{oracle.LOW_RES}\n")
+    assert blockmerge.load_preset("good") == parse_weights(oracle.LOW_RES)
+    first, second = unreadable_presets()
+    assert "a.txt, line 1: expected NAME" in first
+    assert "my_mix.toml is not TOML" in second
+    with pytest.raises(PresetError, match=r"unknown preset 'MY-MIX'.*my_mix.toml is not TOML.* \(and 1 more\)"):
+        blockmerge.load_preset("MY-MIX")
+    with pytest.raises(PresetError, match=r"unknown preset 'other'.*a.txt, line 1"):
+        blockmerge.load_preset("other")
+
+
+def test_weights_given_as_a_preset_are_refused():
+    with pytest.raises(PresetError, match="a preset is a name or a file, not a BlockWeights: give weights as weights="):
+        WeightsRequest(preset=BlockWeights.flat(0.5)).check()
+
+
 def test_preset_files_by_path(tmp_path):
     own = tmp_path / "own.toml"
     own.write_text("weights = [" + ",".join(["0.5"] * 25) + "]\nsdxl = [" + ",".join(["1"] * 20) + "]\n")
@@ -212,6 +249,11 @@ def test_preset_files_by_path(tmp_path):
     assert list(blockmerge.load_preset(f"{supermerger}#mbw").values()) == [0.0] + [0.5] * 25
     with pytest.raises(PresetError, match=r"holds 3 presets \(A, B 2, MBW\): write mbwpresets.txt#NAME"):
         blockmerge.load_preset(str(supermerger))
+    twice = tmp_path / "twice.txt"
+    twice.write_text(f"A:{oracle.HIGH_RES}\na:{oracle.LOW_RES}\nB:{oracle.LOW_RES}\n")
+    assert blockmerge.load_preset(f"{twice}#B") == parse_weights(oracle.LOW_RES)
+    with pytest.raises(PresetError, match=r"twice.txt holds 2 presets of the name 'A'"):
+        blockmerge.load_preset(f"{twice}#A")
     with pytest.raises(PresetError, match=r"no preset 'C' in .*mbwpresets.txt"):
         blockmerge.load_preset(f"{supermerger}#C")
 
@@ -222,10 +264,17 @@ def test_preset_files_by_path(tmp_path):
         ("x.toml", "weights = [1, 2", "not TOML"),
         ("x.toml", "name = 'x'", "has no 'weights'"),
         ("x.toml", "weights = [1, 2]", "2 weights given"),
-        ("x.toml", "weights = 3", "neither a list nor a text nor a table"),
+        ("x.toml", "weights = 1979-05-27", "'weights': neither a number, a list, a text nor a table"),
         ("x.toml", "weight = '0.5'", "unknown key 'weight'"),
-        ("x.toml", "name = 3\nweights = '0.5'", "'name' is not a text"),
-        ("x.toml", "weights = '0.5'\nsdxl = [" + ",".join("1" * 26) + "]", "26 weights given where 20"),
+        ("x.toml", "name = 3\nweights = '0.5'", "'name' is not a text of one line"),
+        ("x.toml", "name = ' '\nweights = '0.5'", "'name' is not a text of one line"),
+        ("x.toml", 'name = "a\\nb"\nweights = "0.5"', "'name' is not a text of one line"),
+        ("x.toml", "source = 3\nweights = '0.5'", "'source' is not a text"),
+        ("x.toml", "aliases = 'x'\nweights = '0.5'", "'aliases' is not a list of texts"),
+        ("x.toml", "aliases = [1]\nweights = '0.5'", "'aliases' is not a list of texts"),
+        ("x.toml", "weights = " + "1" * 5000, "a number too long"),
+        ("x.txt", "# only a comment: 0.5", "holds no preset"),
+        ("x.toml", "weights = '0.5'\nsdxl = [" + ",".join("1" * 26) + "]", "'sdxl': 26 weights given where 20"),
         ("x.txt", "just words", "line 1: expected NAME"),
         ("x.txt", "\nname\t1,2,3", "line 2: 3 weights given"),
         ("x.txt", "", "holds no preset"),
@@ -242,6 +291,20 @@ def test_preset_files_that_cannot_be_read(tmp_path, name, text, says):
         blockmerge.load_preset(str(path))
     assert says in str(caught.value)
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["0.5", "1", '"skip"', '["skip", 0.25' + ", 1" * 24 + "]", '{BASE = "skip", IN00 = 0.5}'])
+def test_all_forms_of_weights_in_a_toml_file(tmp_path, text):
+    path = tmp_path / "x.toml"
+    path.write_text(f"weights = {text}")
+    expected = {
+        "0.5": BlockWeights.flat(0.5),
+        "1": BlockWeights.flat(1),
+        '"skip"': BlockWeights.flat(None),
+        '["skip", 0.25' + ", 1" * 24 + "]": BlockWeights.from_numbers([None, 0.25, *[1] * 24]),
+        '{BASE = "skip", IN00 = 0.5}': parse_weights("BASE=skip,IN00=0.5"),
+    }[text]
+    assert blockmerge.load_preset(str(path)) == expected
 
 
 def test_community_presets_have_not_been_touched():

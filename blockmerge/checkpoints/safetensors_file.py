@@ -17,7 +17,7 @@ from typing import Any
 
 from blockmerge.checkpoints.checkpoint import Checkpoint, Reader, TensorInfo
 from blockmerge.checkpoints.dtypes import itemsize
-from blockmerge.errors import CheckpointError, listing, reason, shown
+from blockmerge.errors import CheckpointError, counted, listing, reason, shown
 
 _MOST_FAULTS = 100  # counted; a hostile header can hold millions
 _MOST_AXES = 64
@@ -46,7 +46,7 @@ class SafetensorsFile(Checkpoint):
             raise CheckpointError(f"cannot open {shown(path)}: {reason(error)}") from error
         except ValueError as error:
             # Also embedded null characters in the path, which the operating system refuses as a ValueError.
-            raise CheckpointError(f"{shown(path)} is not a valid safetensors file: {shown(error, 300)}") from error
+            raise CheckpointError(f"{shown(path)} is not a valid safetensors file: {shown(error, 1000)}") from error
 
     def reader(self) -> FileReader:
         """Open a reader of this file's bytes; offsets count from the file's start."""
@@ -118,10 +118,12 @@ def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
 def _read_header(file: Any, size: int) -> tuple[dict[str, TensorInfo], dict[str, str], int]:
     """Return tensors in the order of their data, metadata, and where the data starts. Raises ValueError."""
     if size < 8:
-        raise ValueError("it is empty" if size == 0 else f"it has only {size} bytes")
+        raise ValueError("it is empty" if size == 0 else f"it has only {counted(size, 'byte')}")
     length = int.from_bytes(file.read(8), "little")
-    if length > min(LARGEST_HEADER, size - 8):
-        raise ValueError(f"its header would be {length} bytes long, but the file has {size} (a text, a .ckpt, or cut short?)")
+    if length > LARGEST_HEADER:  # letters read as a length
+        raise ValueError("it does not begin with a safetensors header (a text, a .ckpt, or a broken download?)")
+    if length > size - 8:
+        raise ValueError(f"its header would be {length} bytes long, but the file has {size} (cut short?)")
     raw = file.read(length)
     if len(raw) != length:
         raise ValueError("its header is cut short")
@@ -148,6 +150,10 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
         raise ValueError(f"its header is not JSON ({error.msg} at character {error.pos})") from None
     except RecursionError:
         raise ValueError("its header is nested too deeply") from None
+    except ValueError as error:
+        if "set_int_max_str_digits" in str(error):  # Python's own limit, with advice that is none to a user
+            raise ValueError("its header holds a number of thousands of digits") from None
+        raise
     assert isinstance(header, dict)
     return header
 
@@ -184,9 +190,9 @@ def _checked_entries(header: dict[str, Any], data_size: int, data_start: int) ->
         faults = _gaps(spans, data_size)
     if faults:
         many = len(faults) >= _MOST_FAULTS
-        raise ValueError(
-            listing([f"tensor {fault}" for fault in faults[:2]], limit=2) + (_more(len(faults) - 2, many) if faults[2:] else "")
-        )
+        # Not shortened here: their parts are, so that no verb is lost.
+        first = "; ".join(f"tensor {fault}" for fault in faults[:2])
+        raise ValueError(first + (_more(len(faults) - 2, many) if faults[2:] else ""))
     spans.sort(key=lambda span: span[:2])
     return {name: info for _, _, name, info in spans}
 
@@ -199,9 +205,9 @@ def _checked_entry(entry: Any, data_start: int) -> tuple[int, int, TensorInfo]:
     if size is None:
         raise ValueError(f"has the unknown dtype {_brief(dtype, 40)}")
     if not _counts(shape) or len(shape) > _MOST_AXES:
-        raise ValueError(f"has the shape {_brief(shape)}, which is none")
+        raise ValueError(f"has the shape {_brief(shape)}; shapes are lists of whole numbers from 0 up")
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"has the data_offsets {_brief(offsets)}, which are none")
+        raise ValueError(f"has the data_offsets {_brief(offsets)}; these are two whole numbers, the second not below the first")
     begin, end = offsets
     # Multiplied step by step and given up early: a hostile shape must not make a number of a million digits.
     needed = 0 if 0 in shape else size
@@ -210,7 +216,7 @@ def _checked_entry(entry: Any, data_start: int) -> tuple[int, int, TensorInfo]:
         if needed > end - begin:
             break
     if needed != end - begin:
-        raise ValueError(f"has {end - begin} bytes of data, which shape {shown(shape, 60)} in {dtype} does not take")
+        raise ValueError(f"has {counted(end - begin, 'byte')} of data, which shape {shown(shape, 60)} in {dtype} does not take")
     return begin, end, TensorInfo(dtype, tuple(shape), data_start + begin)
 
 
@@ -243,6 +249,6 @@ def _gaps(spans: list[tuple[int, int, str, TensorInfo]], data_size: int) -> list
         raise ValueError(
             f"its data is cut short: {data_size} bytes of {position}"
             if position > data_size
-            else f"{data_size - position} bytes follow after the last tensor"
+            else f"it goes on for {counted(data_size - position, 'byte')} after the last tensor"
         )
     return faults

@@ -38,6 +38,8 @@ class StateDict(Checkpoint):
             if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.dtype not in spelling:
                 what = f"a {tensor.dtype} tensor" if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}"
                 raise CheckpointError(f"{shown(name)}: {shown(key)} is {what}, which cannot be merged or copied")
+            if tensor.is_meta:
+                raise CheckpointError(f"{shown(name)}: {shown(key)} is a meta tensor, which has no values")
             tensors[key] = TensorInfo(spelling[tensor.dtype], tuple(tensor.shape), offset)
             offset += tensor.numel() * tensor.element_size()
         self.tensors = tensors

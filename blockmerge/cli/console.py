@@ -21,7 +21,10 @@ def stdout_console() -> Console:
     """The console for results. Names in them are never taken for markup."""
     from rich.console import Console
 
-    return Console(markup=False, highlight=False, emoji=False)
+    console = Console(markup=False, highlight=False, emoji=False)
+    if console.width < 20:  # no terminal is: COLUMNS=0 or a window that tells no size
+        console.width = 80
+    return console
 
 
 @contextmanager

@@ -31,6 +31,8 @@ def demo(folder: str, family: str, full_size: bool, seed: int, overwrite: bool, 
     except OSError as error:
         raise OutputError(f"cannot make the folder {shown(folder)}: {reason(error)}") from error
     a, b, output = home / "a.safetensors", home / "b.safetensors", home / "a+b-high_res.safetensors"
+    if not overwrite and (existing := [path for path in (a, b, output) if path.exists()]):
+        raise OutputError(f"{shown(existing[0])} exists: give another folder, or --overwrite")
     with progress_bar("making models", quiet=as_json) as progress:
         write_pair(a, b, family, full_size=full_size, seed=seed, overwrite=overwrite, progress=progress)
     with progress_bar("merging", quiet=as_json) as progress:

@@ -20,7 +20,7 @@ from blockmerge.cli.inspect import inspect
 from blockmerge.cli.merge import merge
 from blockmerge.cli.presets import presets
 from blockmerge.cli.similarity import similarity
-from blockmerge.errors import BlockmergeError
+from blockmerge.errors import BlockmergeError, reason
 from blockmerge.version import __version__
 
 
@@ -53,6 +53,7 @@ def main() -> None:
         # … but a signal that was switched off stays so: that is how nohup works.
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
             signal.signal(getattr(signal, name), _interrupt)
+    _give_missing_streams()
     for stream in (sys.stdout, sys.stderr):
         # A name or a bar that the terminal's encoding lacks must not end a merge that has been done.
         if isinstance(stream, io.TextIOWrapper):
@@ -84,9 +85,16 @@ def run(arguments: list[str]) -> int:
     except OSError as error:
         # All the library's own are BlockmergeErrors: this is stdout, on a full disk or (on Windows) a closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _say(f"Error: cannot print the result: {error.strerror}")
+        _say(f"Error: cannot print the result, though all else is done: {reason(error)}")
         return 1
     return 0
+
+
+def _give_missing_streams() -> None:
+    # A closed stdout or stderr (`>&-`) is None, and its number would go to the next file that is opened: the output.
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
 
 
 def _say(text: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from typing import NoReturn
+
 import click
 
 from blockmerge.cli.console import json_option, progress_bar, stdout_console
@@ -9,10 +12,10 @@ from blockmerge.cli.console import json_option, progress_bar, stdout_console
 
 @click.command(short_help="Merge two models into a new file.")
 @click.argument("models", metavar="A B", nargs=-1, required=True)
-@click.option("-o", "--output", metavar="PATH", help="Where the merge goes. [default: <A>+<B>-<preset>.safetensors, here]")
+@click.option("-o", "--output", metavar="PATH", help="Where the merge goes. [default: <A>+<B>-<preset|weight>.safetensors, here]")
 @click.option("-p", "--preset", metavar="NAME", help="A preset's name, a preset file, or FILE#NAME. See `blockmerge presets`.")
 @click.option("-w", "--weights", metavar="TEXT", help="How much of B: 0.5, or 26 numbers, or BASE=0,IN00-IN05=0.3,M00=skip.")
-@click.option("--set", "changes", metavar="TEXT", help="Change single blocks on top: BASE=0.5,OUT11=1.")
+@click.option("--set", "changes", metavar="TEXT", multiple=True, help="Change single blocks on top: BASE=0.5,OUT11=1.")
 @click.option("-m", "--method", metavar="NAME", default="weighted_sum", show_default=True, help="How two tensors become one.")
 @click.option(
     "--vae",
@@ -35,7 +38,7 @@ from blockmerge.cli.console import json_option, progress_bar, stdout_console
 @click.option("--threads", metavar="N", type=int, help="How many workers. [default: twice the processors, at most 8]")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--allow-nonfinite", is_flag=True, help="Write NaN and infinity instead of refusing them.")
-@click.option("--dry-run", is_flag=True, help="Make all checks, show the plan, and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Make all checks that need no weights, show the plan, and write nothing.")
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 def merge(
@@ -43,7 +46,7 @@ def merge(
     output: str | None,
     preset: str | None,
     weights: str | None,
-    changes: str | None,
+    changes: tuple[str, ...],
     method: str,
     vae: str,
     dtype: str,
@@ -70,7 +73,9 @@ def merge(
     from blockmerge.merging.recipe import Recipe
     from blockmerge.weights import WeightsRequest
 
-    recipe = Recipe(WeightsRequest(preset, weights, changes, sdxl_map), method, vae, dtype, allow_nonfinite)
+    recipe = Recipe(WeightsRequest(preset, weights, ",".join(changes) or None, sdxl_map), method, vae, dtype, allow_nonfinite)
+    if len(models) == 1:
+        _refuse_single(models[0])
     recipe.weights.check()
     target = output if output is not None else default_output(recipe, models)
     if dry_run:
@@ -86,3 +91,12 @@ def merge(
         from blockmerge.rendering.terminal import print_merge
 
         print_merge(stdout_console(), result)
+
+
+def _refuse_single(model: str) -> NoReturn:
+    # Also where a mistyped command ends, since `blockmerge X` means `blockmerge merge X`.
+    from blockmerge.errors import CheckpointError, RecipeError, shown
+
+    if not os.path.exists(model):
+        raise CheckpointError(f"{shown(model)}: no such file or command")
+    raise RecipeError("one model given; merging takes two: blockmerge A B --preset high_res")

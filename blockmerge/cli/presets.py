@@ -18,6 +18,7 @@ def presets(context: click.Context, as_json: bool) -> None:
     if context.invoked_subcommand is not None:
         return
     from blockmerge.weights import presets as all_presets
+    from blockmerge.weights import unreadable_presets
 
     if as_json:
         from blockmerge.rendering.json_text import presets_json
@@ -27,6 +28,8 @@ def presets(context: click.Context, as_json: bool) -> None:
         from blockmerge.rendering.terminal import print_presets
 
         print_presets(stdout_console(), all_presets())
+    for fault in unreadable_presets():
+        click.echo(f"Left out: {fault}", err=True)
 
 
 @presets.command("show")

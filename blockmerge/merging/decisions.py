@@ -21,7 +21,7 @@ from blockmerge.anatomy import (
     layout,
 )
 from blockmerge.checkpoints import FLOAT_DTYPES, VAE_PREFIX, Checkpoint, Model, TensorInfo, open_checkpoint, vae_tensors
-from blockmerge.errors import CheckpointError, IncompatibleModelsError, RecipeError, listing, shown
+from blockmerge.errors import CheckpointError, IncompatibleModelsError, RecipeError, counted, listing, shown
 from blockmerge.merging.recipe import Recipe
 from blockmerge.merging.result import Counts
 from blockmerge.weights import BlockWeights
@@ -71,7 +71,7 @@ def decide(models: Sequence[Model], recipe: Recipe, weights: BlockWeights) -> De
     """Apply the policies.
 
     Raises IncompatibleModelsError, naming the first few tensors and counting the rest, when U-Nets hold different
-    tensors, shapes differ, or the VAE that was asked for is not there.
+    tensors, or floats in one model only, when shapes differ, or the VAE that was asked for is not there.
     """
     return _Judge(models, recipe, weights).decide()
 
@@ -86,6 +86,7 @@ class _Judge:
     restored: list[str] = field(default_factory=list)
     only_in: dict[int, list[str]] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+    mixed: list[str] = field(default_factory=list)
 
     def decide(self) -> Decisions:
         a, b = self.models
@@ -101,7 +102,7 @@ class _Judge:
         decisions = [decision for name in names if (decision := self._decide_one(name)) is not None]
         if self.faults:
             raise IncompatibleModelsError(
-                f"{shown(a.name)} and {shown(b.name)} cannot be merged: shapes differ: {listing(self.faults)}"
+                f"{shown(a.name)} and {shown(b.name)} cannot be merged: {listing(self.faults, width=300)}"
             )
         self._describe(decisions)
         return Decisions(
@@ -124,8 +125,11 @@ class _Judge:
             return self._take(name, 0, fixed_dtype=True) if 0 in holders else self._leave_out()
         if is_position_ids(name):
             return self._position_ids(name, holders[0])
-        mergeable = all(self.infos[number][name].dtype in FLOAT_DTYPES for number in holders)
-        if not mergeable or is_schedule(name):
+        dtypes = [self.infos[number][name].dtype for number in holders]
+        floats = sum(dtype in FLOAT_DTYPES for dtype in dtypes)
+        if floats == 1 and len(holders) == 2 and not is_schedule(name):
+            return self._mixed(name, component, " and ".join(dtypes))
+        if floats < len(holders) or is_schedule(name):
             self.counted["kept"] += len(holders) == 2
             return self._take(name, holders[0], fixed_dtype=True)
         if len(holders) == 1:
@@ -141,7 +145,7 @@ class _Judge:
         if first != second:
             wider = _wider_first_convolution(name, first, second)
             if wider is None:
-                self.faults.append(f"{name} is {list(first)} and {list(second)}")
+                self.faults.append(f"{shown(name)} (shapes differ: {shown(list(first))} and {shown(list(second))})")
                 return None
         alpha = self.weights[block_of(name, self.models[0].anatomy.family.name)]
         source = 0 if alpha is None else self.recipe.merge_method.copies(alpha)
@@ -156,6 +160,14 @@ class _Judge:
             of_a = self.infos[0].get(name, info).dtype
             dtype = self.recipe.output_dtype or (of_a if of_a in FLOAT_DTYPES else dtype)
         return Decision(name, name, dtype, info.shape, (source,))
+
+    def _mixed(self, name: str, component: str, dtypes: str) -> Decision | None:
+        """A tensor that holds floats in one model and something else in the other, which cannot be blended."""
+        if component == "unet":
+            self.faults.append(f"{shown(name)} (dtypes do not blend: {dtypes})")
+            return None
+        self.mixed.append(f"{shown(name)} is {dtypes}")
+        return self._take(name, 0, fixed_dtype=True)
 
     def _leave_out(self) -> Decision | None:
         self.counted["dropped"] += 1
@@ -179,7 +191,9 @@ class _Judge:
         lacking = []
         for model, names in ((b, unets[0] - unets[1]), (a, unets[1] - unets[0])):
             if names:
-                lacking.append(f"{shown(model.name)} lacks {len(names)} U-Net tensors of the other ({listing(sorted(names))})")
+                lacking.append(
+                    f"{shown(model.name)} lacks {counted(len(names), 'U-Net tensor')} of the other ({listing(sorted(names))})"
+                )
         if lacking:
             raise IncompatibleModelsError(f"these models cannot be merged: {'; '.join(lacking)}")
 
@@ -255,13 +269,21 @@ class _Judge:
                         f"the {_COMPONENT_TITLES.get(component, component)} is only in {shown(model.name)} and copied from there"
                     )
             if model.ema_tensors and "unet" in map(component_of, model.checkpoint.tensors):
-                self.notes.append(f"left out {model.ema_tensors} EMA tensors of {shown(model.name)}, which would be stale")
+                self.notes.append(
+                    f"left out {counted(model.ema_tensors, 'EMA tensor')} of {shown(model.name)}, which would be stale"
+                )
         for number, names in self.only_in.items():
             self.notes.append(
-                f"{len(names)} tensors are only in {shown(self.models[number].name)} and copied from there ({listing(names)})"
+                f"{_tensors_are(len(names))} only in {shown(self.models[number].name)} and copied from there ({listing(names)})"
             )
         if self.counted["kept"]:
-            self.notes.append(f"{self.counted['kept']} integer or schedule tensors are copied from {shown(a.name)}")
+            kept = _tensors_are(self.counted["kept"], "integer or schedule tensor")
+            self.notes.append(f"{kept} copied from {shown(a.name)}")
+        if self.mixed:
+            self.notes.append(
+                f"{_tensors_are(len(self.mixed))} of floats in one model only, and copied from {shown(a.name)} "
+                f"({listing(self.mixed, width=300)})"
+            )
         if self.restored:
             self.notes.append(f"broken position_ids restored to 0, 1, 2, … ({listing(self.restored)})")
         markers = [sorted(name for name in model.tensors if is_prediction_marker(name)) for model in self.models]
@@ -283,7 +305,11 @@ class _Judge:
             if self.infos[source][decision.canonical].dtype != decision.dtype
         )
         for (given, wanted), count in sorted(casts.items()):
-            self.notes.append(f"{count} tensors are converted from {given} to {wanted}")
+            self.notes.append(f"{_tensors_are(count)} converted from {given} to {wanted}")
+
+
+def _tensors_are(count: int, noun: str = "tensor") -> str:
+    return f"{counted(count, noun)} {'is' if count == 1 else 'are'}"
 
 
 def _check_kinds(a: Model, b: Model) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from blockmerge.checkpoints import Model, StateDict
-from blockmerge.errors import NonFiniteError, listing
+from blockmerge.errors import CheckpointError, NonFiniteError, listing
 from blockmerge.merging.decisions import Decision, check_vae_option, decide
 from blockmerge.merging.recipe import Recipe, check_numbers
 from blockmerge.weights import WeightsLike, WeightsRequest
@@ -46,6 +46,9 @@ def merge_state_dicts(
     check_vae_option(vae)
     recipe = Recipe(WeightsRequest(preset, weights), method, vae)
     recipe.check_model_count(len(state_dicts))
+    for given in state_dicts:
+        if not isinstance(given, Mapping):
+            raise CheckpointError(f"a {type(given).__name__} is no state dict: give a dict of tensors (merge() takes files)")
     models = [
         Model.of(StateDict(tensors, f"state dict {letter}")) for tensors, letter in zip(state_dicts, "ABCDEFGH", strict=False)
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blockmerge.checkpoints import (
     AtomicFile,
@@ -23,6 +24,9 @@ from blockmerge.merging.result import MergeResult
 from blockmerge.streaming import Progress
 from blockmerge.weights import WeightsLike, WeightsRequest
 
+if TYPE_CHECKING:
+    import torch
+
 
 def merge(
     *models: CheckpointLike,
@@ -34,7 +38,7 @@ def merge(
     preset_beta: str | None = None,
     weights_beta: WeightsLike | None = None,
     vae: CheckpointLike = "auto",
-    dtype: str = "keep",
+    dtype: str | torch.dtype = "keep",
     sdxl_map: str | None = None,
     device: str = "cpu",
     threads: int | None = None,
@@ -50,9 +54,9 @@ def merge(
     `models`: paths, opened checkpoints or state dicts; the first is A. Exactly one of `preset` (a name or a file) and
     `weights` (all that ``--weights`` takes, a number, a sequence, a mapping, a BlockWeights) says how much of B each
     block takes; `changes` (``"BASE=0.5,OUT11=1"``) goes on top. `dtype` is ``"keep"`` (each tensor keeps A's) or
-    ``"fp16"``, ``"bf16"``, ``"fp32"``, ``"fp8_e4m3fn"``, ``"fp8_e5m2"``. `vae` is ``"auto"`` (whole, from A when BASE
-    is at most 0.5, else from B), ``"a"``, ``"b"``, ``"blend"``, or a VAE (a file, an opened checkpoint or a
-    state dict). `progress(done, total)` is told the bytes.
+    ``"fp16"``, ``"bf16"``, ``"fp32"``, ``"fp8_e4m3fn"``, ``"fp8_e5m2"``, or torch's own. `vae` is ``"auto"``
+    (whole, from A when BASE is at most 0.5, else from B), ``"a"``, ``"b"``, ``"blend"``, or a VAE (a file, an opened
+    checkpoint or a state dict). `progress(done, total)` is told the bytes.
 
     All checks that headers allow are made before a weight is read. The models are never changed. The output appears
     complete or not at all.
@@ -60,7 +64,7 @@ def merge(
     Raises a BlockmergeError: see `blockmerge.errors` for which and when.
     """
     check_numbers(method, preset_beta, weights_beta, numbers)
-    recipe = Recipe(WeightsRequest(preset, weights, changes, sdxl_map), method, vae, dtype, allow_nonfinite)
+    recipe = Recipe(WeightsRequest(preset, weights, changes, sdxl_map), method, vae, str(dtype), allow_nonfinite)
     return run(recipe, models, output, device=device, threads=threads, overwrite=overwrite, progress=progress)
 
 
@@ -94,7 +98,10 @@ def dry_run(
     threads: int | None = None,
     overwrite: bool = False,
 ) -> MergeResult:
-    """Make all checks and the plan, and write nothing. Raises what `run` would raise before it reads a weight."""
+    """Make all checks that need no weights, and the plan, and write nothing.
+
+    Raises what `run` would raise before it reads a weight.
+    """
     started = time.perf_counter()
     plan, target = _prepare(recipe, models, output, overwrite)
     _choose_pace(device, threads)
@@ -121,10 +128,21 @@ def _prepare(
     recipe.check_model_count(len(models))
     checkpoints = [open_checkpoint(model, name=f"state dict {letter}") for model, letter in zip(models, "ABCDEFGH", strict=False)]
     plan = make_plan(checkpoints, recipe)
-    if not os.fspath(output).lower().endswith(".safetensors"):
-        raise OutputError(f"{shown(output)}: the output is a .safetensors file; end its name so")
+    _check_output_name(output)
     inputs = [checkpoint.path for checkpoint in plan.checkpoints.values() if isinstance(checkpoint, SafetensorsFile)]
     return plan, check_output(output, inputs, overwrite=overwrite)
+
+
+def _check_output_name(output: object) -> None:
+    if not isinstance(output, (str, os.PathLike)):
+        raise OutputError(f"the output is a path; {type(output).__name__} given")
+    name = os.fspath(output)
+    if not name:
+        raise OutputError("the output's name is empty: give the name of a .safetensors file")
+    if name.endswith(("/", os.sep)) or os.path.isdir(name):
+        raise OutputError(f"{shown(name)} is a folder: give the output a file name")
+    if not name.lower().endswith(".safetensors"):
+        raise OutputError(f"{shown(name)}: the output is a .safetensors file; end its name so")
 
 
 def default_output(recipe: Recipe, models: tuple[str, ...]) -> Path:

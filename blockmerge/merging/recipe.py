@@ -16,12 +16,17 @@ from blockmerge.weights import BlockWeights, WeightsRequest
 DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32", "fp8_e4m3fn": "F8_E4M3", "fp8_e5m2": "F8_E5M2"}
 """The output dtypes that can be asked for, with their names in safetensors headers; ``"keep"`` keeps A's."""
 
+_TORCH_DTYPES = {
+    "torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32",
+    "torch.float8_e4m3fn": "fp8_e4m3fn", "torch.float8_e5m2": "fp8_e5m2",
+}  # fmt: skip
+
 SDXL_MAPS = ("name", "resolution")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to merge and how. Raises RecipeError when an option has an unknown value."""
+    """What to merge and how; `dtype` may be spelled as torch does. Raises RecipeError when an option has an unknown value."""
 
     weights: WeightsRequest
     method: str = "weighted_sum"
@@ -32,6 +37,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_method", find_method(self.method))
+        object.__setattr__(self, "dtype", _TORCH_DTYPES.get(self.dtype, self.dtype))
         if self.dtype != "keep" and self.dtype not in DTYPES:
             known = ["keep", *DTYPES]
             raise RecipeError(f"unknown dtype '{shown(self.dtype)}'{did_you_mean(str(self.dtype), known)} ({', '.join(known)})")

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from blockmerge.errors import shown
+from blockmerge.errors import counted, shown
 from blockmerge.rendering.u_net import WeightsU
 
 if TYPE_CHECKING:
     from blockmerge.inspecting import Inspection, Part
     from blockmerge.merging import MergeResult
     from blockmerge.weights import Preset
+
+_DESCRIPTION = 24  # columns that a description has at least
 
 _FAMILY_TITLES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL"}
 
@@ -34,7 +38,7 @@ def print_merge(console: Console, result: MergeResult) -> None:
     if result.dry_run:
         _line(console, Text(f"dry run: would write {shown(result.output)}, {size(result.bytes)} in {result.runs} runs"))
     else:
-        rate = f"{result.bytes / max(result.seconds, 1e-9) / 1e9:.1f} GB/s"
+        rate = f"{size(round(result.bytes / max(result.seconds, 1e-9)))}/s"
         _line(
             console,
             Text.assemble((shown(result.output), "bold"), f"  {size(result.bytes)} in {result.seconds:.2f} s ({rate})"),
@@ -45,9 +49,10 @@ def print_inspection(console: Console, found: Inspection) -> None:
     """Print what is in a checkpoint."""
     title = f"{_FAMILY_TITLES[found.family]}, {found.variant}, {found.naming} names" if found.family else found.why_unknown or ""
     _line(console, Text.assemble((shown(found.name), "bold"), f"  {title}"))
-    console.print(_parts("component", found.components))
-    if found.blocks:
-        console.print(_parts("block", found.blocks))
+    for title, parts in (("component", found.components), ("block", found.blocks)):
+        if parts:
+            table = _parts(title, parts)
+            _table(console, table, Measurement.get(console, console.options.update(max_width=1000), table).maximum)
     if found.hashes:
         for name in ("autov1", "autov2", "autov3", "sha256"):
             _line(console, Text(f"{name:<7} {getattr(found.hashes, name)}"))
@@ -63,7 +68,8 @@ def print_presets(console: Console, presets: Sequence[Preset]) -> None:
     table.add_column("what it does")
     for preset in presets:
         table.add_row(Text(shown(preset.name)), "own" if preset.sdxl else "by name", Text(shown(preset.description, 400)))
-    console.print(table)
+    names = max((cell_len(shown(preset.name)) for preset in presets), default=0)
+    _table(console, table, names + len("  by name  ") + _DESCRIPTION)
 
 
 def print_preset(console: Console, preset: Preset) -> None:
@@ -95,7 +101,7 @@ def size(count: int) -> str:
 
 def _counts(result: MergeResult) -> Iterator[str]:
     counts = result.tensors
-    yield f"{counts.computed} tensors computed"
+    yield f"{counted(counts.computed, 'tensor')} computed"
     sources = (
         *zip((counts.from_a, counts.from_b, counts.from_c), result.models, strict=False),
         (counts.from_vae, "the VAE file"),
@@ -109,13 +115,21 @@ def _counts(result: MergeResult) -> Iterator[str]:
 
 def _parts(title: str, parts: Mapping[str, Part]) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column(title, style="bold")
+    table.add_column(title, style="bold", no_wrap=True)
     for heading in ("tensors", "parameters", "size", "dtypes"):
-        table.add_column(heading, justify="left" if heading == "dtypes" else "right")
+        table.add_column(heading, justify="left" if heading == "dtypes" else "right", no_wrap=True)
     for name, part in parts.items():
         dtypes = ", ".join(f"{dtype} {count}" if len(part.dtypes) > 1 else dtype for dtype, count in part.dtypes.items())
         table.add_row(name, f"{part.tensors:,}", f"{part.parameters:,}", size(part.bytes), dtypes)
     return table
+
+
+def _table(console: Console, table: Table, needed: int) -> None:
+    # Never narrower than its names and numbers: where the terminal is, it breaks the lines itself, and nothing is lost.
+    width = console.width
+    console.width = max(width, needed)
+    console.print(table)
+    console.width = width
 
 
 def _line(console: Console, text: Text) -> None:

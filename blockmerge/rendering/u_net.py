@@ -8,6 +8,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 _BAR = 12
+_WIDTH = 56  # of the U; narrower terminals get the blocks one below another
 
 
 class WeightsU:
@@ -18,15 +19,18 @@ class WeightsU:
         self.unknown = unknown
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """One line of text per level of the U."""
+        """One line of text per level of the U, or per block where the terminal is too narrow for two."""
         full, empty = "#." if options.ascii_only else "█░"
         inputs = [block for block in self.weights if block.startswith("IN")]
         outputs = [block for block in self.weights if block.startswith("OUT")]
+        if options.max_width < _WIDTH:
+            yield from (_whole(self._cell(block, full, empty)) for block in self.weights)
+            return
         lines = [self._cell("BASE", full, empty), Text()]
         for block, opposite in zip(inputs, reversed(outputs), strict=True):
             lines.append(Text.assemble(self._cell(block, full, empty), "    ", self._cell(opposite, full, empty)))
         lines.append(Text.assemble(" " * 14, self._cell("M00", full, empty)))
-        yield from (Text.assemble("  ", line) if line else line for line in lines)
+        yield from (_whole(line) if line else line for line in lines)
 
     def _cell(self, block: str, full: str, empty: str) -> Text:
         weight = self.weights[block]
@@ -42,6 +46,10 @@ class WeightsU:
             (full * filled, style),
             (empty * (_BAR - filled), "dim"),
         )
+
+
+def _whole(line: Text) -> Text:
+    return Text.assemble("  ", line, no_wrap=True, overflow="crop")
 
 
 def number(weight: float) -> str:

@@ -2,7 +2,7 @@
 
 from blockmerge.weights.block_weights import BlockWeights
 from blockmerge.weights.grammar import WeightsLike, parse_assignments, parse_weights
-from blockmerge.weights.presets import Preset, find_preset, load_preset, preset_names, presets
+from blockmerge.weights.presets import Preset, find_preset, load_preset, preset_names, presets, unreadable_presets
 from blockmerge.weights.request import WeightsRequest
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "parse_weights",
     "preset_names",
     "presets",
+    "unreadable_presets",
 ]

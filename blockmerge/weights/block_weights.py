@@ -6,7 +6,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from blockmerge.anatomy import SD_BLOCKS, SDXL_BLOCKS
-from blockmerge.errors import WeightsError, did_you_mean, shown
+from blockmerge.errors import WeightsError, counted, did_you_mean, shown
+
+_LARGEST = 1e6
+"""Larger weights are refused: they are slips of the pen, and the largest floats do not fit torch's float32."""
 
 
 class BlockWeights(Mapping[str, float | None]):
@@ -17,9 +20,9 @@ class BlockWeights(Mapping[str, float | None]):
     (0.0, 0.5, 1.0)
 
     26 blocks (SD1, SD2) or 20 (SDXL). A weight is how much of B the block takes, 0 all A and 1 all B; values outside
-    [0, 1] are allowed. None ("skip") leaves the block out of the merge, and stays None in all arithmetic.
+    [0, 1] are allowed. None, or the word "skip", leaves the block out of the merge, and stays None in all arithmetic.
 
-    Raises WeightsError for unknown or missing blocks and for values that are not finite numbers.
+    Raises WeightsError for unknown or missing blocks and for values that are not numbers from -1e6 to 1e6.
     """
 
     __slots__ = ("_weights",)
@@ -28,12 +31,12 @@ class BlockWeights(Mapping[str, float | None]):
         blocks = SDXL_BLOCKS if len(weights) == len(SDXL_BLOCKS) else SD_BLOCKS
         for block in weights:
             if block not in blocks:
-                raise WeightsError(f"unknown block '{shown(block)}'{did_you_mean(str(block), blocks)}")
+                raise unknown_block(block, blocks)
         if missing := [block for block in blocks if block not in weights]:
             raise WeightsError(
                 f"no weight for block {missing[0]}: {len(SD_BLOCKS)} or {len(SDXL_BLOCKS)} are needed, {len(weights)} given"
             )
-        self._weights = {block: _finite(weights[block], block) for block in blocks}
+        self._weights = {block: _checked(weights[block], block) for block in blocks}
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[float | None]) -> BlockWeights:
@@ -46,7 +49,9 @@ class BlockWeights(Mapping[str, float | None]):
                 return cls(dict(zip(blocks, numbers, strict=True)))
             if len(numbers) == len(blocks) - 1:
                 return cls({"BASE": 0.0, **dict(zip(blocks[1:], numbers, strict=True))})
-        raise WeightsError(f"{len(numbers)} weights given; 26 are needed (25 without BASE), or 20 for SDXL (19 without BASE)")
+        raise WeightsError(
+            f"{counted(len(numbers), 'weight')} given; 26 are needed (25 without BASE), or 20 for SDXL (19 without BASE)"
+        )
 
     @classmethod
     def flat(cls, weight: float | None, blocks: Sequence[str] = SD_BLOCKS) -> BlockWeights:
@@ -103,7 +108,7 @@ class BlockWeights(Mapping[str, float | None]):
         """The same with the weights of some blocks changed. Raises WeightsError for a block that is not there."""
         for block in changes:
             if block not in self._weights:
-                raise WeightsError(f"unknown block '{shown(block)}'{did_you_mean(block, self.blocks)}")
+                raise unknown_block(block, self.blocks)
         return BlockWeights({**self._weights, **changes})
 
     def for_sdxl(self, by: str = "name") -> BlockWeights:
@@ -124,8 +129,18 @@ class BlockWeights(Mapping[str, float | None]):
         return BlockWeights({block: None if weight is None else function(weight) for block, weight in self._weights.items()})
 
 
-def _finite(weight: object, block: str) -> float | None:
-    if weight is None:
+def unknown_block(block: object, blocks: Sequence[str]) -> WeightsError:
+    """The error for a block that is none of `blocks`; it tells which there are."""
+    is_sdxl = len(blocks) == len(SDXL_BLOCKS)
+    # A block that only SD1 and SD2 have is no slip of the pen: another one would not be meant.
+    near = "" if is_sdxl and block in SD_BLOCKS else did_you_mean(str(block), blocks)
+    whose, last = ("SDXL has", SDXL_BLOCKS[-1]) if is_sdxl else ("SD1 and SD2 have", SD_BLOCKS[-1])
+    existing = f"BASE, IN00-IN{last[3:]}, M00, OUT00-{last}"
+    return WeightsError(f"unknown block '{shown(block)}'{near or ':'} {whose} {existing}")
+
+
+def _checked(weight: object, block: str) -> float | None:
+    if weight is None or (isinstance(weight, str) and weight.casefold() == "skip"):
         return None
     try:
         number = float(weight)  # type: ignore[arg-type]
@@ -133,4 +148,6 @@ def _finite(weight: object, block: str) -> float | None:
         number = math.nan
     if isinstance(weight, (str, bool)) or not math.isfinite(number):
         raise WeightsError(f"weight of {block} is not a number: '{shown(weight)}'")
+    if abs(number) > _LARGEST:
+        raise WeightsError(f"weight of {block} is {number:.12g}: at most {_LARGEST:,.0f} is allowed, and 0 to 1 is usual")
     return number + 0.0  # -0.0 becomes 0.0

@@ -14,8 +14,10 @@ import re
 from collections.abc import Mapping, Sequence
 
 from blockmerge.anatomy import SD_BLOCKS, SDXL_BLOCKS
-from blockmerge.errors import WeightsError, did_you_mean, shown
-from blockmerge.weights.block_weights import BlockWeights
+from blockmerge.errors import WeightsError, shown
+from blockmerge.weights.block_weights import BlockWeights, unknown_block
+
+_FORM = "write BLOCK=NUMBER, as in IN00-IN05=0.3"
 
 WeightsLike = str | float | Sequence[float | None] | Mapping[str, float | None] | BlockWeights
 """What is taken for weights: a text, one number, a sequence of numbers, a mapping from block names, a BlockWeights."""
@@ -43,9 +45,9 @@ def parse_assignments(text: str, blocks: Sequence[str]) -> dict[str, float | Non
     weights: dict[str, float | None] = {}
     for entry in _entries(text):
         names, equals, number = entry.partition("=")
-        if not equals:
-            raise WeightsError(f"cannot read '{shown(entry)}' in the weights: write BLOCK=NUMBER, as in IN00-IN05=0.3")
         first, dash, last = names.partition("-")
+        if not (equals and number and first) or (dash and not last):
+            raise WeightsError(f"cannot read '{shown(entry)}' in the weights: {_FORM}")
         start = _index(first, blocks)
         stop = _index(last, blocks) if dash else start
         for block in blocks[min(start, stop) : max(start, stop) + 1]:
@@ -89,15 +91,15 @@ def _number(text: str) -> float | None:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not math.isfinite(number) or "_" in text:
-        raise WeightsError(f"'{shown(text)}' is not a number")
+    if not math.isfinite(number) or "_" in text or not text.isascii():
+        form = f": {_FORM}" if re.match(r"(BASE|(IN|M|OUT)[0-9])", text, re.IGNORECASE) else ""
+        raise WeightsError(f"'{shown(text)}' is not a number{form}")
     return number
 
 
 def _index(name: str, blocks: Sequence[str]) -> int:
-    match = re.fullmatch(r"(IN|M|OUT)(\d{1,2})", name.upper())
+    match = re.fullmatch(r"(IN|M|OUT)([0-9]{1,2})", name.upper())
     block = f"{match[1]}{int(match[2]):02}" if match else name.upper()
     if block not in blocks:
-        where = f" in SDXL, whose blocks end at {blocks[-1]}" if len(blocks) == len(SDXL_BLOCKS) and block in SD_BLOCKS else ""
-        raise WeightsError(f"unknown block '{shown(name)}'{where}{did_you_mean(name, blocks)}")
+        raise unknown_block(name if block not in SD_BLOCKS else block, blocks)
     return blocks.index(block)

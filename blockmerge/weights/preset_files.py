@@ -5,7 +5,7 @@
 - SuperMerger's list: a line ``NAME<tab>26 numbers separated by commas`` or ``NAME:numbers`` for each preset.
 - merge-block-weighted's list: the same with 25 numbers.
 
-A text file may begin with a header line; empty lines are skipped.
+A text file may begin with a header line; empty lines and lines that begin with # are skipped.
 """
 
 from __future__ import annotations
@@ -66,33 +66,40 @@ def read_preset_file(path: Path) -> list[Preset]:
 def _from_toml(text: str, path: Path) -> Preset:
     try:
         table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise PresetError(f"preset file {shown(path)} is not TOML: {shown(error)}") from error
+    except (ValueError, RecursionError) as error:  # a ValueError of its own is that of a number of thousands of digits
+        why = shown(error) if isinstance(error, tomllib.TOMLDecodeError) else "too deep, or a number too long"
+        raise PresetError(f"preset file {shown(path)} is not TOML: {why}") from error
     known = {"name", "weights", "sdxl", "aliases", "source", "description"}
     if unknown := sorted(table.keys() - known):
         raise PresetError(f"preset file {shown(path)}: unknown key '{shown(unknown[0])}'; known are {', '.join(sorted(known))}")
     if "weights" not in table:
         raise PresetError(f"preset file {shown(path)} has no 'weights'")
+    aliases = table.get("aliases", [])
+    if not isinstance(aliases, list) or not all(isinstance(alias, str) and alias.strip() for alias in aliases):
+        raise PresetError(f"preset file {shown(path)}: 'aliases' is not a list of texts")
+    name = table.get("name", path.stem)
+    if not isinstance(name, str) or not name.strip() or len(name.splitlines()) > 1:
+        raise PresetError(f"preset file {shown(path)}: 'name' is not a text of one line")
     return Preset(
-        name=_text(table, "name", path, default=path.stem),
-        weights=_weights(table["weights"], SD_BLOCKS, f"preset file {shown(path)}"),
-        sdxl=_weights(table["sdxl"], SDXL_BLOCKS, f"preset file {shown(path)}") if "sdxl" in table else None,
-        aliases=tuple(str(alias) for alias in table.get("aliases", [])),
+        name=name.strip(),
+        weights=_weights(table["weights"], SD_BLOCKS, f"preset file {shown(path)}: 'weights'"),
+        sdxl=_weights(table["sdxl"], SDXL_BLOCKS, f"preset file {shown(path)}: 'sdxl'") if "sdxl" in table else None,
+        aliases=tuple(aliases),
         source=_text(table, "source", path),
         description=_text(table, "description", path),
     )
 
 
-def _text(table: Mapping[str, object], key: str, path: Path, default: str = "") -> str:
-    value = table.get(key, default)
+def _text(table: Mapping[str, object], key: str, path: Path) -> str:
+    value = table.get(key, "")
     if not isinstance(value, str):
         raise PresetError(f"preset file {shown(path)}: '{key}' is not a text")
     return " ".join(value.split())
 
 
 def _weights(value: object, blocks: tuple[str, ...], where: str) -> BlockWeights:
-    if not isinstance(value, (str, list, dict)):
-        raise PresetError(f"{where}: the weights are neither a list nor a text nor a table")
+    if not isinstance(value, (int, float, str, list, dict)):
+        raise PresetError(f"{where}: neither a number, a list, a text nor a table of weights")
     try:
         weights = parse_weights(value, "sdxl" if blocks == SDXL_BLOCKS else "sd1")
         if isinstance(value, list) and not len(blocks) - 1 <= len(value) <= len(blocks):
@@ -106,7 +113,7 @@ def _from_lines(text: str, path: Path) -> list[Preset]:
     found = []
     for number, line in enumerate(text.splitlines(), start=1):
         name, *rest = (part.strip() for part in re.split(r"[\t:]", line.strip(), maxsplit=1))
-        if not line.strip() or name.casefold() == "preset_name":
+        if not line.strip() or name.startswith("#") or name.casefold() == "preset_name":
             continue
         where = f"preset file {shown(path)}, line {number}"
         if not rest or not name or not rest[0]:

@@ -10,7 +10,6 @@ Upper and lower case, `-` and `_` are the same in names.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from functools import cache
 from pathlib import Path
@@ -19,7 +18,16 @@ from blockmerge.errors import PresetError, did_you_mean, listing, shown
 from blockmerge.weights.block_weights import BlockWeights
 from blockmerge.weights.preset_files import SUFFIXES, Preset, read_preset_file
 
-__all__ = ["Preset", "find_preset", "load_preset", "preset_names", "presets", "shipped_folder", "user_folder"]
+__all__ = [
+    "Preset",
+    "find_preset",
+    "load_preset",
+    "preset_names",
+    "presets",
+    "shipped_folder",
+    "unreadable_presets",
+    "user_folder",
+]
 
 
 def load_preset(name: str) -> BlockWeights:
@@ -38,11 +46,12 @@ def preset_names() -> list[str]:
 
 def presets() -> list[Preset]:
     """Return all presets, the user's own first, without those that a user's preset hides and files that are none."""
-    found: dict[str, Preset] = {}
-    for folder in (user_folder(), shipped_folder()):
-        for preset in sorted(_presets_in(folder), key=lambda preset: preset.name.casefold()):
-            found.setdefault(_fold(preset.name), preset)
-    return list(found.values())
+    return list(_by_own_name().values())
+
+
+def unreadable_presets() -> list[str]:
+    """Return what is wrong with each file in the user's folder that cannot be read, a line for each."""
+    return [fault for _, fault in _presets_in(user_folder())[1]]
 
 
 def find_preset(name: str) -> Preset:
@@ -55,7 +64,9 @@ def find_preset(name: str) -> Preset:
     if Path(path).suffix.lower() in SUFFIXES or os.path.isfile(path):
         return _from_file(Path(path), inner)
     names = [name for preset in known.values() for name in (preset.name, *preset.aliases)]
-    raise PresetError(f"unknown preset '{shown(name)}'{did_you_mean(name, names)} ('blockmerge presets' lists them)")
+    raise PresetError(
+        f"unknown preset '{shown(name)}'{did_you_mean(name, names)} ('blockmerge presets' lists them){_unreadable(name)}"
+    )
 
 
 def user_folder() -> Path:
@@ -79,38 +90,64 @@ def _from_file(path: Path, inner: str) -> Preset:
             names = listing((preset.name for preset in found), limit=5)
             raise PresetError(f"{shown(path)} holds {len(found)} presets ({names}): write {shown(path.name)}#NAME")
         return found[0]
-    for preset in found:
-        if _fold(inner) in (_fold(preset.name), *map(_fold, preset.aliases)):
-            return preset
+    wanted = [preset for preset in found if _fold(inner) in (_fold(preset.name), *map(_fold, preset.aliases))]
+    if len(wanted) > 1:
+        raise PresetError(f"{shown(path)} holds {len(wanted)} presets of the name '{shown(inner)}': remove all but one")
+    if wanted:
+        return wanted[0]
     raise PresetError(f"no preset '{shown(inner)}' in {shown(path)}{did_you_mean(inner, [preset.name for preset in found])}")
 
 
 def _by_name() -> dict[str, Preset]:
+    by_own_name = _by_own_name()
     known: dict[str, Preset] = {}
-    for preset in presets():
+    for preset in _all():
         for name in (preset.name, *preset.aliases):
-            known.setdefault(_fold(name), preset)
+            # A hidden preset's aliases lead to the one that hides it.
+            known.setdefault(_fold(name), by_own_name[_fold(preset.name)])
     return known
+
+
+def _by_own_name() -> dict[str, Preset]:
+    found: dict[str, Preset] = {}
+    for preset in _all():
+        found.setdefault(_fold(preset.name), preset)
+    return found
+
+
+def _all() -> list[Preset]:
+    """All presets, the user's own first, also those that are hidden."""
+    folders = (_presets_in(folder)[0] for folder in (user_folder(), shipped_folder()))
+    return [preset for found in folders for preset in sorted(found, key=lambda preset: preset.name.casefold())]
+
+
+def _unreadable(name: str) -> str:
+    """What an unknown preset's message says of files that cannot be read: of that name, if there is one, or of the first."""
+    faults = sorted(_presets_in(user_folder())[1], key=lambda fault: _fold(fault[0].stem) != _fold(name))
+    return f"; {faults[0][1]}" + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else "") if faults else ""
 
 
 def _fold(name: str) -> str:
     return name.strip().casefold().replace("-", "_")
 
 
-def _presets_in(folder: Path) -> tuple[Preset, ...]:
+def _presets_in(folder: Path) -> tuple[tuple[Preset, ...], tuple[tuple[Path, str], ...]]:
+    """The presets in a folder, and the files that cannot be read with what is wrong with them."""
     try:
         newest = max((entry.stat().st_mtime_ns for entry in [folder, *folder.iterdir()]), default=0)
     except OSError:  # the user's folder need not exist
-        return ()
+        return (), ()
     return _read_folder(folder, newest)
 
 
 @cache
-def _read_folder(folder: Path, newest: int) -> tuple[Preset, ...]:
+def _read_folder(folder: Path, newest: int) -> tuple[tuple[Preset, ...], tuple[tuple[Path, str], ...]]:
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     found: list[Preset] = []
+    faults: list[tuple[Path, str]] = []
     for path in files:
-        # A stray text in the user's folder must not take all presets away; asked for by its path, it says what is wrong.
-        with contextlib.suppress(PresetError):
+        try:
             found += read_preset_file(path)
-    return tuple(found)
+        except PresetError as error:  # a stray text in the user's folder must not take all presets away
+            faults.append((path, str(error)))
+    return tuple(found), tuple(faults)

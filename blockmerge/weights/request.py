@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from blockmerge.anatomy import FAMILIES
-from blockmerge.errors import WeightsError
+from blockmerge.errors import PresetError, WeightsError
 from blockmerge.weights.block_weights import BlockWeights
 from blockmerge.weights.grammar import WeightsLike, parse_assignments, parse_weights
 from blockmerge.weights.presets import find_preset
@@ -21,12 +22,14 @@ class WeightsRequest:
     sdxl_map: str | None = None
 
     def check(self) -> None:
-        """Raise WeightsError when neither or both of preset and weights are given, PresetError for an unknown preset."""
+        """Raise WeightsError when neither or both of preset and weights are given, PresetError for no known preset."""
         if self.preset is None and self.weights is None:
             raise WeightsError("how much of B? say --preset high_res or --weights 0.5 ('blockmerge presets' lists the presets)")
         if self.preset is not None and self.weights is not None:
             raise WeightsError("both a preset and weights are given: say one of them (--set changes single blocks)")
         if self.preset is not None:
+            if not isinstance(self.preset, (str, os.PathLike)):
+                raise PresetError(f"a preset is a name or a file, not a {type(self.preset).__name__}: give weights as weights=")
             find_preset(self.preset)
 
     def resolve(self, family: str) -> BlockWeights:
