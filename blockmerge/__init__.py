@@ -18,10 +18,8 @@ if TYPE_CHECKING:
     from blockmerge.anatomy import block_of as block_of
     from blockmerge.checkpoints import Checkpoint as Checkpoint
     from blockmerge.checkpoints import open_checkpoint as open_checkpoint
-    from blockmerge.comparing import Explanation as Explanation
     from blockmerge.comparing import SimilarityMatrix as SimilarityMatrix
     from blockmerge.comparing import SimilarityResult as SimilarityResult
-    from blockmerge.comparing import explain as explain
     from blockmerge.comparing import similarity as similarity
     from blockmerge.comparing import similarity_matrix as similarity_matrix
     from blockmerge.errors import BlockmergeError as BlockmergeError
@@ -33,6 +31,8 @@ if TYPE_CHECKING:
     from blockmerge.errors import RecipeError as RecipeError
     from blockmerge.errors import UnknownFamilyError as UnknownFamilyError
     from blockmerge.errors import WeightsError as WeightsError
+    from blockmerge.explaining import Explanation as Explanation
+    from blockmerge.explaining import explain as explain
     from blockmerge.inspecting import Inspection as Inspection
     from blockmerge.inspecting import inspect as inspect
     from blockmerge.merging import MergeResult as MergeResult
@@ -47,7 +47,7 @@ _HOMES = {
     "BlockmergeError": "errors",
     "Checkpoint": "checkpoints",
     "CheckpointError": "errors",
-    "Explanation": "comparing",
+    "Explanation": "explaining",
     "IncompatibleModelsError": "errors",
     "Inspection": "inspecting",
     "MergeResult": "merging",
@@ -60,7 +60,7 @@ _HOMES = {
     "UnknownFamilyError": "errors",
     "WeightsError": "errors",
     "block_of": "anatomy",
-    "explain": "comparing",
+    "explain": "explaining",
     "inspect": "inspecting",
     "load_preset": "weights",
     "merge": "merging",

@@ -24,13 +24,24 @@ MAY_IMPORT = {
     "checkpoints": {"anatomy"},
     "streaming": {"checkpoints"},
     "merging": {"streaming", "checkpoints", "methods", "weights", "anatomy"},
+    "comparing": {"streaming", "checkpoints", "anatomy"},
+    "explaining": {"comparing", "streaming", "checkpoints", "weights", "anatomy"},
     "inspecting": {"streaming", "checkpoints", "anatomy"},
-    "rendering": {"merging", "inspecting", "weights"},
+    "rendering": {"merging", "comparing", "explaining", "inspecting", "weights"},
     "demo": {"checkpoints", "anatomy"},
-    "cli": {"merging", "inspecting", "weights", "rendering", "demo", "streaming"},
+    "cli": {"merging", "comparing", "explaining", "inspecting", "checkpoints", "weights", "rendering", "demo", "streaming"},
     "__main__": {"cli"},
 }
 EVERYONE_MAY_IMPORT = {"errors", "version"}
+LOADED_LATE = {
+    "methods/elementwise.py",
+    "merging/kernel.py",
+    "streaming/tensors.py",
+    "comparing/attention.py",
+    "comparing/sums.py",
+    "explaining/gram.py",
+    "explaining/merging_again.py",
+}
 NO_TORCH = {"errors", "anatomy", "weights", "rendering", "cli"}
 
 
@@ -73,7 +84,7 @@ def test_torch_is_loaded_late(path):
     top = {module.split(".")[0] for module, at_top in imports(path) if at_top}
     if "torch" in top:
         # Only files that are themselves loaded late, by the first worker that computes.
-        assert path.relative_to(PACKAGE).as_posix() in {"methods/elementwise.py", "merging/kernel.py", "streaming/tensors.py"}
+        assert path.relative_to(PACKAGE).as_posix() in LOADED_LATE
     if room_of(path) in NO_TORCH:
         assert not {module.split(".")[0] for module, _ in imports(path)} & {"torch"}
 
@@ -94,6 +105,7 @@ def test_the_public_names():
         "BlockmergeError",
         "Checkpoint",
         "CheckpointError",
+        "Explanation",
         "IncompatibleModelsError",
         "Inspection",
         "MergeResult",
@@ -101,15 +113,20 @@ def test_the_public_names():
         "OutputError",
         "PresetError",
         "RecipeError",
+        "SimilarityMatrix",
+        "SimilarityResult",
         "UnknownFamilyError",
         "WeightsError",
         "block_of",
+        "explain",
         "inspect",
         "load_preset",
         "merge",
         "merge_state_dicts",
         "open_checkpoint",
         "preset_names",
+        "similarity",
+        "similarity_matrix",
     ]
     for name in blockmerge.__all__:
         thing = getattr(blockmerge, name)

@@ -33,8 +33,8 @@ def explain(
     The fewest candidates that explain the file win. Then the merge is made again in memory and held against the file.
     Candidates may be models, folders of models, or patterns. Everything is read twice.
     """
-    from blockmerge.comparing import explain as find_origin
     from blockmerge.errors import CheckpointError, listing
+    from blockmerge.explaining import explain as find_origin
 
     target = ReportTarget.of(form, as_json, output, overwrite, (merge, *candidates))
     with progress_bar("looking", quiet=target.is_quiet) as progress:

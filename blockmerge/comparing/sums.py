@@ -21,7 +21,7 @@ from blockmerge.comparing.arrays import Array, Flags
 from blockmerge.comparing.results import Differences
 from blockmerge.comparing.sources import weights_of
 from blockmerge.errors import BlockmergeError, listing, shown
-from blockmerge.streaming import Progress, TorchThreads, aligned_buffer, default_threads, for_each
+from blockmerge.streaming import Progress, TorchThreads, aligned_buffer, for_each, thread_count
 from blockmerge.streaming.tensors import tensor_view
 
 CHUNK = 1 << 18
@@ -144,7 +144,7 @@ def sum_pairs(
     )
     read = {*rows, *columns, *([] if common is None else [common])}
     total = sum(tensors[number][name].nbytes for number in read for name in names if name in tensors[number])
-    threads = threads or default_threads()
+    threads = thread_count(threads)
     try:
         for_each(largest, work.worker, threads, total, progress)
     finally:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blockmerge.checkpoints import Reader
-from blockmerge.errors import NonFiniteError, OutputError, RecipeError, reason, shown
+from blockmerge.errors import NonFiniteError, OutputError, reason, shown
 from blockmerge.merging.plan import Plan, Run
-from blockmerge.streaming import PAGE, OutputStream, Progress, TorchThreads, aligned_buffer, default_threads, for_each
+from blockmerge.streaming import PAGE, OutputStream, Progress, TorchThreads, aligned_buffer, for_each, thread_count
 
 if TYPE_CHECKING:
     from blockmerge.merging.kernel import Kernel
@@ -40,9 +40,7 @@ class Pace:
     @classmethod
     def default(cls, threads: int | None = None) -> Pace:
         """The pace for a number of threads, by default twice the processors."""
-        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-            raise RecipeError(f"{shown(threads)} threads: at least 1 is needed")
-        threads = min(threads or default_threads(), 64)
+        threads = thread_count(threads)
         piece = max(PAGE, min(PIECE_BYTES, PIECES_MEMORY // threads) // PAGE * PAGE)
         return cls(threads, piece)
 

@@ -14,7 +14,8 @@ from blockmerge.rendering.colours import rgb, warmth
 from blockmerge.rendering.u_net import WeightsU
 
 if TYPE_CHECKING:
-    from blockmerge.comparing import BlockOrigin, Comparison, Differences, Explanation, SimilarityMatrix, SimilarityResult
+    from blockmerge.comparing import Comparison, Differences, SimilarityMatrix, SimilarityResult
+    from blockmerge.explaining import BlockOrigin, Explanation
 
 _TITLES = {"text_encoder": "text encoder", "text_encoder_2": "second text encoder", "vae": "VAE", "unet": "U-Net"}
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from blockmerge.comparing import Comparison, Explanation, SimilarityMatrix, SimilarityResult
+    from blockmerge.comparing import Comparison, SimilarityMatrix, SimilarityResult
+    from blockmerge.explaining import Explanation
 
 
 def similarity_csv(result: SimilarityResult) -> str:

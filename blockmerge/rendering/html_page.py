@@ -13,7 +13,8 @@ from blockmerge.version import __version__
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-    from blockmerge.comparing import Explanation, SimilarityMatrix, SimilarityResult
+    from blockmerge.comparing import SimilarityMatrix, SimilarityResult
+    from blockmerge.explaining import Explanation
 
 
 def similarity_html(result: SimilarityResult) -> str:

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blockmerge.comparing import Comparison, Explanation, SimilarityMatrix, SimilarityResult
+    from blockmerge.comparing import Comparison, SimilarityMatrix, SimilarityResult
+    from blockmerge.explaining import Explanation
     from blockmerge.inspecting import Inspection
     from blockmerge.merging import MergeResult
     from blockmerge.weights import Preset

@@ -3,7 +3,7 @@
 from blockmerge.streaming.buffers import aligned_buffer
 from blockmerge.streaming.output import PAGE, OutputStream
 from blockmerge.streaming.torch_threads import TorchThreads
-from blockmerge.streaming.workers import Progress, default_threads, for_each
+from blockmerge.streaming.workers import Progress, for_each, thread_count
 
 __all__ = [
     "PAGE",
@@ -11,6 +11,6 @@ __all__ = [
     "Progress",
     "TorchThreads",
     "aligned_buffer",
-    "default_threads",
     "for_each",
+    "thread_count",
 ]

@@ -9,14 +9,27 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from numbers import Integral
 from typing import Generic, TypeVar
+
+from blockmerge.errors import RecipeError, shown
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all), always from the thread that started the work."""
 
 Task = TypeVar("Task")
 
+_MOST_THREADS = 64
 _POLL = 0.05  # seconds between two looks at the progress
+
+
+def thread_count(threads: int | None) -> int:
+    """Return how many threads to use when `threads` are asked for. Raises RecipeError for what is no count."""
+    if threads is None:
+        return default_threads()
+    if isinstance(threads, bool) or not isinstance(threads, Integral) or threads < 1:
+        raise RecipeError(f"{shown(threads)} threads: at least 1 is needed")
+    return min(int(threads), _MOST_THREADS)
 
 
 def default_threads() -> int:

@@ -9,9 +9,9 @@ import numpy as np
 
 from blockmerge.anatomy import component_of
 from blockmerge.comparing.arrays import Array
-from blockmerge.comparing.gram import Pass
-from blockmerge.comparing.known_presets import Match
-from blockmerge.comparing.telling import Told, ToldUnit
+from blockmerge.explaining.gram import Pass
+from blockmerge.explaining.known_presets import Match
+from blockmerge.explaining.units import Told, ToldUnit
 from blockmerge.streaming import Progress
 
 _WORTH_TRYING = 6

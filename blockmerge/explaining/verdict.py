@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from blockmerge.comparing.explanation import Explanation
 from blockmerge.errors import shown
+from blockmerge.explaining.explanation import Explanation
 
 _TITLES = {
     "weighted_sum": "a weighted sum",

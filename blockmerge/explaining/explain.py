@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from blockmerge.checkpoints import CheckpointLike, Model
-from blockmerge.comparing.explanation import BlockOrigin, Explanation
-from blockmerge.comparing.linear_fit import explained
-from blockmerge.comparing.parents import Parents, find_parents, nearest_pair
 from blockmerge.comparing.sources import is_same_file, open_model, open_sources
-from blockmerge.comparing.telling import Sight, Told, ToldUnit, tell
-from blockmerge.comparing.units import Compared, Units, group_by_block, group_by_component
-from blockmerge.comparing.verdict import write_verdict
 from blockmerge.errors import IncompatibleModelsError, NonFiniteError, RecipeError, listing, shown
+from blockmerge.explaining.explanation import BlockOrigin, Explanation
+from blockmerge.explaining.linear_fit import explained
+from blockmerge.explaining.parents import Parents, find_parents, nearest_pair
+from blockmerge.explaining.units import Compared, Sight, Told, ToldUnit, Units, group_by_block, group_by_component, tell
+from blockmerge.explaining.verdict import write_verdict
 from blockmerge.streaming import Progress
 
 if TYPE_CHECKING:
-    from blockmerge.comparing.gram import Gram
+    from blockmerge.explaining.gram import Gram
+
+_MOST_CANDIDATES = 24
 
 
 def explain(
@@ -44,25 +45,11 @@ def explain(
     Candidates that cannot be used are named in `left_out`. Raises what is wrong with the merge itself, RecipeError without
     any candidate, IncompatibleModelsError when none can be compared, NonFiniteError for NaN or infinity in a weight.
     """
-    from blockmerge.comparing.gram import Pass
-    from blockmerge.comparing.merging_again import merge_again
+    from blockmerge.explaining.gram import Pass
+    from blockmerge.explaining.merging_again import merge_again
 
     merged = open_model(merge, "merge")
-    sources = open_sources(candidates)
-    left_out = {source.name: source.error for source in sources if source.error is not None}
-    usable: list[tuple[str, Model]] = []
-    for source in sources:
-        if source.model is None or is_same_file(source.model, merged):  # as when a whole folder is named
-            continue
-        if source.model.anatomy.family != merged.anatomy.family:
-            left_out[source.name] = f"{shown(source.name)} is {source.model.anatomy.family.title}"
-        else:
-            usable.append((source.name, source.model))
-    if not usable:
-        why = f": {listing(left_out.values())}" if left_out else ", which is the only one"
-        raise IncompatibleModelsError(f"no candidate can be compared with {shown(merged.name)}{why}")
-    if len(usable) > _MOST_CANDIDATES:
-        raise RecipeError(f"{len(usable)} candidates are too many to try all combinations: at most {_MOST_CANDIDATES}")
+    usable, left_out = _usable(merged, candidates)
     names = tuple(name for name, _ in usable)
     models = [merged, *(model for _, model in usable)]
     compared = Compared.of(merged, models[1:])
@@ -109,7 +96,25 @@ def explain(
     return replace(found, verdict=write_verdict(found, by_tensor=told.parents.by_tensor))
 
 
-_MOST_CANDIDATES = 24
+def _usable(
+    merged: Model, candidates: CheckpointLike | Iterable[CheckpointLike]
+) -> tuple[list[tuple[str, Model]], dict[str, str]]:
+    """Return the candidates that can be compared with the merge, by name, and why the others cannot."""
+    left_out: dict[str, str] = {}
+    usable: list[tuple[str, Model]] = []
+    for source in open_sources(candidates):
+        if source.model is None:
+            left_out[source.name] = str(source.error)
+        elif source.model.anatomy.family != merged.anatomy.family:
+            left_out[source.name] = f"{shown(source.name)} is {source.model.anatomy.family.title}"
+        elif not is_same_file(source.model, merged):  # as it is when a whole folder is named
+            usable.append((source.name, source.model))
+    if not usable:
+        why = f": {listing(left_out.values())}" if left_out else ", which is the only one"
+        raise IncompatibleModelsError(f"no candidate can be compared with {shown(merged.name)}{why}")
+    if len(usable) > _MOST_CANDIDATES:
+        raise RecipeError(f"{len(usable)} candidates are too many to try all combinations: at most {_MOST_CANDIDATES}")
+    return usable, left_out
 
 
 def _origin(unit: ToldUnit, parents: Parents, names: Sequence[str]) -> BlockOrigin:

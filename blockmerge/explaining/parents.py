@@ -11,9 +11,9 @@ import numpy as np
 
 from blockmerge.anatomy import component_of
 from blockmerge.comparing.arrays import Array, Flags
-from blockmerge.comparing.known_presets import Match, matching_presets
-from blockmerge.comparing.linear_fit import Fit, explained
-from blockmerge.comparing.units import Units
+from blockmerge.explaining.known_presets import Match, matching_presets
+from blockmerge.explaining.linear_fit import Fit, explained
+from blockmerge.explaining.units import Units
 
 _MOST_PARENTS = 4
 _MOST_COMBINATIONS = 4000

@@ -19,7 +19,7 @@ import torch
 from blockmerge.checkpoints import Model, TensorInfo
 from blockmerge.comparing.arrays import Array, Flags
 from blockmerge.comparing.sums import CHUNK, ChunkReader
-from blockmerge.streaming import Progress, TorchThreads, default_threads, for_each
+from blockmerge.streaming import Progress, TorchThreads, for_each, thread_count
 from blockmerge.streaming.tensors import TORCH_DTYPES
 
 _MANTISSA = {"F8_E4M3": (3, -6), "F8_E5M2": (2, -14), "F16": (10, -14), "BF16": (7, -126), "F32": (23, -126), "F64": (52, -1022)}
@@ -128,7 +128,7 @@ class Pass:
                 yield lambda index: _stream(index, infos[index], chunks, chunk, look)
 
         try:
-            for_each(tasks, worker, threads or default_threads(), total, progress)
+            for_each(tasks, worker, thread_count(threads), total, progress)
         finally:
             torch_threads.restore()
 
