@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from blockmerge import CheckpointError, open_checkpoint
+from blockmerge.cli.main import run
 from tests.refusals import assert_refused
 
 PROJ = "model.diffusion_model.input_blocks.4.1.proj_in.weight"
@@ -99,6 +100,25 @@ def test_a_damaged_file_is_refused(pairs, tmp_path, capsys, case, side):
         with pytest.raises(CheckpointError):
             open_checkpoint(bad)
         assert_refused(capsys, tmp_path, "inspect", bad, says=["bad.safetensors", *says])
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_damaged_file_is_refused_by_comparisons(pairs, tmp_path, capsys, case):
+    """As the model that is asked about it is an error; among many others it is a row, and the others go on."""
+    data, says = BAD[case]
+    says = [says] if isinstance(says, str) else list(says)
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(data)
+    a, b = pairs()
+    assert_refused(capsys, tmp_path, "similarity", bad, a, says=["bad.safetensors", *says])
+    assert_refused(capsys, tmp_path, "explain", bad, a, b, says=["bad.safetensors", *says])
+    assert_refused(capsys, tmp_path, "explain", a, bad, says=["bad.safetensors", *says])
+    assert run(["similarity", str(a), str(bad), str(b), "--method", "weights", "--json"]) == 1
+    out, err = capsys.readouterr()
+    good, failed = json.loads(out)["references"]
+    assert good["similarity"] > 0.9
+    assert all(word in failed["error"] for word in says)
+    assert err == "Error: 1 of the models could not be compared: bad.safetensors\n"
 
 
 def test_an_absurd_header_length_costs_no_memory(tmp_path):

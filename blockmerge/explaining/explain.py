@@ -110,7 +110,8 @@ def _usable(
         elif not is_same_file(source.model, merged):  # as it is when a whole folder is named
             usable.append((source.name, source.model))
     if not usable:
-        why = f": {listing(left_out.values())}" if left_out else ", which is the only one"
+        more = f" and {len(left_out) - 2} more" if len(left_out) > 2 else ""
+        why = ": " + "; ".join([*left_out.values()][:2]) + more if left_out else ", which is the only one"
         raise IncompatibleModelsError(f"no candidate can be compared with {shown(merged.name)}{why}")
     if len(usable) > _MOST_CANDIDATES:
         raise RecipeError(f"{len(usable)} candidates are too many to try all combinations: at most {_MOST_CANDIDATES}")

@@ -1,0 +1,215 @@
+"""Reports: JSON with the promised keys, CSV, tables at a fixed width, and HTML pages read back in a real browser."""
+
+from __future__ import annotations
+
+import csv
+import html.parser
+import io
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from rich.console import Console
+from safetensors.torch import load_file
+
+import blockmerge
+from blockmerge.checkpoints import StateDict
+from blockmerge.cli.main import run
+from blockmerge.rendering.comparison import print_explanation, print_matrix, print_similarity
+from blockmerge.rendering.csv_text import explanation_csv, matrix_csv, similarity_csv
+from blockmerge.rendering.html_page import explanation_html, matrix_html, similarity_html
+from blockmerge.rendering.json_text import explanation_json, matrix_json, similarity_json
+
+BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+HOSTILE = "<script>alert(1)</script>.safetensors"
+
+
+@pytest.fixture(scope="module")
+def models(pairs, tmp_path_factory):
+    """A folder with a, b and their high_res merge; and b as a state dict, to be given a hostile name."""
+    folder = tmp_path_factory.mktemp("models")
+    for path in pairs():
+        shutil.copy(path, folder)
+    blockmerge.merge(*pairs(), preset="high_res", output=folder / "m.safetensors")
+    return folder, load_file(pairs()[1])
+
+
+def hostile_checkpoint(state):
+    # Not a file, since "/" cannot be part of a file's name (though "</script>" can be of a folder and a file).
+    return StateDict(state, HOSTILE)
+
+
+def similarity_of(models, method="attention", **options):
+    folder, state = models
+    references = [folder / "a.safetensors", hostile_checkpoint(state), folder / "nope.safetensors"]
+    return blockmerge.similarity(folder / "m.safetensors", references, method, **options)
+
+
+def explanation_of(models, **options):
+    folder, state = models
+    return blockmerge.explain(folder / "m.safetensors", [folder / "a.safetensors", hostile_checkpoint(state)], **options)
+
+
+def drawn(draw, width=100, **options):
+    out = io.StringIO()
+    draw(Console(file=out, width=width, markup=False, highlight=False, emoji=False, **options))
+    return out.getvalue()
+
+
+def test_json_of_attention(models):
+    found = json.loads(similarity_json(similarity_of(models)))
+    assert (found["method"], found["seed"], found["base"]["name"]) == ("attention", 114514, "m.safetensors")
+    assert re.fullmatch("[0-9a-f]{8}", found["base"]["hash"])
+    best, second, failed = found["references"]
+    assert {"name", "hash", "similarity", "parts", "error"} <= best.keys()
+    assert list(best["parts"]) == [f"OUT{n:02}" for n in range(3, 11)]
+    assert best["similarity"] == pytest.approx(sum(best["parts"].values()) / 8)
+    assert (second["name"], second["hash"]) == (HOSTILE, None)
+    assert (failed["similarity"], failed["parts"]) == (None, {})
+    assert "no such file" in failed["error"]
+
+
+def test_json_of_weights(models):
+    found = json.loads(similarity_json(similarity_of(models, "weights", common_base=models[0] / "a.safetensors")))
+    assert (found["seed"], found["common_base"]) == (None, "a.safetensors")
+    best = found["references"][0]
+    for key in ("relative_difference", "max_difference", "difference_similarity"):
+        assert best[f"{key}_parts"].keys() == best["parts"].keys()
+        assert key in best
+    assert set(best["components"]) == {"unet", "text_encoder", "vae"}
+
+
+def test_json_of_a_matrix(models):
+    found = json.loads(matrix_json(blockmerge.similarity_matrix(models[0])))
+    assert found["names"] == ["a.safetensors", "b.safetensors", "m.safetensors"]
+    assert len(found["similarity"]) == 3
+
+
+def test_json_of_an_explanation(models):
+    found = json.loads(explanation_json(explanation_of(models)))
+    assert (found["merge"], found["base"], found["method"], found["preset"]) == (
+        "m.safetensors",
+        "a.safetensors",
+        "weighted_sum",
+        "high_res",
+    )
+    assert found["exact"] is True
+    assert found["candidates"] == found["parents"] == ["a.safetensors", HOSTILE]
+    assert found["blocks"]["IN04"]["weights"] == {HOSTILE: 0.67}
+    assert {"weights", "uncertainty", "residual", "determined"} <= found["blocks"]["IN04"].keys()
+    assert "tensors" not in found
+    assert len(json.loads(explanation_json(explanation_of(models, tensors=True)))["tensors"]) > 1000
+
+
+def test_csv(models):
+    rows = list(csv.DictReader(io.StringIO(similarity_csv(similarity_of(models)))))
+    assert [row["part"] for row in rows[:2]] == ["total", "OUT03"]
+    assert float(rows[0]["similarity"]) == similarity_of(models).references[0].similarity
+    weights = list(csv.DictReader(io.StringIO(similarity_csv(similarity_of(models, "weights")))))
+    assert {"BASE", "IN04", "vae"} <= {row["part"] for row in weights}
+    assert matrix_csv(blockmerge.similarity_matrix(models[0])).splitlines()[0] == ",a.safetensors,b.safetensors,m.safetensors"
+    blocks = {row["name"]: row for row in csv.DictReader(io.StringIO(explanation_csv(explanation_of(models))))}
+    assert blocks["IN04"][HOSTILE] == "0.67"
+
+
+def test_a_name_that_is_a_formula_stays_a_name(models):
+    state = models[1]
+    report = blockmerge.similarity(state, [StateDict(state, "=cmd|' /C calc'!A0")])
+    assert similarity_csv(report).splitlines()[1].startswith("\"'=cmd|") or similarity_csv(report).splitlines()[1].startswith(
+        "'=cmd|"
+    )
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_tables_fit_the_terminal(models, width):
+    for method in ("attention", "weights"):
+        text = drawn(lambda console, method=method: print_similarity(console, similarity_of(models, method), blocks=True), width)
+        assert "nope.safetensors  not compared" in text
+        assert "IN04" in text or "OUT04" in text
+    text = drawn(lambda console: print_explanation(console, explanation_of(models)), width)
+    assert "with the preset high_res" in text
+    assert "IN04" in text
+    assert "100.00" in drawn(lambda console: print_matrix(console, blockmerge.similarity_matrix(models[0])), width)
+
+
+def test_the_heat_map_has_colours_only_where_a_terminal_has_them(models):
+    report = similarity_of(models)
+    plain = drawn(lambda console: print_similarity(console, report, blocks=True))
+    coloured = drawn(
+        lambda console: print_similarity(console, report, blocks=True), force_terminal=True, color_system="truecolor"
+    )
+    assert "\x1b[" not in plain
+    assert "48;2;" in coloured
+
+
+def test_the_command_writes_what_its_ending_says(models, tmp_path, capsys):
+    folder, _ = models
+    for ending, begins in (("html", "<!DOCTYPE html>"), ("json", "{"), ("csv", "reference,"), ("txt", "base  ")):
+        target = tmp_path / f"report.{ending}"
+        assert run(["similarity", str(folder / "m.safetensors"), str(folder / "a.safetensors"), "-o", str(target)]) == 0
+        out, err = capsys.readouterr()
+        assert (out, err) == ("", f"wrote {target}\n")
+        assert target.read_text().startswith(begins)
+    assert run(["similarity", str(folder / "m.safetensors"), str(folder), "-o", str(tmp_path / "report.html")]) == 1
+    assert "exists" in capsys.readouterr().err
+    assert run(["explain", str(folder / "m.safetensors"), str(folder), "-o", str(tmp_path / "report.html"), "--overwrite"]) == 0
+    assert "high_res" in (tmp_path / "report.html").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"report.{e}" for e in ("csv", "html", "json", "txt")]
+
+
+PAGES = {
+    "attention": lambda models: similarity_html(similarity_of(models)),
+    "weights": lambda models: similarity_html(similarity_of(models, "weights", common_base=models[0] / "a.safetensors")),
+    "matrix": lambda models: matrix_html(
+        blockmerge.similarity_matrix([models[0] / "a.safetensors", hostile_checkpoint(models[1])])
+    ),
+    "explain": lambda models: explanation_html(explanation_of(models)),
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_are_self_contained_and_harmless(models, page):
+    text = PAGES[page](models)
+    assert "<script" not in text.lower()
+    assert "&lt;script&gt;alert(1)" in text
+    assert not re.search(r"(src|href|@import|url\()\s*=?", text)
+
+    class Reader(html.parser.HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            assert tag != "script"
+            assert not any(name.startswith("on") for name, _ in attributes)
+
+    Reader().feed(text)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_in_a_browser(models, tmp_path, page):
+    """What the browser made of the page, after layout: the figures are there, and nothing ran."""
+    (tmp_path / "page.html").write_text(PAGES[page](models), encoding="utf-8")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    dumped = subprocess.run(
+        [*command, "--dump-dom", (tmp_path / "page.html").as_uri()], capture_output=True, text=True, timeout=120, check=True
+    ).stdout
+    cells = [re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", dumped, re.DOTALL)]
+    assert "<script" not in dumped
+    if page == "attention":
+        found = similarity_of(models).references
+        assert [f"{one.similarity:.2f}" for one in found[:2]] == [cells[5], cells[8]]
+        assert f"{found[0].parts['OUT07']:.2f}" in cells[cells.index("OUT07") :]
+    elif page == "weights":
+        (first, *_) = similarity_of(models, "weights", common_base=models[0] / "a.safetensors").references
+        assert f"{first.total.cosine:.6f}" in cells
+        assert f"{first.blocks['IN04'].cosine:.6f}" == cells[cells.index("IN04") + 1]
+    elif page == "matrix":
+        assert cells.count("100.00") == 2
+    else:
+        assert cells[cells.index("IN04") + 1] == "0.67"
+        assert 'style="display: block; --weight: 0.6700"' in dumped
+    screenshot = tmp_path / "page.png"
+    subprocess.run(
+        [*command, f"--screenshot={screenshot}", (tmp_path / "page.html").as_uri()], capture_output=True, timeout=120, check=True
+    )
+    assert screenshot.stat().st_size > 5000
