@@ -23,6 +23,7 @@ check: .venv/test
 # Full-size files in a temp folder (some 15 GB free needed); prints ratios to `cp` and to load-everything-and-save.
 bench: .venv/run
 	$(BIN)/python benchmarks/merge.py
+	$(BIN)/python benchmarks/compare.py
 
 # Write docs/cli.md anew from the commands' own help.
 docs: .venv/run

@@ -18,20 +18,16 @@ of anonymous memory (RssAnon and RssShmem, Linux), sampled every 5 ms in a proce
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import os
-import platform
-import random
-import shutil
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+from harness import arguments, full_size_pair, measure, process, report, report_memory
 
 LOAD_AND_SAVE = """
 import os, sys
@@ -62,37 +58,12 @@ sd_mecha.merge(sd_mecha.weighted_sum(sd_mecha.model(a), sd_mecha.model(b), alpha
 with open(out, "r+b") as file:
     os.fsync(file.fileno())
 """
-MEMORY = """
-import json, os, sys, threading, time
-def anonymous():
-    with open("/proc/self/status") as file:
-        return sum(int(line.split()[1]) for line in file if line.startswith(("RssAnon", "RssShmem")))
-import torch
-peak = loaded = anonymous()
-done = threading.Event()
-def watch():
-    global peak
-    while not done.wait(0.005):
-        peak = max(peak, anonymous())
-threading.Thread(target=watch, daemon=True).start()
-import blockmerge
-a, b, out, options = sys.argv[1:]
-blockmerge.merge(a, b, output=out, overwrite=True, **json.loads(options))
-done.set()
-print(json.dumps([loaded / 1e3, max(peak, anonymous()) / 1e3]))
-"""
 
 
 def timed(action: Callable[[], object]) -> float:
     started = time.perf_counter()
     action()
     return time.perf_counter() - started
-
-
-def process(code: str, *arguments: object) -> None:
-    subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
 
 
 def copy(a: Path, output: Path) -> None:
@@ -134,88 +105,25 @@ def contestants(a: Path, b: Path, output: Path, peers: bool) -> dict[str, Callab
     return found
 
 
-def measure(actions: dict[str, Callable[[], object]], output: Path, rounds: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for number in range(rounds + 1):
-        for name in random.sample(list(actions), len(actions)):
-            output.unlink(missing_ok=True)
-            spent = timed(actions[name])
-            if number:  # the first round warms up
-                seconds[name].append(spent)
-    return seconds
-
-
-def report(seconds: dict[str, list[float]]) -> None:
-    def ratio(name: str, to: str) -> str:
-        return f"{statistics.median(mine / theirs for mine, theirs in zip(seconds[name], seconds[to], strict=True)):.2f}"
-
-    print("\n| what | median s | min–max s | ÷ cp + fsync | ÷ load and save |\n| --- | --- | --- | --- | --- |")
-    for name, times in seconds.items():
-        span = f"{min(times):.2f}–{max(times):.2f}"
-        to_cp, to_load = ratio(name, "cp + fsync"), ratio(name, "load and save (process)")
-        print(f"| {name} | {statistics.median(times):.2f} | {span} | {to_cp} | {to_load} |")
-
-
-def report_memory(a: Path, b: Path, output: Path) -> None:
-    if not Path("/proc/self/status").exists():
-        return
-    print("\n| peak anonymous memory | `import torch` MB | merge MB | above MB |\n| --- | --- | --- | --- |")
-    for options in ({"preset": "high_res"}, {"weights": 0.5}):
-        done = subprocess.run(
-            [sys.executable, "-c", MEMORY, a, b, output, json.dumps(options)], check=True, capture_output=True, text=True
-        )
-        loaded, peak = json.loads(done.stdout)
-        print(f"| {' '.join(map(str, next(iter(options.items()))))} | {loaded:.0f} | {peak:.0f} | {peak - loaded:.0f} |")
-
-
-def machine(folder: Path) -> str:
-    model = next(
-        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor()
-    )
-    kind = subprocess.run(["stat", "-f", "-c", "%T", folder], capture_output=True, text=True, check=False).stdout.strip()
-    memory = next((int(line.split()[1]) / 1e6 for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
-    import torch
-
-    system = f"{platform.system()} {platform.release()}, Python {platform.python_version()}, torch {torch.__version__}"
-    return f"{model}, {os.cpu_count()} processors, {memory:.0f} GB memory, {kind} file system; {system}"
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--family", default="sd1", choices=["sd1", "sd2", "sdxl"])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="keep the files here; a temp folder by default")
-    parser.add_argument("--peers", action="store_true", help="also sd-meh and sd-mecha, where installed")
-    parser.add_argument("--buffered", action="store_true", help="without direct writes, as on systems that lack them")
-    parser.add_argument("--memory-only", action="store_true", help="only the peak of memory")
-    arguments = parser.parse_args()
-    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="blockmerge-bench-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    a, b, output = (folder / f"{arguments.family}-{name}.safetensors" for name in ("a", "b", "out"))
-    if arguments.buffered and hasattr(os, "O_DIRECT"):
+    flag = {"action": "store_true"}
+    chosen = arguments(
+        __doc__ or "",
+        peers={**flag, "help": "also sd-meh and sd-mecha, where installed"},
+        buffered={**flag, "help": "without direct writes, as on systems that lack them"},
+        memory_only={**flag, "help": "only the peak of memory"},
+    )
+    if chosen.buffered and hasattr(os, "O_DIRECT"):
         del os.O_DIRECT  # in this process; the commands' own keep it
-    try:
-        if not a.exists() or not b.exists():
-            from blockmerge.demo import write_pair
-
-            print(f"making two {arguments.family} models in {folder}", file=sys.stderr)
-            write_pair(a, b, arguments.family, full_size=True, overwrite=True)
-        for path in (a, b):
-            with path.open("rb") as file:
-                while file.read(1 << 24):
-                    pass
-        print(f"{machine(folder)}\n{arguments.family}, {a.stat().st_size / 1e9:.2f} GB each, {arguments.rounds} rounds")
-        if not arguments.memory_only:
-            report(measure(contestants(a, b, output, arguments.peers), output, arguments.rounds))
-        report_memory(a, b, output)
-    finally:
-        output.unlink(missing_ok=True)
-        if arguments.folder is None:
-            shutil.rmtree(folder)
+    merge = "blockmerge.merge(*sys.argv[1:3], output=sys.argv[3], overwrite=True, {})"
+    with full_size_pair(chosen) as (a, b, output):
+        if not chosen.memory_only:
+            actions = {name: partial(timed, action) for name, action in contestants(a, b, output, chosen.peers).items()}
+            seconds = measure(actions, chosen.rounds, lambda: output.unlink(missing_ok=True))
+            report(seconds, ["cp + fsync", "load and save (process)"])
+        report_memory(
+            {option: (merge.format(option), (a, b, output)) for option in ("preset='high_res'", "weights=0.5")},
+        )
 
 
 if __name__ == "__main__":

@@ -12,20 +12,30 @@ and the result is the mean over the layers. All in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
 
 import torch
 
 from blockmerge.anatomy import UNET_PREFIX
 from blockmerge.checkpoints import FLOAT_DTYPES, Model, Reader, TensorInfo
 from blockmerge.errors import BlockmergeError, CheckpointError, NonFiniteError, listing, shown
-from blockmerge.streaming import Progress, aligned_buffer
+from blockmerge.streaming import Progress, TorchThreads, aligned_buffer
 from blockmerge.streaming.tensors import all_finite, tensor_view
+
+T = TypeVar("T")
 
 SEED = 114514
 
 LAYERS = {"sd1": range(3, 11), "sd2": range(3, 11), "sdxl": range(0, 6)}
 """Which output blocks are looked at. SD1's are the published ones; SDXL's are all of its output blocks with attention."""
+
+_WORKERS = 2
 
 _AT_ONCE = 12  # maps held in memory, of d·d·4 bytes each: 6.6 MB for the widest layers
 
@@ -99,48 +109,50 @@ class AttentionComparison:
     def _compare(self, held: Sequence[int], others: Sequence[int]) -> dict[tuple[int, int], list[float]]:
         """Compare the models `held` with each other and with the `others`, holding only their own maps in memory."""
         found: dict[tuple[int, int], list[float]] = {}
-        stream = torch.Generator().manual_seed(self._seed)
-        shapes = next((layers for layers in self._layers if layers), [])
-        for layer in range(len(shapes)):
-            width = shapes[layer]["q"].shape[0]
-            x = torch.randn((width, width), generator=stream)
-            # The original now builds three nn.Linear layers for A, whose initial weights come out of the same stream.
-            skipped = torch.empty(width, width)
-            for _ in "qkv":
-                skipped.uniform_(generator=stream)
-            maps: dict[int, torch.Tensor] = {}
-            for number in (*held, *others):
-                current = self._map_of(number, layer, x)
-                if current is None:
-                    continue
-                for row, held_map in maps.items():
-                    alike = torch.cosine_similarity(held_map, current).mean().item()
-                    found.setdefault((row, number), []).append(min(alike, 1.0))
-                if number in held:
-                    maps[number] = current
-        return {pair: values for pair, values in found.items() if self.errors[pair[0]] is None and self.errors[pair[1]] is None}
+        maps: dict[int, torch.Tensor] = {}
+        torch_threads = TorchThreads()
+        torch_threads.single_here()
+        try:
+            with ThreadPoolExecutor(_WORKERS, initializer=torch_threads.single_here, initargs=(_threads_each(),)) as workers:
+                for number, current in _in_order(self._steps([*held, *others]), workers):
+                    if number == held[0]:  # a new layer
+                        maps.clear()
+                    if current is None:
+                        continue
+                    for row, row_map in maps.items():
+                        alike = torch.cosine_similarity(row_map, current).mean().item()
+                        found.setdefault((row, number), []).append(min(alike, 1.0))
+                    if number in held:
+                        maps[number] = current
+                    if self._progress:
+                        self._progress(min(self._done, self._total), self._total)
+        finally:
+            torch_threads.restore()
+        return {pair: values for pair, values in found.items() if all(self.errors[number] is None for number in pair)}
 
-    def _map_of(self, number: int, layer: int, x: torch.Tensor) -> torch.Tensor | None:
+    def _steps(self, numbers: Sequence[int]) -> Iterator[Callable[[], tuple[int, torch.Tensor | None]]]:
+        """For each layer, a step for each model that finds its map."""
+        widths = [infos["q"].shape[0] for infos in next((layers for layers in self._layers if layers), [])]
+        own = threading.local()
+        with ThreadPoolExecutor(1) as drawing:  # one thread: the stream has one order
+            draws = _Draws(self._seed, widths, drawing)
+            for layer in range(len(widths)):
+                drawn = draws.next()
+                for number in numbers:
+                    yield partial(self._map_of, number, layer, drawn, own)
+
+    def _map_of(
+        self, number: int, layer: int, drawn: Future[torch.Tensor], own: threading.local
+    ) -> tuple[int, torch.Tensor | None]:
         if self.errors[number] is not None:
-            return None
-        result: list[torch.Tensor] = []
-        self._guarded(number, lambda: result.append(self._attend(number, layer, x)))
-        return result[0] if result else None
-
-    def _attend(self, number: int, layer: int, x: torch.Tensor) -> torch.Tensor:
-        model, infos = self.models[number], self._layers[number][layer]
-        if infos["q"].shape != tuple(x.shape):
-            raise CheckpointError(f"{shown(model.name)} has attention of width {infos['q'].shape[0]}, not {len(x)}")
-        with model.checkpoint.reader() as reader:
-            q, k, v = (_read(reader, model, info) for info in (infos["q"], infos["k"], infos["v"]))
-        scores = (x @ q.T) @ (x @ k.T).T
-        torch.softmax(scores, dim=-1, out=scores)
-        # The sum over m of V[m, j] needs no V: it is the sum of X's rows, times vᵀ.
-        scores *= x.sum(dim=0) @ v.T
+            return number, None
+        if not hasattr(own, "desk"):
+            own.desk = _Desk()
+        found: list[torch.Tensor] = []
+        infos = self._layers[number][layer]
+        self._guarded(number, lambda: found.append(own.desk.attend(self.models[number], infos, drawn)))
         self._done += sum(info.nbytes for info in infos.values())
-        if self._progress:
-            self._progress(min(self._done, self._total), self._total)
-        return scores
+        return number, found[0] if found else None
 
     def _guarded(self, number: int, action: Callable[[], None]) -> None:
         try:
@@ -151,11 +163,88 @@ class AttentionComparison:
                 self._first_error = error
 
 
-def _read(reader: Reader, model: Model, info: TensorInfo) -> torch.Tensor:
-    buffer = aligned_buffer(info.nbytes)
-    reader.read_into(info.offset, buffer)
-    values = tensor_view(buffer, info.dtype, info.elements)
-    if not all_finite(values):
-        name = next(name for name, other in model.tensors.items() if other is info)
-        raise NonFiniteError(f"{shown(model.name)} holds NaN or infinity in {shown(name)}")
-    return values.float().view(info.shape)
+class _Draws:
+    """The random X of one layer after the other, drawn ahead."""
+
+    def __init__(self, seed: int, widths: Sequence[int], drawing: ThreadPoolExecutor) -> None:
+        self._stream = torch.Generator().manual_seed(seed)
+        self._widths = iter(widths)
+        self._drawing = drawing
+        self._ahead = deque[Future[torch.Tensor]]()
+        self._draw_another()
+
+    def next(self) -> Future[torch.Tensor]:
+        """The next layer's X."""
+        self._draw_another()
+        return self._ahead.popleft()
+
+    def _draw_another(self) -> None:
+        width = next(self._widths, None)
+        if width is not None:
+            self._ahead.append(self._drawing.submit(torch.randn, (width, width), generator=self._stream))
+            self._drawing.submit(self._skip, width)
+
+    def _skip(self, width: int) -> None:
+        # The original now builds three nn.Linear for A, whose initial weights come out of the same stream.
+        thrown_away = torch.empty(width, width)
+        for _ in "qkv":
+            thrown_away.uniform_(generator=self._stream)
+
+
+class _Desk:
+    """One worker's buffers, used again for every model: new memory would cost nearly as much as the reading."""
+
+    def __init__(self) -> None:
+        self._raw = aligned_buffer(0)
+        self._weights = torch.empty(0)
+        self._projected = torch.empty(0)
+
+    def attend(self, model: Model, infos: Mapping[str, TensorInfo], drawn: Future[torch.Tensor]) -> torch.Tensor:
+        """Return a layer's map M, d×d."""
+        width = infos["q"].shape[0]
+        if len(self._weights) < 3 * width * width:
+            self._weights = torch.empty(3 * width * width)
+            self._projected = torch.empty(2 * width * width)
+        weights = self._weights[: 3 * width * width].view(3, width, width)
+        with model.checkpoint.reader() as reader:
+            for place, letter in enumerate("qkv"):
+                self._read(reader, model, infos[letter], weights[place])
+        x = drawn.result()
+        if len(x) != width:
+            raise CheckpointError(f"{shown(model.name)} has attention of width {width}, not {len(x)}")
+        projected = self._projected[: 2 * width * width].view(width, 2 * width)
+        torch.mm(x, weights[:2].view(2 * width, width).T, out=projected)
+        scores = projected[:, :width] @ projected[:, width:].T
+        torch.softmax(scores, dim=-1, out=scores)
+        # The sum over m of V[m, j] needs no V: it is the sum of X's rows, times vᵀ.
+        return scores.mul_(x.sum(dim=0) @ weights[2].T)
+
+    def _read(self, reader: Reader, model: Model, info: TensorInfo, target: torch.Tensor) -> None:
+        if len(self._raw) < info.nbytes:
+            self._raw = aligned_buffer(info.nbytes)
+        reader.read_into(info.offset, self._raw[: info.nbytes])
+        values = tensor_view(self._raw, info.dtype, info.elements)
+        if not all_finite(values):
+            name = next(name for name, other in model.tensors.items() if other is info)
+            raise NonFiniteError(f"{shown(model.name)} holds NaN or infinity in {shown(name)}")
+        target.view(-1).copy_(values)
+
+
+def _in_order(steps: Iterable[Callable[[], T]], workers: ThreadPoolExecutor) -> Iterator[T]:
+    """Yield what the steps return in their order, while workers already do the next few."""
+    waiting: deque[Future[T]] = deque()
+    try:
+        for step in steps:
+            waiting.append(workers.submit(step))
+            if len(waiting) > _WORKERS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _threads_each() -> int:
+    """What is left of the processors for each worker: two matrices at once go better than one on all of them."""
+    return max(1, (os.cpu_count() or 1) // _WORKERS)

@@ -15,8 +15,8 @@ class TorchThreads:
     def __init__(self) -> None:
         self._claimed = False
 
-    def single_here(self) -> None:
-        """Make torch single-threaded in the calling thread."""
+    def single_here(self, count: int = 1) -> None:
+        """Make torch single-threaded, or use `count` threads, in the calling thread."""
         import torch
 
         with _lock:
@@ -25,7 +25,7 @@ class TorchThreads:
                 if not _saved:
                     _saved.append(torch.get_num_threads())
                 _saved.append(_saved[0])
-            torch.set_num_threads(1)
+            torch.set_num_threads(count)
 
     def restore(self) -> None:
         """Undo what `single_here` does to threads that are started later."""
