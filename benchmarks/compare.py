@@ -75,7 +75,10 @@ print(read() - before)
 EXPLAINED = """
 import json, sys, blockmerge
 found = blockmerge.explain(sys.argv[3], sys.argv[1:3])
-print(json.dumps([found.exact, {block: list(origin.weights.values())[0] for block, origin in found.blocks.items()}]))
+other, = (name for name in found.parents if name != found.base)
+weights = {block: origin.weights[other] for block, origin in found.blocks.items()}
+of_b = weights if other == found.candidates[1] else {block: 1 - weight for block, weight in weights.items()}
+print(json.dumps([found.exact, of_b]))
 """
 
 

@@ -74,8 +74,12 @@ def full_size_pair(chosen: argparse.Namespace) -> Iterator[tuple[Path, Path, Pat
 
 def process(code: str, *values: object) -> str:
     """Run Python code in a process of its own and return what it prints."""
+    # Installed packages come compiled; the flag would have every process compile this one anew.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     command = [sys.executable, "-c", code, *map(str, values)]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+    return subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    ).stdout
 
 
 def peak_memory(action: str, *values: object) -> tuple[float, float]:

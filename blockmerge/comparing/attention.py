@@ -37,6 +37,9 @@ LAYERS = {"sd1": range(3, 11), "sd2": range(3, 11), "sdxl": range(0, 6)}
 
 _WORKERS = 2
 
+_SKIPPED_AT_ONCE = 1 << 16
+_ROWS_AT_ONCE = 128
+
 _AT_ONCE = 12  # maps held in memory, of d·d·4 bytes each: 6.6 MB for the widest layers
 
 
@@ -120,8 +123,7 @@ class AttentionComparison:
                     if current is None:
                         continue
                     for row, row_map in maps.items():
-                        alike = torch.cosine_similarity(row_map, current).mean().item()
-                        found.setdefault((row, number), []).append(min(alike, 1.0))
+                        found.setdefault((row, number), []).append(_likeness(row_map, current))
                     if number in held:
                         maps[number] = current
                     if self._progress:
@@ -186,9 +188,9 @@ class _Draws:
 
     def _skip(self, width: int) -> None:
         # The original now builds three nn.Linear for A, whose initial weights come out of the same stream.
-        thrown_away = torch.empty(width, width)
-        for _ in "qkv":
-            thrown_away.uniform_(generator=self._stream)
+        count, thrown_away = 3 * width * width, torch.empty(_SKIPPED_AT_ONCE)
+        for start in range(0, count, _SKIPPED_AT_ONCE):
+            thrown_away[: count - start].uniform_(generator=self._stream)
 
 
 class _Desk:
@@ -202,22 +204,24 @@ class _Desk:
     def attend(self, model: Model, infos: Mapping[str, TensorInfo], drawn: Future[torch.Tensor]) -> torch.Tensor:
         """Return a layer's map M, d×d."""
         width = infos["q"].shape[0]
-        if len(self._weights) < 3 * width * width:
-            self._weights = torch.empty(3 * width * width)
+        if len(self._weights) < 2 * width * width:
+            self._weights = torch.empty(2 * width * width)
             self._projected = torch.empty(2 * width * width)
-        weights = self._weights[: 3 * width * width].view(3, width, width)
+        weights = self._weights[: 2 * width * width].view(2, width, width)
         with model.checkpoint.reader() as reader:
-            for place, letter in enumerate("qkv"):
-                self._read(reader, model, infos[letter], weights[place])
-        x = drawn.result()
-        if len(x) != width:
-            raise CheckpointError(f"{shown(model.name)} has attention of width {width}, not {len(x)}")
+            self._read(reader, model, infos["v"], weights[0])
+            x = drawn.result()
+            if len(x) != width:
+                raise CheckpointError(f"{shown(model.name)} has attention of width {width}, not {len(x)}")
+            # The sum over m of V[m, j] needs no V: it is the sum of X's rows, times vᵀ.
+            sums = x.sum(dim=0) @ weights[0].T
+            self._read(reader, model, infos["q"], weights[0])
+            self._read(reader, model, infos["k"], weights[1])
         projected = self._projected[: 2 * width * width].view(width, 2 * width)
         torch.mm(x, weights[:2].view(2 * width, width).T, out=projected)
         scores = projected[:, :width] @ projected[:, width:].T
         torch.softmax(scores, dim=-1, out=scores)
-        # The sum over m of V[m, j] needs no V: it is the sum of X's rows, times vᵀ.
-        return scores.mul_(x.sum(dim=0) @ weights[2].T)
+        return scores.mul_(sums)
 
     def _read(self, reader: Reader, model: Model, info: TensorInfo, target: torch.Tensor) -> None:
         if len(self._raw) < info.nbytes:
@@ -228,6 +232,13 @@ class _Desk:
             name = next(name for name, other in model.tensors.items() if other is info)
             raise NonFiniteError(f"{shown(model.name)} holds NaN or infinity in {shown(name)}")
         target.view(-1).copy_(values)
+
+
+def _likeness(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The mean over rows of the cosine similarity, some rows at a time: temporary values stay small."""
+    rows = zip(one.split(_ROWS_AT_ONCE), other.split(_ROWS_AT_ONCE), strict=True)
+    total = sum(torch.cosine_similarity(mine, theirs).double().sum().item() for mine, theirs in rows)
+    return min(total / len(one), 1.0)
 
 
 def _in_order(steps: Iterable[Callable[[], T]], workers: ThreadPoolExecutor) -> Iterator[T]:

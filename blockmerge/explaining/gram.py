@@ -76,10 +76,11 @@ class Pass:
             _add_products(found.plain[index], differences)
             numbers = list(differences)
             if len(numbers) > 1:
-                apart = differences[numbers[1]] != differences[numbers[0]]
+                # Sums of distances are several times faster here than comparing.
+                apart = (differences[numbers[1]] - differences[numbers[0]]).abs_()
                 for number in numbers[2:]:
-                    apart |= differences[number] != differences[numbers[0]]
-                found.apart[index] += apart.sum().item()
+                    apart += (differences[number] - differences[numbers[0]]).abs_()
+                found.apart[index] += torch.count_nonzero(apart).item()
             for difference in differences.values():
                 difference.div_(step)
             _add_products(found.products[index], differences)
@@ -100,7 +101,10 @@ class Pass:
                 key = tuple(row)
                 if key not in done:
                     off = _combine(values, row).to(TORCH_DTYPES[dtypes[0]]).to(merge.dtype).sub_(merge).div_(step)
-                    done[key] = (float((~(off.abs() <= 2)).sum().item()), torch.dot(off, off).item())
+                    low, high = torch.aminmax(off)
+                    within = low.item() >= -2 and high.item() <= 2  # nearly always; counting takes several times as long
+                    beyond = 0.0 if within else float((~(off.abs() <= 2)).sum().item())
+                    done[key] = (beyond, torch.dot(off, off).item())
                 found.beyond[index, hypothesis] += done[key][0]
                 found.squares[index, hypothesis] += done[key][1]
 
@@ -162,9 +166,10 @@ def _add_products(target: Array, differences: Mapping[int, torch.Tensor]) -> Non
 
 def _largest_step(values: Mapping[int, torch.Tensor], dtypes: Sequence[str]) -> torch.Tensor:
     """The coarsest step of any of `dtypes` at the size of the largest of the values."""
-    size = torch.zeros(())
-    for tensor in values.values():
-        size = torch.maximum(tensor.abs(), size)
+    first, *others = values.values()
+    size = first.abs()
+    for tensor in others:
+        torch.maximum(size, tensor.abs(), out=size)
     coarsest = min(set(dtypes), key=lambda dtype: _MANTISSA[dtype][0])
     return step_of(size, coarsest)
 
