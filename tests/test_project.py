@@ -25,6 +25,7 @@ def test_the_wheel_has_presets_and_layouts_and_works_where_it_is_unpacked(tmp_pa
         assert sum(name.startswith("blockmerge/presets/") for name in names) == 40
         assert sum(name.startswith("blockmerge/anatomy/layouts/") and name.endswith(".json") for name in names) == 3
         assert "blockmerge/py.typed" in names
+        assert "blockmerge/rendering/templates/page.html" in names
         assert not [name for name in names if name.startswith("tests")]
         archive.extractall(tmp_path / "site")
     shutil.rmtree(source)
@@ -40,8 +41,14 @@ def test_the_wheel_has_presets_and_layouts_and_works_where_it_is_unpacked(tmp_pa
     assert done.stdout.split() == [str(tmp_path / "site" / "blockmerge" / "__init__.py"), "40"]
 
 
+EXAMPLES = {
+    "merge_from_python.py": "in memory: 1131 tensors, the same as in the file",
+    "where_it_comes_from.py": "a weighted sum of base.safetensors and detailed.safetensors with the preset high_res. Merged again",
+}
+
+
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_examples_run(example, tmp_path):
     done = subprocess.run([sys.executable, example], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "in memory: 1131 tensors, the same as in the file" in done.stdout
+    assert EXAMPLES[example.name] in done.stdout
