@@ -40,7 +40,7 @@ _WORKERS = 2
 _SKIPPED_AT_ONCE = 1 << 16
 _ROWS_AT_ONCE = 128
 
-_AT_ONCE = 12  # maps held in memory, of d·d·4 bytes each: 6.6 MB for the widest layers
+_AT_ONCE = 8  # maps held in memory, of d·d·4 bytes each: 6.6 MB for the widest layers
 
 
 def check_layers(model: Model) -> list[dict[str, TensorInfo]]:
