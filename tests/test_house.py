@@ -27,9 +27,20 @@ MAY_IMPORT = {
     "comparing": {"streaming", "checkpoints", "anatomy"},
     "explaining": {"comparing", "streaming", "checkpoints", "weights", "anatomy"},
     "inspecting": {"streaming", "checkpoints", "anatomy"},
-    "rendering": {"merging", "comparing", "explaining", "inspecting", "weights"},
+    "rendering": {"merging", "methods", "comparing", "explaining", "inspecting", "weights"},
     "demo": {"checkpoints", "anatomy"},
-    "cli": {"merging", "comparing", "explaining", "inspecting", "checkpoints", "weights", "rendering", "demo", "streaming"},
+    "cli": {
+        "merging",
+        "methods",
+        "comparing",
+        "explaining",
+        "inspecting",
+        "checkpoints",
+        "weights",
+        "rendering",
+        "demo",
+        "streaming",
+    },
     "__main__": {"cli"},
 }
 EVERYONE_MAY_IMPORT = {"errors", "version"}

@@ -18,6 +18,7 @@ from blockmerge.cli.demo import demo
 from blockmerge.cli.explain import explain
 from blockmerge.cli.inspect import inspect
 from blockmerge.cli.merge import merge
+from blockmerge.cli.methods import methods
 from blockmerge.cli.presets import presets
 from blockmerge.cli.similarity import similarity
 from blockmerge.errors import BlockmergeError, reason
@@ -43,7 +44,7 @@ def cli() -> None:
     """
 
 
-for command in (merge, inspect, similarity, explain, presets, demo):
+for command in (merge, inspect, similarity, explain, presets, methods, demo):
     cli.add_command(command)
 
 

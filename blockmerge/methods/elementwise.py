@@ -9,6 +9,8 @@ opposite signs was seen 1.7 steps off.)
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 _E4M3FN_OVERFLOW = 464.0  # half a step above 448: beyond it, a value rounds to one that the format does not have
@@ -22,6 +24,18 @@ def weighted_sum(a: torch.Tensor, b: torch.Tensor, *, alpha: float, out: torch.T
         return torch.lerp(a, b, alpha, out=out)
     wide = _wide(a, b, out)
     return _round_into(out, torch.lerp(a.to(wide), b.to(wide), alpha))
+
+
+def sigmoid(a: torch.Tensor, b: torch.Tensor, *, alpha: float, out: torch.Tensor) -> torch.Tensor:
+    """Weighted sum with α²(3 − 2α) in place of α, which is limited to [0, 1]: the web UI's old "Sigmoid"."""
+    alpha = min(1.0, max(0.0, alpha))
+    return weighted_sum(a, b, alpha=alpha * alpha * (3 - 2 * alpha), out=out)
+
+
+def inverse_sigmoid(a: torch.Tensor, b: torch.Tensor, *, alpha: float, out: torch.Tensor) -> torch.Tensor:
+    """Weighted sum with ½ − sin(asin(1 − 2α)/3) in place of α, which is limited to [0, 1]: the web UI's "Inverse sigmoid"."""
+    alpha = min(1.0, max(0.0, alpha))
+    return weighted_sum(a, b, alpha=0.5 - math.sin(math.asin(1 - 2 * alpha) / 3), out=out)
 
 
 def cast(a: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:

@@ -37,6 +37,10 @@ class Method:
         return function  # type: ignore[no-any-return]
 
 
+def _limited_copies(alpha: float) -> int | None:
+    return 0 if alpha <= 0 else 1 if alpha >= 1 else None
+
+
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
@@ -47,6 +51,22 @@ METHODS: Mapping[str, Method] = {
             formula="(1 − α)·A + α·B",
             source="the web UI's checkpoint merger",
             copies=lambda alpha: {0.0: 0, 1.0: 1}.get(alpha),
+        ),
+        Method(
+            name="sigmoid",
+            models=2,
+            locality="element",
+            formula="weighted_sum with α²(3 − 2α) in place of α, α limited to [0, 1]",
+            source='the web UI\'s old "Sigmoid"',
+            copies=_limited_copies,
+        ),
+        Method(
+            name="inverse_sigmoid",
+            models=2,
+            locality="element",
+            formula="weighted_sum with ½ − sin(asin(1 − 2α)/3) in place of α, α limited to [0, 1]",
+            source='the web UI\'s old "Inverse sigmoid"',
+            copies=_limited_copies,
         ),
     )
 }

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from blockmerge.explaining import Explanation
     from blockmerge.inspecting import Inspection
     from blockmerge.merging import MergeResult
+    from blockmerge.methods import Method
     from blockmerge.weights import Preset
 
 
@@ -30,6 +31,24 @@ def inspection_json(found: Inspection) -> str:
     for block in fields["blocks"].values():
         del block["dtypes"]
     return _dumps(fields)
+
+
+def methods_json(methods: Sequence[Method]) -> str:
+    """A list of methods; `weights` are the kinds of block weights that each takes, `numbers` its extra numbers."""
+    return _dumps(
+        [
+            {
+                "name": method.name,
+                "models": method.models,
+                "weights": ["alpha"],
+                "numbers": [],
+                "locality": method.locality,
+                "formula": method.formula,
+                "source": method.source,
+            }
+            for method in methods
+        ]
+    )
 
 
 def presets_json(presets: Sequence[Preset]) -> str:

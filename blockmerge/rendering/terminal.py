@@ -17,6 +17,7 @@ from blockmerge.rendering.u_net import WeightsU
 if TYPE_CHECKING:
     from blockmerge.inspecting import Inspection, Part
     from blockmerge.merging import MergeResult
+    from blockmerge.methods import Method
     from blockmerge.weights import Preset
 
 _DESCRIPTION = 24  # columns that a description has at least
@@ -70,6 +71,14 @@ def print_presets(console: Console, presets: Sequence[Preset]) -> None:
         table.add_row(Text(shown(preset.name)), "own" if preset.sdxl else "by name", Text(shown(preset.description, 400)))
     names = max((cell_len(shown(preset.name)) for preset in presets), default=0)
     _table(console, table, names + len("  by name  ") + _DESCRIPTION)
+
+
+def print_methods(console: Console, methods: Sequence[Method]) -> None:
+    """Print each method with its formula and where it comes from."""
+    for method in methods:
+        _line(console, Text(method.name, "bold"))
+        _line(console, Text(f"  {method.formula}"))
+        _line(console, Text.assemble(("  ", ""), (f"{method.models} models, {method.source}", "dim")))
 
 
 def print_preset(console: Console, preset: Preset) -> None:
