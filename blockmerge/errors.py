@@ -5,11 +5,11 @@
     BlockmergeError                 the base of all; its text is one line that says what to do
     ├── CheckpointError             a model cannot be read: missing, damaged, changed meanwhile, of an unknown kind
     ├── UnknownFamilyError          a model can be read but holds no U-Net that blockmerge knows
-    ├── IncompatibleModelsError     the models cannot be merged with each other: families, names or shapes differ
+    ├── IncompatibleModelsError     models cannot be merged or compared with each other: families, names or shapes differ
     ├── RecipeError                 what was asked for makes no sense: unknown method, dtype, device, number of models
     │   └── WeightsError            block weights: unknown block, wrong count, not a number
     │       └── PresetError         a preset that does not exist or a preset file that cannot be read
-    ├── NonFiniteError              a merged tensor would hold NaN or infinity
+    ├── NonFiniteError              a merged tensor would hold NaN or infinity, or a compared one does
     └── OutputError                 the output cannot be written: it exists, is an input, the disk is full
 
 Only the command line turns these into messages and exit codes.
@@ -46,7 +46,7 @@ class UnknownFamilyError(BlockmergeError):
 
 
 class IncompatibleModelsError(BlockmergeError):
-    """Models cannot be merged with each other: their families, tensor names or shapes differ."""
+    """Models cannot be merged or compared with each other: their families, tensor names or shapes differ."""
 
 
 class RecipeError(BlockmergeError):
@@ -62,7 +62,7 @@ class PresetError(WeightsError):
 
 
 class NonFiniteError(BlockmergeError):
-    """A merged tensor would hold NaN or infinity."""
+    """A merged tensor would hold NaN or infinity, or one that is to be compared does."""
 
 
 class OutputError(BlockmergeError):

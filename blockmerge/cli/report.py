@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("table", "json", "csv", "html")
 _SUFFIXES = {".json": "json", ".csv": "csv", ".html": "html", ".htm": "html"}
+_MODELS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _FILE_WIDTH = 120
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -46,12 +47,14 @@ class ReportTarget:
     def of(cls, form: str | None, as_json: bool, output: str | None, overwrite: bool, inputs: tuple[str, ...]) -> ReportTarget:
         """Raises RecipeError for an unknown format, OutputError for a place that cannot be written."""
         from blockmerge.checkpoints import check_output
-        from blockmerge.errors import RecipeError, did_you_mean, shown
+        from blockmerge.errors import OutputError, RecipeError, did_you_mean, shown
 
         if form is None:
             form = "json" if as_json else _SUFFIXES.get(Path(output or "").suffix.lower(), "table")
         if form not in FORMATS:
             raise RecipeError(f"unknown format '{shown(form)}'{did_you_mean(form, FORMATS)} ({', '.join(FORMATS)})")
+        if output is not None and Path(output).suffix.lower() in _MODELS:
+            raise OutputError(f"{shown(output)} has the ending of a model: give the report another")
         path = None if output is None else check_output(output, map(Path, inputs), overwrite=overwrite)
         return cls(form, path, overwrite)
 

@@ -46,9 +46,9 @@ def similarity(
     """
     from blockmerge.comparing import similarity as compare
     from blockmerge.comparing import similarity_matrix
-    from blockmerge.errors import CheckpointError, RecipeError, listing
+    from blockmerge.errors import CheckpointError, RecipeError, listing, shown
 
-    target = ReportTarget.of(form, as_json, output, overwrite, models)
+    target = ReportTarget.of(form, as_json, output, overwrite, (*models, *([common_base] if common_base else [])))
     if matrix:
         if common_base is not None or blocks:
             raise RecipeError("a matrix shows one number for two models: leave out --blocks and --common-base")
@@ -67,7 +67,7 @@ def similarity(
     else:
         base, *references = models
         if not references:
-            raise RecipeError(f"nothing to compare {base} with: name at least one more model, or a folder of them")
+            raise RecipeError(f"nothing to compare {shown(base)} with: name at least one more model, or a folder of them")
         with progress_bar("comparing", quiet=target.is_quiet) as progress:
             result = compare(base, references, method, common_base=common_base, threads=threads, progress=progress)
         from blockmerge.rendering.comparison import print_similarity

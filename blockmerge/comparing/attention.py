@@ -12,7 +12,6 @@ and the result is the mean over the layers. All in float32.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ import torch
 from blockmerge.anatomy import UNET_PREFIX
 from blockmerge.checkpoints import FLOAT_DTYPES, Model, Reader, TensorInfo
 from blockmerge.errors import BlockmergeError, CheckpointError, NonFiniteError, listing, shown
-from blockmerge.streaming import Progress, TorchThreads, aligned_buffer
+from blockmerge.streaming import Progress, TorchThreads, aligned_buffer, processors
 from blockmerge.streaming.tensors import all_finite, tensor_view
 
 T = TypeVar("T")
@@ -44,7 +43,7 @@ _AT_ONCE = 8  # maps held in memory, of d·d·4 bytes each: 6.6 MB for the wides
 
 
 def check_layers(model: Model) -> list[dict[str, TensorInfo]]:
-    """Return {"q", "k", "v": tensor} of every layer. Raises CheckpointError when one is missing or is not square."""
+    """Return {"q", "k", "v": tensor} of every layer. Raises CheckpointError when one is missing or no d×d matrix of floats."""
     layers, missing = [], []
     for number in LAYERS[model.anatomy.family.name]:
         prefix = f"{UNET_PREFIX}output_blocks.{number}.1.transformer_blocks.0.attn1.to_"
@@ -52,7 +51,8 @@ def check_layers(model: Model) -> list[dict[str, TensorInfo]]:
         found = {letter: model.tensors[name] for letter, name in names.items() if name in model.tensors}
         missing += [name for letter, name in names.items() if letter not in found]
         for letter, info in found.items():
-            if len(info.shape) != 2 or info.shape[0] != info.shape[1] or info.shape != next(iter(found.values())).shape:
+            width = next(iter(found.values())).shape[:1]
+            if width in ((), (0,)) or info.shape != width * 2:
                 raise CheckpointError(f"{shown(model.name)}: {names[letter]} has the shape {list(info.shape)}, which is not d×d")
             if info.dtype not in FLOAT_DTYPES:
                 raise CheckpointError(f"{shown(model.name)}: {names[letter]} is {info.dtype}, which holds no weights")
@@ -221,7 +221,10 @@ class _Desk:
         torch.mm(x, weights[:2].view(2 * width, width).T, out=projected)
         scores = projected[:, :width] @ projected[:, width:].T
         torch.softmax(scores, dim=-1, out=scores)
-        return scores.mul_(sums)
+        scores.mul_(sums)
+        if not all_finite(scores):
+            raise NonFiniteError(f"{shown(model.name)} has attention weights so large that their products are infinite")
+        return scores
 
     def _read(self, reader: Reader, model: Model, info: TensorInfo, target: torch.Tensor) -> None:
         if len(self._raw) < info.nbytes:
@@ -260,4 +263,4 @@ def _in_order(steps: Iterable[Callable[[], T]], workers: ThreadPoolExecutor) -> 
 
 def _threads_each() -> int:
     """What is left of the processors for each worker: two matrices at once go better than one on all of them."""
-    return max(1, (os.cpu_count() or 1) // _WORKERS)
+    return max(1, processors() // _WORKERS)

@@ -9,9 +9,18 @@ from typing import TYPE_CHECKING
 from blockmerge.anatomy import COMPONENTS, block_of, component_of
 from blockmerge.checkpoints import CheckpointLike, Model, SafetensorsFile, old_hash
 from blockmerge.comparing.results import Comparison, Differences, SimilarityMatrix, SimilarityResult
-from blockmerge.comparing.sources import Source, open_model, open_sources
-from blockmerge.errors import BlockmergeError, IncompatibleModelsError, NonFiniteError, RecipeError, did_you_mean, listing, shown
-from blockmerge.streaming import Progress
+from blockmerge.comparing.sources import Source, open_model, open_sources, weights_of
+from blockmerge.errors import (
+    BlockmergeError,
+    IncompatibleModelsError,
+    NonFiniteError,
+    RecipeError,
+    counted,
+    did_you_mean,
+    listing,
+    shown,
+)
+from blockmerge.streaming import Progress, thread_count
 
 if TYPE_CHECKING:
     from blockmerge.comparing.sums import Sums
@@ -47,6 +56,7 @@ def similarity(
     (CheckpointError, UnknownFamilyError, NonFiniteError).
     """
     _check_method(method, common_base)
+    thread_count(threads)
     model = open_model(base, "base")
     common = None if common_base is None else open_model(common_base, "common base")
     if common is not None and common.anatomy.family != model.anatomy.family:
@@ -57,10 +67,12 @@ def similarity(
     compare = _attention if method == "attention" else _weights
     found = compare(models, common, threads, progress)
     comparisons = {id(source): replace(result, name=source.name) for source, result in zip(usable, found, strict=True)}
-    rows = [comparisons.get(id(source), Comparison(source.name, error=source.error)) for source in sources]
-    for row, source in zip(rows, sources, strict=True):
-        if source.model is not None:
-            rows[rows.index(row)] = replace(row, hash=_hash(source.model))
+    rows = [
+        Comparison(source.name, error=source.error)
+        if source.model is None
+        else replace(comparisons[id(source)], hash=_hash(source.model))
+        for source in sources
+    ]
     rows.sort(key=lambda row: (row.error is not None, -_rank(row)))
     return SimilarityResult(
         method=method,
@@ -87,6 +99,7 @@ def similarity_matrix(
     entry in `errors`. Raises RecipeError for an unknown method and for fewer than two models.
     """
     _check_method(method, None)
+    thread_count(threads)
     sources = open_sources(models)
     if len(sources) < 2:
         raise RecipeError("one model alone has nothing to be compared with: name at least two")
@@ -151,14 +164,14 @@ def _attention_pairs(
 
 
 def _weights(models: Sequence[Model], common: Model | None, threads: int | None, progress: Progress | None) -> list[Comparison]:
-    from blockmerge.comparing.sums import sum_pairs
+    from blockmerge.comparing.sums import NOT_FINITE, sum_pairs
 
     everything = [*models, *([] if common is None else [common])]
     columns = range(1, len(models))
     sums = sum_pairs(everything, [0], columns, common=None if common is None else len(models), threads=threads, progress=progress)
     for number in (0, *([] if common is None else [len(models)])):
         if bad := sums.nonfinite(number):
-            raise NonFiniteError(f"{shown(everything[number].name)} holds NaN or infinity in {listing(bad)}")
+            raise NonFiniteError(f"{shown(everything[number].name)} {NOT_FINITE} in {listing(bad)}")
     return [_weights_of_one(models, sums, column) for column in columns]
 
 
@@ -199,15 +212,14 @@ def _weights_pairs(
     count = len(models)
     for start in range(0, count, MOST_ROWS):
         rows = range(start, min(start + MOST_ROWS, count))
-        sums = sum_pairs(models, rows, range(start, count), threads=threads, progress=progress)
+        sums = sum_pairs(models, rows, range(start, count), cosine_only=True, threads=threads, progress=progress)
         for number in range(start, count):
             if error := sums.error_of(number, models[number].name):
                 failed[number] = error
         for row in rows:
             for column in range(row + 1, count):
-                compared = sums.compared(row, column)
-                if compared and row not in failed and column not in failed:
-                    pairs[row, column] = sums.differences(row, column, compared).cosine
+                if sums.compared(row, column) and row not in failed and column not in failed:
+                    pairs[row, column] = sums.cosine(row, column)
     return pairs, failed
 
 
@@ -222,9 +234,11 @@ def _not_compared(base: Model, model: Model, sums: Sums, compared: Sequence[int]
         if lacking:
             titles = ", ".join(component for component in COMPONENTS if component in lacking)
             yield f"{shown(other.name)} lacks {titles}: not compared"
-    left = [name for name in sums.names if name not in names and component_of(name) in model.components]
+    both = base.components & model.components | {"other"}
+    every = dict.fromkeys((*weights_of(base), *weights_of(model)))
+    left = [name for name in every if name not in names and component_of(name) in both]
     if left:
-        yield f"{len(left)} tensors that {shown(model.name)} lacks or has in another shape are not compared ({listing(left)})"
+        yield f"{counted(len(left), 'tensor')} that only one of the two has, or in another shape: not compared ({listing(left)})"
 
 
 # -- both -----------------------------------------------------------------------------------------------------------

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import glob
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blockmerge.anatomy import is_position_ids, is_schedule
 from blockmerge.checkpoints import FLOAT_DTYPES, Checkpoint, CheckpointLike, Model, SafetensorsFile, TensorInfo, open_checkpoint
-from blockmerge.errors import BlockmergeError, CheckpointError, RecipeError, shown
+from blockmerge.errors import BlockmergeError, CheckpointError, RecipeError, reason, shown
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,8 @@ def open_sources(models: CheckpointLike | Iterable[CheckpointLike]) -> list[Sour
     """
     if isinstance(models, (str, os.PathLike, Checkpoint, Mapping)):
         models = [models]
+    if isinstance(models, bytes) or not isinstance(models, Iterable):
+        raise CheckpointError(f"{type(models).__name__} given: name a path, a checkpoint, a state dict, or several of these")
     named = (one for model in models for one in _expand(model))
     found = [_open(one, number) for number, one in enumerate(_once_each(named), 1)]
     if not found:
@@ -43,15 +44,19 @@ def _expand(model: CheckpointLike) -> Iterator[CheckpointLike | Source]:
         return
     path = os.fspath(model)
     if os.path.isdir(path):
-        files = sorted(entry for entry in Path(path).iterdir() if entry.suffix.lower() == ".safetensors")
+        try:
+            files = sorted(entry for entry in Path(path).iterdir() if entry.suffix.lower() == ".safetensors")
+        except OSError as error:
+            yield Source(_last(path), None, f"cannot read the folder {shown(_last(path))}: {reason(error)}")
+            return
         if not files:
-            yield Source(Path(path).name, None, f"the folder {shown(path)} holds no .safetensors file")
+            yield Source(_last(path), None, f"the folder {shown(_last(path))} holds no .safetensors file")
         yield from files
     elif not os.path.exists(path) and glob.has_magic(path):
         # The shell of Windows leaves patterns to the program.
         found = sorted(map(Path, glob.glob(path)))
         if not found:
-            yield Source(path, None, f"no file matches {shown(path)}")
+            yield Source(_last(path), None, f"no file matches {shown(_last(path))}")
         yield from found
     else:
         yield model
@@ -62,7 +67,10 @@ def _once_each(models: Iterable[CheckpointLike | Source]) -> Iterator[Checkpoint
     seen: set[str] = set()
     for model in models:
         if isinstance(model, (str, os.PathLike)):
-            path = os.path.realpath(model)
+            try:
+                path = os.path.realpath(model)
+            except (OSError, ValueError):  # a name that no file can have: opening it will say so
+                path = os.fspath(model)
             if path in seen:
                 continue
             seen.add(path)
@@ -85,19 +93,28 @@ def _open(model: CheckpointLike | Source, number: int) -> Source:
         checkpoint = open_checkpoint(model, name=name)
         return Source(checkpoint.name, Model.of(checkpoint))
     except BlockmergeError as error:
-        return Source(name, None, str(error))
+        said = str(error)
+        if isinstance(model, (str, os.PathLike)):  # reports show no folders
+            said = said.replace(str(Path(model)), name).replace(shown(model), shown(name))
+        return Source(name, None, said)
+
+
+def _last(path: str) -> str:
+    return Path(os.path.abspath(path)).name
 
 
 def _unique(sources: list[Source]) -> list[Source]:
     """Number those of equal names, as files in different folders can have."""
-    many = {name for name, count in Counter(source.name for source in sources).items() if count > 1}
-    seen: Counter[str] = Counter()
-    numbered = []
+    taken: set[str] = set()
+    unique = []
     for source in sources:
-        seen[source.name] += 1
-        nth = f"{source.name} ({seen[source.name]})" if source.name in many and seen[source.name] > 1 else source.name
-        numbered.append(replace(source, name=nth))
-    return numbered
+        name, nth = source.name, 1
+        while name in taken:
+            nth += 1
+            name = f"{source.name} ({nth})"
+        taken.add(name)
+        unique.append(replace(source, name=name))
+    return unique
 
 
 def open_model(model: CheckpointLike, name: str) -> Model:

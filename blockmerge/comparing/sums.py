@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,8 +25,14 @@ from blockmerge.errors import BlockmergeError, listing, shown
 from blockmerge.streaming import Progress, TorchThreads, aligned_buffer, for_each, thread_count
 from blockmerge.streaming.tensors import tensor_view
 
+_MOST_OPEN = 24  # files of one worker: systems allow 256 and more in all
+
 CHUNK = 1 << 18
 """Elements summed in float32 at once."""
+
+_SMALL = 1e-25
+TOO_LARGE = 1e300
+NOT_FINITE = "holds NaN or infinity (or values too large to compare)"
 
 MOST_ROWS = 16
 """How many models `sum_pairs` can take as rows at once: it holds a chunk of each."""
@@ -42,16 +49,14 @@ class ChunkReader:
 
     def __init__(self, models: Sequence[Model], stack: ExitStack) -> None:
         self._models = models
-        self._stack = stack
-        self._readers: dict[int, Reader] = {}
+        self._readers = OrderedDict[int, Reader]()
+        stack.callback(self._close)
         self._raw = aligned_buffer(0)
         self._wide: dict[int, memoryview] = {}
 
     def read(self, number: int, info: TensorInfo, start: int, count: int, slot: int, wide: str = "F32") -> torch.Tensor:
         """Return `count` elements of a tensor of model `number` from element `start` on, in the dtype `wide`."""
-        if number not in self._readers:
-            self._readers[number] = self._stack.enter_context(self._models[number].checkpoint.reader())
-        reader, size = self._readers[number], itemsize(info.dtype) or 0
+        reader, size = self._reader(number), itemsize(info.dtype) or 0
         wide_size = itemsize(wide) or 0
         if len(self._wide.get(slot, b"")) < count * wide_size:
             self._wide[slot] = aligned_buffer(count * wide_size)
@@ -65,6 +70,19 @@ class ChunkReader:
         raw = self._raw[: count * size]
         reader.read_into(info.offset + start * size, raw)
         return result.copy_(tensor_view(raw, info.dtype, count))
+
+    def _reader(self, number: int) -> Reader:
+        if number in self._readers:
+            self._readers.move_to_end(number)
+        else:
+            if len(self._readers) == _MOST_OPEN:
+                self._readers.popitem(last=False)[1].close()
+            self._readers[number] = self._models[number].checkpoint.reader()
+        return self._readers[number]
+
+    def _close(self) -> None:
+        while self._readers:
+            self._readers.popitem()[1].close()
 
 
 @dataclass(frozen=True)
@@ -90,7 +108,7 @@ class Sums:
 
     def nonfinite(self, number: int) -> list[str]:
         """The names of the tensors of model `number` that hold NaN or infinity."""
-        bad = self.seen[:, number] & ~np.isfinite(self.squares[:, number])
+        bad = self.seen[:, number] & ~(self.squares[:, number] < TOO_LARGE)
         return [self.names[index] for index in np.flatnonzero(bad)]
 
     def error_of(self, number: int, name: str) -> str | None:
@@ -98,7 +116,7 @@ class Sums:
         if number in self.errors:
             return self.errors[number]
         if bad := self.nonfinite(number):
-            return f"{shown(name)} holds NaN or infinity in {listing(bad)}"
+            return f"{shown(name)} {NOT_FINITE} in {listing(bad)}"
         return None
 
     def differences(self, row: int, column: int, tensors: Sequence[int]) -> Differences:
@@ -113,6 +131,12 @@ class Sums:
             max_difference=float(pair[:, MAX].max(initial=0.0)),
             difference_cosine=_cosine(math.fsum(pair[:, CAB]), caa, cbb) if caa and cbb else None,
         )
+
+    def cosine(self, row: int, column: int) -> float:
+        """The cosine of two models over all `compared` tensors."""
+        compared = self.compared(row, column)
+        aa, bb = (float(self.squares[compared, number].sum()) for number in (row, column))
+        return _cosine(float(self._pair(row, column)[compared, AB].sum()), aa, bb) if aa or bb else 1.0
 
     def _pair(self, row: int, column: int) -> Array:
         return self.pairs[:, self.rows.index(row), self.columns.index(column)]
@@ -129,16 +153,18 @@ def sum_pairs(
     columns: Sequence[int],
     *,
     common: int | None = None,
+    cosine_only: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Sums:
     """Compare the models `rows` with the models `columns` (numbers of `models`), in one reading of each.
 
-    Row i and column j are compared where i < j. With `common`, that model is subtracted for the sums CAB, CAA and CBB.
+    Row i and column j are compared where i < j. With `common`, that model is subtracted for the sums CAB, CAA and CBB. With
+    `cosine_only` there is AB alone, which keeps the sums of hundreds of models small.
     """
     tensors = [weights_of(model) for model in models]
     names = tuple(dict.fromkeys(name for row in rows for name in tensors[row]))
-    work = _PairWork(models, tensors, names, list(rows), list(columns), common)
+    work = _PairWork(models, tensors, names, list(rows), list(columns), common, 1 if cosine_only else 6)
     largest = sorted(
         range(len(names)), key=lambda index: -next(tensors[r][names[index]].elements for r in rows if names[index] in tensors[r])
     )
@@ -149,6 +175,13 @@ def sum_pairs(
         for_each(largest, work.worker, threads, total, progress)
     finally:
         work.torch_threads.restore()
+    for number in sorted(read - work.errors.keys()):
+        try:
+            models[number].checkpoint.check_unchanged()
+        except BlockmergeError as error:
+            if number == common or list(rows) == [number]:
+                raise
+            work.errors[number] = str(error)
     return Sums(names, work.seen, work.squares, work.pairs, work.errors, tuple(rows), tuple(columns))
 
 
@@ -163,6 +196,7 @@ class _PairWork:
         rows: Sequence[int],
         columns: Sequence[int],
         common: int | None,
+        kinds: int,
     ) -> None:
         self.models, self.tensors, self.names = models, tensors, names
         self.rows, self.columns, self.common = rows, columns, common
@@ -170,7 +204,8 @@ class _PairWork:
         self.chunk = CHUNK // len(rows)
         self.seen = np.zeros((len(names), len(models)), dtype=np.bool_)
         self.squares = np.zeros((len(names), len(models)))
-        self.pairs = np.zeros((len(names), len(rows), len(columns), 6))
+        self.kinds = kinds
+        self.pairs = np.zeros((len(names), len(rows), len(columns), kinds))
         self.errors: dict[int, str] = {}
         self.lock = threading.Lock()
         self.torch_threads = TorchThreads()
@@ -199,6 +234,7 @@ class _PairWork:
             base = None
             if common is not None:
                 base = chunks.read(common, infos[common], start, count, -2, wide)
+                squares[common] = squares.get(common, 0.0) + dot(base, base)
                 read += infos[common].nbytes * count // elements
             held: dict[int, torch.Tensor] = {}
             for number in dict.fromkeys((*self.rows, *self.columns)):
@@ -215,9 +251,9 @@ class _PairWork:
                 read += infos[number].nbytes * count // elements
                 if number not in self.rows or number in self.columns:
                     for row, row_values in held.items():
-                        found = pairs.setdefault((row, number), [0.0] * 6)
+                        found = pairs.setdefault((row, number), [0.0] * self.kinds)
                         _add_pair(found, row_values, values, base)
-                squares[number] = squares.get(number, 0.0) + _dot(values, values)
+                squares[number] = squares.get(number, 0.0) + dot(values, values)
                 if number in self.rows:
                     held[number] = values
         self.seen[index, list(infos)] = True
@@ -229,20 +265,26 @@ class _PairWork:
 
 
 def _add_pair(found: list[float], a: torch.Tensor, b: torch.Tensor, base: torch.Tensor | None) -> None:
-    found[AB] += _dot(a, b)
+    found[AB] += dot(a, b)
+    if len(found) == 1:
+        return
     # Summed directly: from Σa², Σb² and Σab it would cancel.
     difference = b - a
-    found[DD] += _dot(difference, difference)
+    distance = dot(difference, difference)
+    if not math.isfinite(distance):  # two large values of opposite signs
+        difference = b.double() - a.double()
+        distance = dot(difference, difference)
+    found[DD] += distance
     low, high = torch.aminmax(difference)
     found[MAX] = max(found[MAX], -low.item(), high.item())
     if base is not None:
         a, b = a - base, b - base
-        found[CAB] += _dot(a, b)
-        found[CAA] += _dot(a, a)
-        found[CBB] += _dot(b, b)
+        found[CAB] += dot(a, b)
+        found[CAA] += dot(a, a)
+        found[CBB] += dot(b, b)
 
 
-def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
+def dot(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Σab of a chunk. Squares of very large and very small float32 values leave float32's range, so those are summed again."""
     total = torch.dot(a, b).item()
-    # Squares of large float32 values overflow; NaN and infinity in the data stay what they are.
-    return total if math.isfinite(total) else torch.dot(a.double(), b.double()).item()
+    return total if _SMALL < abs(total) < math.inf else torch.dot(a.double(), b.double()).item()

@@ -12,7 +12,6 @@ from blockmerge.checkpoints import CheckpointLike, Model
 from blockmerge.comparing.sources import is_same_file, open_model, open_sources
 from blockmerge.errors import IncompatibleModelsError, NonFiniteError, RecipeError, listing, shown
 from blockmerge.explaining.explanation import BlockOrigin, Explanation
-from blockmerge.explaining.linear_fit import explained
 from blockmerge.explaining.parents import Parents, find_parents, nearest_pair
 from blockmerge.explaining.units import Compared, Sight, Told, ToldUnit, Units, group_by_block, group_by_component, tell
 from blockmerge.explaining.verdict import write_verdict
@@ -43,7 +42,7 @@ def explain(
     references. Reads the merge and the candidates twice; `progress(done, total)` is told the bytes of each pass.
 
     Candidates that cannot be used are named in `left_out`. Raises what is wrong with the merge itself, RecipeError without
-    any candidate, IncompatibleModelsError when none can be compared, NonFiniteError for NaN or infinity in a weight.
+    any candidate, IncompatibleModelsError or NonFiniteError when none can be compared.
     """
     from blockmerge.explaining.gram import Pass
     from blockmerge.explaining.merging_again import merge_again
@@ -55,7 +54,13 @@ def explain(
     compared = Compared.of(merged, models[1:])
     work = Pass(models, compared.names, compared.holders)
     gram = work.gram(threads, progress)
-    _check_finite(compared, models, gram)
+    if bad := _nonfinite(compared, models, gram):
+        if 0 in bad or len(bad) == len(usable):
+            raise NonFiniteError("; ".join(bad.values()))
+        # They are left out like all others that cannot be used, and it is begun anew without them.
+        rest = [models[number].checkpoint for number in range(1, len(models)) if number not in bad]
+        found = explain(merged.checkpoint, rest, tensors=tensors, threads=threads, progress=progress)
+        return replace(found, left_out={**left_out, **{names[number - 1]: why for number, why in bad.items()}})
     family = merged.anatomy.family
 
     def units(groups: dict[str, list[int]]) -> Units:
@@ -69,11 +74,14 @@ def explain(
     )
     if not any(block != "BASE" for block in sight.blocks.names):
         raise IncompatibleModelsError(f"no candidate has U-Net tensors of the same shapes as {shown(merged.name)}")
-    parents = find_parents(sight.blocks, sight.tensors, family.name)
-    told = tell(sight, parents or nearest_pair(sight.blocks))
-    exact = False
-    if parents is not None:
-        told, exact = merge_again(work, told, sight.blocks.names, threads, progress)
+    parents, told, agrees = find_parents(sight, family.name), None, False
+    while parents is not None:
+        told, agrees = merge_again(work, tell(sight, parents), sight.blocks.names, threads, progress)
+        if agrees or parents.method != "copy":
+            break
+        # No copy after all: what is left is as small as rounding, but it is none. Several parents may leave less.
+        parents, told = find_parents(sight, family.name, least=2), None
+    told = told or tell(sight, nearest_pair(sight.blocks))
     blocks, components = (
         {name: _origin(unit, told.parents, names) for name, unit in part.items()} for part in (told.blocks, told.components)
     )
@@ -83,7 +91,7 @@ def explain(
         candidates=names,
         base=names[told.parents.base],
         method=told.parents.method if parents is not None else None,
-        exact=exact,
+        exact=agrees and not compared.skipped,
         preset=told.preset,
         parents=tuple(names[n] for n in told.parents.subset) if parents is not None else (),
         blocks=blocks,
@@ -93,7 +101,7 @@ def explain(
         notes=tuple(_notes(merged, compared, sight, told, names)),
         left_out=left_out,
     )
-    return replace(found, verdict=write_verdict(found, by_tensor=told.parents.by_tensor))
+    return replace(found, verdict=write_verdict(found, agrees=agrees, by_tensor=told.parents.by_tensor))
 
 
 def _usable(
@@ -111,7 +119,7 @@ def _usable(
             usable.append((source.name, source.model))
     if not usable:
         more = f" and {len(left_out) - 2} more" if len(left_out) > 2 else ""
-        why = ": " + "; ".join([*left_out.values()][:2]) + more if left_out else ", which is the only one"
+        why = ": " + "; ".join([*left_out.values()][:2]) + more if left_out else ": the only one is that file itself"
         raise IncompatibleModelsError(f"no candidate can be compared with {shown(merged.name)}{why}")
     if len(usable) > _MOST_CANDIDATES:
         raise RecipeError(f"{len(usable)} candidates are too many to try all combinations: at most {_MOST_CANDIDATES}")
@@ -129,7 +137,10 @@ def _origin(unit: ToldUnit, parents: Parents, names: Sequence[str]) -> BlockOrig
     )
 
 
-def _check_finite(compared: Compared, models: Sequence[Model], gram: Gram) -> None:
+def _nonfinite(compared: Compared, models: Sequence[Model], gram: Gram) -> dict[int, str]:
+    """Return {model: one line about its NaN or infinity} for the merge (0) or, when that is sound, for candidates."""
+    from blockmerge.comparing.sums import NOT_FINITE
+
     bad: dict[int, list[str]] = {}
     for number, name in enumerate(compared.names):
         if not gram.finite[number]:
@@ -137,20 +148,15 @@ def _check_finite(compared: Compared, models: Sequence[Model], gram: Gram) -> No
             continue
         for n in np.flatnonzero(~np.isfinite(np.diagonal(gram.plain[number]))):
             bad.setdefault(int(n) + 1, []).append(name)
-    if bad:
-        raise NonFiniteError(
-            "; ".join(f"{shown(models[n].name)} holds NaN or infinity in {listing(found)}" for n, found in bad.items())
-        )
+    return {n: f"{shown(models[n].name)} {NOT_FINITE} in {listing(found)}" for n, found in bad.items()}
 
 
 def _notes(merged: Model, compared: Compared, sight: Sight, told: Told, names: Sequence[str]) -> Iterable[str]:
     if compared.skipped:
         yield f"{len(compared.skipped)} tensors that not every candidate has are not looked at ({listing(compared.skipped)})"
     for name, unit in told.components.items():
-        if unit.explained:
+        if unit.explained or all(told.tensors[compared.names[member]].explained for member in unit.members):
             continue
         title = {"text_encoder": "text encoder", "text_encoder_2": "second text encoder", "vae": "VAE"}.get(name, name)
-        place = sight.components.names.index(name)
-        errors = np.sqrt(np.diagonal(sight.components.products[place]))
-        alone = np.flatnonzero(sight.components.have[place] & explained(errors, sight.components.elements[place]))
-        yield f"the {title} is {'that of ' + shown(names[alone[0]]) if len(alone) else 'not from these'}"
+        alone = [n for n in range(len(names)) if sight.is_copy(name, n)]
+        yield f"the {title} is {'that of ' + shown(names[alone[0]]) if alone else 'not from these'}"

@@ -2,7 +2,8 @@
 
 For a merge M and candidates X₁ … X_k the first pass finds, for every tensor, the Gram matrix G with
 G_ij = ⟨(X_i − M)/u, (X_j − M)/u⟩. All fits of M as a combination of candidates follow from it, whichever of them is the
-base. u is the step of the dtype at the size of the largest of the values, so that rounding counts the same everywhere.
+base. u is the step of M's dtype at each value's size, so that rounding counts the same everywhere. (The size is M's or
+that of the smallest candidate, whichever is larger: where large values cancel, rounding is theirs.)
 That matters where models differ by little: a small value, whose differences are many steps, tells a weight far more
 sharply than a large one, whose differences rounding has all but swallowed.
 """
@@ -18,12 +19,10 @@ import torch
 
 from blockmerge.checkpoints import Model, TensorInfo
 from blockmerge.comparing.arrays import Array, Flags
-from blockmerge.comparing.sums import CHUNK, ChunkReader
+from blockmerge.comparing.sums import CHUNK, ChunkReader, dot
+from blockmerge.explaining.linear_fit import MANTISSA
 from blockmerge.streaming import Progress, TorchThreads, for_each, thread_count
 from blockmerge.streaming.tensors import TORCH_DTYPES
-
-_MANTISSA = {"F8_E4M3": (3, -6), "F8_E5M2": (2, -14), "F16": (10, -14), "BF16": (7, -126), "F32": (23, -126), "F64": (52, -1022)}
-"""Bits of the mantissa, and the exponent of the smallest normal number."""
 
 _EXPONENT_BITS = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF << 52)}
 
@@ -69,8 +68,8 @@ class Pass:
 
         def look(index: int, values: Mapping[int, torch.Tensor], dtypes: Sequence[str]) -> None:
             merge = values[0]
-            step = _largest_step(values, dtypes)
-            found.finite[index] &= math.isfinite(torch.dot(merge, merge).item())
+            step = step_of(torch.maximum(merge.abs(), _smallest(values)), dtypes[0])
+            found.finite[index] &= math.isfinite(dot(merge, merge))
             found.elements[index] += len(merge)
             differences = {number: tensor.sub_(merge) for number, tensor in values.items() if number}
             _add_products(found.plain[index], differences)
@@ -85,7 +84,8 @@ class Pass:
                 difference.div_(step)
             _add_products(found.products[index], differences)
 
-        self._run(look, threads, progress)
+        # Squares of many thousand steps stand beside those of half a step: float32 would lose the small ones.
+        self._run(look, "F64", threads, progress)
         return found
 
     def remerge(self, coefficients: Mapping[str, Array], threads: int | None, progress: Progress | None) -> Remerged:
@@ -94,7 +94,7 @@ class Pass:
 
         def look(index: int, values: Mapping[int, torch.Tensor], dtypes: Sequence[str]) -> None:
             merge = values[0]
-            step = _largest_step(values, dtypes[:1])  # the merge's own: here nothing coarser will do
+            step = step_of(_largest(values), dtypes[0])
             rows = coefficients[self.names[index]]
             done: dict[tuple[float, ...], tuple[float, float]] = {}
             for hypothesis, row in enumerate(rows):
@@ -108,12 +108,13 @@ class Pass:
                 found.beyond[index, hypothesis] += done[key][0]
                 found.squares[index, hypothesis] += done[key][1]
 
-        self._run(look, threads, progress)
+        self._run(look, "F32", threads, progress)
         return found
 
     def _run(
         self,
         look: Callable[[int, Mapping[int, torch.Tensor], Sequence[str]], None],
+        wide: str,
         threads: int | None,
         progress: Progress | None,
     ) -> None:
@@ -121,7 +122,7 @@ class Pass:
         # Longest first: a worker does whole tensors, so that the order of additions never depends on the threads.
         tasks = sorted(range(len(infos)), key=lambda index: -infos[index][0].elements)
         total = sum(info.nbytes for of_tensor in infos for info in of_tensor.values())
-        chunk = CHUNK // max(1, len(self.models) // 3)
+        chunk = CHUNK // max(1, len(self.models) // (3 if wide == "F32" else 2))
         torch_threads = TorchThreads()
 
         @contextmanager
@@ -129,24 +130,27 @@ class Pass:
             torch_threads.single_here()
             with ExitStack() as stack:
                 chunks = ChunkReader(self.models, stack)
-                yield lambda index: _stream(index, infos[index], chunks, chunk, look)
+                yield lambda index: _stream(index, infos[index], chunks, wide, chunk, look)
 
         try:
             for_each(tasks, worker, thread_count(threads), total, progress)
         finally:
             torch_threads.restore()
+        for model in self.models:
+            model.checkpoint.check_unchanged()
 
 
 def _stream(
     index: int,
     infos: Mapping[int, TensorInfo],
     chunks: ChunkReader,
+    wide: str,
     chunk: int,
     look: Callable[[int, Mapping[int, torch.Tensor], Sequence[str]], None],
 ) -> int:
     dtypes = [info.dtype for info in infos.values()]
     # Where the merge itself has float32's digits, they must not drown in the arithmetic.
-    wide = "F64" if dtypes[0] in ("F32", "F64") else "F32"
+    wide = "F64" if dtypes[0] in ("F32", "F64") else wide
     elements = infos[0].elements
     for start in range(0, elements, chunk):
         count = min(chunk, elements - start)
@@ -158,20 +162,28 @@ def _add_products(target: Array, differences: Mapping[int, torch.Tensor]) -> Non
     numbers = list(differences)
     for place, i in enumerate(numbers):
         for j in numbers[place:]:
-            product = torch.dot(differences[i], differences[j]).item()
+            product = dot(differences[i], differences[j])
             target[i - 1, j - 1] += product
             if i != j:
                 target[j - 1, i - 1] += product
 
 
-def _largest_step(values: Mapping[int, torch.Tensor], dtypes: Sequence[str]) -> torch.Tensor:
-    """The coarsest step of any of `dtypes` at the size of the largest of the values."""
+def _largest(values: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """The largest magnitude of all values."""
     first, *others = values.values()
     size = first.abs()
     for tensor in others:
         torch.maximum(size, tensor.abs(), out=size)
-    coarsest = min(set(dtypes), key=lambda dtype: _MANTISSA[dtype][0])
-    return step_of(size, coarsest)
+    return size
+
+
+def _smallest(values: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """The smallest magnitude among the candidates'."""
+    first, *others = (tensor for number, tensor in values.items() if number)
+    size = first.abs()
+    for tensor in others:
+        torch.minimum(size, tensor.abs(), out=size)
+    return size
 
 
 def _combine(values: Mapping[int, torch.Tensor], row: Array) -> torch.Tensor:
@@ -187,7 +199,7 @@ def _combine(values: Mapping[int, torch.Tensor], row: Array) -> torch.Tensor:
 
 def step_of(values: torch.Tensor, dtype: str) -> torch.Tensor:
     """The distance between neighbouring numbers of `dtype` at the size of each value (a float32 or float64 tensor)."""
-    mantissa, smallest = _MANTISSA[dtype]
+    mantissa, smallest = MANTISSA[dtype]
     integer, mask = _EXPONENT_BITS[values.dtype]
     powers = values.view(integer).bitwise_and(mask).view(values.dtype)
     # A subnormal number of the wide dtype has no power of its own here, but its step is the smallest one's.

@@ -45,7 +45,7 @@ def matching_presets(family: str, blocks: tuple[str, ...], weights: Array, uncer
         if table is None:
             continue
         theirs = table[looked_at]
-        if not np.any(theirs):
+        if np.ptp(theirs) == 0 and theirs[0] in (0, 1):  # all of A, or all of B: that is no preset to recognise
             continue
         distance = np.abs(own - theirs) / tolerance
         if (distance <= 1).all():

@@ -14,6 +14,9 @@ import numpy as np
 
 from blockmerge.comparing.arrays import Array, Flags
 
+MANTISSA = {"F8_E4M3": (3, -6), "F8_E5M2": (2, -14), "F16": (10, -14), "BF16": (7, -126), "F32": (23, -126), "F64": (52, -1022)}
+"""Bits of a dtype's mantissa, and the exponent of its smallest normal number."""
+
 _COLLINEAR = 1e-10  # of the largest eigenvalue: beyond float64's and the sums' own precision
 
 _MOST_UNCERTAIN = 0.5  # a weight that rounding may have moved so far is not known
@@ -28,13 +31,19 @@ class Fit:
     """The best coefficients over a subset of the candidates, for each of U units (blocks, components, tensors).
 
     `coefficients[U, n]` sum to 1; `uncertainty[U, n]` bounds what rounding may have done to each; `error[U]` is
-    ‖M − Σ cᵢXᵢ‖ in steps.
+    ‖M − Σ cᵢXᵢ‖ in steps; `coarsest[U]` the mean square of the coarsest candidate's step, in the
+    merge's steps.
     """
 
     subset: tuple[int, ...]
     coefficients: Array
     uncertainty: Array
     error: Array
+    coarsest: Array
+
+    def explained(self, elements: Array) -> Flags:
+        """Whether rounding alone can have left the error in each unit of so many elements."""
+        return np.asarray(self.error <= ROUNDING * np.sqrt(elements * self.coarsest))
 
     @property
     def determined(self) -> Flags:
@@ -42,12 +51,17 @@ class Fit:
         return np.asarray((self.uncertainty < _MOST_UNCERTAIN).all(axis=1))
 
 
-def fit(gram: Array, apart: Array, subset: tuple[int, ...]) -> Fit:
-    """Fit every unit. `gram` is [U, k, k] in squares of steps; `apart` [U] counts the values that candidates differ in."""
+def fit(gram: Array, apart: Array, coarseness: Array, subset: tuple[int, ...]) -> Fit:
+    """Fit every unit.
+
+    `gram` is [U, k, k] in squares of steps of the merge's dtype; `apart` [U] counts the values that candidates differ in;
+    `coarseness` [U, k] is the mean of (step of a candidate's dtype ÷ step of the merge's)², at least 1.
+    """
     part = gram[:, subset][:, :, subset]
+    coarsest = coarseness[:, subset].max(axis=1)
     units, count = part.shape[:2]
     if count == 1:
-        return Fit(subset, np.ones((units, 1)), np.zeros((units, 1)), np.sqrt(np.maximum(part[:, 0, 0], 0.0)))
+        return Fit(subset, np.ones((units, 1)), np.zeros((units, 1)), np.sqrt(np.maximum(part[:, 0, 0], 0.0)), coarsest)
     base = part[:, :1, :1]
     matrix = part[:, 1:, 1:] - part[:, 1:, :1] - part[:, :1, 1:] + base
     target = (base - part[:, 1:, :1])[:, :, 0]
@@ -62,7 +76,7 @@ def fit(gram: Array, apart: Array, subset: tuple[int, ...]) -> Fit:
     coefficients = np.concatenate([1.0 - weights.sum(axis=1, keepdims=True), weights], axis=1)
     error = np.sqrt(np.maximum(np.einsum("ui,uij,uj->u", coefficients, part, coefficients), 0.0))
     # Rounding moves every value of M by at most half a step; all of that could point in the worst direction.
-    noise = np.maximum(error, 0.5 * np.sqrt(apart))
+    noise = np.maximum(error, 0.5 * np.sqrt(apart * coarsest))
     spread = np.sqrt(np.maximum(np.einsum("uii->ui", inverse), 0.0))
     of_base = np.sqrt(np.maximum(inverse.sum(axis=(1, 2)), 0.0))
     uncertainty = noise[:, None] * np.concatenate([of_base[:, None], spread], axis=1)
@@ -71,9 +85,4 @@ def fit(gram: Array, apart: Array, subset: tuple[int, ...]) -> Fit:
     lost |= scale == 0
     uncertainty[:, 1:][lost] = np.inf
     uncertainty[lost.any(axis=1), 0] = np.inf
-    return Fit(subset, coefficients, uncertainty, error)
-
-
-def explained(error: Array, elements: Array | float) -> Flags:
-    """Whether rounding alone can have left `error` (in steps) in each unit of so many elements."""
-    return np.asarray(error <= ROUNDING * np.sqrt(elements))
+    return Fit(subset, coefficients, uncertainty, error, coarsest)

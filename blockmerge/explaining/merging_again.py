@@ -45,7 +45,10 @@ def merge_again(
         rows = np.zeros((len(variants[name]), candidates))
         rows[:, unit.subset] = variants[name]
         coefficients.update({work.names[member]: rows for member in unit.members})
-    chosen = Pass(work.models, tuple(coefficients), work.holders)
+    # Only the parents are read again, and only their sizes count.
+    read = (0, *(n + 1 for n in told.parents.subset))
+    holders = {name: [n for n in work.holders[name] if n in read] for name in coefficients}
+    chosen = Pass(work.models, tuple(coefficients), holders)
     again = chosen.remerge(coefficients, threads, progress)
     places = {name: place for place, name in enumerate(chosen.names)}
     errors = {

@@ -12,8 +12,8 @@ import numpy as np
 from blockmerge.anatomy import component_of
 from blockmerge.comparing.arrays import Array, Flags
 from blockmerge.explaining.known_presets import Match, matching_presets
-from blockmerge.explaining.linear_fit import Fit, explained
-from blockmerge.explaining.units import Units
+from blockmerge.explaining.linear_fit import Fit
+from blockmerge.explaining.units import Sight, Units
 
 _MOST_PARENTS = 4
 _MOST_COMBINATIONS = 4000
@@ -42,19 +42,38 @@ class Parents:
         return np.array([1.0, weight, -weight] if self.method == "add_difference" else [1.0 - weight, weight])
 
 
-def find_parents(blocks: Units, tensors: Units, family: str) -> Parents | None:
-    """Return the parents of the U-Net, or None when no few of the candidates explain it."""
+def find_parents(sight: Sight, family: str, least: int = 1) -> Parents | None:
+    """Return the parents of the U-Net, at least so many, or None when no few of the candidates explain it."""
+    blocks = sight.blocks
     unet = blocks.select([u for u, name in enumerate(blocks.names) if name != "BASE"])
-    for fits in _by_size(unet, _MOST_PARENTS):
+    for fits in _by_size(unet, least, _MOST_PARENTS):
         if fits:
-            return min((_parents(found, blocks, family) for found in fits), key=lambda choice: choice[0])[1]
+            return _best(fits, sight, family)
+    tensors = sight.tensors
     each = tensors.select([u for u, name in enumerate(tensors.names) if component_of(name) == "unet"])
-    for fits in _by_size(each, 3):
+    for fits in _by_size(each, max(2, least), 3):
         if fits:
             subset = fits[0].subset
             base = subset[int(np.argmax(fits[0].coefficients.mean(axis=0)))]
             return Parents((base, *(n for n in subset if n != base)), _plain_method(len(subset)), by_tensor=True)
-    return None
+    found = _without_idle(unet)
+    return None if found is None else _best([found], sight, family)
+
+
+def _best(fits: list[Fit], sight: Sight, family: str) -> Parents:
+    return min((_parents(found, sight, family) for found in fits), key=lambda choice: choice[0])[1]
+
+
+def _without_idle(units: Units) -> Fit | None:
+    """Fit all candidates at once, then leave out those of which no unit took anything: for many parents."""
+    able = tuple(n for n in range(units.products.shape[1]) if units.have[:, n].all())
+    if len(able) <= _MOST_PARENTS:
+        return None
+    found = units.fit(able)
+    known = found.determined
+    at_work = np.asarray((np.abs(found.coefficients) > np.maximum(found.uncertainty, _LEAST))[known].any(axis=0)).tolist()
+    found = units.fit(tuple(n for n, works in zip(able, at_work, strict=True) if works))
+    return found if len(found.subset) > 1 and found.explained(units.elements).all() and found.determined.any() else None
 
 
 def nearest_pair(blocks: Units) -> Parents:
@@ -69,15 +88,14 @@ def nearest_pair(blocks: Units) -> Parents:
     return Parents((nearest, second), "weighted_sum")
 
 
-def _by_size(units: Units, most: int) -> Iterator[list[Fit]]:
-    """For 1, 2, … parents, yield the fits that leave nothing but rounding, those about as good as the best."""
+def _by_size(units: Units, least: int, most: int) -> Iterator[list[Fit]]:
+    """For `least` … `most` parents, yield the fits that leave nothing but rounding, those about as good as the best."""
     able = [n for n in range(units.products.shape[1]) if units.have[:, n].all()]
-    for size in range(1, min(most, len(able)) + 1):
+    for size in range(least, min(most, len(able)) + 1):
         if comb(len(able), size) > _MOST_COMBINATIONS:
             return
-        fits = [
-            found for subset in combinations(able, size) if explained((found := units.fit(subset)).error, units.elements).all()
-        ]
+        fits = [units.fit(subset) for subset in combinations(able, size)]
+        fits = [found for found in fits if found.explained(units.elements).all() and found.determined.any()]
         if fits:
             totals = [float((found.error**2).sum()) for found in fits]
             enough = 1.02 * min(totals) + 1e-6 * float(units.elements.sum())
@@ -85,8 +103,9 @@ def _by_size(units: Units, most: int) -> Iterator[list[Fit]]:
         yield fits
 
 
-def _parents(found: Fit, blocks: Units, family: str) -> tuple[tuple[float, ...], Parents]:
+def _parents(found: Fit, sight: Sight, family: str) -> tuple[tuple[float, ...], Parents]:
     """Choose base, method and presets for a fit; the first value ranks it among other fits, the lowest being the best."""
+    blocks = sight.blocks
     unet_names = tuple(name for name in blocks.names if name != "BASE")
     known: Flags = found.determined
     tolerance = np.maximum(np.where(np.isfinite(found.uncertainty), found.uncertainty, 0.0), _LEAST)
@@ -114,6 +133,8 @@ def _parents(found: Fit, blocks: Units, family: str) -> tuple[tuple[float, ...],
             0.0 if method == "add_difference" else 1.0,
             float(not any(match.ratio == 1 for match in matches)),
             float(not matches),
+            # Many presets are another's mirror image; merges leave the VAE to the base.
+            float(not sight.is_copy("vae", found.subset[place])),
             -round(share, 1),
             float(found.subset[place]),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,14 +12,11 @@ from blockmerge.anatomy import COMPONENTS, block_of, component_of
 from blockmerge.checkpoints import Model
 from blockmerge.comparing.arrays import Array, Flags
 from blockmerge.comparing.sources import weights_of
-from blockmerge.explaining.linear_fit import Fit, explained, fit
+from blockmerge.explaining.linear_fit import MANTISSA, Fit, fit
 
 if TYPE_CHECKING:
     from blockmerge.explaining.gram import Gram
     from blockmerge.explaining.parents import Parents
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -28,11 +25,13 @@ class Compared:
 
     `holders[name]` are the numbers of the models that have the tensor in the merge's shape, the merge (0) first; a tensor
     is looked at when every candidate that has its component at all is among them. `skipped` are the others.
+    `coarseness[tensor, candidate]` is the square of the candidate's dtype's step in steps of the merge's, at least 1.
     """
 
     names: tuple[str, ...]
     holders: dict[str, tuple[int, ...]]
     skipped: tuple[str, ...]
+    coarseness: Array
 
     @classmethod
     def of(cls, merge: Model, candidates: Sequence[Model]) -> Compared:
@@ -47,7 +46,12 @@ class Compared:
                 holders[name] = (0, *having)
             else:
                 skipped.append(name)
-        return cls(tuple(holders), holders, tuple(skipped))
+        coarseness = np.ones((len(holders), len(candidates)))
+        for row, (name, held) in enumerate(holders.items()):
+            own, _ = MANTISSA[tensors[0][name].dtype]
+            for n in held[1:]:
+                coarseness[row, n - 1] = max(1.0, 4.0 ** (own - MANTISSA[tensors[n][name].dtype][0]))
+        return cls(tuple(holders), holders, tuple(skipped), coarseness)
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Units:
     plain: Array
     elements: Array
     apart: Array
+    coarseness: Array
     have: Flags
 
     @classmethod
@@ -85,6 +90,7 @@ class Units:
             add_up(gram.plain),
             add_up(gram.elements),
             add_up(gram.apart),
+            add_up(compared.coarseness * gram.elements[:, None]) / add_up(gram.elements)[:, None].clip(min=1),
             have,
         )
 
@@ -98,12 +104,13 @@ class Units:
             self.plain[chosen],
             self.elements[chosen],
             self.apart[chosen],
+            self.coarseness[chosen],
             self.have[chosen],
         )
 
     def fit(self, subset: tuple[int, ...]) -> Fit:
         """Fit a subset of the candidates to every unit."""
-        return fit(self.products, self.apart, subset)
+        return fit(self.products, self.apart, self.coarseness, subset)
 
 
 def group_by_block(compared: Compared, family: str, blocks: Sequence[str]) -> dict[str, list[int]]:
@@ -131,6 +138,14 @@ class Sight:
     blocks: Units
     components: Units
     tensors: Units
+
+    def is_copy(self, component: str, candidate: int) -> bool:
+        """Whether a component of the merge is that of a candidate, but for rounding."""
+        if component not in self.components.names:
+            return False
+        place = self.components.names.index(component)
+        found = self.components.select([place])
+        return bool(found.have[0, candidate] and found.fit((candidate,)).explained(found.elements)[0])
 
 
 @dataclass(frozen=True)
@@ -173,7 +188,11 @@ def _tell_units(units: Units, parents: Parents) -> dict[str, ToldUnit]:
             continue
         some = units.select(wanted)
         found = some.fit(subset)
-        told.update({name: _unit(some, found, u) for u, name in enumerate(some.names)})
+        for u, name in enumerate(some.names):
+            unit = _unit(some, found, u)
+            # Where some parents have nothing to say and the others do not explain it, nothing is known.
+            known = unit.determined and (unit.explained or len(subset) == len(parents.subset))
+            told[name] = replace(unit, determined=known)
     return {name: told[name] for name in units.names if name in told}
 
 
@@ -190,7 +209,7 @@ def _unit(units: Units, found: Fit, u: int) -> ToldUnit:
         uncertainty=uncertainty,
         residual=left / largest if largest else None,
         determined=bool(found.determined[u]),
-        explained=bool(explained(found.error, units.elements)[u]),
+        explained=bool(found.explained(units.elements)[u]),
         elements=float(units.elements[u]),
         members=units.members[u],
     )

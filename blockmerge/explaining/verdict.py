@@ -13,15 +13,11 @@ _TITLES = {
 }
 
 
-def write_verdict(found: Explanation, *, by_tensor: bool) -> str:
+def write_verdict(found: Explanation, *, agrees: bool, by_tensor: bool) -> str:
     """One or two sentences about where a merge comes from."""
     merge, parents = shown(found.merge), [shown(name) for name in found.parents]
     if not parents:
-        nearest = max((origin.residual or 0.0 for name, origin in found.blocks.items() if name != "BASE"), default=0.0)
-        return (
-            f"{merge} is not, or not only, a merge of these: the best combination leaves up to {nearest:.2%} of the largest "
-            f"difference unexplained in a block, far more than rounding. The nearest is {shown(found.base)}."
-        )
+        return _no_parents(found)
     if found.method == "copy":
         what = f"The U-Net of {merge} is that of {parents[0]}"
     elif found.method == "add_difference":
@@ -35,6 +31,26 @@ def write_verdict(found: Explanation, *, by_tensor: bool) -> str:
     unknown = sum(not origin.determined for origin in found.blocks.values())
     if found.method != "copy" and unknown:
         what += f"; in {unknown} of {len(found.blocks)} blocks the weights cannot be told"
+    if agrees and not found.exact:
+        return f"{what}. Merged again, all that was compared is the same within two steps of its dtype: see the notes."
     if found.exact:
         return f"{what}. Merged again, it is the same within two steps of its dtype everywhere."
     return f"{what}. Merged again, it is not the same everywhere: see the notes and residuals."
+
+
+def _no_parents(found: Explanation) -> str:
+    merge, base = shown(found.merge), shown(found.base)
+    unet = {block: origin for block, origin in found.blocks.items() if block != "BASE"}
+    others = [name for name in next(iter(unet.values())).weights if name != found.base]
+    if not others:
+        return f"{merge} is not a copy of {base}; with another candidate, more could be said."
+    fine = [block for block, origin in unet.items() if origin.explained]
+    pair = f"{base} and {shown(others[0])}"
+    if len(fine) == len(unet):
+        return f"At its dtype, {merge} cannot be told from merges of {base} with the others: they differ by less than rounding."
+    worst = max(origin.residual or 0.0 for origin in unet.values())
+    text = (
+        f"{merge} is not, or not only, a merge of these: the best two leave up to {worst:.2%} of the largest difference "
+        f"unexplained in a block, far more than rounding. The nearest is {base}"
+    )
+    return f"{text}; {pair} do explain {len(fine)} of {len(unet)} blocks of the U-Net." if fine else f"{text}."

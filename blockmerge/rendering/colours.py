@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
-def warmth(value: float, values: Iterable[float]) -> float:
-    """Where `value` lies among `values`, from 0 (the lowest) to 1 (the highest); 1 where all are the same."""
-    numbers = list(values)
-    low, high = min(numbers), max(numbers)
+def span_of(values: Iterable[float | None]) -> tuple[float, float]:
+    """The lowest and the highest of the values there are."""
+    numbers = [value for value in values if value is not None]
+    return min(numbers, default=0.0), max(numbers, default=0.0)
+
+
+def warmth(value: float, span: tuple[float, float]) -> float:
+    """Where `value` lies in a span, from 0 (the lowest) to 1 (the highest); 1 where all are the same."""
+    low, high = span
     return 1.0 if high <= low else (value - low) / (high - low)
 
 

@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from blockmerge.errors import shown
-from blockmerge.rendering.colours import rgb, warmth
+from blockmerge.rendering.colours import rgb, span_of, warmth
+from blockmerge.rendering.tables import print_table
 from blockmerge.rendering.u_net import WeightsU
 
 if TYPE_CHECKING:
@@ -30,11 +31,11 @@ def print_similarity(console: Console, result: SimilarityResult, *, blocks: bool
     for note in result.notes:
         _line(console, Text(f"- {note}"))
     console.print()
-    console.print(_attention_table(result) if result.method == "attention" else _weights_table(result))
+    print_table(console, _attention_table(result) if result.method == "attention" else _weights_table(result))
     good = [reference for reference in result.references if reference.error is None]
     if blocks and good:
         console.print()
-        console.print(_heat_map(good, result.method))
+        print_table(console, _heat_map(good, result.method))
     for reference in good:
         for note in reference.notes:
             _line(console, Text(f"- {note}"))
@@ -48,9 +49,9 @@ def print_matrix(console: Console, result: SimilarityMatrix) -> None:
     table.add_column("", style="bold", no_wrap=True)
     for number in range(1, len(result.names) + 1):
         table.add_column(str(number), justify="right", no_wrap=True)
-    values = [value for row in result.similarity for value in row if value is not None]
+    span = span_of(value for row in result.similarity for value in row)
     for number, row in enumerate(result.similarity, 1):
-        cells = [_cell(value, result.method, values) for value in row]
+        cells = [_cell(value, result.method, span) for value in row]
         table.add_row(str(number), *cells)
     for number, name in enumerate(result.names, 1):
         error = result.errors.get(name)
@@ -58,7 +59,7 @@ def print_matrix(console: Console, result: SimilarityMatrix) -> None:
     for note in result.notes:
         _line(console, Text(f"- {note}"))
     console.print()
-    console.print(table)
+    print_table(console, table)
 
 
 def print_explanation(console: Console, found: Explanation) -> None:
@@ -72,13 +73,14 @@ def print_explanation(console: Console, found: Explanation) -> None:
         if len(weights) in (20, 26):
             console.print(WeightsU(weights, unknown="?"))
             console.print()
-    console.print(_origins(found, found.blocks, "block"))
+    print_table(console, _origins(found, found.blocks, "block"))
     if found.components:
         console.print()
-        console.print(_origins(found, {_TITLES.get(name, name): one for name, one in found.components.items()}, "component"))
+        components = {_TITLES.get(name, name): origin for name, origin in found.components.items()}
+        print_table(console, _origins(found, components, "component"))
     if found.tensors:
         console.print()
-        console.print(_origins(found, found.tensors, "tensor"))
+        print_table(console, _origins(found, found.tensors, "tensor"))
     for note in found.notes:
         _line(console, Text(f"- {note}"))
     for name, why in found.left_out.items():
@@ -141,9 +143,9 @@ def _component_cells(found: Differences, based: bool) -> Iterable[str]:
 def _heat_map(references: Sequence[Comparison], method: str) -> Table:
     table = _table("block", *(f">{shown(one.name, 24)}" for one in references))
     blocks = list(dict.fromkeys(block for one in references for block in one.parts))
-    values = [value for one in references for value in one.parts.values()]
+    span = span_of(value for one in references for value in one.parts.values())
     for block in blocks:
-        table.add_row(Text(block, "bold"), *(_cell(one.parts.get(block), method, values) for one in references))
+        table.add_row(Text(block, "bold"), *(_cell(one.parts.get(block), method, span) for one in references))
     return table
 
 
@@ -168,10 +170,10 @@ def remark(origin: BlockOrigin) -> str:
     return "" if origin.determined else "undetermined"
 
 
-def _cell(value: float | None, method: str, values: Sequence[float]) -> Text:
+def _cell(value: float | None, method: str, span: tuple[float, float]) -> Text:
     if value is None:
         return Text("–", "dim")
-    red, green, blue = rgb(warmth(value, values))
+    red, green, blue = rgb(warmth(value, span))
     ink = "white" if red + green < 300 else "black"
     return Text(f" {value_text(value, method)} ", f"{ink} on rgb({red},{green},{blue})")
 

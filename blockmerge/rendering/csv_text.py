@@ -7,6 +7,8 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from blockmerge.errors import shown
+
 if TYPE_CHECKING:
     from blockmerge.comparing import Comparison, SimilarityMatrix, SimilarityResult
     from blockmerge.explaining import Explanation
@@ -28,7 +30,7 @@ def matrix_csv(result: SimilarityMatrix) -> str:
 
 def explanation_csv(found: Explanation) -> str:
     """A row per block, component and tensor, a column for the weight of each parent but the base."""
-    others = [name for name in (found.parents or found.candidates) if name != found.base]
+    others = list(dict.fromkeys(name for origin in found.blocks.values() for name in origin.weights))
     head = ["kind", "name", *others, "uncertainty", "residual", "determined", "explained"]
     rows = [
         [kind, name, *(one.weights.get(n) for n in others), one.uncertainty, one.residual, one.determined, one.explained]
@@ -60,5 +62,8 @@ def _text(rows: Iterable[Sequence[object]]) -> str:
 
 
 def _safe(cell: object) -> object:
+    if not isinstance(cell, str):
+        return cell
+    text = shown(cell, 4000)
     # A file's name may begin like a formula, which spreadsheets would carry out.
-    return f"'{cell}" if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text

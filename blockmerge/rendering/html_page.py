@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
-from blockmerge.rendering.colours import warmth
+from blockmerge.errors import shown
+from blockmerge.rendering.colours import span_of, warmth
 from blockmerge.rendering.comparison import difference_text, remark, value_text, weight_text
 from blockmerge.version import __version__
 
@@ -25,14 +26,13 @@ def similarity_html(result: SimilarityResult) -> str:
         result=result,
         good=good,
         blocks=list(dict.fromkeys(block for one in good for block in one.parts)),
-        values=[value for one in good for value in one.parts.values()],
+        span=span_of(value for one in good for value in one.parts.values()),
     )
 
 
 def matrix_html(result: SimilarityMatrix) -> str:
     """All models beside all."""
-    values = [value for row in result.similarity for value in row if value is not None]
-    return _render("matrix.html", result=result, values=values)
+    return _render("matrix.html", result=result, span=span_of(value for row in result.similarity for value in row))
 
 
 def explanation_html(found: Explanation) -> str:
@@ -61,6 +61,10 @@ def _along_the_u(weights: Mapping[str, float | None]) -> list[tuple[str, str, fl
     return [(place, block, weights[block]) for place, block in order]
 
 
+def _without_control_characters(value: object) -> object:
+    return shown(value, 4000) if type(value) is str else value
+
+
 def _bar(weight: float | None) -> float:
     return 0.0 if weight is None else min(1.0, max(0.0, weight))
 
@@ -75,7 +79,11 @@ def _templates() -> Environment:
 
     # Names of files and tensors are whatever somebody called them: all of them are escaped.
     environment = Environment(
-        loader=PackageLoader("blockmerge.rendering"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("blockmerge.rendering"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        finalize=_without_control_characters,
     )
     environment.globals.update(
         warmth=warmth, value_text=value_text, difference_text=difference_text, weight_text=weight_text, remark=remark, bar=_bar

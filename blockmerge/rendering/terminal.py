@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from blockmerge.errors import counted, shown
+from blockmerge.rendering.tables import print_table
 from blockmerge.rendering.u_net import WeightsU
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def print_inspection(console: Console, found: Inspection) -> None:
     for title, parts in (("component", found.components), ("block", found.blocks)):
         if parts:
             table = _parts(title, parts)
-            _table(console, table, Measurement.get(console, console.options.update(max_width=1000), table).maximum)
+            print_table(console, table)
     if found.hashes:
         for name in ("autov1", "autov2", "autov3", "sha256"):
             _line(console, Text(f"{name:<7} {getattr(found.hashes, name)}"))
@@ -70,7 +70,7 @@ def print_presets(console: Console, presets: Sequence[Preset]) -> None:
     for preset in presets:
         table.add_row(Text(shown(preset.name)), "own" if preset.sdxl else "by name", Text(shown(preset.description, 400)))
     names = max((cell_len(shown(preset.name)) for preset in presets), default=0)
-    _table(console, table, names + len("  by name  ") + _DESCRIPTION)
+    print_table(console, table, names + len("  by name  ") + _DESCRIPTION)
 
 
 def print_methods(console: Console, methods: Sequence[Method]) -> None:
@@ -131,14 +131,6 @@ def _parts(title: str, parts: Mapping[str, Part]) -> Table:
         dtypes = ", ".join(f"{dtype} {count}" if len(part.dtypes) > 1 else dtype for dtype, count in part.dtypes.items())
         table.add_row(name, f"{part.tensors:,}", f"{part.parameters:,}", size(part.bytes), dtypes)
     return table
-
-
-def _table(console: Console, table: Table, needed: int) -> None:
-    # Never narrower than its names and numbers: where the terminal is, it breaks the lines itself, and nothing is lost.
-    width = console.width
-    console.width = max(width, needed)
-    console.print(table)
-    console.width = width
 
 
 def _line(console: Console, text: Text) -> None:

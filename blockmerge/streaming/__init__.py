@@ -3,7 +3,7 @@
 from blockmerge.streaming.buffers import aligned_buffer
 from blockmerge.streaming.output import PAGE, OutputStream
 from blockmerge.streaming.torch_threads import TorchThreads
-from blockmerge.streaming.workers import Progress, for_each, thread_count
+from blockmerge.streaming.workers import Progress, for_each, processors, thread_count
 
 __all__ = [
     "PAGE",
@@ -12,5 +12,6 @@ __all__ = [
     "TorchThreads",
     "aligned_buffer",
     "for_each",
+    "processors",
     "thread_count",
 ]

@@ -28,14 +28,18 @@ def thread_count(threads: int | None) -> int:
     if threads is None:
         return default_threads()
     if isinstance(threads, bool) or not isinstance(threads, Integral) or threads < 1:
-        raise RecipeError(f"{shown(threads)} threads: at least 1 is needed")
+        raise RecipeError(f"'{shown(threads)}' is no number of threads: a whole number from 1 up")
     return min(int(threads), _MOST_THREADS)
 
 
 def default_threads() -> int:
     """Twice the processors, since half of the workers wait for the disk; never more than 8, which keeps memory small."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(2, min(8, 2 * available))
+    return max(2, min(8, 2 * processors()))
+
+
+def processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def for_each(
