@@ -132,7 +132,7 @@ def test_quiet_prints_nothing(pairs, here, capsys):
         (("-w", "0.5", "-m", "weighted_sun"), "did you mean 'weighted_sum'"),
         (("-w", "0.5", "--dtype", "fp17"), ["unknown dtype 'fp17'", "did you mean 'fp16'"]),
         (("-w", "0.5", "--sdxl-map", "size"), "unknown SDXL mapping"),
-        (("-w", "0.5", "--threads", "0"), "0 threads"),
+        (("-w", "0.5", "--threads", "0"), "'0' is no number of threads"),
         (("-w", "0.5", "--device", "toaster"), "unknown device 'toaster'"),
         (("-w", "0.5", "--device", "meta"), "unknown device 'meta'"),
     ],

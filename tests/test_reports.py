@@ -122,16 +122,22 @@ def test_a_name_that_is_a_formula_stays_a_name(models):
     )
 
 
-@pytest.mark.parametrize("width", [60, 100])
-def test_tables_fit_the_terminal(models, width):
-    for method in ("attention", "weights"):
-        text = drawn(lambda console, method=method: print_similarity(console, similarity_of(models, method), blocks=True), width)
-        assert "nope.safetensors  not compared" in text
-        assert "IN04" in text or "OUT04" in text
-    text = drawn(lambda console: print_explanation(console, explanation_of(models)), width)
-    assert "with the preset high_res" in text
-    assert "IN04" in text
-    assert "100.00" in drawn(lambda console: print_matrix(console, blockmerge.similarity_matrix(models[0])), width)
+@pytest.mark.parametrize("width", [40, 60, 100])
+def test_narrow_terminals_lose_nothing(models, width):
+    """Every number that a wide terminal shows is there in a narrow one, whole."""
+    folder, state = models
+    many = [StateDict(state, f"a model with a rather long name {number}.safetensors") for number in range(8)]
+    report = blockmerge.similarity(folder / "m.safetensors", many, "weights")
+    pictures = (
+        lambda console: print_similarity(console, report, blocks=True),
+        lambda console: print_similarity(console, similarity_of(models), blocks=True),
+        lambda console: print_explanation(console, explanation_of(models)),
+        lambda console: print_matrix(console, blockmerge.similarity_matrix(many, "weights")),
+    )
+    for picture in pictures:
+        words = sorted(re.findall(r"[0-9]+\.[0-9]+%?|IN04|OUT04", drawn(picture, 400)))
+        assert len(words) > 3
+        assert sorted(re.findall(r"[0-9]+\.[0-9]+%?|IN04|OUT04", drawn(picture, width))) == words
 
 
 def test_the_heat_map_has_colours_only_where_a_terminal_has_them(models):

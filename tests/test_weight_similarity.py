@@ -116,7 +116,8 @@ def test_nan_is_told_by_name(pairs, tmp_path, capsys):
     save_file(tensors, bad)
     good, failed = blockmerge.similarity(a, [bad, b], method="weights").references
     assert good.error is None
-    assert failed.error == f"nan.safetensors holds NaN or infinity in {CONV}"
+    assert failed.error.startswith("nan.safetensors holds NaN or infinity")
+    assert failed.error.endswith(f" in {CONV}")
     assert_refused(capsys, tmp_path, "similarity", bad, b, "--method", "weights", says=["nan.safetensors holds NaN", CONV])
     matrix = blockmerge.similarity_matrix([a, bad, b], method="weights")
     assert matrix.errors == {"nan.safetensors": failed.error}
@@ -154,6 +155,49 @@ def test_huge_values_do_not_overflow(pairs):
     assert (found.blocks["IN04"].cosine, found.error) == (1, None)
 
 
+def test_nan_in_the_common_base(pairs, tmp_path, capsys):
+    a, b = pairs()
+    tensors = load_file(b)
+    tensors[CONV].view(-1)[7] = torch.nan
+    save_file(tensors, tmp_path / "nan.safetensors")
+    arguments = ["similarity", a, b, "--method", "weights", "--common-base", tmp_path / "nan.safetensors"]
+    assert_refused(capsys, tmp_path, *arguments, says=["nan.safetensors holds NaN", CONV])
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(1e-25, torch.float32), (3e38, torch.float32), (1e25, torch.bfloat16)])
+def test_tiny_and_large_values_are_no_zeros_and_no_nan(pairs, value, dtype):
+    a = {n: t.to(dtype) for n, t in load_file(pairs()[0]).items()}
+    b = dict(a)
+    a[CONV], b[CONV] = torch.full_like(a[CONV], value), torch.full_like(a[CONV], -value)
+    only = {n: {CONV: t[CONV]} for n, t in (("a", a), ("b", b))}
+    (found,) = blockmerge.similarity(a, [b], method="weights").references
+    assert found.error is None
+    if value > 1:
+        assert found.blocks["IN04"].cosine == pytest.approx(-1, abs=1e-6)
+    assert found.blocks["IN04"].max_difference == pytest.approx(2 * only["a"][CONV].double().max().item())
+
+
+def test_many_files_take_few_handles(pairs, tmp_path):
+    resource = pytest.importorskip("resource")
+    a, b = pairs()
+    for number in range(60):
+        (tmp_path / f"{number:02}.safetensors").symlink_to(a if number % 2 else b)
+    files = []
+    for path in sorted(tmp_path.iterdir()):  # of their own, not links to the same: those count once
+        target = path.resolve()
+        path.unlink()
+        path.hardlink_to(target) if target.stat().st_dev == tmp_path.stat().st_dev else path.write_bytes(target.read_bytes())
+        files.append(path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
+    try:
+        matrix = blockmerge.similarity_matrix(files, method="weights", threads=3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not matrix.errors
+    assert matrix.similarity[0][2] == pytest.approx(1, abs=1e-9)
+
+
 def test_the_matrix_is_the_same_numbers(pairs, monkeypatch):
     models = [*pairs(), *pairs(seed=1)]
     matrix = blockmerge.similarity_matrix(models, method="weights")
@@ -187,7 +231,7 @@ def test_a_file_cut_short_meanwhile_is_a_row(pairs, tmp_path):
         (["a.safetensors", "b.safetensors", "--common-base", "a.safetensors"], "for the method weights"),
         (["a.safetensors", "b.safetensors", "--format", "jsn"], "did you mean 'json'"),
         (["a.safetensors", "b.safetensors", "--matrix", "--blocks"], "leave out"),
-        (["a.safetensors", "b.safetensors", "-o", "a.safetensors"], "is the input"),
+        (["a.safetensors", "b.safetensors", "-o", "a.safetensors"], "ending of a model"),
         (["a.safetensors", "b.safetensors", "-o", "nowhere/r.html"], "does not exist"),
         (["nope.safetensors", "b.safetensors"], "nope.safetensors"),
         (["a.safetensors", "b.safetensors", "--method", "weights", "--common-base", "nope.safetensors"], "nope.safetensors"),
