@@ -209,32 +209,39 @@ class _Desk:
             self._projected = torch.empty(2 * width * width)
         weights = self._weights[: 2 * width * width].view(2, width, width)
         with model.checkpoint.reader() as reader:
-            self._read(reader, model, infos["v"], weights[0])
+            self._read(reader, infos["v"], weights[0])
             x = drawn.result()
             if len(x) != width:
                 raise CheckpointError(f"{shown(model.name)} has attention of width {width}, not {len(x)}")
             # The sum over m of V[m, j] needs no V: it is the sum of X's rows, times vᵀ.
             sums = x.sum(dim=0) @ weights[0].T
-            self._read(reader, model, infos["q"], weights[0])
-            self._read(reader, model, infos["k"], weights[1])
+            self._read(reader, infos["q"], weights[0])
+            self._read(reader, infos["k"], weights[1])
         projected = self._projected[: 2 * width * width].view(width, 2 * width)
         torch.mm(x, weights[:2].view(2 * width, width).T, out=projected)
         scores = projected[:, :width] @ projected[:, width:].T
         torch.softmax(scores, dim=-1, out=scores)
         scores.mul_(sums)
         if not all_finite(scores):
+            self._raise_nonfinite(model, infos)
             raise NonFiniteError(f"{shown(model.name)} has attention weights so large that their products are infinite")
         return scores
 
-    def _read(self, reader: Reader, model: Model, info: TensorInfo, target: torch.Tensor) -> None:
+    def _read(self, reader: Reader, info: TensorInfo, target: torch.Tensor) -> None:
         if len(self._raw) < info.nbytes:
             self._raw = aligned_buffer(info.nbytes)
         reader.read_into(info.offset, self._raw[: info.nbytes])
-        values = tensor_view(self._raw, info.dtype, info.elements)
-        if not all_finite(values):
-            name = next(name for name, other in model.tensors.items() if other is info)
-            raise NonFiniteError(f"{shown(model.name)} holds NaN or infinity in {shown(name)}")
-        target.view(-1).copy_(values)
+        target.view(-1).copy_(tensor_view(self._raw, info.dtype, info.elements))
+
+    def _raise_nonfinite(self, model: Model, infos: Mapping[str, TensorInfo]) -> None:
+        """Raise NonFiniteError when one of the matrices is the reason, which shows in the map and is not looked for before."""
+        with model.checkpoint.reader() as reader:
+            for info in infos.values():
+                matrix = torch.empty(info.shape)
+                self._read(reader, info, matrix)
+                if not all_finite(matrix.view(-1)):
+                    name = next(name for name, other in model.tensors.items() if other is info)
+                    raise NonFiniteError(f"{shown(model.name)} holds NaN or infinity in {shown(name)}")
 
 
 def _likeness(one: torch.Tensor, other: torch.Tensor) -> float:
