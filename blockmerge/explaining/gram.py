@@ -122,7 +122,8 @@ class Pass:
         # Longest first: a worker does whole tensors, so that the order of additions never depends on the threads.
         tasks = sorted(range(len(infos)), key=lambda index: -infos[index][0].elements)
         total = sum(info.nbytes for of_tensor in infos for info in of_tensor.values())
-        chunk = CHUNK // max(1, len(self.models) // (3 if wide == "F32" else 2))
+        # A chunk of every model and a few more are held by each worker, in float64 of twice the size.
+        chunk = CHUNK // max(1 if wide == "F32" else 4, len(self.models) // 2)
         torch_threads = TorchThreads()
 
         @contextmanager
