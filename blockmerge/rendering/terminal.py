@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = 24  # columns that a description has at least
 
-_FAMILY_TITLES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL"}
+_FAMILY_TITLES = {
+    "sd1": "Stable Diffusion 1.x",
+    "sd2": "Stable Diffusion 2.x",
+    "sdxl": "Stable Diffusion XL",
+    "sdxl_refiner": "Stable Diffusion XL refiner",
+}
 
 
 def print_merge(console: Console, result: MergeResult) -> None:
