@@ -3,7 +3,7 @@
 from blockmerge.checkpoints.checkpoint import Checkpoint, Reader, TensorInfo
 from blockmerge.checkpoints.dtypes import FLOAT_DTYPES, itemsize
 from blockmerge.checkpoints.hashes import Hashes, hash_file, old_hash
-from blockmerge.checkpoints.model import VAE_PREFIX, Model, vae_tensors
+from blockmerge.checkpoints.model import EMA_CHOICES, VAE_PREFIX, Model, View, vae_view
 from blockmerge.checkpoints.open import CheckpointLike, open_checkpoint
 from blockmerge.checkpoints.safetensors_file import SafetensorsFile, encode_header
 from blockmerge.checkpoints.state_dict import StateDict
@@ -11,6 +11,7 @@ from blockmerge.checkpoints.writer import AtomicFile, check_output, check_space
 
 __all__ = [
     "FLOAT_DTYPES",
+    "EMA_CHOICES",
     "VAE_PREFIX",
     "AtomicFile",
     "Checkpoint",
@@ -21,6 +22,7 @@ __all__ = [
     "SafetensorsFile",
     "StateDict",
     "TensorInfo",
+    "View",
     "check_output",
     "check_space",
     "encode_header",
@@ -28,5 +30,5 @@ __all__ = [
     "itemsize",
     "old_hash",
     "open_checkpoint",
-    "vae_tensors",
+    "vae_view",
 ]
