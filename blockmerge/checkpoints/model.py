@@ -54,6 +54,13 @@ class View:
         assembled = Assembled(checkpoint, placed)
         return cls(assembled, assembled.tensors, origins)
 
+    def read(self, name: str) -> bytes:
+        """Return the bytes of one tensor; meant for small ones."""
+        buffer = bytearray(self.tensors[name].nbytes)
+        with self.checkpoint.reader() as reader:
+            reader.read_into(self.tensors[name].offset, memoryview(buffer))
+        return bytes(buffer)
+
 
 @dataclass(frozen=True)
 class Model:
