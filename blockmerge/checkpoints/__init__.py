@@ -2,6 +2,7 @@
 
 from blockmerge.checkpoints.checkpoint import Checkpoint, Reader, TensorInfo
 from blockmerge.checkpoints.dtypes import FLOAT_DTYPES, itemsize
+from blockmerge.checkpoints.folder import DiffusersFolder, is_diffusers_folder
 from blockmerge.checkpoints.hashes import Hashes, hash_file, old_hash
 from blockmerge.checkpoints.model import VAE_PREFIX, Model, vae_tensors
 from blockmerge.checkpoints.open import CheckpointLike, open_checkpoint
@@ -15,6 +16,7 @@ __all__ = [
     "AtomicFile",
     "Checkpoint",
     "CheckpointLike",
+    "DiffusersFolder",
     "Hashes",
     "Model",
     "Reader",
@@ -25,6 +27,7 @@ __all__ = [
     "check_space",
     "encode_header",
     "hash_file",
+    "is_diffusers_folder",
     "itemsize",
     "old_hash",
     "open_checkpoint",

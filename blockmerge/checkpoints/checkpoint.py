@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 from blockmerge.checkpoints.dtypes import itemsize
@@ -58,6 +59,8 @@ class Checkpoint(ABC):
     name: str
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
+    files: tuple[Path, ...] = ()
+    """the files it is read from"""
 
     @abstractmethod
     def reader(self) -> Reader:

@@ -34,6 +34,7 @@ class SafetensorsFile(Checkpoint):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self.files = (self.path,)
         self.name = self.path.name
         try:
             # Looked at before it is opened: opening a named pipe would wait for a writer for ever.
