@@ -3,6 +3,7 @@
 from blockmerge.checkpoints.assembled import Assembled, Assembly, Piece
 from blockmerge.checkpoints.checkpoint import Checkpoint, Reader, TensorInfo
 from blockmerge.checkpoints.dtypes import FLOAT_DTYPES, itemsize
+from blockmerge.checkpoints.folder import DiffusersFolder, is_diffusers_folder
 from blockmerge.checkpoints.hashes import Hashes, hash_file, old_hash
 from blockmerge.checkpoints.model import EMA_CHOICES, VAE_PREFIX, Model, View, vae_view
 from blockmerge.checkpoints.open import CheckpointLike, open_checkpoint
@@ -19,6 +20,7 @@ __all__ = [
     "AtomicFile",
     "Checkpoint",
     "CheckpointLike",
+    "DiffusersFolder",
     "Hashes",
     "Model",
     "Piece",
@@ -31,6 +33,7 @@ __all__ = [
     "check_space",
     "encode_header",
     "hash_file",
+    "is_diffusers_folder",
     "itemsize",
     "old_hash",
     "open_checkpoint",

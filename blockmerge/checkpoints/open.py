@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Union
 
 from blockmerge.checkpoints.checkpoint import Checkpoint
+from blockmerge.checkpoints.folder import DiffusersFolder
 from blockmerge.checkpoints.safetensors_file import SafetensorsFile
 from blockmerge.checkpoints.state_dict import StateDict
 from blockmerge.errors import CheckpointError, shown
@@ -18,12 +19,17 @@ CheckpointLike = Union[str, "os.PathLike[str]", Checkpoint, "Mapping[str, torch.
 """What is taken for a model: a path, an opened checkpoint, or a state dict."""
 
 
-def open_checkpoint(source: CheckpointLike, name: str = "state dict") -> Checkpoint:
+def open_checkpoint(source: CheckpointLike, name: str = "state dict", variant: str | None = None) -> Checkpoint:
     """Return the checkpoint at a path, with its header read and checked and its data untouched.
 
     An opened checkpoint is returned as it is, and a state dict (tensors on any device) is wrapped under `name`.
+    `variant` is for a diffusers folder that has several kinds of weights: ``"fp16"``.
     Raises CheckpointError when there is none, or none that can be read.
     """
+    is_folder = isinstance(source, (str, os.PathLike)) and os.path.isdir(source)
+    if variant is not None and not is_folder:
+        what = shown(source) if isinstance(source, (str, os.PathLike)) else f"a {type(source).__name__}"
+        raise CheckpointError(f"{what} is no diffusers folder, and only these have variants: '{shown(variant)}' is not to be had")
     if isinstance(source, Checkpoint):
         return source
     if isinstance(source, Mapping):
@@ -32,6 +38,8 @@ def open_checkpoint(source: CheckpointLike, name: str = "state dict") -> Checkpo
         raise CheckpointError(f"a {type(source).__name__} is no model: give a path, an opened checkpoint or a state dict")
     if not os.fspath(source):
         raise CheckpointError("an empty path is no model: give the path of a .safetensors file")
+    if is_folder:
+        return DiffusersFolder(source, variant)
     if os.fspath(source).lower().endswith((".ckpt", ".pt", ".pth", ".bin")):
         raise CheckpointError(f"{shown(source)}: only .safetensors files can be read yet")
     return SafetensorsFile(source)

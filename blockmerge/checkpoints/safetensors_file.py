@@ -34,6 +34,7 @@ class SafetensorsFile(Checkpoint):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self.files = (self.path,)
         self.name = self.path.name
         self.files = (self.path,)
         try:

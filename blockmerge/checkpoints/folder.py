@@ -1,0 +1,255 @@
+"""diffusers folders: a component in each subfolder, with its weights in one file or in shards that an index lists.
+
+Weights are called `diffusion_pytorch_model` (diffusers) or `model` (transformers; `pytorch_model` in torch's format), a
+variant's `model.fp16.safetensors`. Shards are listed in `model.safetensors.index.json`, a variant's in
+`model.safetensors.index.fp16.json`, once also `model.safetensors.fp16.index.json` or `model.fp16.safetensors.index.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blockmerge.checkpoints.checkpoint import Checkpoint, Reader, TensorInfo
+from blockmerge.checkpoints.safetensors_file import LARGEST_HEADER
+from blockmerge.errors import CheckpointError, did_you_mean, listing, reason, shown
+
+MODEL_INDEX = "model_index.json"
+_MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
+# Found even without a model_index.json; it may name more.
+_PARTS = (*_MODELS, "scheduler", "tokenizer", "tokenizer_2", "feature_extractor", "safety_checker", "image_encoder")
+_STEMS = {"diffusion_pytorch_model": "diffusion_pytorch_model", "model": "model", "pytorch_model": "model"}
+_STEM, _KIND, _SHARD = rf"(?P<stem>{'|'.join(_STEMS)})", r"(?P<kind>safetensors|bin)", r"-\d{5}-of-\d{5}"
+_ONE_OF_SHARDS = re.compile(rf"{_STEM}(\.[^.]+)?{_SHARD}(\.[^.]+)?\.{_KIND}")
+_SINGLE = re.compile(rf"{_STEM}(\.(?P<variant>[^.]+))?\.{_KIND}")
+_INDEX = re.compile(rf"{_STEM}(\.(?P<v1>[^.]+))?\.{_KIND}(\.(?P<v2>[^.]+))?\.index(\.(?P<v3>[^.]+))?\.json")
+_ANY_WEIGHTS = re.compile(
+    r".+\.(safetensors|bin|pt|pth|ckpt|msgpack|onnx|onnx_data|pb|h5|gguf|flashpack|xml|tflite)|.+\.index(\.[^.]+)?\.json"
+)
+_LARGEST_CARRIED = 64_000_000  # bytes; the largest tokenizers have less than half
+
+
+class DiffusersFolder(Checkpoint):
+    """An opened diffusers folder, or one component's folder: headers and indexes have been read and checked, data has not.
+
+    Tensors are named `component/name` (``"unet/conv_in.weight"``), in a component's own folder just `name`; their
+    offsets lie in one address space over all `files`. `components` gives for each folder with weights (``""`` for the
+    folder itself) the stem of their files' names. `carried` are the other files that belong to the model, as relative
+    paths: model_index.json, configs, tokenizers.
+
+    `variant` asks for weights as in ``model.fp16.safetensors``; components that lack it give their plain ones.
+    Raises CheckpointError, in one line that names the file or folder, when there is no such variant, when something is
+    missing or damaged, and when the folder is no model.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], variant: str | None = None) -> None:
+        self.path = Path(path)
+        # Of "." and "model/.." too.
+        self.name = Path(os.path.abspath(self.path)).name
+        try:
+            folders = _component_folders(self.path)
+            if not folders:
+                raise CheckpointError(
+                    f"{shown(path)} is a folder without a model: give a .safetensors file, or a diffusers folder (unet/, vae/, "
+                    f"text_encoder/ with diffusion_pytorch_model.safetensors or model.safetensors)"
+                )
+            chosen = _choose(self.path, folders, variant)
+            self.carried = tuple(_carried(self.path, "" in folders))
+        except OSError as error:
+            raise CheckpointError(f"cannot open {shown(path)}: {reason(error)}") from error
+        self.components: Mapping[str, str] = {component: _STEMS[weights.stem] for component, weights in chosen.items()}
+        self.metadata = {}
+        self._files: list[Checkpoint] = []
+        self._starts: list[int] = []
+        self.tensors: dict[str, TensorInfo] = {}
+        for component, weights in chosen.items():
+            self._add(component, weights)
+        self.files = tuple(path for file in self._files for path in file.files)
+
+    def _add(self, component: str, weights: _Weights) -> None:
+        from blockmerge.checkpoints.open import open_checkpoint  # which opens folders too
+
+        folder = self.path / component
+        prefix = f"{component}/" if component else ""
+        index = folder / weights.name if weights.is_index else None
+        shards = _read_index(index) if index else {weights.name: ()}
+        for shard, promised in shards.items():
+            file = open_checkpoint(folder / shard)
+            file.name = f"{self.name}/{prefix}{shard}"
+            missing = [name for name in promised if name not in file.tensors]
+            if missing:
+                raise CheckpointError(f"{shown(index)} says that {shown(shard)} holds {listing(missing)}: it does not")
+            twice = [name for name in file.tensors if prefix + name in self.tensors]
+            if twice:
+                raise CheckpointError(f"{shown(folder / shard)} holds {listing(twice)}, which another shard holds too")
+            # One byte of a gap, so that nobody takes the end of one file and the start of the next for one stretch.
+            start = 1 + max((info.offset + info.nbytes for info in self.tensors.values()), default=-1)
+            self._files.append(file)
+            self._starts.append(start)
+            for name, info in file.tensors.items():
+                self.tensors[prefix + name] = TensorInfo(info.dtype, info.shape, start + info.offset)
+
+    def reader(self) -> Reader:
+        """Open a reader over all files; each is opened when it is first read from."""
+        return _FolderReader(self._files, self._starts)
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError when a weight file is no longer what it was."""
+        for file in self._files:
+            file.check_unchanged()
+
+
+def is_diffusers_folder(path: str | os.PathLike[str]) -> bool:
+    """Say whether a path is a diffusers folder, whole or in part, or the folder of one component with its config.json."""
+    folder = Path(path)
+    try:
+        return folder.is_dir() and ((folder / MODEL_INDEX).is_file() or bool(_component_folders(folder)))
+    except (OSError, CheckpointError):
+        return False
+
+
+class _FolderReader(Reader):
+    def __init__(self, files: list[Checkpoint], starts: list[int]) -> None:
+        self._files = files
+        self._starts = starts
+        self._open: dict[int, Reader] = {}
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        number = bisect_right(self._starts, offset) - 1
+        if number not in self._open:
+            self._open[number] = self._files[number].reader()
+        self._open[number].read_into(offset - self._starts[number], buffer)
+
+    def close(self) -> None:
+        for reader in self._open.values():
+            reader.close()
+        self._open.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """What a file's name says: an index or a single file, in which format and of which variant."""
+
+    name: str
+    stem: str
+    kind: str
+    variant: str | None
+    is_index: bool
+
+    @property
+    def rank(self) -> tuple[bool, bool]:
+        # Where both are there: safetensors before .bin; diffusers looks for an index first, transformers for a single file.
+        return self.kind == "bin", self.is_index != (self.stem == "diffusion_pytorch_model")
+
+
+def _weights(folder: Path) -> list[_Weights]:
+    """The weights in a folder, best first. Raises CheckpointError for shards without an index."""
+    found = []
+    shards = []
+    for name in sorted(entry.name for entry in os.scandir(folder)):
+        if _ONE_OF_SHARDS.fullmatch(name):
+            shards.append(name)
+        elif match := _SINGLE.fullmatch(name):
+            found.append(_Weights(name, match["stem"], match["kind"], match["variant"], is_index=False))
+        elif match := _INDEX.fullmatch(name):
+            variant = match["v1"] or match["v2"] or match["v3"]
+            found.append(_Weights(name, match["stem"], match["kind"], variant, is_index=True))
+    if shards and not found:
+        raise CheckpointError(f"{shown(folder)} holds shards ({listing(shards, 1)}) without their index, a .index.json file")
+    return sorted(found, key=lambda weights: weights.rank)
+
+
+def _part_folders(folder: Path) -> list[str]:
+    """The subfolders that belong to a model: those of the usual names and those that model_index.json names."""
+    index = folder / MODEL_INDEX
+    named = _read_json(index) if index.is_file() else {}
+    return [name for name in sorted(os.listdir(folder)) if (name in _PARTS or name in named) and (folder / name).is_dir()]
+
+
+def _component_folders(folder: Path) -> dict[str, list[_Weights]]:
+    """{subfolder: its weights}; ``""`` for the folder of a single component; nothing where there is no model."""
+    found = {part: weights for part in _part_folders(folder) if (weights := _weights(folder / part))}
+    if (folder / MODEL_INDEX).is_file() or any(part in _MODELS for part in found):
+        return found
+    own = _weights(folder) if (folder / "config.json").is_file() else []
+    return {"": own} if own else {}
+
+
+def _choose(folder: Path, folders: Mapping[str, list[_Weights]], variant: str | None) -> dict[str, _Weights]:
+    there = sorted({weights.variant for found in folders.values() for weights in found if weights.variant})
+    if variant is not None and variant not in there:
+        have = f"it has {listing(there)}{did_you_mean(variant, there)}" if there else "it has only plain weights"
+        raise CheckpointError(f"{shown(folder)} has no weights of the variant '{shown(variant)}': {have}")
+    chosen = {}
+    for component, found in folders.items():
+        best = next((weights for wanted in (variant, None) for weights in found if weights.variant == wanted), None)
+        if best is None:
+            others = sorted({weights.variant for weights in found if weights.variant})
+            raise CheckpointError(
+                f"{shown(folder / component)} has no plain weights, only the variant {listing(others)}: "
+                f"ask for it with --variant {shown(others[0])}"
+            )
+        chosen[component] = best
+    return chosen
+
+
+def _carried(folder: Path, is_component: bool) -> Iterator[str]:
+    if not is_component and (folder / MODEL_INDEX).is_file():
+        yield MODEL_INDEX
+    for part in [""] if is_component else _part_folders(folder):
+        for path in sorted((folder / part).iterdir()):
+            if path.name.startswith(".") or _ANY_WEIGHTS.fullmatch(path.name.lower()):
+                continue
+            if path.is_file() and path.stat().st_size <= _LARGEST_CARRIED:
+                yield path.relative_to(folder).as_posix()
+
+
+def _read_index(path: Path) -> dict[str, list[str]]:
+    """{shard: names of its tensors}, checked but for what the shards themselves hold."""
+    table = _read_json(path).get("weight_map")
+    if not isinstance(table, dict) or not table or not all(isinstance(shard, str) for shard in table.values()):
+        raise CheckpointError(f"{shown(path)} has no weight_map from tensors to files")
+    shards: dict[str, list[str]] = {}
+    for name, shard in table.items():
+        shards.setdefault(shard, []).append(name)
+    # Only files that are called shards: no other folder's, no pipes, no further folders.
+    strange = [shard for shard in shards if not re.fullmatch(r"[^/\\:\0]+\.(safetensors|bin)", shard)]
+    if strange:
+        raise CheckpointError(f"{shown(path)} names files that are no weights in its own folder: {listing(strange)}")
+    missing = [shard for shard in shards if not (path.parent / shard).exists()]
+    if missing:
+        raise CheckpointError(f"{shown(path)} lists shards that are missing: {listing(missing)}")
+    return dict(sorted(shards.items()))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():  # opening a named pipe would wait for ever
+        raise CheckpointError(f"{shown(path)} is not a regular file")
+    try:
+        with path.open("rb") as file:
+            raw = file.read(LARGEST_HEADER + 1)
+        if len(raw) > LARGEST_HEADER:
+            raise ValueError(f"it has more than {LARGEST_HEADER} bytes")
+        found = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        if not isinstance(found, dict):
+            raise ValueError("it is no object")
+    except OSError as error:
+        raise CheckpointError(f"cannot open {shown(path)}: {reason(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{shown(path)} is no valid JSON: {shown(error)}") from error
+    return found
+
+
+def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in table:
+            raise ValueError(f"it holds {shown(name)} twice")
+        table[name] = value
+    return table
