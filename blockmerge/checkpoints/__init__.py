@@ -1,5 +1,6 @@
 """One lazy `Checkpoint` for every kind of source, and the writer that never leaves a bad file."""
 
+from blockmerge.checkpoints.assembled import Assembled, Assembly, Piece
 from blockmerge.checkpoints.checkpoint import Checkpoint, Reader, TensorInfo
 from blockmerge.checkpoints.dtypes import FLOAT_DTYPES, itemsize
 from blockmerge.checkpoints.hashes import Hashes, hash_file, old_hash
@@ -12,11 +13,14 @@ from blockmerge.checkpoints.writer import AtomicFile, check_output, check_space
 __all__ = [
     "FLOAT_DTYPES",
     "VAE_PREFIX",
+    "Assembled",
+    "Assembly",
     "AtomicFile",
     "Checkpoint",
     "CheckpointLike",
     "Hashes",
     "Model",
+    "Piece",
     "Reader",
     "SafetensorsFile",
     "StateDict",

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 from blockmerge.checkpoints.dtypes import itemsize
@@ -52,12 +53,13 @@ class Checkpoint(ABC):
     """Named tensors that can be looked at without reading them.
 
     `name` is what messages and recipes call it (a file's name without its folder), `tensors` is in the order of the
-    data, `metadata` maps strings to strings.
+    data, `metadata` maps strings to strings, `files` are those it is read from (none: it is in memory).
     """
 
     name: str
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
+    files: tuple[Path, ...] = ()
 
     @abstractmethod
     def reader(self) -> Reader:

@@ -35,6 +35,7 @@ class SafetensorsFile(Checkpoint):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.name = self.path.name
+        self.files = (self.path,)
         try:
             # Looked at before it is opened: opening a named pipe would wait for a writer for ever.
             if not stat.S_ISREG(os.stat(self.path).st_mode):
