@@ -5,13 +5,15 @@ from blockmerge.checkpoints.checkpoint import Checkpoint, Reader, TensorInfo
 from blockmerge.checkpoints.dtypes import FLOAT_DTYPES, itemsize
 from blockmerge.checkpoints.hashes import Hashes, hash_file, old_hash
 from blockmerge.checkpoints.model import VAE_PREFIX, Model, vae_tensors
-from blockmerge.checkpoints.open import CheckpointLike, open_checkpoint
+from blockmerge.checkpoints.open import SUFFIXES, CheckpointLike, open_checkpoint
 from blockmerge.checkpoints.safetensors_file import SafetensorsFile, encode_header
 from blockmerge.checkpoints.state_dict import StateDict
+from blockmerge.checkpoints.torch_file import TorchFile
 from blockmerge.checkpoints.writer import AtomicFile, check_output, check_space
 
 __all__ = [
     "FLOAT_DTYPES",
+    "SUFFIXES",
     "VAE_PREFIX",
     "Assembled",
     "Assembly",
@@ -25,6 +27,7 @@ __all__ = [
     "SafetensorsFile",
     "StateDict",
     "TensorInfo",
+    "TorchFile",
     "check_output",
     "check_space",
     "encode_header",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Union
 
 from blockmerge.checkpoints.checkpoint import Checkpoint
 from blockmerge.checkpoints.safetensors_file import SafetensorsFile
 from blockmerge.checkpoints.state_dict import StateDict
+from blockmerge.checkpoints.torch_file import TORCH_SUFFIXES, TorchFile, begins_torch_file
 from blockmerge.errors import CheckpointError, shown
 
 if TYPE_CHECKING:
@@ -17,12 +19,22 @@ if TYPE_CHECKING:
 CheckpointLike = Union[str, "os.PathLike[str]", Checkpoint, "Mapping[str, torch.Tensor]"]
 """What is taken for a model: a path, an opened checkpoint, or a state dict."""
 
+SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+"""How the names of model files end, in lower case."""
+
+_NO_MODELS = {
+    b"version https://git-lfs": "is a git-LFS pointer, not the model itself: fetch that with git lfs pull",
+    b"<!doctype html": "is an HTML page, not a model: download the model itself",
+    b"<html": "is an HTML page, not a model: download the model itself",
+}
+
 
 def open_checkpoint(source: CheckpointLike, name: str = "state dict") -> Checkpoint:
     """Return the checkpoint at a path, with its header read and checked and its data untouched.
 
-    An opened checkpoint is returned as it is, and a state dict (tensors on any device) is wrapped under `name`.
-    Raises CheckpointError when there is none, or none that can be read.
+    What kind of file it is, is seen by what is in it, whatever its name. An opened checkpoint is returned as it is, and a
+    state dict (tensors on any device) is wrapped under `name`. Raises CheckpointError when there is none, or none that can
+    be read.
     """
     if isinstance(source, Checkpoint):
         return source
@@ -31,7 +43,22 @@ def open_checkpoint(source: CheckpointLike, name: str = "state dict") -> Checkpo
     if not isinstance(source, (str, os.PathLike)):
         raise CheckpointError(f"a {type(source).__name__} is no model: give a path, an opened checkpoint or a state dict")
     if not os.fspath(source):
-        raise CheckpointError("an empty path is no model: give the path of a .safetensors file")
-    if os.fspath(source).lower().endswith((".ckpt", ".pt", ".pth", ".bin")):
-        raise CheckpointError(f"{shown(source)}: only .safetensors files can be read yet")
+        raise CheckpointError("an empty path is no model: give the path of a .safetensors or .ckpt file")
+    head = _head(source)
+    for start, what in _NO_MODELS.items():
+        if head.lstrip().lower().startswith(start):
+            raise CheckpointError(f"{shown(source)} {what}")
+    if begins_torch_file(head) or (head[8:9] != b"{" and os.fspath(source).lower().endswith(TORCH_SUFFIXES)):
+        return TorchFile(source)
     return SafetensorsFile(source)
+
+
+def _head(path: str | os.PathLike[str]) -> bytes:
+    """How a file begins; nothing when it cannot be read, which opening it as a checkpoint will say."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return b""
+        with open(path, "rb") as file:
+            return file.read(64)
+    except (OSError, ValueError):
+        return b""

@@ -11,7 +11,6 @@ from blockmerge.checkpoints import (
     AtomicFile,
     Checkpoint,
     CheckpointLike,
-    SafetensorsFile,
     check_output,
     check_space,
     open_checkpoint,
@@ -129,7 +128,7 @@ def _prepare(
     checkpoints = [open_checkpoint(model, name=f"state dict {letter}") for model, letter in zip(models, "ABCDEFGH", strict=False)]
     plan = make_plan(checkpoints, recipe)
     _check_output_name(output)
-    inputs = [checkpoint.path for checkpoint in plan.checkpoints.values() if isinstance(checkpoint, SafetensorsFile)]
+    inputs = [file for checkpoint in plan.checkpoints.values() for file in checkpoint.files]
     return plan, check_output(output, inputs, overwrite=overwrite)
 
 
