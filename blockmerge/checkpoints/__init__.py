@@ -6,14 +6,16 @@ from blockmerge.checkpoints.dtypes import FLOAT_DTYPES, itemsize
 from blockmerge.checkpoints.folder import DiffusersFolder, is_diffusers_folder
 from blockmerge.checkpoints.hashes import Hashes, hash_file, old_hash
 from blockmerge.checkpoints.model import EMA_CHOICES, VAE_PREFIX, Model, View, vae_view
-from blockmerge.checkpoints.open import CheckpointLike, open_checkpoint
+from blockmerge.checkpoints.open import SUFFIXES, CheckpointLike, open_checkpoint
 from blockmerge.checkpoints.safetensors_file import SafetensorsFile, encode_header
 from blockmerge.checkpoints.state_dict import StateDict
+from blockmerge.checkpoints.torch_file import TorchFile
 from blockmerge.checkpoints.writer import AtomicFile, check_output, check_space
 
 __all__ = [
     "FLOAT_DTYPES",
     "EMA_CHOICES",
+    "SUFFIXES",
     "VAE_PREFIX",
     "Assembled",
     "Assembly",
@@ -28,6 +30,7 @@ __all__ = [
     "SafetensorsFile",
     "StateDict",
     "TensorInfo",
+    "TorchFile",
     "View",
     "check_output",
     "check_space",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from string import ascii_uppercase
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 from blockmerge.checkpoints import (
     AtomicFile,
     AtomicFolder,
+    Checkpoint,
     CheckpointLike,
     Model,
     check_output,
@@ -156,15 +158,21 @@ def _prepare(
     variant: str | None,
 ) -> tuple[Plan, Path]:
     recipe.check_model_count(len(models))
-    opened = [
-        Model.of(open_checkpoint(model, name=f"state dict {letter}", variant=variant), recipe.ema)
-        for model, letter in zip(models, ascii_uppercase, strict=False)
-    ]
+    opened = [Model.of(checkpoint, recipe.ema) for checkpoint in _open(models, variant)]
     form = _form(recipe, opened[0], output)
     plan = make_plan(opened, recipe, form)
     inputs = [file for checkpoint in plan.checkpoints.values() for file in checkpoint.files]
     check = check_output_folder if form.folder else check_output
     return plan, check(output, inputs, overwrite=overwrite)
+
+
+def _open(models: Sequence[CheckpointLike], variant: str | None) -> list[Checkpoint]:
+    """Open the models; a variant is for those that are folders."""
+    folders = [isinstance(model, (str, os.PathLike)) and os.path.isdir(model) for model in models]
+    return [
+        open_checkpoint(model, name=f"state dict {letter}", variant=variant if folder or not any(folders) else None)
+        for model, letter, folder in zip(models, ascii_uppercase, folders, strict=False)
+    ]
 
 
 def _form(recipe: Recipe, a: Model, output: object) -> Form:

@@ -61,7 +61,7 @@ def print_inspection(console: Console, found: Inspection) -> None:
             print_table(console, table)
     if found.hashes:
         for name in ("autov1", "autov2", "autov3", "sha256"):
-            _line(console, Text(f"{name:<7} {getattr(found.hashes, name)}"))
+            _line(console, Text(f"{name:<7} {getattr(found.hashes, name) or '–'}"))
     for key, value in found.metadata.items():
         _line(console, Text.assemble((f"{shown(key)}: ", "bold"), shown(value, 400)))
 
