@@ -131,7 +131,7 @@ def make_plan(checkpoints: Sequence[Checkpoint], recipe: Recipe) -> Plan:
     order = _aligned_order(decided.tensors)
     metadata = output_metadata(
         checkpoints[0].metadata,
-        recipe.as_metadata(checkpoints, weights, recipe.weights.preset and recipe.weights.label),
+        recipe.as_metadata(checkpoints, weights, recipe.weights.label if recipe.weights.preset else None),
     )
     tensors = _lay_out(order)
     header = encode_header(tensors, metadata, PAGE)
