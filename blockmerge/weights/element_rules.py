@@ -117,7 +117,7 @@ def _parse_rule(text: str, number: int) -> ElementRule:
     # A dash belongs to a range whatever blanks people put around it.
     fields[0] = re.sub(r"\s*-\s*", "-", fields[0].upper())
     for index, field in enumerate(fields[:2]):
-        if field == "NOT":
+        if field.upper() == "NOT":
             raise _error(number, fields, index, "expected names after NOT")
     ratio = None if fields[2].casefold() == "skip" else finite_number(fields[2])
     if ratio is None and fields[2].casefold() != "skip":
@@ -132,7 +132,7 @@ def _parse_rule(text: str, number: int) -> ElementRule:
 
 def _selection(field: str) -> Selection:
     words = tuple(field.split())
-    return Selection(words[1:], negated=True) if words[:1] == ("NOT",) else Selection(words)
+    return Selection(words[1:], negated=True) if words and words[0].upper() == "NOT" else Selection(words)
 
 
 def _with_blocks(rule: ElementRule, number: int, order: Sequence[str]) -> tuple[ElementRule, frozenset[str]]:
@@ -148,7 +148,8 @@ def _with_blocks(rule: ElementRule, number: int, order: Sequence[str]) -> tuple[
 def _error(number: int, fields: Sequence[str], field: int, why: str, word: int | None = None) -> WeightsError:
     """The error for a rule, quoted with a field of it, or one word of the field, marked."""
     quoted = [shown(text) for text in fields]
-    words = [quoted[field]] if word is None else quoted[field].split(" ")
-    words[word or 0] = f">>{words[word or 0]}<<"
-    quoted[field] = " ".join(words)
+    words = [fields[field]] if word is None else fields[field].split(" ")
+    at = word or 0
+    before, wrong, after = (shown(" ".join(part)) for part in (words[:at], words[at : at + 1], words[at + 1 :]))
+    quoted[field] = f"{before} >>{wrong}<< {after}".strip()
     return WeightsError(f"element rule {number}, '{':'.join(quoted)}': {why}")
