@@ -242,6 +242,15 @@ def test_examples_in_the_docs(page):
     assert doctest.DocTestRunner().run(examples).failed == 0
 
 
+def test_the_rules_in_the_docs_can_be_read():
+    rows = re.findall(r"^\| `(.*?:.*?)` \|", (DOCS / "rules.md").read_text(), re.MULTILINE)
+    assert len(rows) == 4
+    for text in [*rows, *re.findall(r'--rules "(.*?)"', (DOCS / "rules.md").read_text())]:
+        rules = ElementRules.parse(text)
+        tensors = [(oracle.block(name, "sd1"), name) for name in layout("sd1")]
+        assert rules.resolve("sd1").idle(tensors) == []
+
+
 @pytest.mark.parametrize("module", [element_rules, random_weights], ids=lambda module: module.__name__)
 def test_examples_in_docstrings(module):
     found = doctest.testmod(module)

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 import blockmerge
 from blockmerge import BlockWeights, PresetError, WeightsError
+from blockmerge.explaining.known_presets import matching_presets
 from blockmerge.weights import WeightsRequest, find_preset, parse_weights
+from blockmerge.weights.presets import user_folder
 from tests import oracle
 
 ratios = st.floats(-3, 3).map(lambda value: value + 0.0)
@@ -216,3 +218,12 @@ def test_random_presets(tmp_path):
     assert toml.sdxl["M00"] == parse_weights("random")["M00"]
     with pytest.raises(PresetError, match=r"no preset 'of tensors'"):
         find_preset(f"{lists}#of tensors")
+
+
+def test_explain_does_not_recognise_random_presets():
+    user_folder().mkdir(parents=True)
+    (user_folder() / "dice.toml").write_text("weights = 'random'")
+    drawn = array(find_preset("dice").weights)
+    assert matching_presets("sd1", tuple(oracle.SD), drawn, np.zeros(26), np.ones(26, dtype=bool)) == []
+    known = array(blockmerge.load_preset("GRAD_V"))
+    assert matching_presets("sd1", tuple(oracle.SD), known, np.zeros(26), np.ones(26, dtype=bool))[0].label == "GRAD_V"
