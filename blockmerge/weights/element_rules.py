@@ -119,8 +119,9 @@ def _parse_rule(text: str, number: int) -> ElementRule:
     for index, field in enumerate(fields[:2]):
         if field.upper() == "NOT":
             raise _error(number, fields, index, "expected names after NOT")
-    ratio = None if fields[2].casefold() == "skip" else finite_number(fields[2])
-    if ratio is None and fields[2].casefold() != "skip":
+    skip = fields[2].casefold() == "skip"
+    ratio = None if skip else finite_number(fields[2])
+    if ratio is None and not skip:
         raise _error(number, fields, 2, "expected a number or skip")
     try:
         rule = ElementRule(_selection(fields[0]), _selection(fields[1]), checked_weight(ratio, "the rule"))
