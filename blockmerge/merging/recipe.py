@@ -80,7 +80,7 @@ class Recipe:
                 "version": __version__,
                 "method": self.method,
                 "models": [model.name.encode("utf-8", "replace").decode() for model in models],
-                "preset": self.weights.preset and self.weights.label,
+                "preset": self.weights.label if self.weights.preset else None,
                 "weights": dict(weights) if self.method is not None else None,
                 "vae": self._vae_name(),
                 "dtype": self.dtype,
