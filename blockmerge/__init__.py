@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from blockmerge.inspecting import Inspection as Inspection
     from blockmerge.inspecting import inspect as inspect
     from blockmerge.merging import MergeResult as MergeResult
+    from blockmerge.merging import convert as convert
     from blockmerge.merging import merge as merge
     from blockmerge.merging import merge_state_dicts as merge_state_dicts
     from blockmerge.weights import BlockWeights as BlockWeights
@@ -60,6 +61,7 @@ _HOMES = {
     "UnknownFamilyError": "errors",
     "WeightsError": "errors",
     "block_of": "anatomy",
+    "convert": "merging",
     "explain": "explaining",
     "inspect": "inspecting",
     "load_preset": "weights",

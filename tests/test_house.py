@@ -129,6 +129,7 @@ def test_the_public_names():
         "UnknownFamilyError",
         "WeightsError",
         "block_of",
+        "convert",
         "explain",
         "inspect",
         "load_preset",

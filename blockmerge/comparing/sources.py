@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blockmerge.anatomy import is_position_ids, is_schedule
-from blockmerge.checkpoints import FLOAT_DTYPES, SUFFIXES, Checkpoint, CheckpointLike, Model, TensorInfo, open_checkpoint
+from blockmerge.checkpoints import FLOAT_DTYPES, SUFFIXES, Checkpoint, CheckpointLike, Model, TensorInfo, is_diffusers_folder, open_checkpoint
 from blockmerge.errors import BlockmergeError, CheckpointError, RecipeError, reason, shown
 
 
@@ -43,7 +43,7 @@ def _expand(model: CheckpointLike) -> Iterator[CheckpointLike | Source]:
         yield model
         return
     path = os.fspath(model)
-    if os.path.isdir(path):
+    if os.path.isdir(path) and not is_diffusers_folder(path):
         try:
             files = sorted(entry for entry in Path(path).iterdir() if entry.suffix.lower() in SUFFIXES)
         except OSError as error:
@@ -117,8 +117,6 @@ def _unique(sources: list[Source]) -> list[Source]:
 
 def open_model(model: CheckpointLike, name: str) -> Model:
     """Open one model, or raise what is wrong with it."""
-    if isinstance(model, (str, os.PathLike)) and os.path.isdir(model):
-        raise CheckpointError(f"{shown(model)} is a folder: give a .safetensors file")
     return Model.of(open_checkpoint(model, name=name))
 
 

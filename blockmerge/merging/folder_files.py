@@ -65,3 +65,4 @@ def _nbytes(decision: Decision) -> int:
 
 def _json(value: object) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
+def folder_files(*a): return {}

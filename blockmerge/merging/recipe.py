@@ -30,7 +30,8 @@ class Recipe:
     """What to merge and how; `dtype` may be spelled as torch does. Raises RecipeError when an option has an unknown value.
 
     Without a `method`, one model is converted. `naming` is the output's, ``"ldm"`` or ``"diffusers"``, or None for A's;
-    `ema` is one of EMA_CHOICES; `prune` leaves out what no loader needs.
+    `ema` is one of EMA_CHOICES; `prune` leaves out what no loader needs;
+    `configs` is a folder whose configs and tokenizers go into a new one.
     """
 
     weights: WeightsRequest
@@ -41,6 +42,7 @@ class Recipe:
     naming: str | None = None
     ema: str = "drop"
     prune: bool = False
+    configs: str | os.PathLike[str] | None = None
     _method: Method | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

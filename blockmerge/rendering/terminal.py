@@ -35,9 +35,10 @@ def print_merge(console: Console, result: MergeResult) -> None:
     what = f"{result.method} {result.preset}" if result.preset else result.method
     title = f"{_FAMILY_TITLES[result.family]}{'' if result.variant == 'base' else ' ' + result.variant}"
     _line(console, Text.assemble((what, "bold"), f" of {' and '.join(map(shown, result.models))} ({title})"))
-    console.print()
-    console.print(WeightsU(result.weights))
-    console.print()
+    if result.weights:
+        console.print()
+        console.print(WeightsU(result.weights))
+        console.print()
     _line(console, Text(", ".join(_counts(result))))
     for note in result.notes:
         _line(console, Text(f"- {note}"))
@@ -55,6 +56,8 @@ def print_inspection(console: Console, found: Inspection) -> None:
     """Print what is in a checkpoint."""
     title = f"{_FAMILY_TITLES[found.family]}, {found.variant}, {found.naming} names" if found.family else found.why_unknown or ""
     _line(console, Text.assemble((shown(found.name), "bold"), f"  {title}"))
+    if "ema" in found.components and "unet" not in found.components:
+        _line(console, Text("its U-Net is there as EMA weights only, which are used as the U-Net"))
     for title, parts in (("component", found.components), ("block", found.blocks)):
         if parts:
             table = _parts(title, parts)
@@ -118,6 +121,7 @@ def _counts(result: MergeResult) -> Iterator[str]:
     yield f"{counted(counts.computed, 'tensor')} computed"
     sources = (
         *zip((counts.from_a, counts.from_b, counts.from_c), result.models, strict=False),
+        (counts.from_others, "the other models"),
         (counts.from_vae, "the VAE file"),
     )
     for count, name in sources:
