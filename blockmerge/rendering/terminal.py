@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,14 @@ from blockmerge.rendering.tables import print_table
 from blockmerge.rendering.u_net import WeightsU
 
 if TYPE_CHECKING:
-    from blockmerge.inspecting import Inspection, Part
+    from blockmerge.inspecting import CheckResult, Inspection, Part
     from blockmerge.merging import MergeResult
     from blockmerge.methods import Method
     from blockmerge.weights import Preset
 
 _DESCRIPTION = 24  # columns that a description has at least
+
+_SEVERITY_STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
 _FAMILY_TITLES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL"}
 
@@ -59,6 +62,21 @@ def print_inspection(console: Console, found: Inspection) -> None:
             _line(console, Text(f"{name:<7} {getattr(found.hashes, name)}"))
     for key, value in found.metadata.items():
         _line(console, Text.assemble((f"{shown(key)}: ", "bold"), shown(value, 400)))
+
+
+def print_check(console: Console, found: CheckResult) -> None:
+    """Print what is wrong with a checkpoint, a line for each problem, the worst first."""
+    title = f"{_FAMILY_TITLES[found.family]}, {found.variant}, {found.naming} names" if found.family else "no known U-Net"
+    _line(console, Text.assemble((shown(found.name), "bold"), f"  {title}"))
+    code_width = max((len(problem.code) for problem in found.problems), default=0)
+    for problem in found.problems:
+        takes = "" if problem.bytes is None else f", {size(problem.bytes)}"
+        severity = (f"{problem.severity:<7}  ", _SEVERITY_STYLES[problem.severity])
+        _line(console, Text.assemble(severity, f"{problem.code:<{code_width}}  {problem.message}{takes}"))
+    for code in found.fixed:
+        _line(console, Text.assemble((f"{'fixed':<7}  ", "green"), code))
+    counts = Counter(problem.severity for problem in found.problems)
+    _line(console, Text(", ".join(counted(count, severity) for severity, count in counts.items()) or "nothing is wrong"))
 
 
 def print_presets(console: Console, presets: Sequence[Preset]) -> None:
