@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from blockmerge.anatomy import component_of, is_position_ids, is_schedule
+from blockmerge.anatomy import is_position_ids, is_schedule
 from blockmerge.checkpoints import FLOAT_DTYPES, CheckpointLike, SafetensorsFile, open_checkpoint
 from blockmerge.errors import counted, listing, shown
 from blockmerge.inspecting.metadata import check_file, check_metadata
@@ -52,10 +52,11 @@ def _position_ids(subject: Subject) -> Iterator[Problem]:
 def _values(subject: Subject, progress: Progress | None, threads: int | None) -> Iterator[Problem]:
     from blockmerge.inspecting.values import peaks_of
 
+    tensors = subject.checkpoint.tensors
     # Schedules may hold infinity for good reasons: one that ends in pure noise divides by 0.
     names = [
         name
-        for name, info in subject.checkpoint.tensors.items()
+        for name, info in tensors.items()
         if info.dtype in FLOAT_DTYPES and not is_schedule(name) and not is_position_ids(name)
     ]
     peaks = peaks_of(subject.checkpoint, names, threads, progress)
@@ -63,18 +64,15 @@ def _values(subject: Subject, progress: Progress | None, threads: int | None) ->
     bad = [name for name, peak in peaks.items() if not peak.is_finite]
     yield from _found("nan_or_infinity", "with NaN or infinity: black images", [name for name in bad if name not in unused])
     yield from _found("leftover_nan", "with NaN or infinity that nothing needs", [name for name in bad if name in unused])
-    used = {name: peak for name, peak in peaks.items() if name not in unused}
-    zero = [name for name, peak in used.items() if peak.is_zero and _is_weight(name, subject.checkpoint.tensors[name].shape)]
+    components = subject.components()
+    used = {name: peak for name, peak in peaks.items() if name not in unused and components[name] != "other"}
+    # Biases may well be 0.
+    zero = [name for name, peak in used.items() if peak.is_zero and (name.endswith("weight") or len(tensors[name].shape) > 1)]
     yield from _found("zero_weights", "of nothing but zeros: what they belong to does nothing", zero)
-    large = [name for name, peak in used.items() if peak.overflows_fp16 and component_of(name) != "other"]
+    large = [name for name, peak in used.items() if peak.overflows_fp16]
     yield from _found("overflows_fp16", "with values that float16 cannot hold (65504): black images in half precision", large)
 
 
 def _found(code: str, what: str, names: Sequence[str]) -> Iterator[Problem]:
     if names:
         yield Problem.of(code, f"{counted(len(names), 'tensor')} {what} ({listing(names)})", names)
-
-
-def _is_weight(name: str, shape: Sequence[int]) -> bool:
-    # Biases may be 0, and so may the markers of predictions.
-    return component_of(name) != "other" and (len(shape) > 1 or name.endswith("weight"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from blockmerge.anatomy import (
@@ -64,6 +64,11 @@ class Subject:
         """The file's own names of tensors."""
         return tuple(self.originals.get(name, name) for name in names)
 
+    def components(self) -> dict[str, str]:
+        """Return {name in the file: component}, told from the canonical name where there is one."""
+        told = {original: component_of(name) for name, original in self.originals.items()}
+        return {name: told.get(name) or component_of(name) for name in self.checkpoint.tensors}
+
     def bytes_of(self, names: Iterable[str]) -> int:
         """What tensors take, by their names in the file."""
         return sum(self.checkpoint.tensors[name].nbytes for name in names)
@@ -105,12 +110,13 @@ def _against_layout(subject: Subject, family: str) -> Iterator[Problem]:
                 f"the {component} lacks {counted(len(gaps.missing), 'tensor')} ({listing(gaps.missing)})",
                 gaps.missing,
             )
-        if gaps.misshapen:
-            said = [f"{shown(name)} is {list(shapes[name])}, expected {list(shape)}" for name, shape in gaps.misshapen.items()]
+        # position_ids have a problem of their own, which their shape is a part of.
+        if misshapen := {name: shape for name, shape in gaps.misshapen.items() if not is_position_ids(name)}:
+            said = [f"{shown(name)} is {list(shapes[name])}, expected {list(shape)}" for name, shape in misshapen.items()]
             yield Problem.of(
                 "wrong_shape",
                 f"{counted(len(said), 'tensor')} of the {component} with a wrong shape: {listing(said, width=300)}",
-                subject.in_file(gaps.misshapen),
+                subject.in_file(misshapen),
             )
         if gaps.unknown:
             yield _unknown(subject, component, family, gaps.unknown)
@@ -118,10 +124,10 @@ def _against_layout(subject: Subject, family: str) -> Iterator[Problem]:
         yield _unknown(subject, component, family, [name for name in shapes if component_of(name) == component])
 
 
-def _unknown(subject: Subject, component: str, family: str, names: Iterable[str]) -> Problem:
-    names = subject.in_file(names)
+def _unknown(subject: Subject, component: str, family: str, names: Sequence[str]) -> Problem:
     found = f"{counted(len(names), 'tensor')} of the {component} that no {FAMILIES[family].title} model has"
-    return Problem.of("unknown_tensors", f"{found} ({listing(names)})", names, subject.bytes_of(names))
+    nbytes = sum(subject.tensors[name].nbytes for name in names)
+    return Problem.of("unknown_tensors", f"{found} ({listing(names)})", subject.in_file(names), nbytes)
 
 
 def _dtypes(subject: Subject) -> Iterator[Problem]:

@@ -18,7 +18,7 @@ from blockmerge.checkpoints import Checkpoint, TensorInfo, itemsize
 from blockmerge.errors import counted
 from blockmerge.streaming import Progress, aligned_buffer, for_each, thread_count
 
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 2 << 20
 """What a worker reads and looks at in one go."""
 
 POSITIONS = 77

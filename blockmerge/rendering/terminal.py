@@ -51,8 +51,7 @@ def print_merge(console: Console, result: MergeResult) -> None:
 
 def print_inspection(console: Console, found: Inspection) -> None:
     """Print what is in a checkpoint."""
-    title = f"{_FAMILY_TITLES[found.family]}, {found.variant}, {found.naming} names" if found.family else found.why_unknown or ""
-    _line(console, Text.assemble((shown(found.name), "bold"), f"  {title}"))
+    _line(console, _title(found, found.why_unknown or ""))
     for title, parts in (("component", found.components), ("block", found.blocks)):
         if parts:
             table = _parts(title, parts)
@@ -66,8 +65,7 @@ def print_inspection(console: Console, found: Inspection) -> None:
 
 def print_check(console: Console, found: CheckResult) -> None:
     """Print what is wrong with a checkpoint, a line for each problem, the worst first."""
-    title = f"{_FAMILY_TITLES[found.family]}, {found.variant}, {found.naming} names" if found.family else "no known U-Net"
-    _line(console, Text.assemble((shown(found.name), "bold"), f"  {title}"))
+    _line(console, _title(found, "no known U-Net"))
     code_width = max((len(problem.code) for problem in found.problems), default=0)
     for problem in found.problems:
         takes = "" if problem.bytes is None else f", {size(problem.bytes)}"
@@ -124,6 +122,11 @@ def size(count: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.2f} GB"
+
+
+def _title(found: Inspection | CheckResult, unknown: str) -> Text:
+    what = f"{_FAMILY_TITLES[found.family]}, {found.variant}, {found.naming} names" if found.family else unknown
+    return Text.assemble((shown(found.name), "bold"), f"  {what}")
 
 
 def _counts(result: MergeResult) -> Iterator[str]:
