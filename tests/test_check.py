@@ -306,16 +306,17 @@ def test_peaks_agree_with_torch(dtype, raw):
         assert peak.overflows_fp16 == bool(values.to(torch.float16).isinf().any())
 
 
-@given(st.sampled_from(sorted(DTYPES)))
-def test_the_border_of_float16(dtype):
-    """65519.99… still rounds to 65504, 65520 to infinity: torch's own conversion decides."""
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_the_borders(dtype):
+    """65519.99… still rounds to 65504 and 65520 to infinity: torch's own conversion decides."""
     largest = torch.finfo(DTYPES[dtype]).max
-    for value in [65504.0, 65519.99609375, 65520.0, 65536.0, -65520.0, 1e30]:
-        if abs(value) <= largest:
-            tensor = torch.tensor([value], dtype=DTYPES[dtype])
-            peak = peaks_of(StateDict({"x": tensor}), ["x"])["x"]
-            # float16 itself and the 8-bit formats have nothing that would become infinity
-            assert peak.overflows_fp16 == (bool(tensor.half().isinf()) and bool(tensor.double().isfinite()))
+    numbers = [0.0, -0.0, 5e-5, 65504.0, 65519.99609375, 65520.0, -65520.0, 65536.0, 1e30, largest, -largest]
+    for value in [value for value in numbers if abs(value) <= largest] + [math.nan, math.inf, -math.inf]:
+        tensor = torch.tensor([value], dtype=DTYPES[dtype])
+        peak = peaks_of(StateDict({"x": tensor}), ["x"])["x"]
+        assert peak.is_finite == bool(tensor.double().isfinite())
+        assert peak.is_zero == bool(tensor.double() == 0)
+        assert peak.overflows_fp16 == (peak.is_finite and bool(tensor.half().isinf()))
 
 
 @given(st.data(), st.sampled_from(sorted(DTYPES)), st.integers(1, 4))

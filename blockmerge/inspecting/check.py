@@ -62,15 +62,17 @@ def _values(subject: Subject, progress: Progress | None, threads: int | None) ->
     peaks = peaks_of(subject.checkpoint, names, threads, progress)
     unused = set(subject.unused)
     bad = [name for name, peak in peaks.items() if not peak.is_finite]
-    yield from _found("nan_or_infinity", "with NaN or infinity: black images", [name for name in bad if name not in unused])
-    yield from _found("leftover_nan", "with NaN or infinity that nothing needs", [name for name in bad if name in unused])
+    yield from _found(
+        "nan_or_infinity", "with NaN or infinity, which make black images", [name for name in bad if name not in unused]
+    )
+    yield from _found("leftover_nan", "that nothing needs, with NaN or infinity", [name for name in bad if name in unused])
     components = subject.components()
     used = {name: peak for name, peak in peaks.items() if name not in unused and components[name] != "other"}
     # Biases may well be 0.
     zero = [name for name, peak in used.items() if peak.is_zero and (name.endswith("weight") or len(tensors[name].shape) > 1)]
-    yield from _found("zero_weights", "of nothing but zeros: what they belong to does nothing", zero)
+    yield from _found("zero_weights", "of nothing but zeros, whose layers do nothing", zero)
     large = [name for name, peak in used.items() if peak.overflows_fp16]
-    yield from _found("overflows_fp16", "with values that float16 cannot hold (65504): black images in half precision", large)
+    yield from _found("overflows_fp16", "with values beyond float16's 65504, which make black images in half precision", large)
 
 
 def _found(code: str, what: str, names: Sequence[str]) -> Iterator[Problem]:
