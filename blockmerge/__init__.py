@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from blockmerge.errors import WeightsError as WeightsError
     from blockmerge.explaining import Explanation as Explanation
     from blockmerge.explaining import explain as explain
+    from blockmerge.inspecting import CheckResult as CheckResult
     from blockmerge.inspecting import Inspection as Inspection
+    from blockmerge.inspecting import check as check
     from blockmerge.inspecting import inspect as inspect
     from blockmerge.merging import MergeResult as MergeResult
     from blockmerge.merging import convert as convert
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "BlockWeights": "weights",
     "BlockmergeError": "errors",
+    "CheckResult": "inspecting",
     "Checkpoint": "checkpoints",
     "CheckpointError": "errors",
     "Explanation": "explaining",
@@ -61,6 +64,7 @@ _HOMES = {
     "UnknownFamilyError": "errors",
     "WeightsError": "errors",
     "block_of": "anatomy",
+    "check": "inspecting",
     "convert": "merging",
     "explain": "explaining",
     "inspect": "inspecting",

@@ -114,6 +114,7 @@ def test_the_public_names():
     assert blockmerge.__all__ == [
         "BlockWeights",
         "BlockmergeError",
+        "CheckResult",
         "Checkpoint",
         "CheckpointError",
         "Explanation",
@@ -129,6 +130,7 @@ def test_the_public_names():
         "UnknownFamilyError",
         "WeightsError",
         "block_of",
+        "check",
         "convert",
         "explain",
         "inspect",

@@ -13,8 +13,8 @@ from blockmerge.checkpoints.torch_file import TorchFile
 from blockmerge.checkpoints.writer import AtomicFile, check_output, check_space
 
 __all__ = [
-    "FLOAT_DTYPES",
     "EMA_CHOICES",
+    "FLOAT_DTYPES",
     "SUFFIXES",
     "VAE_PREFIX",
     "Assembled",

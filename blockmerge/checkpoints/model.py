@@ -114,9 +114,7 @@ class Model:
             ldm=view,
             original_names=original,
             components=frozenset(map(component_of, view.tensors)),
-            bare=any(
-                canonical in (UNET_PREFIX + name, DIFFUSERS_UNET_PREFIX + name) for canonical, name in original.items()
-            ),
+            bare=any(canonical in (UNET_PREFIX + name, DIFFUSERS_UNET_PREFIX + name) for canonical, name in original.items()),
             ema_tensors=sum(component_of(name) == "ema" for name in checkpoint.tensors.keys() - set(original.values())),
             notes=tuple(notes),
         )
@@ -218,5 +216,3 @@ def vae_view(checkpoint: Checkpoint, naming: str = "ldm") -> View:
         original = {VAE_PREFIX + short: name for name, short in own.items()}
         own_naming = "ldm"
     return View.of(checkpoint, original, own_naming, naming, "sd1")  # the VAE's names are the same in all families
-
-

@@ -9,7 +9,6 @@ import click
 
 from blockmerge.cli.console import json_option, progress_bar, stdout_console
 
-
 dtype_option = click.option(
     "--dtype",
     metavar="keep|fp16|bf16|fp32|fp8_…",
@@ -17,12 +16,17 @@ dtype_option = click.option(
     help="The output's dtype: keep (each tensor keeps its own), fp16, bf16, fp32, fp8_e4m3fn, fp8_e5m2. [default: keep]",
 )
 naming_option = click.option(
-    "--to", "naming", metavar="ldm|diffusers", help="The output: a file in LDM names, or a diffusers folder. [default: as A, or PATH]"
+    "--to",
+    "naming",
+    metavar="ldm|diffusers",
+    help="The output: a file in LDM names, or a diffusers folder. [default: as A, or PATH]",
 )
 ema_option = click.option(
     "--ema", metavar="drop|keep|use", default="drop", help="What becomes of EMA copies; use makes them the U-Net. [default: drop]"
 )
-variant_option = click.option("--variant", metavar="NAME", help="Which weights of a diffusers folder: fp16. [default: the plain ones]")
+variant_option = click.option(
+    "--variant", metavar="NAME", help="Which weights of a diffusers folder: fp16. [default: the plain ones]"
+)
 
 
 @click.command(short_help="Merge two models into a new file.")

@@ -9,7 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blockmerge.anatomy import is_position_ids, is_schedule
-from blockmerge.checkpoints import FLOAT_DTYPES, SUFFIXES, Checkpoint, CheckpointLike, Model, TensorInfo, is_diffusers_folder, open_checkpoint
+from blockmerge.checkpoints import (
+    FLOAT_DTYPES,
+    SUFFIXES,
+    Checkpoint,
+    CheckpointLike,
+    Model,
+    TensorInfo,
+    is_diffusers_folder,
+    open_checkpoint,
+)
 from blockmerge.errors import BlockmergeError, CheckpointError, RecipeError, reason, shown
 
 

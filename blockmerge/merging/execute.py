@@ -96,9 +96,7 @@ def _ordered_for_loading(pieces: list[int], plan: PlannedFile, pace: Pace) -> li
 class _Job:
     """What the workers of one execution share."""
 
-    def __init__(
-        self, plan: Plan, file: PlannedFile, output: OutputStream, pace: Pace, device: str, shown_as: Path
-    ) -> None:
+    def __init__(self, plan: Plan, file: PlannedFile, output: OutputStream, pace: Pace, device: str, shown_as: Path) -> None:
         self.shown_as = shown_as
         self.plan = plan
         self.file = file

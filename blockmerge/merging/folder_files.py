@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from blockmerge.checkpoints import DiffusersFolder, Model, TensorInfo
 from blockmerge.merging.decisions import Decision
@@ -14,9 +14,7 @@ SHARD_BYTES = 10_000_000_000
 _TRANSFORMERS_STEM, _DIFFUSERS_STEM = "model", "diffusion_pytorch_model"
 
 
-def split_folder(
-    decisions: Sequence[Decision], models: Sequence[Model]
-) -> tuple[dict[str, list[Decision]], dict[str, bytes]]:
+def split_folder(decisions: Sequence[Decision], models: Sequence[Model]) -> tuple[dict[str, list[Decision]], dict[str, bytes]]:
     """Return {weight file: its tensors}, and {index file: its bytes} for the components that take several files."""
     components: dict[str, list[Decision]] = {}
     for decision in decisions:
@@ -65,4 +63,7 @@ def _nbytes(decision: Decision) -> int:
 
 def _json(value: object) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
-def folder_files(*a): return {}
+
+
+def folder_files(*a):
+    return {}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from blockmerge.comparing import Comparison, SimilarityMatrix, SimilarityResult
     from blockmerge.explaining import Explanation
-    from blockmerge.inspecting import Inspection
+    from blockmerge.inspecting import CheckResult, Inspection
     from blockmerge.merging import MergeResult
     from blockmerge.methods import Method
     from blockmerge.weights import Preset
@@ -31,6 +31,11 @@ def inspection_json(found: Inspection) -> str:
     for block in fields["blocks"].values():
         del block["dtypes"]
     return _dumps(fields)
+
+
+def check_json(found: CheckResult) -> str:
+    """What is wrong with a checkpoint; every tensor of a problem is named."""
+    return _dumps(asdict(found))
 
 
 def methods_json(methods: Sequence[Method]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,14 @@ from blockmerge.rendering.tables import print_table
 from blockmerge.rendering.u_net import WeightsU
 
 if TYPE_CHECKING:
-    from blockmerge.inspecting import Inspection, Part
+    from blockmerge.inspecting import CheckResult, Inspection, Part
     from blockmerge.merging import MergeResult
     from blockmerge.methods import Method
     from blockmerge.weights import Preset
 
 _DESCRIPTION = 24  # columns that a description has at least
+
+_SEVERITY_STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
 _FAMILY_TITLES = {
     "sd1": "Stable Diffusion 1.x",
@@ -54,8 +57,7 @@ def print_merge(console: Console, result: MergeResult) -> None:
 
 def print_inspection(console: Console, found: Inspection) -> None:
     """Print what is in a checkpoint."""
-    title = f"{_FAMILY_TITLES[found.family]}, {found.variant}, {found.naming} names" if found.family else found.why_unknown or ""
-    _line(console, Text.assemble((shown(found.name), "bold"), f"  {title}"))
+    _line(console, _title(found, found.why_unknown or ""))
     if "ema" in found.components and "unet" not in found.components:
         _line(console, Text("its U-Net is there as EMA weights only, which are used as the U-Net"))
     for title, parts in (("component", found.components), ("block", found.blocks)):
@@ -67,6 +69,20 @@ def print_inspection(console: Console, found: Inspection) -> None:
             _line(console, Text(f"{name:<7} {getattr(found.hashes, name) or '–'}"))
     for key, value in found.metadata.items():
         _line(console, Text.assemble((f"{shown(key)}: ", "bold"), shown(value, 400)))
+
+
+def print_check(console: Console, found: CheckResult) -> None:
+    """Print what is wrong with a checkpoint, a line for each problem, the worst first."""
+    _line(console, _title(found, "no known U-Net"))
+    code_width = max((len(problem.code) for problem in found.problems), default=0)
+    for problem in found.problems:
+        takes = "" if problem.bytes is None else f", {size(problem.bytes)}"
+        severity = (f"{problem.severity:<7}  ", _SEVERITY_STYLES[problem.severity])
+        _line(console, Text.assemble(severity, f"{problem.code:<{code_width}}  {problem.message}{takes}"))
+    for code in found.fixed:
+        _line(console, Text.assemble((f"{'fixed':<7}  ", "green"), code))
+    counts = Counter(problem.severity for problem in found.problems)
+    _line(console, Text(", ".join(counted(count, severity) for severity, count in counts.items()) or "nothing is wrong"))
 
 
 def print_presets(console: Console, presets: Sequence[Preset]) -> None:
@@ -114,6 +130,11 @@ def size(count: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.2f} GB"
+
+
+def _title(found: Inspection | CheckResult, unknown: str) -> Text:
+    what = f"{_FAMILY_TITLES[found.family]}, {found.variant}, {found.naming} names" if found.family else unknown
+    return Text.assemble((shown(found.name), "bold"), f"  {what}")
 
 
 def _counts(result: MergeResult) -> Iterator[str]:
