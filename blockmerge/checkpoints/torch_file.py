@@ -85,9 +85,7 @@ def _read_zip(file: BinaryIO, size: int) -> tuple[object, dict[str, TensorInfo]]
     pickles = [name for name in entries if name.rpartition("/")[2] == "data.pkl" and name.count("/") < 2]
     if len(pickles) != 1:
         holds = f"it holds {listing(entries)}" if entries else "it is empty"
-        raise ValueError(
-            f"it is a zip archive without one data.pkl, as torch writes it ({holds}): if a model is in it, unpack it"
-        )
+        raise ValueError(f"it is a zip archive without one data.pkl, as torch writes it ({holds}): unpack it if a model is in it")
     folder = pickles[0].removesuffix("data.pkl")
     if folder + "constants.pkl" in entries:
         raise ValueError("it is a TorchScript program, not a state dict")

@@ -19,10 +19,10 @@ naming_option = click.option(
     "--to",
     "naming",
     metavar="ldm|diffusers",
-    help="The output: a file in LDM names, or a diffusers folder. [default: as A, or PATH]",
+    help="The output's naming: ldm (one file) or diffusers (a folder). [default: the first model's]",
 )
 ema_option = click.option(
-    "--ema", metavar="drop|keep|use", default="drop", help="What becomes of EMA copies; use makes them the U-Net. [default: drop]"
+    "--ema", metavar="drop|keep|use", default="drop", help="EMA copies: use makes them the U-Net. [default: drop]"
 )
 variant_option = click.option(
     "--variant", metavar="NAME", help="Which weights of a diffusers folder: fp16. [default: the plain ones]"

@@ -359,9 +359,8 @@ class _Judge:
                 if component == "other" or (component == "vae" and self.vae_source == VAE_FILE):
                     continue
                 stale = ", as it was: it does not follow the merge" if component == "ema" else ""
-                self.notes.append(
-                    f"the {_COMPONENT_TITLES.get(component, component)} is only in {shown(model.name)} and copied from there{stale}"
-                )
+                title = _COMPONENT_TITLES.get(component, component)
+                self.notes.append(f"the {title} is only in {shown(model.name)} and copied from there{stale}")
             if model.ema_tensors and any(component_of(name) == "unet" for name in model.source.tensors):
                 why = ", which would be stale" if self.recipe.method is not None else ""
                 self.notes.append(f"left out {counted(model.ema_tensors, 'EMA tensor')} of {shown(model.name)}{why}")

@@ -73,9 +73,8 @@ class Recipe:
         """Raise RecipeError when the method does not take that many models."""
         wanted = 1 if self._method is None else self._method.models
         if count != wanted:
-            raise RecipeError(
-                f"{f'{self.method} merges' if self.method else 'converting takes'} {counted(wanted, 'model')}; {count} given"
-            )
+            what = f"{self.method} merges" if self.method else "converting takes"
+            raise RecipeError(f"{what} {counted(wanted, 'model')}; {count} given")
 
     def as_metadata(self, models: Sequence[Checkpoint], weights: BlockWeights) -> str:
         """The recipe as the JSON text that goes into the output's metadata; file names without folders."""
