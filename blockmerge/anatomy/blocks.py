@@ -36,7 +36,8 @@ def block_of(name: str, family: str | None = None) -> str:
     'IN04'
 
     `name` is a tensor's name in LDM naming, with or without `model.diffusion_model.`, or a U-Net's name in diffusers
-    naming. `family` is one of LAYOUTS; it decides where `out.` and `conv_out.` are (OUT11, or OUT08 in SDXL). Without it, SD1 and SD2 are assumed. Everything outside the U-Net is BASE.
+    naming. `family` is one of LAYOUTS; it decides where `out.` and `conv_out.` are (OUT11, or OUT08 in SDXL). Without it, SD1
+    and SD2 are assumed. Everything outside the U-Net is BASE.
 
     Raises RecipeError when the family is unknown or has no such block.
     """
