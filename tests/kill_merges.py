@@ -19,7 +19,7 @@ import torch  # noqa: F401 (loaded for the children)
 
 import blockmerge
 import blockmerge.merging.kernel
-from blockmerge.checkpoints import writer
+from blockmerge.checkpoints import disk
 
 
 def child(action):
@@ -89,5 +89,5 @@ if __name__ == "__main__":
     if sys.argv[5:] == ["bare"]:  # without what Windows lacks; the children inherit it
         for name in ("O_DIRECT", "O_DIRECTORY", "pread", "pwrite", "posix_fallocate", "sched_getaffinity"):
             delattr(os, name)
-        writer._reserve = lambda *_: None
+        disk.reserve = lambda *_: None
     main(*sys.argv[1:4], int(sys.argv[4]))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import blockmerge
 from blockmerge import OutputError
-from blockmerge.checkpoints import AtomicFile, check_output, writer
+from blockmerge.checkpoints import AtomicFile, check_output, disk
 from blockmerge.cli.main import run
 from blockmerge.streaming import OutputStream, aligned_buffer
 from tests import oracle
@@ -164,14 +164,14 @@ def test_a_really_full_disk(pairs, small_tmpfs, capsys, monkeypatch, blind):
 
         real = shutil.disk_usage
         monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=1 << 40))
-        monkeypatch.setattr(writer, "_reserve", lambda *_: None)
+        monkeypatch.setattr(disk, "reserve", lambda *_: None)
     assert_refused(capsys, small_tmpfs, *pairs(), "-w", "0.5", says="no space left" if blind else "not enough space")
 
 
 @pytest.mark.parametrize("reserved", [True, False])
 def test_a_file_size_limit(pairs, system, capsys, monkeypatch, reserved):
     if not reserved:
-        monkeypatch.setattr(writer, "_reserve", lambda *_: None)
+        monkeypatch.setattr(disk, "reserve", lambda *_: None)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
     try:

@@ -2,15 +2,17 @@
 
 from blockmerge.checkpoints.assembled import Assembled, Assembly, Piece
 from blockmerge.checkpoints.checkpoint import Checkpoint, Reader, TensorInfo
+from blockmerge.checkpoints.disk import check_space
 from blockmerge.checkpoints.dtypes import FLOAT_DTYPES, itemsize
 from blockmerge.checkpoints.folder import DiffusersFolder, is_diffusers_folder
+from blockmerge.checkpoints.folder_writer import AtomicFolder, check_output_folder
 from blockmerge.checkpoints.hashes import Hashes, hash_file, old_hash
 from blockmerge.checkpoints.model import EMA_CHOICES, VAE_PREFIX, Model, View, vae_view
 from blockmerge.checkpoints.open import SUFFIXES, CheckpointLike, open_checkpoint
 from blockmerge.checkpoints.safetensors_file import SafetensorsFile, encode_header
 from blockmerge.checkpoints.state_dict import StateDict
 from blockmerge.checkpoints.torch_file import TorchFile
-from blockmerge.checkpoints.writer import AtomicFile, check_output, check_space
+from blockmerge.checkpoints.writer import AtomicFile, check_output
 
 __all__ = [
     "EMA_CHOICES",
@@ -20,6 +22,7 @@ __all__ = [
     "Assembled",
     "Assembly",
     "AtomicFile",
+    "AtomicFolder",
     "Checkpoint",
     "CheckpointLike",
     "DiffusersFolder",
@@ -33,6 +36,7 @@ __all__ = [
     "TorchFile",
     "View",
     "check_output",
+    "check_output_folder",
     "check_space",
     "encode_header",
     "hash_file",

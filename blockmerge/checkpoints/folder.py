@@ -32,6 +32,7 @@ _INDEX = re.compile(rf"{_STEM}(\.(?P<v1>[^.]+))?\.{_KIND}(\.(?P<v2>[^.]+))?\.ind
 _ANY_WEIGHTS = re.compile(
     r".+\.(safetensors|bin|pt|pth|ckpt|msgpack|onnx|onnx_data|pb|h5|gguf|flashpack|xml|tflite)|.+\.index(\.[^.]+)?\.json"
 )
+_CONFIG = re.compile(r"[^.].*\.json|[^.].*\.model|merges\.txt|vocab\.txt|chat_template\.jinja")
 _LARGEST_CARRIED = 64_000_000  # bytes; the largest tokenizers have less than half
 
 
@@ -112,6 +113,23 @@ def is_diffusers_folder(path: str | os.PathLike[str]) -> bool:
         return folder.is_dir() and ((folder / MODEL_INDEX).is_file() or bool(_component_folders(folder)))
     except (OSError, CheckpointError):
         return False
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """Return what lies in a folder and is no part of a model, as relative paths: what would be lost with the folder.
+
+    Raises OSError, and CheckpointError for a model_index.json that cannot be read.
+    """
+    parts = _part_folders(folder)
+    alone = "" in _component_folders(folder)
+    entries = [entry for entry in folder.iterdir() if entry.name not in parts]
+    foreign = [entry for entry in entries if not (_is_of_a_part(entry) if alone else entry.name == MODEL_INDEX)]
+    foreign += [entry for part in parts for entry in (folder / part).iterdir() if not _is_of_a_part(entry)]
+    return sorted(entry.relative_to(folder).as_posix() for entry in foreign)
+
+
+def _is_of_a_part(path: Path) -> bool:
+    return not path.is_dir() and any(kind.fullmatch(path.name) for kind in (_SINGLE, _ONE_OF_SHARDS, _INDEX, _CONFIG))
 
 
 class _FolderReader(Reader):

@@ -8,29 +8,15 @@ writer in that folder finds it and removes it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
-import re
-import secrets
-import shutil
 import stat
-import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
+from blockmerge.checkpoints import disk
 from blockmerge.errors import OutputError, reason, shown
-
-try:
-    import fcntl
-except ImportError:  # Windows, where an open file cannot be removed anyway
-    fcntl = None  # type: ignore[assignment]
-
-_TEMP_PREFIX, _TEMP_SUFFIX = ".blockmerge-", ".tmp"
-_TEMP_NAME = re.compile(r"\.blockmerge-\d+-[0-9a-f]{8}\.tmp")
-_YOUNG = 600  # seconds
 
 
 def check_output(path: str | os.PathLike[str], inputs: Iterable[Path] = (), *, overwrite: bool = False) -> Path:
@@ -41,7 +27,7 @@ def check_output(path: str | os.PathLike[str], inputs: Iterable[Path] = (), *, o
     """
     try:
         target = Path(os.path.realpath(path))
-        folder_exists, status = target.parent.is_dir(), _stat(target)
+        folder_exists, status = target.parent.is_dir(), disk.status(target)
     except (OSError, ValueError) as error:
         why = reason(error) if isinstance(error, OSError) else str(error)
         raise OutputError(f"cannot write {shown(path)}: {why}") from error
@@ -58,20 +44,6 @@ def check_output(path: str | os.PathLike[str], inputs: Iterable[Path] = (), *, o
     if not folder_exists:
         raise OutputError(f"cannot write {shown(path)}: the folder {shown(target.parent)} does not exist")
     return target
-
-
-def check_space(target: Path, size: int) -> None:
-    """Raise OutputError when `size` bytes are not free where `target` is to lie, OSError when that cannot be told."""
-    free = shutil.disk_usage(target.parent).free
-    if free < size:
-        raise OutputError(f"not enough space for {shown(target)}: it needs {_mega(size)}, {_mega(free)} are free")
-
-
-def _stat(path: Path) -> os.stat_result | None:
-    try:
-        return os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
 
 
 class AtomicFile:
@@ -93,11 +65,10 @@ class AtomicFile:
 
     def __enter__(self) -> Self:
         try:
-            self.swept = tuple(_sweep(self.target.parent))
-            check_space(self.target, self.size)
-            self._create()
-            assert self._file is not None
-            _reserve(self._file, self.size)
+            self.swept = tuple(disk.sweep(self.target.parent))
+            disk.check_space(self.target, self.size)
+            self.path, self._file = disk.create_locked(self.target.parent, disk.TEMP)
+            disk.reserve(self._file, self.size)
         except OSError as error:
             self.discard()
             raise self._failed(error) from error
@@ -121,12 +92,12 @@ class AtomicFile:
         assert self._file is not None
         try:
             os.ftruncate(self._file, self.size)
-            _flush(self._file)
+            disk.flush(self._file)
             if os.name == "nt":  # Windows renames no open file
                 os.close(self._file)
                 self._file = None
             self._rename()
-            _sync_folder(self.target.parent)
+            disk.sync_folder(self.target.parent)
         except OSError as error:
             raise self._failed(error) from error
         finally:
@@ -135,32 +106,12 @@ class AtomicFile:
     def discard(self) -> None:
         """Remove the temp file, if there still is one."""
         if self._file is not None:
-            if os.name != "nt":
-                # Removed before it is unlocked, so that no other writer can find it as a leftover.
-                self._remove()
-            os.close(self._file)
+            disk.unlock_and_remove(self.path, self._file)
             self._file = None
-        self._remove()
-
-    def _remove(self) -> None:
-        if self.path != self.target:
+        elif self.path != self.target:
             # An error here must not hide the one that led here, and after a rename there is nothing left to lose.
             with contextlib.suppress(OSError):
                 self.path.unlink(missing_ok=True)
-
-    def _create(self) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-        for _ in range(100):
-            name = f"{_TEMP_PREFIX}{os.getpid()}-{secrets.token_hex(4)}{_TEMP_SUFFIX}"
-            self.path = self.target.with_name(name)
-            self._file = os.open(self.path, flags, 0o666)
-            if _lock(self._file) and self.path.exists():
-                return
-            # Between creating and locking it, another writer took it for a leftover and removed it.
-            os.close(self._file)
-            self._file = None
-            self.path.unlink(missing_ok=True)
-        raise OSError(errno.EAGAIN, "temp files vanish as soon as they are made")
 
     def _rename(self) -> None:
         if self._overwrite:
@@ -181,96 +132,3 @@ class AtomicFile:
         if isinstance(error, FileExistsError):
             return OutputError(f"{shown(self.target)} has appeared meanwhile: give another name, or --overwrite")
         return OutputError(f"cannot write {shown(self.target)}: {reason(error)}")
-
-
-def _lock(file: int) -> bool:
-    """Lock a file for as long as it is open, or say that somebody else has. Where files cannot be locked: True."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
-
-
-def _sweep(folder: Path) -> Iterable[str]:
-    """Remove what killed writers left in `folder`, and say what was found."""
-    for path in sorted(folder.glob(f"{_TEMP_PREFIX}*{_TEMP_SUFFIX}")):
-        if not _TEMP_NAME.fullmatch(path.name):
-            continue
-        try:
-            size = path.stat().st_size
-            if _remove_if_abandoned(path):
-                yield f"removed {shown(path.name)} ({_mega(size)}), left by an interrupted run"
-        except OSError:
-            continue  # somebody else's, or already gone
-
-
-def _remove_if_abandoned(path: Path) -> bool:
-    """Remove a temp file that no living writer holds, and say whether it was one."""
-    if fcntl is None:
-        # Windows removes no open file, but a writer closes its file just before it renames it: leave young ones alone.
-        if time.time() - path.stat().st_mtime < _YOUNG:
-            return False
-        path.unlink()
-        return True
-    file = os.open(path, os.O_RDWR)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Still locked: a writer that has just created it finds that it is gone, and makes another.
-        path.unlink()
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(file)
-    return True
-
-
-def _reserve(file: int, size: int) -> None:
-    """Reserve `size` bytes where the file system can. Raises OSError when they are not to be had.
-
-    `os.posix_fallocate` is not used: on file systems that cannot reserve it writes every block instead.
-    """
-    if sys.platform != "linux" or size == 0:
-        return
-    try:
-        fallocate = ctypes.CDLL(None, use_errno=True).fallocate
-    except (OSError, AttributeError):
-        return
-    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    if fallocate(file, 0, 0, size) != 0:
-        code = ctypes.get_errno()
-        if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-            raise OSError(code, os.strerror(code))
-
-
-def _flush(file: int) -> None:
-    """Flush a file to the disk itself."""
-    if fcntl is not None and hasattr(fcntl, "F_FULLFSYNC"):  # on macOS, fsync stops at the drive's own cache
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(file, fcntl.F_FULLFSYNC)
-            return
-    os.fsync(file)
-
-
-def _sync_folder(folder: Path) -> None:
-    # Makes the new name itself survive a power cut. Not every system lets a folder be opened; the data is safe already.
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    try:
-        file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return
-    try:
-        os.fsync(file)
-    except OSError:
-        pass
-    finally:
-        os.close(file)
-
-
-def _mega(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"

@@ -14,6 +14,7 @@ from blockmerge.checkpoints import (
     AtomicFolder,
     Checkpoint,
     CheckpointLike,
+    DiffusersFolder,
     Model,
     check_output,
     check_output_folder,
@@ -162,6 +163,7 @@ def _prepare(
     form = _form(recipe, opened[0], output)
     plan = make_plan(opened, recipe, form)
     inputs = [file for checkpoint in plan.checkpoints.values() for file in checkpoint.files]
+    inputs += [model.source.path for model in opened if isinstance(model.source, DiffusersFolder)]
     check = check_output_folder if form.folder else check_output
     return plan, check(output, inputs, overwrite=overwrite)
 
