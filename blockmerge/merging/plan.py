@@ -165,7 +165,7 @@ def make_plan(models: Sequence[Model], recipe: Recipe, form: Form) -> Plan:
     small_files: dict[str, bytes] = {}
     if form.folder:
         shards, indexes = split_folder(decided.tensors, models)
-        small_files = {**folder_files(models, decided, anatomy), **indexes}
+        small_files = {**folder_files(recipe, models, decided.tensors, anatomy), **indexes}
         files = [_plan_file(path, shard, decided, metadata) for path, shard in shards.items()]
     else:
         files = [_plan_file("", decided.tensors, decided, metadata)]
