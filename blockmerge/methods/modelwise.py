@@ -85,7 +85,7 @@ def _cosines(a: torch.Tensor, b: torch.Tensor, *, normalised: bool) -> tuple[tor
         squares_b += (wide_b * wide_b).sum(0)
     columns = (dots / (squares_a.sqrt() * squares_b.sqrt())).clamp_(-1, 1)
     if normalised:  # then every column that is not of zeros has the norm 1
-        dots, squares_a, squares_b = columns.nan_to_num(), squares_a > 0, squares_b > 0
+        dots, squares_a, squares_b = columns.nan_to_num(), (squares_a > 0).to(exact), (squares_b > 0).to(exact)
     return columns, (dots.sum() / (squares_a.sum().sqrt() * squares_b.sum().sqrt())).clamp_(-1, 1)
 
 

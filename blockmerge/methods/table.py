@@ -56,7 +56,7 @@ class Number:
             number = int(str(value)) if self.kind == "whole number" else float(value)
             if math.isfinite(number) and self.low <= number <= self.high and not (self.open_above and number == self.high):
                 return number
-        except (TypeError, ValueError, OverflowError):
+        except (TypeError, ValueError, ArithmeticError):
             pass
         raise RecipeError(f"{shown(method)} needs {self.range} as {self.name}: found {shown(value)}")
 

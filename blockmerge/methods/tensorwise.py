@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from blockmerge.methods.arithmetic import combine_into, exact_dtype, round_into, slabs, wide_dtype
+from blockmerge.methods.arithmetic import exact_dtype, round_into, slabs, wide_dtype
 from blockmerge.methods.elementwise import weighted_sum
 from blockmerge.methods.planning import share, swapped_columns
 from blockmerge.methods.rowwise import take_rows
@@ -34,12 +34,12 @@ def slerp(a: torch.Tensor, b: torch.Tensor, *, alpha: float, out: torch.Tensor) 
         return out
     angle = math.acos(cosine)
     norm = (1 - alpha) * norm_a + alpha * norm_b
-    factors = [
-        math.sin((1 - alpha) * angle) / math.sin(angle) * (norm / norm_a),
-        math.sin(alpha * angle) / math.sin(angle) * (norm / norm_b),
-    ]
+    # Of two norms that are far apart one factor may be beyond float32.
+    factor_a = math.sin((1 - alpha) * angle) / math.sin(angle) * (norm / norm_a)
+    factor_b = math.sin(alpha * angle) / math.sin(angle) * (norm / norm_b)
+    exact = exact_dtype(out.device)
     for part in slabs(flat_out.shape):
-        combine_into(flat_out[part], [flat_a[part], flat_b[part]], factors)
+        round_into(flat_out[part], (flat_a[part].to(exact) * factor_a).add_(flat_b[part].to(exact), alpha=factor_b))
     return out
 
 
@@ -91,7 +91,7 @@ def ties(*models: torch.Tensor, alpha: float, density: float = 0.2, out: torch.T
         sign = _sum(kept).sign().to(wide)
         agreeing = [delta.mul_(delta.sign() == sign) for delta in kept]
         count = torch.stack([delta != 0 for delta in agreeing]).sum(0).clamp_(min=1)
-        round_into(flat_out[part], wide_a.add_((_sum(agreeing) / count).to(wide), alpha=alpha))
+        round_into(flat_out[part], wide_a.add((_sum(agreeing) / count).to(wide), alpha=alpha))
     return out
 
 
@@ -137,5 +137,5 @@ def model_stock(*models: torch.Tensor, alpha: float, out: torch.Tensor) -> torch
     for part in slabs(flat_out.shape):
         wide_a = a[part].to(wide)
         mean = _sum([other[part].to(wide) - wide_a for other in others]).div_(count)
-        round_into(flat_out[part], wide_a.add_(mean.to(wide), alpha=alpha * min(1.0, step)))
+        round_into(flat_out[part], wide_a.add(mean.to(wide), alpha=alpha * min(1.0, step)))
     return out
