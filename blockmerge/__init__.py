@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from blockmerge.merging import convert as convert
     from blockmerge.merging import merge as merge
     from blockmerge.merging import merge_state_dicts as merge_state_dicts
+    from blockmerge.methods import merge_method as merge_method
     from blockmerge.weights import BlockWeights as BlockWeights
     from blockmerge.weights import load_preset as load_preset
     from blockmerge.weights import preset_names as preset_names
@@ -70,6 +71,7 @@ _HOMES = {
     "inspect": "inspecting",
     "load_preset": "weights",
     "merge": "merging",
+    "merge_method": "methods",
     "merge_state_dicts": "merging",
     "open_checkpoint": "checkpoints",
     "preset_names": "weights",

@@ -45,7 +45,13 @@ MAY_IMPORT = {
 }
 EVERYONE_MAY_IMPORT = {"errors", "version"}
 LOADED_LATE = {
+    "methods/arithmetic.py",
     "methods/elementwise.py",
+    "methods/modelwise.py",
+    "methods/randomness.py",
+    "methods/rowwise.py",
+    "methods/smoothing.py",
+    "methods/tensorwise.py",
     "merging/kernel.py",
     "streaming/tensors.py",
     "comparing/attention.py",
@@ -136,6 +142,7 @@ def test_the_public_names():
         "inspect",
         "load_preset",
         "merge",
+        "merge_method",
         "merge_state_dicts",
         "open_checkpoint",
         "preset_names",

@@ -39,14 +39,22 @@ def check_json(found: CheckResult) -> str:
 
 
 def methods_json(methods: Sequence[Method]) -> str:
-    """A list of methods; `weights` are the kinds of block weights that each takes, `numbers` its extra numbers."""
+    """A list of methods; `models` is null where it is any number, `weights` are the block weights that each takes."""
     return _dumps(
         [
             {
                 "name": method.name,
                 "models": method.models,
-                "weights": ["alpha"],
-                "numbers": [],
+                "weights": list(method.weights),
+                "numbers": [
+                    {
+                        "name": number.name,
+                        "default": number.default,
+                        "range": number.range,
+                        "description": number.text,
+                    }
+                    for number in method.numbers
+                ],
                 "locality": method.locality,
                 "formula": method.formula,
                 "source": method.source,

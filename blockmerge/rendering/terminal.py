@@ -98,11 +98,38 @@ def print_presets(console: Console, presets: Sequence[Preset]) -> None:
 
 
 def print_methods(console: Console, methods: Sequence[Method]) -> None:
-    """Print each method with its formula and where it comes from."""
+    """Print each method with its formula, and what it takes."""
     for method in methods:
         _line(console, Text(method.name, "bold"))
-        _line(console, Text(f"  {method.formula}"))
-        _line(console, Text.assemble(("  ", ""), (f"{method.models} models, {method.source}", "dim")))
+        _line(console, Text(f"  {shown(method.formula, 400)}"))
+        _line(
+            console, Text(f"  {', '.join((method.count, *method.weights, *(number.name for number in method.numbers)))}", "dim")
+        )
+
+
+_CUTS = {
+    "element": "one element",
+    "row": "one row",
+    "tensor": "one tensor",
+    "model": "all tensors, which are read twice",
+}
+
+
+def print_method(console: Console, method: Method) -> None:
+    """Print all there is to know about a method."""
+    _line(console, Text(shown(method.name), "bold"))
+    _line(console, Text(f"  {shown(method.formula, 400)}"))
+    facts = [("models", method.count)]
+    for weight, usual in method.weights.items():
+        facts.append((weight, "a weight for each block" + ("" if usual is None else f", {usual:g} by default")))
+    for number in method.numbers:
+        default = "1 each" if number.default is None else f"{number.default:g}"
+        about = f"; {shown(number.text, 400)}" if number.text else ""
+        facts.append((shown(number.name), f"{number.range}, {default} by default{about}"))
+    facts += [("looks at", _CUTS[method.locality]), ("source", shown(method.source, 400))]
+    width = max(len(name) for name, _ in facts)
+    for name, fact in facts:
+        _line(console, Text.assemble("  ", (f"{name:<{width}}", "dim"), f"  {fact}"))
 
 
 def print_preset(console: Console, preset: Preset) -> None:
