@@ -176,8 +176,8 @@ class _Judge:
                 self.faults.append(f"{shown(name)} (shapes differ: {shown(said)})")
                 return None
         block = block_of(self.plain_of_ema.get(name, name), self.family)
-        alpha, beta = self.weights[block], self.beta[block] if self.beta is not None else None
-        source = 0 if alpha is None else self.recipe.merge_method.copies(alpha)
+        alpha, beta = self.weights[block], self.beta[block] if self.beta is not None else 0.0
+        source = 0 if alpha is None or beta is None else self.recipe.merge_method.copies(alpha, beta)
         dtype = self.recipe.output_dtype or self.views[0].tensors[name].dtype
         shape = shapes[wider or 0]
         if source is not None:
