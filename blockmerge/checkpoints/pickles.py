@@ -181,7 +181,7 @@ class _Machine:
     def long(self, size: int) -> None:
         data = self.take(size)
         fits = size <= _LONGEST_INT
-        self.push(int.from_bytes(data, "little", signed=True) if fits else Unbuilt(f"a number of {size} bytes"))
+        self.push(int.from_bytes(data, "little", signed=True) if fits else Unbuilt(f"number of {size} bytes"))
 
     def text(self, size: int) -> None:
         self.push(self.take(size).decode("utf-8", "surrogatepass"))
@@ -238,7 +238,7 @@ def _key(key: object) -> object:
     # Only what no file can make collide: of tuples and long numbers, thousands with one hash are easily made.
     if isinstance(key, (str, bytes, float)) or (isinstance(key, int) and key.bit_length() <= 64):
         return key
-    return Unbuilt("a key that is no text")
+    return Unbuilt("key that is no text")
 
 
 def _named(module: str, name: str) -> object:

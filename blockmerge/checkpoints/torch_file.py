@@ -85,7 +85,9 @@ def _read_zip(file: BinaryIO, size: int) -> tuple[object, dict[str, TensorInfo]]
     pickles = [name for name in entries if name.rpartition("/")[2] == "data.pkl" and name.count("/") < 2]
     if len(pickles) != 1:
         holds = f"it holds {listing(entries)}" if entries else "it is empty"
-        raise ValueError(f"it is a zip archive without one data.pkl, as torch writes it ({holds}): if a model is in it, unpack it")
+        raise ValueError(
+            f"it is a zip archive without one data.pkl, as torch writes it ({holds}): if a model is in it, unpack it"
+        )
     folder = pickles[0].removesuffix("data.pkl")
     if folder + "constants.pkl" in entries:
         raise ValueError("it is a TorchScript program, not a state dict")
@@ -179,13 +181,13 @@ def _state_dict(content: object) -> dict[str, StoredTensor]:
 
 def _kind(value: object) -> str:
     match value:
-        case Unbuilt(what=what):
-            return f"a {shown(what)}"
         case StoredTensor():
-            return "a tensor"
-        case Dtype(name=name):
-            return f"the dtype {name}"
-    return f"a {type(value).__name__.lstrip('_').lower()}"
+            kind = "tensor"
+        case Unbuilt(what=what):
+            kind = shown(what)
+        case _:
+            kind = type(value).__name__.lstrip("_").lower()
+    return f"{'an' if kind[:1] in 'aeiou' else 'a'} {kind}"
 
 
 def _locate(
