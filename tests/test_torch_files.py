@@ -334,3 +334,22 @@ def test_a_file_that_changes_is_refused(tmp_path):
     os.utime(tmp_path / "x.ckpt", ns=(1, 1))
     with pytest.raises(CheckpointError, match=r"x\.ckpt was changed while it was being read"):
         checkpoint.check_unchanged()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs sparse files")
+def test_storages_beyond_4_gb(tmp_path):
+    """Offsets that need 64 bits, in a file that takes next to no space."""
+    import zipfile
+
+    from tests import attacks
+
+    path = tmp_path / "x.ckpt"
+    with path.open("wb") as file:
+        file.write(b"PK\3\4")
+        file.seek(5 << 30)
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("x/data.pkl", attacks.GOOD)
+            archive.writestr("x/data/0", attacks.DATA)
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.tensors["a"].offset > 5 << 30
+    assert checkpoint.read("a") == attacks.DATA

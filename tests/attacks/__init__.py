@@ -268,6 +268,12 @@ def huge_text(canary):
     return proto(b"\x8d" + struct.pack("<Q", 1 << 63), version=4)
 
 
+@pickle("a text, not a state dict")
+def wide_text(canary):
+    """One letter that needs four bytes makes all others take as many."""
+    return proto(text("x" * 30_000_000 + "\U0001f600"))
+
+
 @pickle("cut short")
 def huge_long(canary):
     return proto(b"\x8b" + struct.pack("<I", 1 << 31))
@@ -278,7 +284,7 @@ def huge_frame(canary):
     return proto(b"\x95" + struct.pack("<Q", 1 << 60), version=4)
 
 
-@pickle("cut short, or holds a name that is too long")
+@pickle("or holds a name that is too long")
 def endless_name(canary):
     return proto(b"c" + b"os." * 100_000 + b"\nsystem\n")
 
@@ -585,6 +591,21 @@ def zip_with_a_directory_elsewhere():
 @file("not at the end of the file")
 def zip_with_more_behind_it():
     return zipped() + b"more"
+
+
+@file("has 40,000,015 bytes, far more than any model needs")
+def zip_with_a_large_pickle():
+    return zipped(proto(b"\x8e" + struct.pack("<Q", 40_000_000) + bytes(40_000_000), b"0N0", version=4))
+
+
+@file("or of more than 32 MB")
+def stream_with_a_large_pickle():
+    return streamed(proto(b"\x8e" + struct.pack("<Q", 40_000_000) + bytes(40_000_000), version=4))
+
+
+@file("or of more than 32 MB")
+def stream_with_many_large_texts():
+    return streamed(proto((text("x" * 65_000) + b"0") * 600))
 
 
 @file("big-endian")
