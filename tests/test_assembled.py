@@ -54,7 +54,7 @@ def test_pieces_are_torchs_views(cases, chunk, group, short):
         expected[f"joined {number}"] = torch.cat([view.flatten(), flat, view.flatten()])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(assembled, "_GROUP", group)
-        patch.setattr(assembled, "_SHORT", 4 if short else 1 << 16)
+        patch.setattr(assembled, "_SHORT", 8 if short else 1 << 16)
         checkpoint = Assembled(base, tensors)
         for name, tensor in expected.items():
             info = checkpoint.tensors[name]
@@ -90,7 +90,7 @@ def test_large_tensors_in_chunks(tmp_path, shape, strides):
     from safetensors.torch import save_file
 
     from blockmerge import open_checkpoint
-    from blockmerge.checkpoints.safetensors_file import FileReader
+    from blockmerge.checkpoints.file import FileReader
 
     elements = 1 + sum((extent - 1) * stride for extent, stride in zip(shape, strides, strict=True))
     flat = torch.randn(elements)

@@ -5,7 +5,8 @@ and dicts. What training scripts are known to leave beside a state dict becomes 
 refused where it is named. Storages are described, never loaded. The formats are those of Python's `pickletools` and of
 `torch.save` (torch/_utils.py, torch/serialization.py).
 
-Everything is bounded before it is made: a count against the bytes there are, operations by `_MOST_OPERATIONS`.
+Everything is bounded before it is made: a count against the bytes there are and `LARGEST_PICKLE`, operations by
+`_MOST_OPERATIONS`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from typing import Any, BinaryIO
 
 from blockmerge.errors import shown
 
+LARGEST_PICKLE = 32 << 20  # bytes; SDXL with EMA and an optimizer takes some 6 MB
 _MOST_OPERATIONS = 2_000_000  # a tensor takes some 45; SDXL with EMA and an optimizer 500,000
 _LONGEST_NAME = 1000
+_CUT_SHORT = f"its pickle is cut short, or of more than {LARGEST_PICKLE >> 20} MB"
 _LONGEST_INT = 64  # bytes; none in a model file is longer than torch's magic number of 10
 
 _INERT_MODULES = frozenset({
@@ -99,19 +102,19 @@ class _Builder:
     build: Callable[..., object]
 
 
-def load(file: BinaryIO, end: int, storages: dict[str, Storage]) -> object:
-    """Read one pickle from `file`, which holds `end` bytes in all; leave the file behind it.
+def load(file: BinaryIO, size: int, storages: dict[str, Storage]) -> object:
+    """Read one pickle from `file`, which holds at most `size` bytes more; leave the file behind it.
 
     Returns plain data: numbers, texts, bytes, None, tuples, lists (also for sets), dicts, and the classes above.
     `storages` gets every storage that is named. Raises ValueError, in words for people, for what is refused or damaged.
     """
-    return _Machine(file, end, storages).run()
+    return _Machine(file, size, storages).run()
 
 
 class _Machine:
-    def __init__(self, file: BinaryIO, end: int, storages: dict[str, Storage]) -> None:
+    def __init__(self, file: BinaryIO, size: int, storages: dict[str, Storage]) -> None:
         self.file = file
-        self.end = end
+        self.left = min(size, LARGEST_PICKLE)  # an upper bound: opcodes are not counted
         self.storages = storages
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []  # the stacks below each mark
@@ -132,11 +135,10 @@ class _Machine:
         raise ValueError(f"its pickle takes more than {_MOST_OPERATIONS:,} steps")
 
     def take(self, count: int) -> bytes:
-        if count > 1 << 16 and count > self.end - self.file.tell():
-            raise ValueError("its pickle is cut short")
-        data = self.file.read(count)
+        self.left -= count
+        data = self.file.read(count) if self.left >= 0 else b""
         if len(data) != count:
-            raise ValueError("its pickle is cut short")
+            raise ValueError(_CUT_SHORT)
         return data
 
     def number(self, size: int) -> int:
@@ -144,8 +146,9 @@ class _Machine:
 
     def line(self) -> str:
         data = self.file.readline(_LONGEST_NAME)
-        if not data.endswith(b"\n"):
-            raise ValueError("its pickle is cut short, or holds a name that is too long")
+        self.left -= len(data)
+        if not data.endswith(b"\n") or self.left < 0:
+            raise ValueError(f"{_CUT_SHORT}, or holds a name that is too long")
         return data[:-1].decode("utf-8", "backslashreplace")
 
     def push(self, value: object) -> None:
@@ -181,7 +184,7 @@ class _Machine:
     def long(self, size: int) -> None:
         data = self.take(size)
         fits = size <= _LONGEST_INT
-        self.push(int.from_bytes(data, "little", signed=True) if fits else Unbuilt(f"a number of {size} bytes"))
+        self.push(int.from_bytes(data, "little", signed=True) if fits else Unbuilt(f"number of {size} bytes"))
 
     def text(self, size: int) -> None:
         self.push(self.take(size).decode("utf-8", "surrogatepass"))
@@ -229,7 +232,7 @@ def _refused_opcode(code: bytes) -> str:
     import pickletools
 
     if not code:
-        return "its pickle is cut short"
+        return _CUT_SHORT
     known = [opcode.name for opcode in pickletools.opcodes if opcode.code == code.decode("latin1")]
     return f"its pickle holds the opcode {known[0] if known else repr(code)}, which torch never writes: it is refused"
 
@@ -238,7 +241,7 @@ def _key(key: object) -> object:
     # Only what no file can make collide: of tuples and long numbers, thousands with one hash are easily made.
     if isinstance(key, (str, bytes, float)) or (isinstance(key, int) and key.bit_length() <= 64):
         return key
-    return Unbuilt("a key that is no text")
+    return Unbuilt("key that is no text")
 
 
 def _named(module: str, name: str) -> object:
@@ -319,8 +322,8 @@ def _protocol(machine: _Machine) -> None:
 
 
 def _frame(machine: _Machine) -> None:
-    if machine.number(8) > machine.end - machine.file.tell():
-        raise ValueError("its pickle is cut short")
+    if machine.number(8) > machine.left:
+        raise ValueError(_CUT_SHORT)
 
 
 def _mark(machine: _Machine) -> None:

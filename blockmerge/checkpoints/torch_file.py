@@ -17,7 +17,7 @@ from blockmerge.checkpoints.assembled import Assembled, Assembly, Piece
 from blockmerge.checkpoints.checkpoint import TensorInfo
 from blockmerge.checkpoints.dtypes import itemsize
 from blockmerge.checkpoints.file import FileCheckpoint
-from blockmerge.checkpoints.pickles import Dtype, Storage, StoredTensor, Unbuilt, load
+from blockmerge.checkpoints.pickles import LARGEST_PICKLE, Dtype, Storage, StoredTensor, Unbuilt, load
 from blockmerge.checkpoints.zip_entries import read_entries
 from blockmerge.errors import listing, shown
 
@@ -25,7 +25,6 @@ TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
-_LARGEST_PICKLE = 100_000_000  # bytes; as for the header of a safetensors file
 _MOST_AXES = 64
 _MOST_NESTED = 3
 _OTHER_SIZES = {"complex128": 16, "qint8": 1, "quint8": 1, "qint32": 4, "quint4x2": 1, "quint2x4": 1}
@@ -96,7 +95,8 @@ def _read_zip(file: BinaryIO, size: int) -> tuple[object, dict[str, TensorInfo]]
             raise ValueError("it was written on a big-endian machine: save it anew on another")
     pickle = entries[pickles[0]]
     start = pickle.locate(file)
-    _check_pickle_size(pickle.size)
+    if pickle.size > LARGEST_PICKLE:
+        raise ValueError(f"its pickle has {pickle.size:,} bytes, far more than any model needs")
     file.seek(start)
     named: dict[str, Storage] = {}
     content = load(io.BytesIO(file.read(pickle.size)), pickle.size, named)
@@ -123,7 +123,6 @@ def _read_legacy(file: BinaryIO, size: int) -> tuple[object, dict[str, TensorInf
     content = load(file, size, named)
     keys = load(file, size, named)
     position = file.tell()
-    _check_pickle_size(position)
     if not isinstance(keys, list) or not all(isinstance(key, str) and key in named for key in keys):
         raise ValueError("the list of its storages is damaged")
     storages = {}
@@ -142,11 +141,6 @@ def _read_legacy(file: BinaryIO, size: int) -> tuple[object, dict[str, TensorInf
     if position != size:
         raise ValueError("it goes on after its last storage")
     return content, storages
-
-
-def _check_pickle_size(size: int) -> None:
-    if size > _LARGEST_PICKLE:
-        raise ValueError(f"its pickle has {size:,} bytes, far more than any model needs")
 
 
 def _size_of(dtype: str) -> int:
@@ -179,13 +173,13 @@ def _state_dict(content: object) -> dict[str, StoredTensor]:
 
 def _kind(value: object) -> str:
     match value:
-        case Unbuilt(what=what):
-            return f"a {shown(what)}"
         case StoredTensor():
-            return "a tensor"
-        case Dtype(name=name):
-            return f"the dtype {name}"
-    return f"a {type(value).__name__.lstrip('_').lower()}"
+            kind = "tensor"
+        case Unbuilt(what=what):
+            kind = shown(what)
+        case _:
+            kind = "text" if isinstance(value, str) else type(value).__name__.lstrip("_").lower()
+    return f"{'an' if kind[:1] in 'aeiou' else 'a'} {kind}"
 
 
 def _locate(
