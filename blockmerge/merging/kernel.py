@@ -25,7 +25,7 @@ class Kernel:
     """One worker's means to compute: the method, the device, and a buffer for each operand."""
 
     def __init__(self, recipe: Recipe, device: str, chunk_bytes: int) -> None:
-        self._method = recipe.merge_method.function
+        self._recipe = recipe
         self._check = not recipe.allow_nonfinite
         self._device = torch.device(device)
         self._chunk_bytes = chunk_bytes
@@ -77,7 +77,7 @@ class Kernel:
         if alpha is None:
             cast(*inputs, out=result)
         else:
-            self._method(*inputs, alpha=alpha, out=result)
+            self._recipe.merge_method.function(*inputs, alpha=alpha, out=result)
         finite = not self._check or all_finite(result)
         if result is not out:
             out.copy_(result)

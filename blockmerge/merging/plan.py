@@ -160,7 +160,7 @@ def make_plan(models: Sequence[Model], recipe: Recipe, form: Form) -> Plan:
     weights = recipe.weights.resolve(models[0].anatomy.family.name)
     decided = decide(models, recipe, weights, naming=form.naming)
     sources = [model.source for model in models]
-    metadata = output_metadata(sources[0].metadata, recipe.as_metadata(sources, weights))
+    metadata = output_metadata(sources[0].metadata, recipe.as_metadata(sources, weights), models[0].anatomy.family.name)
     anatomy = identify({d.key: d.shape for d in decided.tensors if component_of(d.ldm) != "ema"})  # B may have widened it
     small_files: dict[str, bytes] = {}
     if form.folder:
