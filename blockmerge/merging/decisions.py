@@ -30,7 +30,7 @@ from blockmerge.checkpoints import FLOAT_DTYPES, VAE_PREFIX, Checkpoint, Model, 
 from blockmerge.errors import CheckpointError, IncompatibleModelsError, RecipeError, counted, listing, shown
 from blockmerge.merging.recipe import Recipe
 from blockmerge.merging.result import Counts
-from blockmerge.weights import BlockWeights
+from blockmerge.weights import BlockWeights, Change
 
 VAE_FILE = -1
 """Stands for the stand-alone VAE file among the numbers of the models."""
@@ -52,7 +52,7 @@ class Decision:
     `name` is its name in the output, `ldm` the LDM tensor that it is or is a part of, and `key` what the sources' views
     call it. `sources` are the models it is read from (0 = A, 1 = B, …, VAE_FILE). With `alpha` it is computed by the
     method, without it is the one source's, cast to `dtype` where that differs; with `literal` it is those bytes. `wider`
-    is the model whose additional input channels are kept, where only the first four are merged.
+    is the model whose additional input channels are kept, where only the first four are merged; `change` is what `adjust` does.
     """
 
     name: str
@@ -65,14 +65,20 @@ class Decision:
     beta: float | None = None
     literal: bytes | None = None
     wider: int | None = None
+    change: Change | None = None
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """All tensors of the output in A's order, then what only others have; the sources' views; counts and notes."""
+    """All tensors of the output in A's order, then what only others have; counts and notes.
+
+    `views` are the sources under the output's names, `ldm` the models under LDM's, which methods that look at more than
+    single elements are defined on.
+    """
 
     tensors: tuple[Decision, ...]
     views: Mapping[int, View]
+    ldm: Mapping[int, View]
     counts: Counts
     notes: tuple[str, ...]
 
@@ -116,6 +122,7 @@ class _Judge:
     only_in: dict[int, list[str]] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     mixed: list[str] = field(default_factory=list)
+    ruled: list[tuple[str, str]] = field(default_factory=list)
 
     def decide(self) -> Decisions:
         _check_kinds(self.models)
@@ -127,14 +134,16 @@ class _Judge:
         self._check_unets()
         names = list(dict.fromkeys(name for view in self.views.values() for name in view.tensors))
         self.plain_of_ema = plain_names_of_ema(names)
-        decisions = [decision for name in names if (decision := self._decide_one(name)) is not None]
+        self.rules = self.recipe.rules.resolve(self.family)
+        decisions = [self._adjusted(decision) for name in names if (decision := self._decide_one(name)) is not None]
         if self.faults:
             raise IncompatibleModelsError(f"{self._names()} cannot be merged: {listing(self.faults, width=300)}")
         self._describe(decisions)
         counts = self._counts(decisions)
         if self.naming == "diffusers":
             decisions = self._in_diffusers(decisions)
-        return Decisions(tuple(self._spelled(decisions)), self.views, counts, tuple(self.notes))
+        ldm = {number: model.ldm for number, model in enumerate(self.models)}
+        return Decisions(tuple(self._spelled(decisions)), self.views, ldm, counts, tuple(self.notes))
 
     # -- one tensor -----------------------------------------------------------------------------------------------
 
@@ -176,13 +185,20 @@ class _Judge:
                 self.faults.append(f"{shown(name)} (shapes differ: {shown(said)})")
                 return None
         block = block_of(self.plain_of_ema.get(name, name), self.family)
-        alpha, beta = self.weights[block], self.beta[block] if self.beta is not None else 0.0
+        alpha = self.rules.weight(block, self.plain_of_ema.get(name, name), self.weights[block])
+        beta = self.beta[block] if self.beta is not None else 0.0
+        self.ruled.append((block, name))
         source = 0 if alpha is None or beta is None else self.recipe.merge_method.copies(alpha, beta)
         dtype = self.recipe.output_dtype or self.views[0].tensors[name].dtype
         shape = shapes[wider or 0]
         if source is not None:
             return Decision(name, name, name, dtype, shape, (source,), wider=wider)
         return Decision(name, name, name, dtype, shape, tuple(range(len(self.models))), alpha, beta, wider=wider)
+
+    def _adjusted(self, decision: Decision) -> Decision:
+        if not self.recipe.adjust or decision.dtype not in FLOAT_DTYPES:
+            return decision
+        return replace(decision, change=self.recipe.adjust.for_tensor(decision.ldm, self.family))
 
     def _take(self, name: str, source: int, *, fixed_dtype: bool = False) -> Decision:
         info = self.views[source].tensors[name]
@@ -306,9 +322,9 @@ class _Judge:
     # -- afterwards -----------------------------------------------------------------------------------------------
 
     def _counts(self, decisions: Sequence[Decision]) -> Counts:
-        taken = Counter(decision.sources[0] for decision in decisions if len(decision.sources) == 1)
+        taken = Counter(decision.sources[0] for decision in decisions if len(decision.sources) == 1 and decision.alpha is None)
         return Counts(
-            computed=sum(len(decision.sources) != 1 for decision in decisions),
+            computed=sum(len(decision.sources) != 1 or decision.alpha is not None for decision in decisions),
             from_a=taken[0],
             from_b=taken[1],
             from_c=taken[2],
@@ -338,6 +354,10 @@ class _Judge:
             )
         if self.restored:
             self.notes.append(f"broken position_ids restored to 0, 1, 2, … ({listing(self.restored)})")
+        if idle := self.rules.idle(self.ruled):
+            self.notes.append(
+                f"{counted(len(idle), 'element rule')} without effect, since no merged tensor fits: {listing(idle)}"
+            )
         self._describe_markers()
         outside = [block for block, weight in self.weights.items() if weight is not None and not 0 <= weight <= 1]
         if outside:
