@@ -297,6 +297,8 @@ BAD_INDEXES = {
     "a drive": ({"weight_map": {"a": "c:model.safetensors"}}, "no weights in its own folder"),
     "no weights": ({"weight_map": {"a": "config.json"}}, "no weights in its own folder: config.json"),
     "the folder above": ({"weight_map": {"a": ".."}}, "no weights in its own folder"),
+    "an overlong name": ({"weight_map": {"a": "x" * 5000 + ".safetensors"}}, "lists shards that are missing: xxx"),
+    "half a surrogate pair": (b'{"weight_map": {"a": "\\ud800.safetensors"}}', "lists shards that are missing"),
     "a null character": ({"weight_map": {"a": "a\0.safetensors"}}, "no weights in its own folder"),
     "a missing shard": ({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}, "lists shards that are missing: one"),
 }  # fmt: skip
