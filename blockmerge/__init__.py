@@ -33,11 +33,15 @@ if TYPE_CHECKING:
     from blockmerge.errors import WeightsError as WeightsError
     from blockmerge.explaining import Explanation as Explanation
     from blockmerge.explaining import explain as explain
+    from blockmerge.inspecting import CheckResult as CheckResult
     from blockmerge.inspecting import Inspection as Inspection
+    from blockmerge.inspecting import check as check
     from blockmerge.inspecting import inspect as inspect
     from blockmerge.merging import MergeResult as MergeResult
+    from blockmerge.merging import convert as convert
     from blockmerge.merging import merge as merge
     from blockmerge.merging import merge_state_dicts as merge_state_dicts
+    from blockmerge.methods import merge_method as merge_method
     from blockmerge.weights import BlockWeights as BlockWeights
     from blockmerge.weights import load_preset as load_preset
     from blockmerge.weights import preset_names as preset_names
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "BlockWeights": "weights",
     "BlockmergeError": "errors",
+    "CheckResult": "inspecting",
     "Checkpoint": "checkpoints",
     "CheckpointError": "errors",
     "Explanation": "explaining",
@@ -60,10 +65,13 @@ _HOMES = {
     "UnknownFamilyError": "errors",
     "WeightsError": "errors",
     "block_of": "anatomy",
+    "check": "inspecting",
+    "convert": "merging",
     "explain": "explaining",
     "inspect": "inspecting",
     "load_preset": "weights",
     "merge": "merging",
+    "merge_method": "methods",
     "merge_state_dicts": "merging",
     "open_checkpoint": "checkpoints",
     "preset_names": "weights",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from blockmerge.anatomy import component_of, is_position_ids, layout
+from blockmerge.anatomy import LAYOUTS, component_of, is_position_ids, layout
 from blockmerge.checkpoints import AtomicFile, TensorInfo, check_output, encode_header, itemsize
 from blockmerge.errors import OutputError, RecipeError, reason, shown
 
@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 _THIN_WIDTHS = {
     "unet": {
         320: 8,
+        384: 12,
+        1152: 36,
+        1536: 48,
+        2304: 72,
+        3072: 96,
+        6144: 192,
+        12288: 384,
         640: 16,
         960: 24,
         1280: 32,
@@ -40,9 +47,9 @@ _STEP = 1 << 22  # elements made at once
 
 
 def demo_layout(family: str, *, full_size: bool = False) -> dict[str, tuple[int, ...]]:
-    """Return {name: shape} of a complete model of ``"sd1"``, ``"sd2"`` or ``"sdxl"``, thin or at full size."""
-    if family not in ("sd1", "sd2", "sdxl"):
-        raise RecipeError(f"unknown family '{shown(family)}': sd1, sd2 or sdxl")
+    """Return {name: shape} of a complete model of one of the families LAYOUTS, thin or at full size."""
+    if family not in LAYOUTS:
+        raise RecipeError(f"unknown family '{shown(family)}': {', '.join(LAYOUTS)}")
     names = layout(family)
     if full_size:
         return dict(names)

@@ -42,7 +42,9 @@ def weight_of(name, family, weights, *, vae="auto"):
 
 def step_at(size, dtype):
     """One step (unit in the last place) of `dtype` at magnitude `size`, in float64."""
-    bits, lowest = {torch.float16: (10, -14), torch.bfloat16: (7, -126), torch.float32: (23, -126)}[dtype]
+    bits, lowest = {torch.float16: (10, -14), torch.bfloat16: (7, -126), torch.float32: (23, -126), torch.float64: (52, -1022)}[
+        dtype
+    ]
     exponent = torch.frexp(size.double())[1].double() - 1
     return 2.0 ** (torch.clamp(exponent, min=lowest) - bits)
 

@@ -30,7 +30,7 @@ BAD = {
     "empty": (b"", "is empty"),
     "three bytes": (b"abc", "only 3 bytes"),
     "text": (b"Dear user, this is no model. " * 40, "does not begin with a safetensors header"),
-    "html": (b"<!DOCTYPE html><html>rate limited</html>", "does not begin with a safetensors header"),
+    "html": (b"<!DOCTYPE html><html>rate limited</html>", "is an HTML page, not a model"),
     "header beyond the file": (pack({}, length=1000), "header would be 1000 bytes"),
     "absurd header length": (pack({}, length=10**12), "does not begin with a safetensors header"),
     "longest header length": (pack({}, length=2**64 - 1), "does not begin with a safetensors header"),
@@ -140,7 +140,7 @@ def test_what_is_no_file_is_refused(pairs, tmp_path, capsys):
     assert_refused(capsys, tmp_path, good, "folder.safetensors", "-w", "0.5", says="folder.safetensors is a folder")
     assert_refused(capsys, tmp_path, "missing.safetensors", good, "-w", "0.5", says="missing.safetensors: no such file")
     assert_refused(capsys, tmp_path, good, "/dev/zero", "-w", "0.5", says="/dev/zero is not a regular file")
-    assert_refused(capsys, tmp_path, good, "old.ckpt", "-w", "0.5", says="old.ckpt: only .safetensors files")
+    assert_refused(capsys, tmp_path, good, "old.ckpt", "-w", "0.5", says="old.ckpt: no such file")
     assert_refused(capsys, tmp_path, good, "", "-w", "0.5", says="an empty path is no model")
     assert_refused(capsys, tmp_path, good, "a\0b", "-w", "0.5", says="null")
     assert_refused(capsys, tmp_path, good, "two\nlines", "-w", "0.5", says=r"two\nlines")

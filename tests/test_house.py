@@ -45,7 +45,13 @@ MAY_IMPORT = {
 }
 EVERYONE_MAY_IMPORT = {"errors", "version"}
 LOADED_LATE = {
+    "methods/arithmetic.py",
     "methods/elementwise.py",
+    "methods/modelwise.py",
+    "methods/randomness.py",
+    "methods/rowwise.py",
+    "methods/smoothing.py",
+    "methods/tensorwise.py",
     "merging/kernel.py",
     "streaming/tensors.py",
     "comparing/attention.py",
@@ -114,6 +120,7 @@ def test_the_public_names():
     assert blockmerge.__all__ == [
         "BlockWeights",
         "BlockmergeError",
+        "CheckResult",
         "Checkpoint",
         "CheckpointError",
         "Explanation",
@@ -129,10 +136,13 @@ def test_the_public_names():
         "UnknownFamilyError",
         "WeightsError",
         "block_of",
+        "check",
+        "convert",
         "explain",
         "inspect",
         "load_preset",
         "merge",
+        "merge_method",
         "merge_state_dicts",
         "open_checkpoint",
         "preset_names",

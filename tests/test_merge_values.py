@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import blockmerge
+from blockmerge.checkpoints import Model
 from blockmerge.merging.execute import Pace, execute
-from blockmerge.merging.plan import make_plan
+from blockmerge.merging.plan import Form, make_plan
 from blockmerge.merging.recipe import Recipe
 from blockmerge.weights import WeightsRequest
 from tests import oracle
@@ -118,12 +119,13 @@ def test_the_complement_merges_the_other_way_round(pairs, tmp_path):
 )
 def test_the_result_does_not_depend_on_threads_or_cuts(pairs, tmp_path, threads, piece, chunk, direct, mixed):
     a, b = pairs("sd1", ("F16", "F32") if mixed else ("F16", "F16"))
-    plan = make_plan([blockmerge.open_checkpoint(a), blockmerge.open_checkpoint(b)], Recipe(WeightsRequest("high_res")))
+    models = [Model.of(blockmerge.open_checkpoint(path)) for path in (a, b)]
+    plan = make_plan(models, Recipe(WeightsRequest("high_res")), Form("ldm"))
 
     def bytes_with(pace):
         path = tmp_path / "out"
         path.write_bytes(b"")
-        execute(plan, path, pace)
+        execute(plan, lambda _: path, pace, shown_as=path)
         return path.read_bytes()[: plan.size]
 
     reference = bytes_with(Pace(1, 64 << 20, 64 << 20, direct=False))

@@ -1,57 +1,308 @@
-"""Every method against its formula in float64, on shapes of every kind; and the list of methods."""
+"""Every method against its definition in float64, on shapes of every kind; what plans rely on; and the list of methods."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import zlib
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import blockmerge
 from blockmerge.cli.main import run
-from blockmerge.methods import METHODS
-from blockmerge.methods import elementwise as functions
+from blockmerge.errors import RecipeError
+from blockmerge.methods import METHODS, arithmetic, find_method, key_of
+from tests import method_oracle as oracle
 from tests.oracle import step_at
 
-FORMULAS = {
-    "weighted_sum": lambda a, b, t: (1 - t) * a + t * b,
-    "sigmoid": lambda a, b, t: a + np.interp(t, [0, 1], [0, 1]) ** 2 * (3 - 2 * np.interp(t, [0, 1], [0, 1])) * (b - a),
-    "inverse_sigmoid": lambda a, b, t: a + (0.5 - np.sin(np.arcsin(1 - 2 * np.clip(t, 0, 1)) / 3)) * (b - a),
+SHAPES = [(), (7,), (5, 3), (4, 3, 3, 3), (0,), (3, 0, 2), (1, 1), (6, 4, 1, 1)]
+ALPHAS = [-0.5, 0.0, 0.3, 0.5, 1.0, 1.5]
+PAIRS = [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.3, 0.2), (0.7, 0.6), (1.0, 1.0), (-0.5, 1.5), (1.5, -0.5)]
+NUMBERS = {
+    "average": [{}, {"ratios": (2.0, 1.0, -0.5)}],
+    "dare": [{}, {"drop_rate": 0.0}, {"drop_rate": 0.9}],
+    "extract": [{}, {"gamma": 0.0}, {"gamma": 2.5}],
+    "ties": [{}, {"density": 0.0}, {"density": 0.5}, {"density": 1.0}],
 }
-SHAPES = [(), (7,), (5, 3), (4, 3, 3, 3), (0,), (3, 0, 2), (6, 4, 1, 1)]
+KEY = key_of(3, "model.diffusion_model.input_blocks.0.0.weight")
 
 
-def test_every_method_has_its_formula_here():
-    assert METHODS.keys() == FORMULAS.keys()
+def count_of(method):
+    return 3 if method.models is None else method.models
+
+
+def weights_of(method):
+    if "beta" in method.weights:
+        return [{"alpha": alpha, "beta": beta} for alpha, beta in PAIRS]
+    return [{"alpha": alpha} for alpha in ALPHAS]
+
+
+def apply(method, models, out_dtype=None, position=0, gathered=None, **numbers):
+    """A method's result, flat where it may be given anything flat."""
+    out = torch.empty(models[0].shape, dtype=out_dtype or models[0].dtype)
+    if method.random:
+        numbers.update(key=KEY, position=position)
+    if method.locality == "model":
+        numbers.update(gathered=method.gather([method.statistics(*models)]) if gathered is None else gathered)
+    before = [model.clone() for model in models]
+    flat = method.locality == "element"
+    method.function(*(model.view(-1) if flat else model for model in models), out=out.view(-1) if flat else out, **numbers)
+    assert all(torch.equal(model, was) for model, was in zip(models, before, strict=True)), "an input was changed"
+    return out
+
+
+def exact(method, models, **numbers):
+    """What it should be, as float64."""
+    arrays = [model.double().numpy() for model in models]
+    if method.name == "ties" and models[0].dtype in arithmetic.HALVES:
+        arrays = [model.float().numpy() for model in models]
+    if method.random:
+        numbers["key"] = KEY
+    if method.locality == "model":
+        normalised = method.name == "cosine_a"
+        alpha = numbers["alpha"]
+        limits = oracle.cosine_limits([arrays], normalised)
+        result = oracle.cosine_merge(*arrays, shift=abs(alpha) if normalised else alpha, limits=limits, normalised=normalised)
+    else:
+        result = getattr(oracle, method.name)(*arrays, **numbers)
+    return torch.from_numpy(np.array(result, dtype=np.float64))
+
+
+def tolerance(method, models, wanted, dtype, weights):
+    """A step of the output dtype at the size of what is largest, and for what is not local a little of the tensor's scale."""
+    size = wanted.abs()
+    for model in models:
+        size = torch.maximum(size, model.double().abs())
+    allowed = step_at(size, dtype) * (8 if dtype == torch.float64 else 1)
+    if method.name == "add_noise":  # the noise itself is of float32
+        allowed = allowed + 2e-6 * abs(weights["alpha"])
+    if method.locality != "element" and method.rows is None and size.numel():
+        allowed = (
+            allowed + (1e-12 if dtype in (torch.float32, torch.float64) else 1e-6) * (1 + abs(weights["alpha"])) * size.max()
+        )
+    return allowed
+
+
+def inputs(shape, dtype, count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    models = [torch.randn(shape, generator=generator).to(dtype) for _ in range(count)]
+    zero = torch.zeros_like(models[0])
+    yield models
+    if count > 1:
+        yield [models[0]] * count
+        yield [models[0], *[zero] * (count - 1)]
+        yield [zero, *models[1:]]
+        yield [models[0], models[1], *[models[0]] * (count - 2)]
+        yield [models[0], *[models[1]] * (count - 1)]
+    yield [zero] * count
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("alpha", [-0.5, 0, 0.25, 0.5, 0.9, 1, 1.5])
-def test_it_is_its_formula(name, dtype, alpha):
-    generator = torch.Generator().manual_seed(2)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_it_is_its_definition(name, dtype):
+    method = METHODS[name]
     for shape in SHAPES:
-        a, b = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
-        for second in (b, a, torch.zeros_like(b)):
-            out = getattr(functions, name)(a, second, alpha=alpha, out=torch.empty_like(a))
-            exact = torch.from_numpy(np.asarray(FORMULAS[name](a.double().numpy(), second.double().numpy(), alpha)))
-            # Beyond [0, 1] the result may be larger than either input.
-            size = torch.maximum(torch.maximum(a.abs(), second.abs()).double(), exact.abs()) if a.numel() else exact
-            assert out.dtype == dtype
-            assert torch.isfinite(out).all()
-            assert ((out.double() - exact).abs() <= step_at(size, dtype)).all()
+        for models in inputs(shape, dtype, count_of(method), seed=zlib.crc32(name.encode())):
+            for number in NUMBERS.get(name, [{}]):
+                for weights in weights_of(method):
+                    out = apply(method, models, **weights, **number)
+                    wanted = exact(method, models, **weights, **number)
+                    where = (shape, weights, number)
+                    assert torch.isfinite(out).all(), where
+                    assert ((out.double() - wanted).abs() <= tolerance(method, models, wanted, dtype, weights)).all(), where
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("alpha", [-1.0, 0.0, 1.0, 2.0])
-def test_copies_are_what_the_formula_gives(name, alpha):
-    source = METHODS[name].copies(alpha)
-    a, b = np.float64(3), np.float64(5)
-    assert (FORMULAS[name](a, b, alpha) == (a, b)[source]) if source is not None else name == "weighted_sum"
+def test_where_it_says_that_it_copies_the_result_is_that_model(name):
+    method = METHODS[name]
+    for models in inputs((5, 3), torch.float16, count_of(method), seed=1):
+        for weights in weights_of(method):
+            source = method.copies(**weights)
+            if source is not None:
+                assert torch.equal(apply(method, models, **weights), models[source]), weights
+    # What methods.md promises: all A at weight 0, but for those three.
+    without = {"cosine_a", "cosine_b", "extract"}
+    assert (method.copies(0.0, 0.0) == 0) == (name not in without)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "source"),
+    [
+        ("weighted_sum", (1.0,), 1), ("weighted_sum", (1.5,), None), ("sigmoid", (1.5,), 1), ("slerp", (1.0,), 1),
+        ("tensor_sum", (1.0, 0.3), 1), ("tensor_sum", (0.5, 0.0), None), ("tensor_sum_columns", (1.0,), 1), ("scale", (1.0,), 0),
+        ("scale", (2.0,), None), ("triple_sum", (1.0, 0.0), 1), ("triple_sum", (0.0, 1.0), 2), ("triple_sum", (1.0, 1.0), None),
+        ("sum_twice", (0.3, 1.0), 2), ("sum_twice", (1.0, 0.0), 1), ("sum_twice", (1.0, 0.5), None), ("sum_twice", (0.0, 0.5), None),
+        ("add_difference", (1.0,), None), ("average", (1.0,), None), ("ties", (1.0,), None), ("extract", (0.0, 0.0), None),
+    ],
+)  # fmt: skip
+def test_copies(name, weights, source):
+    assert METHODS[name].copies(*weights) == source
 
 
 @pytest.mark.parametrize("name", METHODS)
+@settings(max_examples=30)
+@given(data=st.data())
+def test_finite_in_finite_out(name, data):
+    method = METHODS[name]
+    shape = data.draw(st.sampled_from([(), (1,), (4,), (2, 3), (2, 2, 2, 1)]))
+    values = st.floats(-(2.0**50), 2.0**50, width=32) | st.sampled_from([0.0, -0.0, 1.0, 1e-45, -1e-40])
+    size = int(np.prod(shape))
+    drawn = st.lists(values, min_size=size, max_size=size)
+    models = [torch.tensor(data.draw(drawn)).reshape(shape).bfloat16() for _ in range(count_of(method))]
+    weight = st.floats(-3, 3) | st.sampled_from([0.0, 0.5, 1.0])
+    weights = {kind: data.draw(weight) for kind in method.weights}
+    assert torch.isfinite(apply(method, models, out_dtype=torch.float32, **weights)).all()
+    assert torch.isfinite(apply(method, models, **weights)).all()
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.locality == "element"])
+@settings(max_examples=8)
+@given(cuts=st.sets(st.integers(0, 9001), max_size=4), dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
+def test_it_may_be_cut_anywhere(name, cuts, dtype):
+    method = METHODS[name]
+    models = next(inputs((9001,), dtype, count_of(method), seed=5))
+    weights = dict.fromkeys(method.weights, 0.3)
+    whole = apply(method, models, **weights)
+    borders = sorted({0, 9001, *cuts})
+    for start, stop in itertools.pairwise(borders):
+        part = apply(method, [model[start:stop] for model in models], position=start, **weights)
+        assert torch.equal(part, whole[start:stop]), (start, stop)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_stretches_that_it_goes_through_do_not_show(name, monkeypatch):
+    method = METHODS[name]
+    models = next(inputs((40, 6, 3, 3), torch.float16, count_of(method), seed=7))
+    weights = dict.fromkeys(method.weights, 0.3)
+    whole = apply(method, models, **weights)
+    monkeypatch.setattr(arithmetic, "_SLAB", 100)
+    monkeypatch.setattr(arithmetic, "_BLOCK", 100)
+    again = apply(method, models, **weights)
+    scale = max(float(model.abs().max()) for model in models)
+    # Sums over a tensor may come out a bit different; then a value may be rounded the other way.
+    assert float((again.float() - whole.float()).abs().max()) <= (0 if method.locality in ("element", "row") else scale * 2**-10)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.locality == "row" and method.rows is None])
+def test_rows_may_be_cut_along_the_first_axis(name):
+    method = METHODS[name]
+    for shape in [(9, 4), (9, 2, 3, 3)]:
+        models = next(inputs(shape, torch.float16, count_of(method), seed=8))
+        weights = dict.fromkeys(method.weights, 0.3)
+        parts = [apply(method, [model[part] for model in models], **weights) for part in (slice(0, 2), slice(2, 9))]
+        assert torch.equal(torch.cat(parts), apply(method, models, **weights))
+
+
+@given(
+    st.sampled_from([(), (1,), (7,), (100, 2), (0, 3), (10, 1, 2)]),
+    st.floats(-0.5, 1.5) | st.sampled_from([0.0, 0.29, 0.5, 1.0]),
+    st.floats(-0.5, 1.5) | st.sampled_from([0.0, 0.1, 0.58, 1.0]),
+)
+def test_the_rows_of_a_plan_are_what_the_function_takes(shape, alpha, beta):
+    method = METHODS["tensor_sum"]
+    a, b = torch.zeros(shape), torch.ones(shape)
+    rows = method.rows(shape, alpha, beta)
+    assert [start for start, _, _ in rows][1:] == [stop for _, stop, _ in rows][:-1]  # without gaps
+    assert sum(stop - start for start, stop, _ in rows) == (shape[0] if shape else 1)
+    planned = torch.cat([(a, b)[source].reshape(-1 if shape else 1, *shape[1:])[start:stop] for start, stop, source in rows]
+                        or [a])  # fmt: skip
+    assert torch.equal(planned.reshape(shape), apply(method, [a, b], alpha=alpha, beta=beta))
+
+
+def test_rows_are_counted_in_decimals():
+    # 0.29 · 100 is 28.999… in binary, and 0.1 + 0.2 is more than 0.3.
+    assert METHODS["tensor_sum"].rows((100, 2), 0.29, 0.0) == ((0, 29, 1), (29, 100, 0))
+    assert METHODS["tensor_sum"].rows((10,), 0.8, 0.5) == ((0, 3, 1), (3, 5, 0), (5, 10, 1))
+
+
+def test_ties_keeps_all_that_are_as_large_as_the_smallest_kept():
+    a = torch.zeros(10)
+    b = torch.tensor([3.0, -1, 1, 1, -1, 0.5, 0, 0, 0, 0])
+    out = apply(METHODS["ties"], [a, b], alpha=1.0, density=0.2)  # two of ten, and three more of the same magnitude
+    assert out.tolist() == [3, -1, 1, 1, -1, 0, 0, 0, 0, 0]
+    out = apply(METHODS["ties"], [a, b], alpha=1.0, density=0.1)
+    assert out.tolist() == [3, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["cosine_a", "cosine_b"])
+def test_the_figures_of_a_whole_model(name):
+    method, normalised = METHODS[name], name == "cosine_a"
+    shapes = [(30, 7), (8,), (), (6, 5, 3, 3), (4, 0), (3, 2)]
+    pairs = [next(inputs(shape, torch.float16, 2, seed=shape.__hash__() % 1000)) for shape in shapes]
+    pairs[-1][1].zero_()
+    statistics = [method.statistics(*pair) for pair in pairs]
+    limits = oracle.cosine_limits([[model.double().numpy() for model in pair] for pair in pairs], normalised)
+    assert method.gather(statistics) == pytest.approx(limits, abs=1e-12)
+    assert method.gather(statistics[::-1]) == method.gather(statistics)
+    assert method.gather([]) is None
+    a, b = pairs[0]
+    for alpha in (0.0, 0.4, -0.4):
+        out = apply(method, [a, b], alpha=alpha, gathered=method.gather(statistics))
+        wanted = oracle.cosine_merge(
+            a.double().numpy(),
+            b.double().numpy(),
+            shift=abs(alpha) if normalised else alpha,
+            limits=limits,
+            normalised=normalised,
+        )
+        assert (out.double() - torch.from_numpy(wanted)).abs().max() <= 2e-3
+        assert torch.equal(apply(method, [a, a], alpha=alpha, gathered=method.gather(statistics)), a)
+
+
+@given(st.data())
+def test_clip(data):
+    from blockmerge.methods.elementwise import clip
+
+    values = st.lists(st.floats(-100, 100, width=16), min_size=6, max_size=6)
+    a, b, result = (torch.tensor(data.draw(values)).half() for _ in range(3))
+    low, high = np.minimum(a.numpy(), b.numpy()), np.maximum(a.numpy(), b.numpy())
+    wanted = np.minimum(np.maximum(result.numpy(), low), high)
+    assert torch.equal(clip(a, b, out=result), torch.from_numpy(wanted))
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("dare", {"drop_rate": 1.0}, "dare needs a number from 0 to below 1 as drop_rate: found 1.0"),
+        ("dare", {"drop_rate": float("nan")}, "dare needs a number from 0 to below 1 as drop_rate: found nan"),
+        ("dare", {"seed": 1.5}, "dare needs a whole number as seed: found 1.5"),
+        ("dare", {"drop": 0.5}, "dare takes no 'drop'; did you mean 'drop_rate'?"),
+        ("extract", {"gamma": -1}, "extract needs a number of at least 0 as gamma: found -1"),
+        ("ties", {"density": "much"}, "ties needs a number from 0 to 1 as density: found much"),
+        ("average", {"ratios": (1, 1)}, "average needs numbers, one for each model, whose sum is not 0 as ratios: found (1, 1)"),
+        ("average", {"ratios": (1, -2, 1)}, "average needs numbers, one for each model, whose sum is not 0 as ratios: found (1, -2, 1)"),
+        ("weighted_sum", {"gamma": 1}, "weighted_sum takes no 'gamma'"),
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range(name, given, message):
+    with pytest.raises(RecipeError) as caught:
+        METHODS[name].check_numbers(given, 3)
+    assert str(caught.value) == message
+
+
+def test_numbers_have_defaults():
+    assert METHODS["average"].check_numbers({}, 4) == {"ratios": (1.0, 1.0, 1.0, 1.0)}
+    assert METHODS["dare"].check_numbers({"seed": "12345678901234567890"}, 2) == {"drop_rate": 0.5, "seed": 12345678901234567890}
+    assert METHODS["ties"].check_numbers({"density": 1}, 3) == {"density": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "fits", "not_these", "words"),
+    [("weighted_sum", 2, [1, 3], "2 models"), ("scale", 1, [0, 2], "1 model"), ("ties", 5, [1], "2 models or more"),
+     ("model_stock", 3, [2], "3 models or more")],
+)  # fmt: skip
+def test_the_number_of_models(name, fits, not_these, words):
+    METHODS[name].check_models(fits)
+    for count in not_these:
+        with pytest.raises(RecipeError, match=f"^{name} merges {words}; {count} given$"):
+            METHODS[name].check_models(count)
+
+
+@pytest.mark.parametrize("name", ["weighted_sum", "sigmoid", "inverse_sigmoid"])
 def test_files_and_state_dicts(pairs, tmp_path, name):
     from safetensors.torch import load_file
 
@@ -62,9 +313,10 @@ def test_files_and_state_dicts(pairs, tmp_path, name):
     for key, tensor in merged.items():
         assert torch.equal(tensor, again[key])
         if "input_blocks.4." in key:
-            exact = torch.from_numpy(FORMULAS[name](first[key].double().numpy(), second[key].double().numpy(), 0.25))
+            formula = getattr(oracle, name)
+            wanted = torch.from_numpy(formula(first[key].double().numpy(), second[key].double().numpy(), alpha=0.25))
             size = torch.maximum(first[key].abs(), second[key].abs())
-            assert ((tensor.double() - exact).abs() <= step_at(size, tensor.dtype)).all()
+            assert ((tensor.double() - wanted).abs() <= step_at(size, tensor.dtype)).all()
         else:
             assert torch.equal(tensor, first[key])
 
@@ -75,8 +327,29 @@ def test_the_list(capsys):
     for method in METHODS.values():
         assert method.name in out
         assert method.formula in out
-    assert run(["methods", "sigmoid", "--json"]) == 0
+    assert run(["methods", "--json"]) == 0
+    assert [found["name"] for found in json.loads(capsys.readouterr().out)] == list(METHODS)
+    assert run(["methods", "extract", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
-    assert (found["name"], found["models"], found["weights"], found["locality"]) == ("sigmoid", 2, ["alpha"], "element")
+    assert (found["name"], found["models"], found["weights"], found["locality"]) == ("extract", 3, ["alpha", "beta"], "row")
+    assert [(number["name"], number["default"]) for number in found["numbers"]] == [("gamma", 1.0)]
     assert run(["methods", "sigmod"]) == 1
     assert "did you mean 'sigmoid'" in capsys.readouterr().err
+
+
+def test_one_method(capsys):
+    assert run(["methods", "dare"]) == 0
+    assert capsys.readouterr().out == (
+        "dare\n"
+        "  A + α·(B − A)·Bernoulli(1 − p)/(1 − p)\n"
+        "  models     2 models\n"
+        "  alpha      a weight for each block\n"
+        "  drop_rate  a number from 0 to below 1, 0.5 by default; p, the share of the differences that is dropped\n"
+        "  seed       a whole number, 0 by default; with the tensor's name it decides what chance brings\n"
+        "  looks at   one element\n"
+        "  source     DARE, arXiv 2311.03099\n"
+    )
+
+
+def test_find_method_takes_a_method():
+    assert find_method(METHODS["slerp"]) is METHODS["slerp"]

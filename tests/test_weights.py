@@ -240,14 +240,15 @@ def test_preset_files_by_path(tmp_path):
         "preset_name\tpreset_weights\n"
         f"A\t{oracle.HIGH_RES}\n\n"
         "B 2 :1.,1.,1.," + ",".join(["0."] * 23) + "\n"
-        "RANDOM\tR" + ",R" * 25 + "\n"
+        "RANDOM\tR" + ",U" * 24 + ",X\n"
+        "OF TENSORS\tER" + ",0" * 25 + "\n"
         "MBW\t" + ",".join(["0.5"] * 25) + "\n",
         encoding="utf-8-sig",
     )
     assert blockmerge.load_preset(f"{supermerger}#a") == parse_weights(oracle.HIGH_RES)
     assert list(blockmerge.load_preset(f"{supermerger}#B 2").values()) == [1.0] * 3 + [0.0] * 23
     assert list(blockmerge.load_preset(f"{supermerger}#mbw").values()) == [0.0] + [0.5] * 25
-    with pytest.raises(PresetError, match=r"holds 3 presets \(A, B 2, MBW\): write mbwpresets.txt#NAME"):
+    with pytest.raises(PresetError, match=r"holds 4 presets \(A, B 2, RANDOM, MBW\): write mbwpresets.txt#NAME"):
         blockmerge.load_preset(str(supermerger))
     twice = tmp_path / "twice.txt"
     twice.write_text(f"A:{oracle.HIGH_RES}\na:{oracle.LOW_RES}\nB:{oracle.LOW_RES}\n")

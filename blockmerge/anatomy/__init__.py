@@ -1,10 +1,12 @@
 """What a checkpoint is made of: families, components, blocks and the names of tensors. No torch, no files."""
 
 from blockmerge.anatomy.blocks import SD_BLOCKS, SDXL_BLOCKS, block_of
+from blockmerge.anatomy.completeness import LayoutGaps, components_of, layout_gaps
 from blockmerge.anatomy.families import FAMILIES, Anatomy, Family, identify
-from blockmerge.anatomy.layouts import layout
+from blockmerge.anatomy.layouts import LAYOUTS, layout
 from blockmerge.anatomy.names import (
     COMPONENTS,
+    DIFFUSERS_UNET_PREFIX,
     UNET_PREFIX,
     canonical_name,
     component_of,
@@ -13,22 +15,33 @@ from blockmerge.anatomy.names import (
     is_schedule,
     plain_names_of_ema,
 )
+from blockmerge.anatomy.renaming import Origin, Relation, origins_in_diffusers, origins_in_ldm, relation_of
 
 __all__ = [
     "COMPONENTS",
+    "DIFFUSERS_UNET_PREFIX",
     "FAMILIES",
+    "LAYOUTS",
     "SDXL_BLOCKS",
     "SD_BLOCKS",
     "UNET_PREFIX",
     "Anatomy",
     "Family",
+    "LayoutGaps",
+    "Origin",
+    "Relation",
     "block_of",
     "canonical_name",
     "component_of",
+    "components_of",
     "identify",
     "is_position_ids",
     "is_prediction_marker",
     "is_schedule",
     "layout",
+    "layout_gaps",
+    "origins_in_diffusers",
+    "origins_in_ldm",
     "plain_names_of_ema",
+    "relation_of",
 ]

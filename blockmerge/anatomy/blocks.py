@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
+from blockmerge.anatomy.layouts import LAYOUTS
 from blockmerge.errors import RecipeError, shown
 
 SD_BLOCKS = ("BASE", *(f"IN{n:02}" for n in range(12)), "M00", *(f"OUT{n:02}" for n in range(12)))
@@ -22,8 +23,8 @@ _LDM = re.compile(
     r"(?:(?P<io>input|output)_blocks\.(?P<n>\d+)\.|(?P<first>time_embed\.|label_emb\.)|(?P<mid>middle_block\.)|(?P<last>out\.))"
 )
 _DIFFUSERS = re.compile(
-    r"(?P<way>down|up)_blocks\.(?P<level>\d+)\.(?:(?:resnets|attentions)\.(?P<layer>\d+)|(?P<sampler>downsamplers|upsamplers)\.0)\."
-    r"|(?P<first>conv_in\.|time_embedding\.|add_embedding\.)|(?P<mid>mid_block\.)|(?P<last>conv_norm_out\.|conv_out\.)"
+    r"(?:unet/)?(?:(?P<way>down|up)_blocks\.(?P<level>\d+)\.(?:(?:resnets|attentions)\.(?P<layer>\d+)|(?P<sampler>downsamplers|upsamplers)\.0)\."
+    r"|(?P<first>conv_in\.|time_embedding\.|add_embedding\.)|(?P<mid>mid_block\.)|(?P<last>conv_norm_out\.|conv_out\.))"
 )
 
 
@@ -35,13 +36,13 @@ def block_of(name: str, family: str | None = None) -> str:
     'IN04'
 
     `name` is a tensor's name in LDM naming, with or without `model.diffusion_model.`, or a U-Net's name in diffusers
-    naming. `family` is ``"sd1"``, ``"sd2"`` or ``"sdxl"``; it decides where `out.` and `conv_out.` are (OUT11, or OUT08
-    in SDXL). Without it, SD1 and SD2 are assumed. Everything outside the U-Net is BASE.
+    naming. `family` is one of LAYOUTS; it decides where `out.` and `conv_out.` are (OUT11, or OUT08 in SDXL). Without it, SD1
+    and SD2 are assumed. Everything outside the U-Net is BASE.
 
     Raises RecipeError when the family is unknown or has no such block.
     """
-    if family not in (None, "sd1", "sd2", "sdxl"):
-        raise RecipeError(f"unknown family '{shown(family)}': sd1, sd2 or sdxl")
+    if family not in (None, *LAYOUTS):
+        raise RecipeError(f"unknown family '{shown(family)}': {', '.join(LAYOUTS)}")
     blocks = SDXL_BLOCKS if family == "sdxl" else SD_BLOCKS
     block = _ldm_block(name, blocks[-1]) or _diffusers_block(name, blocks[-1]) or "BASE"
     if block not in blocks:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from blockmerge.anatomy.blocks import SD_BLOCKS, SDXL_BLOCKS, block_of
-from blockmerge.anatomy.names import UNET_PREFIX
+from blockmerge.anatomy.names import DIFFUSERS_UNET_PREFIX, UNET_PREFIX
 from blockmerge.errors import RecipeError, UnknownFamilyError
 
 
@@ -31,6 +31,7 @@ FAMILIES: Mapping[str, Family] = {
         Family("sd1", "Stable Diffusion 1.x", SD_BLOCKS, {4: "base", 8: "pix2pix", 9: "inpainting"}),
         Family("sd2", "Stable Diffusion 2.x", SD_BLOCKS, {4: "base", 5: "depth", 8: "pix2pix", 9: "inpainting"}),
         Family("sdxl", "Stable Diffusion XL", SDXL_BLOCKS, {4: "base", 8: "pix2pix", 9: "inpainting"}),
+        Family("sdxl_refiner", "Stable Diffusion XL refiner", SD_BLOCKS, {4: "base"}),
     )
 }
 
@@ -49,7 +50,7 @@ def identify(shapes: Mapping[str, tuple[int, ...]]) -> Anatomy:
 
     Raises UnknownFamilyError, saying what was found, when there is no U-Net or none that blockmerge knows.
     """
-    unet = {name.removeprefix(UNET_PREFIX): shape for name, shape in shapes.items()}
+    unet = {name.removeprefix(UNET_PREFIX).removeprefix(DIFFUSERS_UNET_PREFIX): shape for name, shape in shapes.items()}
     if "input_blocks.0.0.weight" in unet:
         naming, first, family = "ldm", "input_blocks.0.0.weight", _ldm_family(unet)
     elif "conv_in.weight" in unet and any(name.startswith("down_blocks.") for name in unet):
@@ -81,7 +82,7 @@ def _ldm_family(unet: Mapping[str, tuple[int, ...]]) -> str:
     if highest == 8 and labelled and not attention:
         return "sdxl"
     if highest == 11 and labelled and not attention:
-        raise UnknownFamilyError("is an SDXL refiner, which blockmerge cannot merge yet")
+        return "sdxl_refiner"
     proj_in = unet.get("input_blocks.1.1.proj_in.weight")
     if highest == 11 and proj_in is not None and len(proj_in) in (2, 4):
         # SD1 projects into its transformers with a 1×1 convolution, SD2 with a matrix.
@@ -93,6 +94,8 @@ def _diffusers_family(unet: Mapping[str, tuple[int, ...]]) -> str:
     levels = _highest(unet, r"down_blocks\.(\d+)\.") + 1
     if levels == 3 and "add_embedding.linear_1.weight" in unet:
         return "sdxl"
+    if levels == 4 and "add_embedding.linear_1.weight" in unet:
+        return "sdxl_refiner"
     proj_in = unet.get("down_blocks.0.attentions.0.proj_in.weight")
     if levels == 4 and proj_in is not None and len(proj_in) in (2, 4):
         return "sd1" if len(proj_in) == 4 else "sd2"

@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 
-from blockmerge.anatomy.layouts import layout
+from blockmerge.anatomy.layouts import LAYOUTS, layout
 
 UNET_PREFIX = "model.diffusion_model."
+DIFFUSERS_UNET_PREFIX = "unet/"
 EMA_PREFIX = "model_ema."
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "vae", "ema", "other")
@@ -16,6 +17,10 @@ COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "vae", "ema", "other")
 
 _COMPONENT_PREFIXES = (
     (UNET_PREFIX, "unet"),
+    ("unet/", "unet"),
+    ("vae/", "vae"),
+    ("text_encoder/", "text_encoder"),
+    ("text_encoder_2/", "text_encoder_2"),
     ("first_stage_model.", "vae"),
     ("cond_stage_model.", "text_encoder"),
     ("conditioner.embedders.0.", "text_encoder"),
@@ -24,6 +29,10 @@ _COMPONENT_PREFIXES = (
 )
 _BARE_UNET = re.compile(r"(?:input_blocks|middle_block|output_blocks|time_embed|label_emb|out)\.")
 _DIFFUSERS_UNET = re.compile(r"(?:down_blocks|mid_block|up_blocks|conv_in|conv_norm_out|conv_out|time_embedding|add_embedding)\.")
+_DOTTED = re.compile(r"(unet|vae|text_encoder|text_encoder_2)\.")
+_BARE_TEXT_MODEL = re.compile(r"(text_encoder/|text_encoder_2/)(?=(?:embeddings|encoder|final_layer_norm)\.)")
+_OLD_VAE_ATTENTION = re.compile(r"(vae/(?:encoder|decoder)\.mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
+_NEW_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _REMEMBERED = 1 << 13  # names: the models of a merge have the same ones, and each is asked about several times
 _SCHEDULE = re.compile(
     r"betas|alphas_cumprod(_prev)?|sqrt_\w+|log_one_minus_\w+|posterior_\w+|logvar|(denoiser\.)?(sigmas|log_sigmas)"
@@ -45,13 +54,20 @@ def component_of(name: str) -> str:
 
 @lru_cache(_REMEMBERED)
 def canonical_name(name: str) -> str:
-    """Return the one name under which a tensor of LDM naming is matched with other models' tensors.
+    """Return the one spelling of a tensor's name in its naming: LDM's full name, or diffusers' as `component/name`.
 
-    U-Nets without `model.diffusion_model.` get it, and SD1 text encoders in NovelAI's form get the `text_model.` that
-    every loader accepts. Other names, diffusers' among them, stay as they are.
+    LDM: U-Nets without `model.diffusion_model.` get it, and SD1 text encoders in NovelAI's form get the `text_model.` that
+    every loader accepts. diffusers: U-Nets alone get `unet/`, `unet.…` (whole models as one dict) becomes `unet/…`, text
+    encoders as transformers 5 writes them get `text_model.`, and the VAE's attention its present names.
     """
     if _BARE_UNET.match(name):
         return UNET_PREFIX + name
+    if _DIFFUSERS_UNET.match(name):
+        return DIFFUSERS_UNET_PREFIX + name
+    name = _DOTTED.sub(r"\1/", name, count=1)
+    if "/" in name:
+        name = _BARE_TEXT_MODEL.sub(r"\1text_model.", name, count=1)
+        return _OLD_VAE_ATTENTION.sub(lambda match: match[1] + _NEW_VAE_ATTENTION[match[2]], name, count=1)
     return _NAI_TEXT_ENCODER.sub(r"\1text_model.", name, count=1)
 
 
@@ -81,7 +97,7 @@ def plain_names_of_ema(names: Iterable[str]) -> dict[str, str]:
         return {}
     plain = {
         f"{EMA_PREFIX}diffusion_model{name.removeprefix(UNET_PREFIX).replace('.', '')}": name
-        for family in ("sd1", "sd2", "sdxl")
+        for family in LAYOUTS
         for name in layout(family)
         if name.startswith(UNET_PREFIX)
     }

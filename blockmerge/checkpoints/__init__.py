@@ -1,20 +1,26 @@
 """One lazy `Checkpoint` for every kind of source, and the writer that never leaves a bad file."""
 
+from blockmerge.checkpoints.assembled import Assembled, Assembly, Piece
 from blockmerge.checkpoints.checkpoint import Checkpoint, Reader, TensorInfo
 from blockmerge.checkpoints.disk import check_space
 from blockmerge.checkpoints.dtypes import FLOAT_DTYPES, itemsize
 from blockmerge.checkpoints.folder import DiffusersFolder, is_diffusers_folder
 from blockmerge.checkpoints.folder_writer import AtomicFolder, check_output_folder
 from blockmerge.checkpoints.hashes import Hashes, hash_file, old_hash
-from blockmerge.checkpoints.model import VAE_PREFIX, Model, vae_tensors
-from blockmerge.checkpoints.open import CheckpointLike, open_checkpoint
+from blockmerge.checkpoints.model import EMA_CHOICES, VAE_PREFIX, Model, View, vae_view
+from blockmerge.checkpoints.open import SUFFIXES, CheckpointLike, open_checkpoint
 from blockmerge.checkpoints.safetensors_file import SafetensorsFile, encode_header
 from blockmerge.checkpoints.state_dict import StateDict
+from blockmerge.checkpoints.torch_file import TorchFile
 from blockmerge.checkpoints.writer import AtomicFile, check_output
 
 __all__ = [
+    "EMA_CHOICES",
     "FLOAT_DTYPES",
+    "SUFFIXES",
     "VAE_PREFIX",
+    "Assembled",
+    "Assembly",
     "AtomicFile",
     "AtomicFolder",
     "Checkpoint",
@@ -22,10 +28,13 @@ __all__ = [
     "DiffusersFolder",
     "Hashes",
     "Model",
+    "Piece",
     "Reader",
     "SafetensorsFile",
     "StateDict",
     "TensorInfo",
+    "TorchFile",
+    "View",
     "check_output",
     "check_output_folder",
     "check_space",
@@ -35,5 +44,5 @@ __all__ = [
     "itemsize",
     "old_hash",
     "open_checkpoint",
-    "vae_tensors",
+    "vae_view",
 ]

@@ -53,14 +53,13 @@ class Checkpoint(ABC):
     """Named tensors that can be looked at without reading them.
 
     `name` is what messages and recipes call it (a file's name without its folder), `tensors` is in the order of the
-    data, `metadata` maps strings to strings.
+    data, `metadata` maps strings to strings, `files` are those it is read from (none: it is in memory).
     """
 
     name: str
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
     files: tuple[Path, ...] = ()
-    """the files it is read from"""
 
     @abstractmethod
     def reader(self) -> Reader:

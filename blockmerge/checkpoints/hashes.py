@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from blockmerge.checkpoints.safetensors_file import SafetensorsFile
+from blockmerge.checkpoints.checkpoint import Checkpoint
 from blockmerge.errors import CheckpointError, reason, shown
 
 _STEP = 1 << 22
@@ -20,22 +20,32 @@ class Hashes:
     """The usual hashes of a file, lower-case hexadecimal.
 
     `autov1`: first 8 digits of the SHA-256 of the 65,536 bytes at offset 0x100000 (the old web UI hash).
-    `autov2`: first 10 of the whole file's. `autov3`: first 12 of everything after a safetensors header.
+    `autov2`: first 10 of the whole file's. `autov3`: first 12 of everything after a safetensors header; None for a file without.
     """
 
     autov1: str
     autov2: str
-    autov3: str
+    autov3: str | None
     sha256: str
 
 
-def old_hash(checkpoint: SafetensorsFile) -> str:
-    """Return a file's AutoV1 hash alone, which takes reading 64 KB. Raises CheckpointError when it cannot be read."""
+def old_hash(checkpoint: Checkpoint) -> str:
+    """Return a file's AutoV1 hash alone, which takes reading 64 KB.
+
+    Raises CheckpointError when it cannot be read, or the checkpoint is not one file.
+    """
+    path = _only_file(checkpoint)
     try:
-        with checkpoint.path.open("rb") as file:
+        with path.open("rb") as file:
             return _autov1(file)
     except OSError as error:
-        raise CheckpointError(f"cannot read {shown(checkpoint.path)}: {reason(error)}") from error
+        raise CheckpointError(f"cannot read {shown(path)}: {reason(error)}") from error
+
+
+def _only_file(checkpoint: Checkpoint) -> Path:
+    if len(checkpoint.files) != 1:
+        raise CheckpointError(f"{shown(checkpoint.name)} is not one file: it has no hashes")
+    return checkpoint.files[0]
 
 
 def _autov1(file: BinaryIO) -> str:
@@ -43,12 +53,17 @@ def _autov1(file: BinaryIO) -> str:
     return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
 
 
-def hash_file(checkpoint: SafetensorsFile, progress: Callable[[int, int], None] | None = None) -> Hashes:
-    """Hash a file in one pass; `progress(done, total)` is told the bytes.
+def _data_start(head: bytes) -> int | None:
+    """Where the data of a safetensors file begins, or None for another file, by its first 9 bytes."""
+    return 8 + int.from_bytes(head[:8], "little") if head[8:] == b"{" else None
 
-    Raises CheckpointError when it cannot be read.
+
+def hash_file(checkpoint: Checkpoint, progress: Callable[[int, int], None] | None = None) -> Hashes:
+    """Hash a checkpoint's file in one pass; `progress(done, total)` is told the bytes.
+
+    Raises CheckpointError when it cannot be read, or the checkpoint is not one file.
     """
-    path: Path = checkpoint.path
+    path = _only_file(checkpoint)
     whole, data = hashlib.sha256(), hashlib.sha256()
     try:
         # Both sums want every byte; hashlib lets other threads run, so they are taken side by side.
@@ -56,7 +71,9 @@ def hash_file(checkpoint: SafetensorsFile, progress: Callable[[int, int], None] 
             total = path.stat().st_size
             old = _autov1(file)
             file.seek(0)
-            start = file.read(checkpoint.data_start)
+            data_start = _data_start(file.read(9))
+            file.seek(0)
+            start = file.read(data_start or 0)
             whole.update(start)
             done = len(start)
             while chunk := file.read(_STEP):
@@ -69,4 +86,4 @@ def hash_file(checkpoint: SafetensorsFile, progress: Callable[[int, int], None] 
     except OSError as error:
         raise CheckpointError(f"cannot read {shown(path)}: {reason(error)}") from error
     digest = whole.hexdigest()
-    return Hashes(old, digest[:10], data.hexdigest()[:12], digest)
+    return Hashes(old, digest[:10], data.hexdigest()[:12] if data_start else None, digest)

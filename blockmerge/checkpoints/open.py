@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Union
 
@@ -10,6 +11,7 @@ from blockmerge.checkpoints.checkpoint import Checkpoint
 from blockmerge.checkpoints.folder import DiffusersFolder
 from blockmerge.checkpoints.safetensors_file import SafetensorsFile
 from blockmerge.checkpoints.state_dict import StateDict
+from blockmerge.checkpoints.torch_file import TORCH_SUFFIXES, TorchFile, begins_torch_file
 from blockmerge.errors import CheckpointError, shown
 
 if TYPE_CHECKING:
@@ -18,13 +20,22 @@ if TYPE_CHECKING:
 CheckpointLike = Union[str, "os.PathLike[str]", Checkpoint, "Mapping[str, torch.Tensor]"]
 """What is taken for a model: a path, an opened checkpoint, or a state dict."""
 
+SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+"""How the names of model files end, in lower case."""
+
+_NO_MODELS = {
+    b"version https://git-lfs": "is a git-LFS pointer, not the model itself: fetch that with git lfs pull",
+    b"<!doctype html": "is an HTML page, not a model: download the model itself",
+    b"<html": "is an HTML page, not a model: download the model itself",
+}
+
 
 def open_checkpoint(source: CheckpointLike, name: str = "state dict", variant: str | None = None) -> Checkpoint:
     """Return the checkpoint at a path, with its header read and checked and its data untouched.
 
-    An opened checkpoint is returned as it is, and a state dict (tensors on any device) is wrapped under `name`.
-    `variant` is for a diffusers folder that has several kinds of weights: ``"fp16"``.
-    Raises CheckpointError when there is none, or none that can be read.
+    What kind of file it is, is seen by what is in it, whatever its name. An opened checkpoint is returned as it is, and a
+    state dict (tensors on any device) is wrapped under `name`. `variant` is for a diffusers folder that has several kinds
+    of weights: ``"fp16"``. Raises CheckpointError when there is none, or none that can be read.
     """
     is_folder = isinstance(source, (str, os.PathLike)) and os.path.isdir(source)
     if variant is not None and not is_folder:
@@ -37,9 +48,24 @@ def open_checkpoint(source: CheckpointLike, name: str = "state dict", variant: s
     if not isinstance(source, (str, os.PathLike)):
         raise CheckpointError(f"a {type(source).__name__} is no model: give a path, an opened checkpoint or a state dict")
     if not os.fspath(source):
-        raise CheckpointError("an empty path is no model: give the path of a .safetensors file")
+        raise CheckpointError("an empty path is no model: give the path of a .safetensors or .ckpt file")
     if is_folder:
         return DiffusersFolder(source, variant)
-    if os.fspath(source).lower().endswith((".ckpt", ".pt", ".pth", ".bin")):
-        raise CheckpointError(f"{shown(source)}: only .safetensors files can be read yet")
+    head = _head(source)
+    for start, what in _NO_MODELS.items():
+        if head.lstrip().lower().startswith(start):
+            raise CheckpointError(f"{shown(source)} {what}")
+    if begins_torch_file(head) or (head[8:9] != b"{" and os.fspath(source).lower().endswith(TORCH_SUFFIXES)):
+        return TorchFile(source)
     return SafetensorsFile(source)
+
+
+def _head(path: str | os.PathLike[str]) -> bytes:
+    """How a file begins; nothing when it cannot be read, which opening it as a checkpoint will say."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return b""
+        with open(path, "rb") as file:
+            return file.read(64)
+    except (OSError, ValueError):
+        return b""

@@ -7,94 +7,32 @@ Everything is checked before a byte of data is touched, against the file's true 
 
 from __future__ import annotations
 
-import gc
 import json
 import os
-import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from blockmerge.checkpoints.checkpoint import Checkpoint, Reader, TensorInfo
+from blockmerge.checkpoints.checkpoint import TensorInfo
 from blockmerge.checkpoints.dtypes import itemsize
-from blockmerge.errors import CheckpointError, counted, listing, reason, shown
+from blockmerge.checkpoints.file import FileCheckpoint
+from blockmerge.errors import counted, listing, shown
 
 _MOST_FAULTS = 100  # counted; a hostile header can hold millions
 _MOST_AXES = 64
 LARGEST_HEADER = 100_000_000  # bytes; the reference reader's limit
 
 
-class SafetensorsFile(Checkpoint):
+class SafetensorsFile(FileCheckpoint):
     """An opened safetensors file: its header has been read and checked, its data has not.
 
     Raises CheckpointError, in one line with the file's name, when it is missing, no regular file, or not valid.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.files = (self.path,)
-        self.name = self.path.name
-        try:
-            # Looked at before it is opened: opening a named pipe would wait for a writer for ever.
-            if not stat.S_ISREG(os.stat(self.path).st_mode):
-                kind = "is a folder" if self.path.is_dir() else "is not a regular file"
-                raise CheckpointError(f"{shown(path)} {kind}: give a .safetensors file")
-            with self.path.open("rb") as file:
-                self._identity = _identity(os.fstat(file.fileno()))
-                size = self._identity[0]
-                self.tensors, self.metadata, self.data_start = _read_header(file, size)
-        except OSError as error:
-            raise CheckpointError(f"cannot open {shown(path)}: {reason(error)}") from error
-        except ValueError as error:
-            # Also embedded null characters in the path, which the operating system refuses as a ValueError.
-            raise CheckpointError(f"{shown(path)} is not a valid safetensors file: {shown(error, 1000)}") from error
-
-    def reader(self) -> FileReader:
-        """Open a reader of this file's bytes; offsets count from the file's start."""
-        return FileReader(self.path, self.name)
-
-    def check_unchanged(self) -> None:
-        """Raise CheckpointError when size or modification time are no longer what they were."""
-        try:
-            same = _identity(os.stat(self.path)) == self._identity
-        except OSError as error:
-            raise CheckpointError(f"cannot read {shown(self.path)}: {reason(error)}") from error
-        if not same:
-            raise CheckpointError(f"{shown(self.path)} was changed while it was being read; nothing was written")
-
-
-class FileReader(Reader):
-    """Positioned reads from a file into the caller's buffers.
-
-    Seek and read on a handle of its own, which is as fast as `pread` and there on every system. Not a memory map: a
-    mapped file that is cut short, or lies on a drive that goes away, kills the process instead of raising an error.
-    """
-
-    def __init__(self, path: Path, name: str) -> None:
-        self._name = name
-        try:
-            self._file = path.open("rb", buffering=0)
-        except OSError as error:
-            raise CheckpointError(f"cannot open {shown(path)}: {reason(error)}") from error
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from `offset` on. Raises CheckpointError on a read error and when the file ends too early."""
-        try:
-            self._file.seek(offset)
-            done = 0
-            while done < len(buffer):
-                count = self._file.readinto(buffer[done:])
-                if not count:
-                    raise CheckpointError(f"{shown(self._name)} was cut short while it was being read, at byte {offset + done}")
-                done += count
-        except OSError as error:
-            raise CheckpointError(f"cannot read {shown(self._name)} at byte {offset}: {reason(error)}") from error
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        super().__init__(path)
+        with self._opened("safetensors") as (file, size):
+            self.tensors, self.metadata, self.data_start = _read_header(file, size)
 
 
 def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], alignment: int) -> bytes:
@@ -112,10 +50,6 @@ def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % alignment)
     return len(text).to_bytes(8, "little") + text
-
-
-def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
-    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev
 
 
 def _read_header(file: Any, size: int) -> tuple[dict[str, TensorInfo], dict[str, str], int]:
@@ -148,8 +82,7 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise ValueError("its header is not UTF-8") from None
     try:
-        with _no_garbage_collection():
-            header = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+        header = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
     except json.JSONDecodeError as error:
         raise ValueError(f"its header is not JSON ({error.msg} at character {error.pos})") from None
     except RecursionError:
@@ -160,19 +93,6 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
         raise
     assert isinstance(header, dict)
     return header
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    # The thousands of new objects of a header set off a full collection, which goes through all of torch's objects too and
-    # takes ten times as long as reading the header; none of the objects here can be garbage.
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -80,6 +80,10 @@ class AtomicFile:
     def __exit__(self, *_: object) -> None:
         self.discard()
 
+    def path_of(self, name: str) -> Path:
+        """Where the data goes; the name tells nothing here, there is one file (`AtomicFolder` has several)."""
+        return self.path
+
     def commit(self) -> None:
         """Cut the file to its size, flush it to the disk and give it its name.
 

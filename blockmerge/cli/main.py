@@ -14,6 +14,8 @@ from types import FrameType
 import click
 from click_default_group import DefaultGroup
 
+from blockmerge.cli.check import check
+from blockmerge.cli.convert import convert
 from blockmerge.cli.demo import demo
 from blockmerge.cli.explain import explain
 from blockmerge.cli.inspect import inspect
@@ -44,7 +46,7 @@ def cli() -> None:
     """
 
 
-for command in (merge, inspect, similarity, explain, presets, methods, demo):
+for command in (merge, convert, inspect, check, similarity, explain, presets, methods, demo):
     cli.add_command(command)
 
 

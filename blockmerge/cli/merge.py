@@ -9,6 +9,25 @@ import click
 
 from blockmerge.cli.console import json_option, progress_bar, stdout_console
 
+dtype_option = click.option(
+    "--dtype",
+    metavar="keep|fp16|bf16|fp32|fp8_…",
+    default="keep",
+    help="The output's dtype: keep (each tensor keeps its own), fp16, bf16, fp32, fp8_e4m3fn, fp8_e5m2. [default: keep]",
+)
+naming_option = click.option(
+    "--to",
+    "naming",
+    metavar="ldm|diffusers",
+    help="The output's naming: ldm (one file) or diffusers (a folder). [default: the first model's]",
+)
+ema_option = click.option(
+    "--ema", metavar="drop|keep|use", default="drop", help="EMA copies: use makes them the U-Net. [default: drop]"
+)
+variant_option = click.option(
+    "--variant", metavar="NAME", help="Which weights of a diffusers folder: fp16. [default: the plain ones]"
+)
+
 
 @click.command(short_help="Merge two models into a new file.")
 @click.argument("models", metavar="A B", nargs=-1, required=True)
@@ -23,12 +42,10 @@ from blockmerge.cli.console import json_option, progress_bar, stdout_console
     default="auto",
     help="Whose VAE. [default: auto: whole, A's if BASE ≤ 0.5, else B's]",
 )
-@click.option(
-    "--dtype",
-    metavar="keep|fp16|bf16|fp32|fp8_…",
-    default="keep",
-    help="The output's dtype: keep (each tensor keeps A's), fp16, bf16, fp32, fp8_e4m3fn, fp8_e5m2. [default: keep]",
-)
+@dtype_option
+@naming_option
+@ema_option
+@variant_option
 @click.option(
     "--sdxl-map",
     metavar="name|resolution",
@@ -50,6 +67,9 @@ def merge(
     method: str,
     vae: str,
     dtype: str,
+    naming: str | None,
+    ema: str,
+    variant: str | None,
     sdxl_map: str | None,
     device: str,
     threads: int | None,
@@ -59,11 +79,12 @@ def merge(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Merge A and B, block by block, into a new .safetensors file.
+    """Merge A and B, block by block, into a new .safetensors file or diffusers folder.
 
     \b
       blockmerge a.safetensors b.safetensors --preset high_res
-      blockmerge a.safetensors b.safetensors -w 0.5 --set BASE=0 -o out.safetensors
+      blockmerge a.safetensors b.ckpt -w 0.5 --set BASE=0 -o out.safetensors
+      blockmerge folder/ b.safetensors --preset low_res -o merged/
 
     A weight says how much of B a block takes: 0 is all A, 1 is all B. Say it with --preset or with --weights.
     The inputs are never changed, and the output appears complete or not at all.
@@ -73,16 +94,26 @@ def merge(
     from blockmerge.merging.recipe import Recipe
     from blockmerge.weights import WeightsRequest
 
-    recipe = Recipe(WeightsRequest(preset, weights, ",".join(changes) or None, sdxl_map), method, vae, dtype, allow_nonfinite)
+    request = WeightsRequest(preset, weights, ",".join(changes) or None, sdxl_map)
+    recipe = Recipe(request, method, vae, dtype, allow_nonfinite, naming, ema)
     if len(models) == 1:
         _refuse_single(models[0])
     recipe.weights.check()
     target = output if output is not None else default_output(recipe, models)
     if dry_run:
-        result = plan_only(recipe, models, target, device=device, threads=threads, overwrite=overwrite)
+        result = plan_only(recipe, models, target, device=device, threads=threads, overwrite=overwrite, variant=variant)
     else:
         with progress_bar("merging", quiet=quiet or as_json) as progress:
-            result = run(recipe, models, target, device=device, threads=threads, overwrite=overwrite, progress=progress)
+            result = run(
+                recipe,
+                models,
+                target,
+                device=device,
+                threads=threads,
+                overwrite=overwrite,
+                variant=variant,
+                progress=progress,
+            )
     if as_json:
         from blockmerge.rendering.json_text import merge_json
 

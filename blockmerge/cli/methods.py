@@ -11,7 +11,7 @@ from blockmerge.cli.console import json_option, stdout_console
 @click.argument("name", required=False)
 @json_option
 def methods(name: str | None, as_json: bool) -> None:
-    """List the methods by which tensors are merged; with NAME show one: its formula, models and source."""
+    """List the methods by which tensors are merged; with NAME show one: its formula, weights, numbers and source."""
     from blockmerge.methods import METHODS, find_method
 
     chosen = list(METHODS.values()) if name is None else [find_method(name)]
@@ -20,6 +20,9 @@ def methods(name: str | None, as_json: bool) -> None:
 
         click.echo(methods_json(chosen))
     else:
-        from blockmerge.rendering.terminal import print_methods
+        from blockmerge.rendering.terminal import print_method, print_methods
 
-        print_methods(stdout_console(), chosen)
+        if name is None:
+            print_methods(stdout_console(), chosen)
+        else:
+            print_method(stdout_console(), *chosen)

@@ -31,8 +31,8 @@ T = TypeVar("T")
 
 SEED = 114514
 
-LAYERS = {"sd1": range(3, 11), "sd2": range(3, 11), "sdxl": range(0, 6)}
-"""Which output blocks are looked at. SD1's are the published ones; SDXL's are all of its output blocks with attention."""
+LAYERS = {"sd1": range(3, 11), "sd2": range(3, 11), "sdxl": range(0, 6), "sdxl_refiner": range(3, 9)}
+"""Which output blocks are looked at. SD1's are the published ones; SDXL's and its refiner's all that have attention."""
 
 _WORKERS = 2
 

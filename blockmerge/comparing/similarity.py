@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from blockmerge.anatomy import COMPONENTS, block_of, component_of
-from blockmerge.checkpoints import CheckpointLike, Model, SafetensorsFile, old_hash
+from blockmerge.checkpoints import CheckpointLike, Model, old_hash
 from blockmerge.comparing.results import Comparison, Differences, SimilarityMatrix, SimilarityResult
 from blockmerge.comparing.sources import Source, open_model, open_sources, weights_of
 from blockmerge.errors import (
@@ -268,7 +268,7 @@ def _notes(method: str, base: Model) -> tuple[str, ...]:
 def _hash(model: Model) -> str | None:
     checkpoint = model.checkpoint
     try:
-        return old_hash(checkpoint) if isinstance(checkpoint, SafetensorsFile) else None
+        return old_hash(checkpoint) if len(checkpoint.files) == 1 else None
     except BlockmergeError:  # it went away meanwhile, which its row says
         return None
 

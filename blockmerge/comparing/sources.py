@@ -9,7 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blockmerge.anatomy import is_position_ids, is_schedule
-from blockmerge.checkpoints import FLOAT_DTYPES, Checkpoint, CheckpointLike, Model, SafetensorsFile, TensorInfo, open_checkpoint
+from blockmerge.checkpoints import (
+    FLOAT_DTYPES,
+    SUFFIXES,
+    Checkpoint,
+    CheckpointLike,
+    Model,
+    TensorInfo,
+    is_diffusers_folder,
+    open_checkpoint,
+)
 from blockmerge.errors import BlockmergeError, CheckpointError, RecipeError, reason, shown
 
 
@@ -23,7 +32,7 @@ class Source:
 
 
 def open_sources(models: CheckpointLike | Iterable[CheckpointLike]) -> list[Source]:
-    """Open everything that `models` names: paths, folders (their .safetensors files), patterns, checkpoints, state dicts.
+    """Open everything that `models` names: paths, folders (the models in them), patterns, checkpoints, state dicts.
 
     What cannot be opened becomes a Source with an error. Raises RecipeError when nothing at all was named.
     """
@@ -43,14 +52,14 @@ def _expand(model: CheckpointLike) -> Iterator[CheckpointLike | Source]:
         yield model
         return
     path = os.fspath(model)
-    if os.path.isdir(path):
+    if os.path.isdir(path) and not is_diffusers_folder(path):
         try:
-            files = sorted(entry for entry in Path(path).iterdir() if entry.suffix.lower() == ".safetensors")
+            files = sorted(entry for entry in Path(path).iterdir() if entry.suffix.lower() in SUFFIXES)
         except OSError as error:
             yield Source(_last(path), None, f"cannot read the folder {shown(_last(path))}: {reason(error)}")
             return
         if not files:
-            yield Source(_last(path), None, f"the folder {shown(_last(path))} holds no .safetensors file")
+            yield Source(_last(path), None, f"the folder {shown(_last(path))} holds no model file")
         yield from files
     elif not os.path.exists(path) and glob.has_magic(path):
         # The shell of Windows leaves patterns to the program.
@@ -78,11 +87,9 @@ def _once_each(models: Iterable[CheckpointLike | Source]) -> Iterator[Checkpoint
 
 
 def is_same_file(one: Model, other: Model) -> bool:
-    """Whether two models are the same file under one name or two."""
-    a, b = one.checkpoint, other.checkpoint
-    return (
-        isinstance(a, SafetensorsFile) and isinstance(b, SafetensorsFile) and os.path.realpath(a.path) == os.path.realpath(b.path)
-    )
+    """Whether two models are the same files under one name or two."""
+    a, b = ([os.path.realpath(file) for file in model.checkpoint.files] for model in (one, other))
+    return bool(a) and a == b
 
 
 def _open(model: CheckpointLike | Source, number: int) -> Source:
@@ -119,8 +126,6 @@ def _unique(sources: list[Source]) -> list[Source]:
 
 def open_model(model: CheckpointLike, name: str) -> Model:
     """Open one model, or raise what is wrong with it."""
-    if isinstance(model, (str, os.PathLike)) and os.path.isdir(model):
-        raise CheckpointError(f"{shown(model)} is a folder: give a .safetensors file")
     return Model.of(open_checkpoint(model, name=name))
 
 

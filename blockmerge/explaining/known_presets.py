@@ -62,6 +62,8 @@ def matching_presets(family: str, blocks: tuple[str, ...], weights: Array, uncer
 
 
 def _table(preset: Preset, family: str, blocks: tuple[str, ...]) -> Array | None:
+    if preset.is_random:
+        return None
     weights = preset.weights_for(family, None)
     values = [weights[block] for block in blocks]
     if any(value is None for value in values):

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from blockmerge.anatomy import COMPONENTS, Anatomy, block_of, canonical_name, component_of, identify, plain_names_of_ema
-from blockmerge.checkpoints import CheckpointLike, Hashes, SafetensorsFile, TensorInfo, hash_file, open_checkpoint
-from blockmerge.errors import CheckpointError, UnknownFamilyError
+from blockmerge.checkpoints import CheckpointLike, Hashes, TensorInfo, hash_file, open_checkpoint
+from blockmerge.errors import UnknownFamilyError
 from blockmerge.streaming import Progress
 
 
@@ -66,11 +66,6 @@ def inspect(path: CheckpointLike, hashes: bool = False, progress: Progress | Non
         if anatomy and component_of(names[name]) == "unet":
             block = block_of(names[name], anatomy.family.name)
             blocks.setdefault(block, []).append(info)
-    found = None
-    if hashes:
-        if not isinstance(checkpoint, SafetensorsFile):
-            raise CheckpointError(f"{checkpoint.name} is no file: it has no hashes")
-        found = hash_file(checkpoint, progress)
     return Inspection(
         name=checkpoint.name,
         family=anatomy.family.name if anatomy else None,
@@ -80,7 +75,7 @@ def inspect(path: CheckpointLike, hashes: bool = False, progress: Progress | Non
         components={component: Part.of(infos) for component, infos in components.items() if infos},
         blocks={block: Part.of(infos) for block, infos in blocks.items()},
         metadata=checkpoint.metadata,
-        hashes=found,
+        hashes=hash_file(checkpoint, progress) if hashes else None,
     )
 
 

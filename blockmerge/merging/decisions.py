@@ -1,10 +1,13 @@
 """What becomes of every tensor: the policies, applied to names, dtypes and shapes alone.
 
-Files and state dicts share this, so that both merge alike. What it decides is in `docs/policies.md`.
+Files and state dicts share this, so that both merge alike. Everything is decided under LDM names, whatever the models'
+own; the last step gives each tensor the place and the name that it has in the output. What it decides is in
+`docs/policies.md`.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,14 +16,17 @@ import numpy as np
 
 from blockmerge.anatomy import (
     UNET_PREFIX,
+    Relation,
     block_of,
     component_of,
     is_position_ids,
     is_prediction_marker,
     is_schedule,
     layout,
+    plain_names_of_ema,
+    relation_of,
 )
-from blockmerge.checkpoints import FLOAT_DTYPES, VAE_PREFIX, Checkpoint, Model, TensorInfo, open_checkpoint, vae_tensors
+from blockmerge.checkpoints import FLOAT_DTYPES, VAE_PREFIX, Checkpoint, Model, TensorInfo, View, open_checkpoint, vae_view
 from blockmerge.errors import CheckpointError, IncompatibleModelsError, RecipeError, counted, listing, shown
 from blockmerge.merging.recipe import Recipe
 from blockmerge.merging.result import Counts
@@ -29,51 +35,71 @@ from blockmerge.weights import BlockWeights
 VAE_FILE = -1
 """Stands for the stand-alone VAE file among the numbers of the models."""
 
-FIRST_CONVOLUTIONS = (UNET_PREFIX + "input_blocks.0.0.weight", "conv_in.weight")
+SHARED_CHANNELS = 4
+"""The input channels that the U-Nets of all variants have in common: the latent image's."""
+
+FIRST_CONVOLUTION = UNET_PREFIX + "input_blocks.0.0.weight"
 
 _MOST_POSITIONS = 4096  # real ones are 77; more would be no position_ids, and too much to read while planning
 
-_COMPONENT_TITLES = {"text_encoder": "text encoder", "text_encoder_2": "second text encoder", "vae": "VAE"}
+_COMPONENT_TITLES = {"text_encoder": "text encoder", "text_encoder_2": "second text encoder", "vae": "VAE", "ema": "EMA copy"}
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
     """What becomes of one tensor of the output.
 
-    `sources` are the models it is read from (0 = A, 1 = B, VAE_FILE). With `alpha` it is computed by the method,
-    without it is the one source's, cast to `dtype` where that differs; with `literal` it is those bytes. `wider` is the
-    model whose additional input channels are kept, where only some are merged.
+    `name` is its name in the output, `ldm` the LDM tensor that it is or is a part of, and `key` what the sources' views
+    call it. `sources` are the models it is read from (0 = A, 1 = B, …, VAE_FILE). With `alpha` it is computed by the
+    method, without it is the one source's, cast to `dtype` where that differs; with `literal` it is those bytes. `wider`
+    is the model whose additional input channels are kept, where only the first four are merged.
     """
 
     name: str
-    canonical: str
+    ldm: str
+    key: str
     dtype: str
     shape: tuple[int, ...]
     sources: tuple[int, ...]
     alpha: float | None = None
+    beta: float | None = None
     literal: bytes | None = None
     wider: int | None = None
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """All tensors of the output in A's order, then what only others have; the sources; counts and notes."""
+    """All tensors of the output in A's order, then what only others have; the sources' views; counts and notes."""
 
     tensors: tuple[Decision, ...]
-    checkpoints: Mapping[int, Checkpoint]
-    infos: Mapping[int, Mapping[str, TensorInfo]]
-    original_names: Mapping[int, Mapping[str, str]]
+    views: Mapping[int, View]
     counts: Counts
     notes: tuple[str, ...]
 
+    def info(self, source: int, decision: Decision) -> TensorInfo:
+        """Where a source holds a tensor's values."""
+        return self.views[source].tensors[decision.key]
 
-def decide(models: Sequence[Model], recipe: Recipe, weights: BlockWeights) -> Decisions:
-    """Apply the policies.
+    @property
+    def checkpoints(self) -> Mapping[int, Checkpoint]:
+        """What the sources are read from."""
+        return {number: view.checkpoint for number, view in self.views.items()}
+
+
+def decide(
+    models: Sequence[Model],
+    recipe: Recipe,
+    weights: BlockWeights,
+    beta: BlockWeights | None = None,
+    *,
+    naming: str | None = None,
+) -> Decisions:
+    """Apply the policies; the output has the names of `naming`, by default A's.
 
     Raises IncompatibleModelsError, naming the first few tensors and counting the rest, when U-Nets hold different
     tensors, or floats in one model only, when shapes differ, or the VAE that was asked for is not there.
     """
-    return _Judge(models, recipe, weights).decide()
+    return _Judge(models, recipe, weights, beta, naming or models[0].anatomy.naming).decide()
 
 
 @dataclass
@@ -81,88 +107,93 @@ class _Judge:
     models: Sequence[Model]
     recipe: Recipe
     weights: BlockWeights
+    beta: BlockWeights | None
+    naming: str
     notes: list[str] = field(default_factory=list)
     counted: Counter[str] = field(default_factory=Counter)
     restored: list[str] = field(default_factory=list)
+    homeless: list[str] = field(default_factory=list)
     only_in: dict[int, list[str]] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     mixed: list[str] = field(default_factory=list)
 
     def decide(self) -> Decisions:
-        a, b = self.models
-        _check_kinds(a, b)
-        self.infos: dict[int, Mapping[str, TensorInfo]] = {0: a.tensors, 1: b.tensors}
-        self.originals: dict[int, Mapping[str, str]] = {0: a.original_names, 1: b.original_names}
-        self.checkpoints: dict[int, Checkpoint] = {0: a.checkpoint, 1: b.checkpoint}
+        _check_kinds(self.models)
+        self.family = self.models[0].anatomy.family.name
+        self.views: dict[int, View] = {number: model.ldm for number, model in enumerate(self.models)}
         for model in self.models:
             self.notes += model.notes
         self.vae_source = self._choose_vae()
         self._check_unets()
-        names = list(dict.fromkeys([*a.tensors, *b.tensors, *self.infos.get(VAE_FILE, {})]))
+        names = list(dict.fromkeys(name for view in self.views.values() for name in view.tensors))
+        self.plain_of_ema = plain_names_of_ema(names)
         decisions = [decision for name in names if (decision := self._decide_one(name)) is not None]
         if self.faults:
-            raise IncompatibleModelsError(
-                f"{shown(a.name)} and {shown(b.name)} cannot be merged: {listing(self.faults, width=300)}"
-            )
+            raise IncompatibleModelsError(f"{self._names()} cannot be merged: {listing(self.faults, width=300)}")
         self._describe(decisions)
-        return Decisions(
-            tuple(self._with_output_names(decisions)),
-            self.checkpoints,
-            self.infos,
-            self.originals,
-            self._counts(decisions),
-            tuple(self.notes),
-        )
+        counts = self._counts(decisions)
+        if self.naming == "diffusers":
+            decisions = self._in_diffusers(decisions)
+        return Decisions(tuple(self._spelled(decisions)), self.views, counts, tuple(self.notes))
 
     # -- one tensor -----------------------------------------------------------------------------------------------
 
     def _decide_one(self, name: str) -> Decision | None:
         component = component_of(name)
-        holders = [number for number in (0, 1) if name in self.infos[number]]
+        holders = [number for number in range(len(self.models)) if name in self.views[number].tensors]
+        if not self._has_place(name):
+            self.homeless.append(name)
+            return self._leave_out()
         if component == "vae" and self.vae_source is not None:
-            return self._take(name, self.vae_source) if name in self.infos[self.vae_source] else self._leave_out()
+            return self._take(name, self.vae_source) if name in self.views[self.vae_source].tensors else self._leave_out()
         if is_prediction_marker(name):
             return self._take(name, 0, fixed_dtype=True) if 0 in holders else self._leave_out()
         if is_position_ids(name):
             return self._position_ids(name, holders[0])
-        dtypes = [self.infos[number][name].dtype for number in holders]
+        if component == "other" and self.recipe.prune:
+            return self._leave_out()
+        dtypes = [self.views[number].tensors[name].dtype for number in holders]
         floats = sum(dtype in FLOAT_DTYPES for dtype in dtypes)
-        if floats == 1 and len(holders) == 2 and not is_schedule(name):
-            return self._mixed(name, component, " and ".join(dtypes))
-        if floats < len(holders) or is_schedule(name):
-            self.counted["kept"] += len(holders) == 2
+        if floats == 0 or is_schedule(name) or (component == "ema" and name not in self.plain_of_ema):
+            self.counted["kept"] += len(holders) == len(self.models) > 1
             return self._take(name, holders[0], fixed_dtype=True)
-        if len(holders) == 1:
-            other = self.models[1 - holders[0]]
-            if component == "other" or component in other.components:
+        if floats < len(holders):
+            return self._mixed(name, component, " and ".join(dict.fromkeys(dtypes)))
+        if len(holders) < len(self.models):
+            others = [model for number, model in enumerate(self.models) if number not in holders]
+            if component == "other" or any(component in other.components for other in others):
                 self.only_in.setdefault(holders[0], []).append(name)
             return self._take(name, holders[0])
-        return self._merge(name)
+        return self._take(name, 0) if self.recipe.method is None else self._merge(name)
 
     def _merge(self, name: str) -> Decision | None:
-        first, second = (self.infos[number][name].shape for number in (0, 1))
+        shapes = [self.views[number].tensors[name].shape for number in range(len(self.models))]
         wider = None
-        if first != second:
-            wider = _wider_first_convolution(name, first, second)
+        if len(set(shapes)) > 1:
+            wider = _wider_first_convolution(name, shapes)
             if wider is None:
-                self.faults.append(f"{shown(name)} (shapes differ: {shown(list(first))} and {shown(list(second))})")
+                said = ", ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+                self.faults.append(f"{shown(name)} (shapes differ: {shown(said)})")
                 return None
-        alpha = self.weights[block_of(name, self.models[0].anatomy.family.name)]
-        source = 0 if alpha is None else self.recipe.merge_method.copies(alpha)
-        sources, alpha = ((0, 1), alpha) if source is None else ((source,), None)
-        dtype = self.recipe.output_dtype or self.infos[0][name].dtype
-        return Decision(name, name, dtype, second if wider == 1 else first, sources, alpha, wider=wider)
+        block = block_of(self.plain_of_ema.get(name, name), self.family)
+        alpha, beta = self.weights[block], self.beta[block] if self.beta is not None else 0.0
+        source = 0 if alpha is None or beta is None else self.recipe.merge_method.copies(alpha, beta)
+        dtype = self.recipe.output_dtype or self.views[0].tensors[name].dtype
+        shape = shapes[wider or 0]
+        if source is not None:
+            return Decision(name, name, name, dtype, shape, (source,), wider=wider)
+        return Decision(name, name, name, dtype, shape, tuple(range(len(self.models))), alpha, beta, wider=wider)
 
     def _take(self, name: str, source: int, *, fixed_dtype: bool = False) -> Decision:
-        info = self.infos[source][name]
+        info = self.views[source].tensors[name]
         dtype = info.dtype
         if not fixed_dtype and dtype in FLOAT_DTYPES:
-            of_a = self.infos[0].get(name, info).dtype
+            of_a = self.views[0].tensors.get(name, info).dtype
             dtype = self.recipe.output_dtype or (of_a if of_a in FLOAT_DTYPES else dtype)
-        return Decision(name, name, dtype, info.shape, (source,))
+        return Decision(name, name, name, dtype, info.shape, (source,))
 
     def _mixed(self, name: str, component: str, dtypes: str) -> Decision | None:
-        """A tensor that holds floats in one model and something else in the other, which cannot be blended."""
+        """A tensor that holds floats in one model and something else in another, which cannot be blended."""
         if component == "unet":
             self.faults.append(f"{shown(name)} (dtypes do not blend: {dtypes})")
             return None
@@ -175,9 +206,8 @@ class _Judge:
 
     def _position_ids(self, name: str, source: int) -> Decision:
         decision = self._take(name, source, fixed_dtype=True)
-        if self.infos[source][name].elements > _MOST_POSITIONS:
-            return decision
-        if _intact_position_ids(self.checkpoints[source].read(self.originals[source][name]), self.infos[source][name]):
+        view, info = self.views[source], self.views[source].tensors[name]
+        if info.elements > _MOST_POSITIONS or _intact_position_ids(view.read(name), info):
             return decision
         self.restored.append(name)
         literal = np.broadcast_to(np.arange(decision.shape[-1], dtype="<i8"), decision.shape).tobytes()
@@ -185,24 +215,28 @@ class _Judge:
 
     # -- the models as wholes -------------------------------------------------------------------------------------
 
+    def _names(self) -> str:
+        *first, last = [shown(model.name) for model in self.models]
+        return f"{', '.join(first)} and {last}" if first else last
+
     def _check_unets(self) -> None:
-        a, b = self.models
         unets = [{name for name in model.tensors if component_of(name) == "unet"} for model in self.models]
-        lacking = []
-        for model, names in ((b, unets[0] - unets[1]), (a, unets[1] - unets[0])):
-            if names:
-                lacking.append(
-                    f"{shown(model.name)} lacks {counted(len(names), 'U-Net tensor')} of the other ({listing(sorted(names))})"
-                )
+        whole = set[str]().union(*unets)
+        lacking = [
+            f"{shown(model.name)} lacks {counted(len(whole - unet), 'U-Net tensor')} of the other "
+            f"({listing(sorted(whole - unet))})"
+            for model, unet in reversed(list(zip(self.models, unets, strict=True)))
+            if whole - unet
+        ]
         if lacking:
             raise IncompatibleModelsError(f"these models cannot be merged: {'; '.join(lacking)}")
 
     def _choose_vae(self) -> int | None:
         """Return the model that the VAE is taken from as a whole, or None where it follows BASE like all else."""
         vae = self.recipe.vae
-        has_vae = [number for number in (0, 1) if "vae" in self.models[number].components]
-        if vae in ("a", "b"):
-            number = ("a", "b").index(str(vae))
+        has_vae = [number for number, model in enumerate(self.models) if "vae" in model.components]
+        if isinstance(vae, str) and vae in _letters(self.models):
+            number = _letters(self.models).index(vae)
             if number not in has_vae:
                 raise IncompatibleModelsError(f"{shown(self.models[number].name)} has no VAE: take another with --vae")
             return number
@@ -212,43 +246,64 @@ class _Judge:
             base = self.weights["BASE"]
             if vae == "blend":
                 return None
-            chosen = 0 if base is None or base <= 0.5 else 1
+            chosen = has_vae[0] if base is None or base <= 0.5 else has_vae[1]
             self.notes.append(f"the VAE is taken whole from {shown(self.models[chosen].name)} (--vae blend would blend it)")
             return chosen
         return self._open_vae_file()
 
     def _open_vae_file(self) -> int:
-        vae = self.recipe.vae
         try:
-            checkpoint = open_checkpoint(vae)
+            checkpoint = open_checkpoint(self.recipe.vae)
         except CheckpointError as error:
-            raise CheckpointError(f"{error} (--vae takes auto, a, b, blend or a file)") from error
-        names = vae_tensors(checkpoint)
+            choices = ", ".join((*_letters(self.models), "blend"))
+            raise CheckpointError(f"{error} (--vae takes auto, {choices} or a file)") from error
+        view = vae_view(checkpoint)
         reference: Mapping[str, tuple[int, ...] | None] = dict.fromkeys(n for n in layout("sd1") if n.startswith(VAE_PREFIX))
         for model in reversed(self.models):
             reference = {**reference, **{n: t.shape for n, t in model.tensors.items() if component_of(n) == "vae"}}
-        if missing := sorted(reference.keys() - names.keys()):
+        if missing := sorted(reference.keys() - view.tensors.keys()):
             raise IncompatibleModelsError(f"{shown(checkpoint.name)} is no complete VAE: it lacks {listing(missing)}")
-        infos = {canonical: checkpoint.tensors[name] for canonical, name in names.items()}
-        wrong = [n for n, shape in reference.items() if shape is not None and infos[n].shape != shape]
+        wrong = [n for n, shape in reference.items() if shape is not None and view.tensors[n].shape != shape]
         if wrong:
             raise IncompatibleModelsError(f"{shown(checkpoint.name)} is a VAE of another shape: {listing(wrong)}")
-        self.infos[VAE_FILE], self.originals[VAE_FILE], self.checkpoints[VAE_FILE] = infos, names, checkpoint
+        self.views[VAE_FILE] = view
         self.notes.append(f"the VAE is {shown(checkpoint.name)}")
         return VAE_FILE
 
-    # -- afterwards -----------------------------------------------------------------------------------------------
+    # -- the output's naming --------------------------------------------------------------------------------------
 
-    def _with_output_names(self, decisions: Sequence[Decision]) -> Sequence[Decision]:
+    def _has_place(self, name: str) -> bool:
+        if self.naming == "ldm":
+            return "/" not in name
+        return "/" in name or bool(relation_of(name, self.family).diffusers)
+
+    def _in_diffusers(self, decisions: Sequence[Decision]) -> list[Decision]:
+        """The same under diffusers' names: most tensors become one, some three, all read through the sources' other views."""
+        source_of_vae = {VAE_FILE: vae_view(self.views[VAE_FILE].checkpoint, "diffusers")} if VAE_FILE in self.views else {}
+        self.views = {**{n: model.view("diffusers") for n, model in enumerate(self.models)}, **source_of_vae}
+        placed = []
+        for decision in decisions:
+            relation = Relation((decision.ldm,)) if "/" in decision.ldm else relation_of(decision.ldm, self.family)
+            for place in relation.diffusers:
+                shape = decision.shape
+                if decision.sources and decision.wider is None:
+                    shape = self.views[decision.sources[0]].tensors[place].shape
+                placed.append(replace(decision, name=place, key=place, shape=shape))
+        of_a = self.views[0].tensors  # A's order again: the parts of joined tensors do not stand side by side in every file
+        return sorted(placed, key=lambda decision: of_a[decision.key].offset if decision.key in of_a else sys.maxsize)
+
+    def _spelled(self, decisions: Sequence[Decision]) -> Sequence[Decision]:
         """A's spelling where the output is a U-Net alone; else the full names, which every loader accepts."""
-        a = self.models[0]
-        unet_only = all(component_of(decision.name) == "unet" for decision in decisions)
-        if not a.bare:
+        if not self.models[0].bare:
             return decisions
-        if unet_only:
-            return [replace(decision, name=decision.name.removeprefix(UNET_PREFIX)) for decision in decisions]
-        self.notes.append(f"the U-Net's names get the prefix {UNET_PREFIX}, as a file with more than a U-Net needs it")
+        if all(component_of(decision.ldm) == "unet" for decision in decisions):
+            prefix = UNET_PREFIX if self.naming == "ldm" else "unet/"
+            return [replace(decision, name=decision.name.removeprefix(prefix)) for decision in decisions]
+        if self.naming == "ldm":
+            self.notes.append(f"the U-Net's names get the prefix {UNET_PREFIX}, as a file with more than a U-Net needs it")
         return decisions
+
+    # -- afterwards -----------------------------------------------------------------------------------------------
 
     def _counts(self, decisions: Sequence[Decision]) -> Counts:
         taken = Counter(decision.sources[0] for decision in decisions if len(decision.sources) == 1)
@@ -256,83 +311,101 @@ class _Judge:
             computed=sum(len(decision.sources) != 1 for decision in decisions),
             from_a=taken[0],
             from_b=taken[1],
+            from_c=taken[2],
             from_vae=taken[VAE_FILE],
+            from_others=sum(count for number, count in taken.items() if number > 2),
             dropped=self.counted["dropped"] + sum(model.ema_tensors for model in self.models),
         )
 
     def _describe(self, decisions: Sequence[Decision]) -> None:
-        a, b = self.models
-        for model, other in ((a, b), (b, a)):
-            for component in sorted(model.components - other.components - {"other"}):
-                if component != "vae" or self.vae_source != VAE_FILE:
-                    self.notes.append(
-                        f"the {_COMPONENT_TITLES.get(component, component)} is only in {shown(model.name)} and copied from there"
-                    )
-            if model.ema_tensors and "unet" in map(component_of, model.checkpoint.tensors):
-                self.notes.append(
-                    f"left out {counted(model.ema_tensors, 'EMA tensor')} of {shown(model.name)}, which would be stale"
-                )
+        self._describe_components()
         for number, names in self.only_in.items():
             self.notes.append(
                 f"{_tensors_are(len(names))} only in {shown(self.models[number].name)} and copied from there ({listing(names)})"
             )
+        if self.homeless:
+            where = "a diffusers folder" if self.naming == "diffusers" else "a file in LDM names"
+            self.notes.append(
+                f"{counted(len(self.homeless), 'tensor')} left out, which {where} has no place for ({listing(self.homeless)})"
+            )
         if self.counted["kept"]:
             kept = _tensors_are(self.counted["kept"], "integer or schedule tensor")
-            self.notes.append(f"{kept} copied from {shown(a.name)}")
+            self.notes.append(f"{kept} copied from {shown(self.models[0].name)}")
         if self.mixed:
             self.notes.append(
-                f"{_tensors_are(len(self.mixed))} of floats in one model only, and copied from {shown(a.name)} "
+                f"{_tensors_are(len(self.mixed))} of floats in one model only, and copied from {shown(self.models[0].name)} "
                 f"({listing(self.mixed, width=300)})"
             )
         if self.restored:
             self.notes.append(f"broken position_ids restored to 0, 1, 2, … ({listing(self.restored)})")
-        markers = [sorted(name for name in model.tensors if is_prediction_marker(name)) for model in self.models]
-        if markers[0] != markers[1]:
-            said = [
-                f"{shown(m.name)} {'has ' + listing(found) if found else 'has none'}"
-                for m, found in zip(self.models, markers, strict=True)
-            ]
-            self.notes.append(
-                f"warning: prediction markers differ ({'; '.join(said)}): U-Nets of different prediction types do not blend"
-            )
+        self._describe_markers()
         outside = [block for block, weight in self.weights.items() if weight is not None and not 0 <= weight <= 1]
         if outside:
             self.notes.append(f"weights outside 0 to 1 go beyond the models: {listing(outside)}")
         casts = Counter(
-            (self.infos[source][decision.canonical].dtype, decision.dtype)
+            (self.views[source].tensors[decision.key].dtype, decision.dtype)
             for decision in decisions
             for source in decision.sources
-            if self.infos[source][decision.canonical].dtype != decision.dtype
+            if self.views[source].tensors[decision.key].dtype != decision.dtype
         )
         for (given, wanted), count in sorted(casts.items()):
             self.notes.append(f"{_tensors_are(count)} converted from {given} to {wanted}")
+
+    def _describe_components(self) -> None:
+        for model in self.models:
+            others = [other for other in self.models if other is not model]
+            first = [component for component in model.components if all(component not in m.components for m in others)]
+            for component in sorted(first if others else []):
+                if component == "other" or (component == "vae" and self.vae_source == VAE_FILE):
+                    continue
+                stale = ", as it was: it does not follow the merge" if component == "ema" else ""
+                title = _COMPONENT_TITLES.get(component, component)
+                self.notes.append(f"the {title} is only in {shown(model.name)} and copied from there{stale}")
+            if model.ema_tensors and any(component_of(name) == "unet" for name in model.source.tensors):
+                why = ", which would be stale" if self.recipe.method is not None else ""
+                self.notes.append(f"left out {counted(model.ema_tensors, 'EMA tensor')} of {shown(model.name)}{why}")
+
+    def _describe_markers(self) -> None:
+        markers = [sorted(name for name in model.tensors if is_prediction_marker(name)) for model in self.models]
+        if all(found == markers[0] for found in markers):
+            return
+        said = [
+            f"{shown(m.name)} {'has ' + listing(found) if found else 'has none'}"
+            for m, found in zip(self.models, markers, strict=True)
+        ]
+        self.notes.append(
+            f"warning: prediction markers differ ({'; '.join(said)}): U-Nets of different prediction types do not blend"
+        )
 
 
 def _tensors_are(count: int, noun: str = "tensor") -> str:
     return f"{counted(count, noun)} {'is' if count == 1 else 'are'}"
 
 
-def _check_kinds(a: Model, b: Model) -> None:
-    ours, theirs = a.anatomy, b.anatomy
-    if ours.family != theirs.family:
-        raise IncompatibleModelsError(
-            f"{shown(a.name)} is {ours.family.title} and {shown(b.name)} is {theirs.family.title}: "
-            "only models of one family can be merged"
-        )
-    if ours.naming != theirs.naming:
-        raise IncompatibleModelsError(
-            f"{shown(a.name)} has {ours.naming} names and {shown(b.name)} has {theirs.naming} names: "
-            "models of two namings cannot be merged yet"
-        )
+def _letters(models: Sequence[Model]) -> str:
+    return "abcdefghijklmnopqrstuvwxyz"[: len(models)]
 
 
-def _wider_first_convolution(name: str, first: Sequence[int], second: Sequence[int]) -> int | None:
-    """Return which model has additional input channels in the U-Net's first convolution, or None for any other case."""
-    if name not in FIRST_CONVOLUTIONS or len(first) != 4 or len(second) != 4:
+def _check_kinds(models: Sequence[Model]) -> None:
+    first = models[0]
+    for other in models[1:]:
+        ours, theirs = first.anatomy, other.anatomy
+        if ours.family != theirs.family:
+            raise IncompatibleModelsError(
+                f"{shown(first.name)} is {ours.family.title} and {shown(other.name)} is {theirs.family.title}: "
+                "only models of one family can be merged"
+            )
+
+
+def _wider_first_convolution(name: str, shapes: Sequence[tuple[int, ...]]) -> int | None:
+    """Return the first model with additional input channels in the U-Net's first convolution, or None for any other case."""
+    if name != FIRST_CONVOLUTION or any(len(shape) != 4 for shape in shapes):
         return None
-    if (first[0], *first[2:]) != (second[0], *second[2:]) or min(first[1], second[1]) != 4:
+    if len({(shape[0], *shape[2:]) for shape in shapes}) > 1:
         return None
-    return 0 if first[1] > second[1] else 1
+    channels = [shape[1] for shape in shapes]
+    widest = max(channels)
+    return channels.index(widest) if set(channels) == {SHARED_CHANNELS, widest} else None
 
 
 def _intact_position_ids(data: bytes, info: TensorInfo) -> bool:

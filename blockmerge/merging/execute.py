@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from blockmerge.checkpoints import Reader
 from blockmerge.errors import NonFiniteError, OutputError, reason, shown
-from blockmerge.merging.plan import Plan, Run
+from blockmerge.merging.plan import Plan, PlannedFile, Run
 from blockmerge.streaming import PAGE, OutputStream, Progress, TorchThreads, aligned_buffer, for_each, thread_count
 
 if TYPE_CHECKING:
@@ -46,29 +46,44 @@ class Pace:
 
 
 def execute(
-    plan: Plan, path: Path, pace: Pace, device: str = "cpu", progress: Progress | None = None, *, shown_as: Path | None = None
+    plan: Plan,
+    path_of: Callable[[str], Path],
+    pace: Pace,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    *,
+    shown_as: Path,
 ) -> None:
-    """Write the output's bytes to `path`, which exists and may be padded to a multiple of PAGE.
+    """Write the planned files to where `path_of` has each, which exists and may be padded to a multiple of PAGE.
 
     Raises NonFiniteError naming the tensors when something that was computed is NaN or infinite (unless the recipe
     allows it), CheckpointError when an input cannot be read or was changed meanwhile, OutputError, with the name
     `shown_as`, when writing fails.
     """
-    pieces = list(range(0, plan.size, pace.piece_bytes))
-    if "torch" not in sys.modules:
-        pieces = _ordered_for_loading(pieces, plan, pace)
-    job = _Job(plan, OutputStream(path, direct=pace.direct), pace, device, shown_as or path)
-    try:
-        for_each(pieces, job.worker, min(pace.threads, -(-plan.size // pace.piece_bytes)), plan.size, progress)
-    finally:
-        job.torch_threads.restore()
+    nonfinite: list[str] = []
+    done, total = 0, sum(file.size for file in plan.files)
+    for file in plan.files:
+        pieces = list(range(0, file.size, pace.piece_bytes))
+        if "torch" not in sys.modules:
+            pieces = _ordered_for_loading(pieces, file, pace)
+        job = _Job(plan, file, OutputStream(path_of(file.path), direct=pace.direct), pace, device, shown_as)
+        try:
+            for_each(pieces, job.worker, min(pace.threads, len(pieces)), file.size, _part_of(progress, done, total))
+        finally:
+            job.torch_threads.restore()
+        done += file.size
+        nonfinite += [name for name in file.tensors if name in job.nonfinite]
     for checkpoint in plan.checkpoints.values():
         checkpoint.check_unchanged()
-    if job.nonfinite:
-        raise NonFiniteError(_explain_nonfinite(plan, [name for name in plan.tensors if name in job.nonfinite]))
+    if nonfinite:
+        raise NonFiniteError(_explain_nonfinite(plan, nonfinite))
 
 
-def _ordered_for_loading(pieces: list[int], plan: Plan, pace: Pace) -> list[int]:
+def _part_of(progress: Progress | None, before: int, total: int) -> Progress | None:
+    return progress and (lambda done, _: progress(before + done, total))
+
+
+def _ordered_for_loading(pieces: list[int], plan: PlannedFile, pace: Pace) -> list[int]:
     """Put one piece that needs torch first and those that need none behind it.
 
     torch takes as long to load as most merges take: one worker loads it while the others already copy.
@@ -81,9 +96,10 @@ def _ordered_for_loading(pieces: list[int], plan: Plan, pace: Pace) -> list[int]
 class _Job:
     """What the workers of one execution share."""
 
-    def __init__(self, plan: Plan, output: OutputStream, pace: Pace, device: str, shown_as: Path) -> None:
+    def __init__(self, plan: Plan, file: PlannedFile, output: OutputStream, pace: Pace, device: str, shown_as: Path) -> None:
         self.shown_as = shown_as
         self.plan = plan
+        self.file = file
         self.output = output
         self.pace = pace
         self.device = device
@@ -101,7 +117,7 @@ class _Job:
 
     def note_nonfinite(self, start: int, stop: int, is_finite: Callable[[int, int], bool]) -> None:
         """Find out which tensors in the bytes [start, stop) of the output are not finite."""
-        for name, info in self.plan.tensors_between(start, stop):
+        for name, info in self.file.tensors_between(start, stop):
             if not is_finite(max(start, info.offset), min(stop, info.offset + info.nbytes)):
                 with self._lock:
                     self.nonfinite.add(name)
@@ -119,9 +135,9 @@ class _Worker:
         self.kernel: Kernel | None = None
 
     def do_piece(self, start: int) -> int:
-        plan = self.job.plan
-        stop = min(start + self.job.pace.piece_bytes, plan.size)
-        for run in plan.runs_between(start, stop):
+        file = self.job.file
+        stop = min(start + self.job.pace.piece_bytes, file.size)
+        for run in file.runs_between(start, stop):
             low, high = max(start, run.start), min(stop, run.stop)
             target = self.piece[low - start : high - start]
             if run.literal is not None:
@@ -157,11 +173,13 @@ def _explain_nonfinite(plan: Plan, names: list[str]) -> str:
     why = []
     for name in names[:3]:
         bad = [shown(checkpoint.name) for checkpoint, info in plan.inputs_of(name) if holds_nonfinite(checkpoint, info)]
-        cause = f"NaN or infinity in {' and '.join(bad)}" if bad else f"values too large for {plan.tensors[name].dtype}"
+        dtype = next(file.tensors[name].dtype for file in plan.files if name in file.tensors)
+        cause = f"NaN or infinity in {' and '.join(bad)}" if bad else f"values too large for {dtype}"
         why.append(f"{shown(name)} ({cause})")
+    verb = "merged" if plan.recipe.method is not None else "converted"
     what = "tensors" if len(names) > 1 else "tensor"
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return (
-        f"{len(names)} merged {what} would hold NaN or infinity: {', '.join(why)}{more}; "
+        f"{len(names)} {verb} {what} would hold NaN or infinity: {', '.join(why)}{more}; "
         "nothing was written (--allow-nonfinite keeps them)"
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from blockmerge.anatomy import Origin
 from blockmerge.checkpoints import Model, StateDict
 from blockmerge.errors import CheckpointError, NonFiniteError, listing
-from blockmerge.merging.decisions import Decision, check_vae_option, decide
+from blockmerge.merging.decisions import SHARED_CHANNELS, Decision, check_vae_option, decide
 from blockmerge.merging.recipe import Recipe, check_numbers
 from blockmerge.weights import WeightsLike, WeightsRequest
 
@@ -32,9 +33,10 @@ def merge_state_dicts(
 
     >>> merged = blockmerge.merge_state_dicts(a, b, preset="high_res")  # doctest: +SKIP
 
-    The dicts are U-Nets or whole models, in LDM or diffusers names, all on one device or several; every tensor of the
-    result is a new one on the device of A's (of B's, where only B has it), with A's dtype. The values are those that
-    `merge` writes. NaN and infinity are looked for only with `check_finite`, since that waits for the GPU.
+    The dicts are U-Nets or whole models, in LDM or diffusers names (`unet.…`, `vae.…` and so on for whole models), all on
+    one device or several; the result has A's names, and every tensor of it is a new one on the device of A's (of B's, where
+    only B has it), with A's dtype. The values are those that `merge` writes. NaN and infinity are looked for only with
+    `check_finite`, since that waits for the GPU.
 
     Raises a BlockmergeError: NonFiniteError with `check_finite`, else as `merge` does before it reads a weight.
     """
@@ -57,27 +59,27 @@ def merge_state_dicts(
     nonfinite: list[str] = []
 
     def tensor_of(number: int, decision: Decision) -> torch.Tensor:
-        return state_dicts[number][decided.original_names[number][decision.canonical]].detach()
+        return _made(state_dicts[number], decided.views[number].origins[decision.key])
+
+    def holder_of(decision: Decision) -> int:
+        return next(number for number, view in decided.views.items() if decision.key in view.tensors)
 
     with torch.no_grad():
         for decision in decided.tensors:
             if decision.literal is not None:
                 positions = torch.frombuffer(bytearray(decision.literal), dtype=torch.int64).view(decision.shape)
-                holder = next(n for n in (0, 1) if decision.canonical in decided.infos[n])
-                merged[decision.name] = positions.to(tensor_of(holder, decision).device)
+                merged[decision.name] = positions.to(tensor_of(holder_of(decision), decision).device)
                 continue
             inputs = [tensor_of(number, decision) for number in decision.sources]
-            holder = 0 if decision.canonical in decided.infos[0] else decision.sources[0]
-            device = tensor_of(holder, decision).device
+            device = tensor_of(holder_of(decision), decision).device
             dtype = TORCH_DTYPES.get(decision.dtype, inputs[0].dtype)
             out = torch.empty(decision.shape, dtype=dtype, device=device)
             target = out
             if decision.wider is not None:
                 wide = tensor_of(decision.wider, decision)
-                channels = min(tensor_of(number, decision).shape[1] for number in (0, 1))
-                out[:, channels:] = wide[:, channels:].to(device)
-                inputs = [tensor[:, :channels] for tensor in inputs]
-                target = torch.empty_like(out[:, :channels], memory_format=torch.contiguous_format)
+                out[:, SHARED_CHANNELS:] = wide[:, SHARED_CHANNELS:].to(device)
+                inputs = [tensor[:, :SHARED_CHANNELS] for tensor in inputs]
+                target = torch.empty_like(out[:, :SHARED_CHANNELS], memory_format=torch.contiguous_format)
             _combine([tensor.to(device) for tensor in inputs], decision, recipe, target)
             if decision.wider is not None:
                 out[:, : target.shape[1]] = target
@@ -86,7 +88,31 @@ def merge_state_dicts(
             merged[decision.name] = out
     if nonfinite:
         raise NonFiniteError(f"{len(nonfinite)} merged tensors hold NaN or infinity: {listing(nonfinite)}")
-    return merged
+    return _spelled_as(state_dicts[0], merged)
+
+
+def _made(tensors: Mapping[str, torch.Tensor], origin: Origin) -> torch.Tensor:
+    """The tensor that an origin describes."""
+    import torch
+
+    found = [tensors[name].detach() for name in origin.names]
+    made = found[0] if len(found) == 1 else torch.cat(found)
+    if origin.parts > 1:
+        made = made.chunk(origin.parts)[origin.part]
+    if origin.transposed and made.dim() == 2:
+        made = made.T
+    if origin.axes == 4 and made.dim() == 2:
+        made = made[:, :, None, None]
+    elif origin.axes == 2 and made.dim() == 4:
+        made = made[:, :, 0, 0]
+    return made
+
+
+def _spelled_as(a: Mapping[str, torch.Tensor], merged: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Whole models in diffusers' names with dots between component and name, where A has them so."""
+    if any("/" in name for name in a):
+        return merged
+    return {name.replace("/", ".", 1): tensor for name, tensor in merged.items()}
 
 
 def _combine(inputs: list[torch.Tensor], decision: Decision, recipe: Recipe, target: torch.Tensor) -> None:

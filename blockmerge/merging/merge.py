@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from string import ascii_uppercase
 from typing import TYPE_CHECKING
 
 from blockmerge.checkpoints import (
     AtomicFile,
+    AtomicFolder,
     Checkpoint,
     CheckpointLike,
-    SafetensorsFile,
+    DiffusersFolder,
+    Model,
     check_output,
+    check_output_folder,
     check_space,
+    is_diffusers_folder,
     open_checkpoint,
 )
 from blockmerge.errors import OutputError, shown
 from blockmerge.merging.execute import Pace, execute
-from blockmerge.merging.plan import Plan, make_plan
+from blockmerge.merging.plan import Form, Plan, make_plan
 from blockmerge.merging.recipe import Recipe, check_numbers
 from blockmerge.merging.result import MergeResult
 from blockmerge.streaming import Progress
@@ -44,10 +50,13 @@ def merge(
     threads: int | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
+    naming: str | None = None,
+    ema: str = "drop",
+    variant: str | None = None,
     progress: Progress | None = None,
     **numbers: float,
 ) -> MergeResult:
-    """Merge models, block by block, into a new `.safetensors` file.
+    """Merge models, block by block, into a new `.safetensors` file or diffusers folder.
 
     >>> blockmerge.merge("a.safetensors", "b.safetensors", preset="high_res", output="out.safetensors")  # doctest: +SKIP
 
@@ -56,7 +65,9 @@ def merge(
     block takes; `changes` (``"BASE=0.5,OUT11=1"``) goes on top. `dtype` is ``"keep"`` (each tensor keeps A's) or
     ``"fp16"``, ``"bf16"``, ``"fp32"``, ``"fp8_e4m3fn"``, ``"fp8_e5m2"``, or torch's own. `vae` is ``"auto"``
     (whole, from A when BASE is at most 0.5, else from B), ``"a"``, ``"b"``, ``"blend"``, or a VAE (a file, an opened
-    checkpoint or a state dict). `progress(done, total)` is told the bytes.
+    checkpoint or a state dict). `naming` is the output's, ``"ldm"`` (a single file) or ``"diffusers"`` (a folder), by default
+    A's. `ema` says what becomes of EMA copies: ``"drop"``, ``"keep"``, or ``"use"`` them as the U-Net. `variant` picks the
+    weights of folders that have several (``"fp16"``). `progress(done, total)` is told the bytes.
 
     All checks that headers allow are made before a weight is read. The models are never changed. The output appears
     complete or not at all.
@@ -64,8 +75,17 @@ def merge(
     Raises a BlockmergeError: see `blockmerge.errors` for which and when.
     """
     check_numbers(method, preset_beta, weights_beta, numbers)
-    recipe = Recipe(WeightsRequest(preset, weights, changes, sdxl_map), method, vae, str(dtype), allow_nonfinite)
-    return run(recipe, models, output, device=device, threads=threads, overwrite=overwrite, progress=progress)
+    recipe = Recipe(WeightsRequest(preset, weights, changes, sdxl_map), method, vae, str(dtype), allow_nonfinite, naming, ema)
+    return run(
+        recipe,
+        models,
+        output,
+        device=device,
+        threads=threads,
+        overwrite=overwrite,
+        variant=variant,
+        progress=progress,
+    )
 
 
 def run(
@@ -76,16 +96,17 @@ def run(
     device: str = "cpu",
     threads: int | None = None,
     overwrite: bool = False,
+    variant: str | None = None,
     progress: Progress | None = None,
 ) -> MergeResult:
     """Carry out a recipe: plan, reserve, execute, commit."""
     started = time.perf_counter()
-    plan, target = _prepare(recipe, models, output, overwrite)
+    plan, target = _prepare(recipe, models, output, overwrite, variant)
     device, pace = _choose_pace(str(device), threads)
-    with AtomicFile(target, plan.size, overwrite=overwrite) as file:
-        execute(plan, file.path, pace, device, progress, shown_as=target)
-        file.commit()
-        swept = file.swept
+    with _reserved(plan, target, overwrite) as reserved:
+        execute(plan, reserved.path_of, pace, device, progress, shown_as=target)
+        reserved.commit()
+        swept = reserved.swept
     return _result(plan, target, time.perf_counter() - started, swept)
 
 
@@ -97,16 +118,24 @@ def dry_run(
     device: str = "cpu",
     threads: int | None = None,
     overwrite: bool = False,
+    variant: str | None = None,
 ) -> MergeResult:
     """Make all checks that need no weights, and the plan, and write nothing.
 
     Raises what `run` would raise before it reads a weight.
     """
     started = time.perf_counter()
-    plan, target = _prepare(recipe, models, output, overwrite)
+    plan, target = _prepare(recipe, models, output, overwrite, variant)
     _choose_pace(device, threads)
     check_space(target, plan.size)
     return _result(plan, target, time.perf_counter() - started, (), dry=True)
+
+
+def _reserved(plan: Plan, target: Path, overwrite: bool) -> AtomicFile | AtomicFolder:
+    if not plan.form.folder:
+        return AtomicFile(target, plan.size, overwrite=overwrite)
+    sizes = {file.path: file.size for file in plan.files}
+    return AtomicFolder(target, {**plan.small_files, **sizes}, overwrite=overwrite)
 
 
 def _choose_pace(device: str, threads: int | None) -> tuple[str, Pace]:
@@ -123,51 +152,75 @@ def _choose_pace(device: str, threads: int | None) -> tuple[str, Pace]:
 
 
 def _prepare(
-    recipe: Recipe, models: tuple[CheckpointLike, ...], output: str | os.PathLike[str], overwrite: bool
+    recipe: Recipe,
+    models: tuple[CheckpointLike, ...],
+    output: str | os.PathLike[str],
+    overwrite: bool,
+    variant: str | None,
 ) -> tuple[Plan, Path]:
     recipe.check_model_count(len(models))
-    checkpoints = [open_checkpoint(model, name=f"state dict {letter}") for model, letter in zip(models, "ABCDEFGH", strict=False)]
-    plan = make_plan(checkpoints, recipe)
-    _check_output_name(output)
-    inputs = [checkpoint.path for checkpoint in plan.checkpoints.values() if isinstance(checkpoint, SafetensorsFile)]
-    return plan, check_output(output, inputs, overwrite=overwrite)
+    opened = [Model.of(checkpoint, recipe.ema) for checkpoint in _open(models, variant)]
+    form = _form(recipe, opened[0], output)
+    plan = make_plan(opened, recipe, form)
+    inputs = [file for checkpoint in plan.checkpoints.values() for file in checkpoint.files]
+    inputs += [model.source.path for model in opened if isinstance(model.source, DiffusersFolder)]
+    check = check_output_folder if form.folder else check_output
+    return plan, check(output, inputs, overwrite=overwrite)
 
 
-def _check_output_name(output: object) -> None:
+def _open(models: Sequence[CheckpointLike], variant: str | None) -> list[Checkpoint]:
+    """Open the models; a variant is for those that are folders."""
+    folders = [isinstance(model, (str, os.PathLike)) and os.path.isdir(model) for model in models]
+    return [
+        open_checkpoint(model, name=f"state dict {letter}", variant=variant if folder or not any(folders) else None)
+        for model, letter, folder in zip(models, ascii_uppercase, folders, strict=False)
+    ]
+
+
+def _form(recipe: Recipe, a: Model, output: object) -> Form:
+    """What the output is, from its name, A, and the naming asked for."""
     if not isinstance(output, (str, os.PathLike)):
         raise OutputError(f"the output is a path; {type(output).__name__} given")
     name = os.fspath(output)
     if not name:
         raise OutputError("the output's name is empty: give the name of a .safetensors file")
-    if name.endswith(("/", os.sep)) or os.path.isdir(name):
-        raise OutputError(f"{shown(name)} is a folder: give the output a file name")
-    if not name.lower().endswith(".safetensors"):
-        raise OutputError(f"{shown(name)}: the output is a .safetensors file; end its name so")
+    from_folder = a.anatomy.naming == "diffusers" and not a.bare
+    if name.lower().endswith(".safetensors") and not os.path.isdir(name):
+        naming = recipe.naming or ("ldm" if from_folder else a.anatomy.naming)
+        if naming == "diffusers" and a.components != {"unet"}:
+            raise OutputError(f"{shown(name)}: a whole model under diffusers' names is a folder; give a folder, or --to ldm")
+        return Form(naming)
+    is_folder = name.endswith(("/", os.sep)) or os.path.isdir(name)
+    if recipe.naming == "diffusers" or (from_folder and recipe.naming is None):
+        return Form("diffusers", folder=True)
+    if is_folder:
+        raise OutputError(f"{shown(name)} is a folder: give the output a file name, or --to diffusers")
+    raise OutputError(f"{shown(name)}: the output is a .safetensors file; end its name so")
 
 
 def default_output(recipe: Recipe, models: tuple[str, ...]) -> Path:
     """Return where a merge goes when nobody says: `<A>+<B>-<preset or weight>.safetensors` in the current folder."""
-    names = "+".join(Path(model).stem for model in models)
+    names = "+".join(Path(model).name if os.path.isdir(model) else Path(model).stem for model in models)
     label = "".join(char if char.isalnum() or char in "._-+" else "_" for char in recipe.weights.label)
-    return Path(f"{names}-{label}.safetensors")
+    folder = recipe.naming == "diffusers" or (recipe.naming is None and is_diffusers_folder(models[0]))
+    return Path(f"{names}-{label}{'' if folder else '.safetensors'}")
 
 
 def _result(plan: Plan, target: Path, seconds: float, swept: tuple[str, ...], *, dry: bool = False) -> MergeResult:
     recipe = plan.recipe
-    models: list[Checkpoint] = list(plan.checkpoints.values())[: recipe.merge_method.models]
     return MergeResult(
         output=target,
         family=plan.anatomy.family.name,
         variant=plan.anatomy.variant,
-        naming=plan.anatomy.naming,
-        method=recipe.method,
+        naming=plan.form.naming,
+        method=recipe.method or "convert",
         preset=recipe.weights.label if recipe.weights.preset is not None else None,
-        weights=dict(plan.weights),
-        models=tuple(model.name for model in models),
+        weights=dict(plan.weights) if recipe.method is not None else {},
+        models=tuple(plan.models),
         tensors=plan.decided.counts,
         bytes=plan.size,
         seconds=seconds,
         notes=(*plan.decided.notes, *swept),
-        runs=len(plan.runs),
+        runs=sum(len(file.runs) for file in plan.files),
         dry_run=dry,
     )

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from blockmerge.anatomy import Anatomy, identify
+from blockmerge.anatomy import Anatomy, component_of, identify
 from blockmerge.checkpoints import Checkpoint, Model, TensorInfo, encode_header, itemsize
-from blockmerge.merging.decisions import Decision, Decisions, decide
+from blockmerge.merging.decisions import SHARED_CHANNELS, Decision, Decisions, decide
+from blockmerge.merging.folder_files import folder_files, split_folder
 from blockmerge.merging.metadata import output_metadata
 from blockmerge.merging.recipe import Recipe
 from blockmerge.streaming import PAGE
@@ -74,21 +75,17 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A merge, ready to be carried out. `tensors` are the output's, with offsets from the file's start; `size` in bytes."""
+class PlannedFile:
+    """One file of the output: `path` within a folder, or empty; tensors by the names of decisions, offsets from its start."""
 
-    recipe: Recipe
-    anatomy: Anatomy
-    weights: BlockWeights
-    decided: Decisions
+    path: str
     tensors: Mapping[str, TensorInfo]
     runs: tuple[Run, ...]
-    size: int
 
     @property
-    def checkpoints(self) -> Mapping[int, Checkpoint]:
-        """The checkpoints that are read, by the numbers that operands have."""
-        return self.decided.checkpoints
+    def size(self) -> int:
+        """The size in bytes."""
+        return self.runs[-1].stop
 
     def runs_between(self, start: int, stop: int) -> Iterator[Run]:
         """Yield the runs that overlap the bytes [start, stop)."""
@@ -97,18 +94,54 @@ class Plan:
             yield self.runs[index]
             index += 1
 
+    def tensors_between(self, start: int, stop: int) -> Iterator[tuple[str, TensorInfo]]:
+        """Yield the tensors that overlap the bytes [start, stop)."""
+        for name, info in self.tensors.items():
+            if info.offset < stop and info.offset + info.nbytes > start:
+                yield name, info
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the output is: its naming, and whether it is a folder or a single file."""
+
+    naming: str
+    folder: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge, ready to be carried out: the files that are computed and, in a folder, the `small_files` beside them."""
+
+    recipe: Recipe
+    anatomy: Anatomy
+    weights: BlockWeights
+    decided: Decisions
+    form: Form
+    files: tuple[PlannedFile, ...]
+    small_files: Mapping[str, bytes]
+
+    @property
+    def size(self) -> int:
+        """The size of the whole output in bytes."""
+        return sum(file.size for file in self.files) + sum(map(len, self.small_files.values()))
+
+    @property
+    def checkpoints(self) -> Mapping[int, Checkpoint]:
+        """The checkpoints that are read, by the numbers that operands have."""
+        return self.decided.checkpoints
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names of the models, a VAE file not among them."""
+        return tuple(view.checkpoint.name for number, view in self.decided.views.items() if number >= 0)
+
     def inputs_of(self, name: str) -> Iterator[tuple[Checkpoint, TensorInfo]]:
         """Yield where an output tensor's values come from: each checkpoint, and the tensor there."""
         decision = next(decision for decision in self.decided.tensors if decision.name == name)
         for number in dict.fromkeys((*decision.sources, decision.wider)):
             if number is not None:
-                yield self.checkpoints[number], self.decided.infos[number][decision.canonical]
-
-    def tensors_between(self, start: int, stop: int) -> Iterator[tuple[str, TensorInfo]]:
-        """Yield the output's tensors that overlap the bytes [start, stop)."""
-        for name, info in self.tensors.items():
-            if info.offset < stop and info.offset + info.nbytes > start:
-                yield name, info
+                yield self.checkpoints[number], self.decided.info(number, decision)
 
 
 def size_of(dtype: str) -> int:
@@ -118,23 +151,33 @@ def size_of(dtype: str) -> int:
     return size
 
 
-def make_plan(checkpoints: Sequence[Checkpoint], recipe: Recipe) -> Plan:
+def make_plan(models: Sequence[Model], recipe: Recipe, form: Form) -> Plan:
     """Plan a merge from the checkpoints' headers. Reads no weights.
 
     Raises what the recipe, the models or the weights are refused for: RecipeError, WeightsError, UnknownFamilyError,
     IncompatibleModelsError, CheckpointError.
     """
-    recipe.check_model_count(len(checkpoints))
-    models = [Model.of(checkpoint) for checkpoint in checkpoints]
     weights = recipe.weights.resolve(models[0].anatomy.family.name)
-    decided = decide(models, recipe, weights)
-    order = _aligned_order(decided.tensors)
-    metadata = output_metadata(
-        checkpoints[0].metadata,
-        recipe.as_metadata(checkpoints, weights, recipe.weights.preset and recipe.weights.label),
-    )
+    decided = decide(models, recipe, weights, naming=form.naming)
+    sources = [model.source for model in models]
+    metadata = output_metadata(sources[0].metadata, recipe.as_metadata(sources, weights))
+    anatomy = identify({d.key: d.shape for d in decided.tensors if component_of(d.ldm) != "ema"})  # B may have widened it
+    small_files: dict[str, bytes] = {}
+    if form.folder:
+        shards, indexes = split_folder(decided.tensors, models)
+        small_files = {**folder_files(recipe, models, decided.tensors, anatomy), **indexes}
+        files = [_plan_file(path, shard, decided, metadata) for path, shard in shards.items()]
+    else:
+        files = [_plan_file("", decided.tensors, decided, metadata)]
+    return Plan(recipe, anatomy, weights, decided, form, tuple(files), small_files)
+
+
+def _plan_file(path: str, decisions: Sequence[Decision], decided: Decisions, metadata: Mapping[str, str]) -> PlannedFile:
+    order = _aligned_order(decisions)
     tensors = _lay_out(order)
-    header = encode_header(tensors, metadata, PAGE)
+    # In a folder, the component is the file's place, not a part of its tensors' names.
+    in_file = {name.partition("/")[2] if path else name: info for name, info in tensors.items()}
+    header = encode_header(in_file, metadata, PAGE)
     tensors = {name: TensorInfo(info.dtype, info.shape, len(header) + info.offset) for name, info in tensors.items()}
     runs = [Run(0, len(header), "U8", literal=header)]
     for decision in order:
@@ -143,18 +186,10 @@ def make_plan(checkpoints: Sequence[Checkpoint], recipe: Recipe) -> Plan:
                 continue
             if run.continues(runs[-1]):
                 last = runs[-1]
-                run = Run(last.start, last.elements + run.elements, run.dtype, last.operands, run.alpha)
+                run = replace(last, elements=last.elements + run.elements)
                 runs.pop()
             runs.append(run)
-    return Plan(
-        recipe=recipe,
-        anatomy=identify({name: info.shape for name, info in tensors.items()}),  # B may have widened the first convolution
-        weights=weights,
-        decided=decided,
-        tensors=tensors,
-        runs=tuple(runs),
-        size=runs[-1].stop,
-    )
+    return PlannedFile(path, tensors, tuple(runs))
 
 
 def _aligned_order(decisions: Sequence[Decision]) -> Sequence[Decision]:
@@ -186,16 +221,14 @@ def _runs_of(decision: Decision, start: int, decided: Decisions) -> Iterator[Run
     if decision.literal is not None:
         yield Run(start, len(decision.literal), "U8", literal=decision.literal)
         return
-    found = {
-        number: decided.infos[number][decision.canonical] for number in (*decision.sources, decision.wider) if number is not None
-    }
+    found = {number: decided.info(number, decision) for number in (*decision.sources, decision.wider) if number is not None}
     if decision.wider is None:
         elements = TensorInfo(decision.dtype, decision.shape, 0).elements
         yield _run(decision, start, elements, {number: (info, 0) for number, info in found.items()}, decision.sources)
         return
     rows, channels, *kernel = decision.shape
     pixels = kernel[0] * kernel[1]
-    shared = pixels * min(info.shape[1] for info in (*found.values(), decided.infos[1 - decision.wider][decision.canonical]))
+    shared = pixels * SHARED_CHANNELS
     row_size = channels * pixels
     for row in range(rows):
         at = {number: (info, row * info.shape[1] * pixels) for number, info in found.items()}

@@ -7,8 +7,8 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from blockmerge.checkpoints import Checkpoint, CheckpointLike
-from blockmerge.errors import RecipeError, did_you_mean, shown
+from blockmerge.checkpoints import EMA_CHOICES, Checkpoint, CheckpointLike
+from blockmerge.errors import RecipeError, counted, did_you_mean, shown
 from blockmerge.methods import Method, find_method
 from blockmerge.version import __version__
 from blockmerge.weights import BlockWeights, WeightsRequest
@@ -22,31 +22,46 @@ _TORCH_DTYPES = {
 }  # fmt: skip
 
 SDXL_MAPS = ("name", "resolution")
+NAMINGS = ("ldm", "diffusers")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to merge and how; `dtype` may be spelled as torch does. Raises RecipeError when an option has an unknown value."""
+    """What to merge and how; `dtype` may be spelled as torch does. Raises RecipeError when an option has an unknown value.
+
+    Without a `method`, one model is converted. `naming` is the output's, ``"ldm"`` or ``"diffusers"``, or None for A's;
+    `ema` is one of EMA_CHOICES; `prune` leaves out what no loader needs;
+    `configs` is a folder whose configs and tokenizers go into a new one.
+    """
 
     weights: WeightsRequest
-    method: str = "weighted_sum"
+    method: str | None = "weighted_sum"
     vae: CheckpointLike = "auto"
     dtype: str = "keep"
     allow_nonfinite: bool = False
-    _method: Method = field(init=False, repr=False, compare=False)
+    naming: str | None = None
+    ema: str = "drop"
+    prune: bool = False
+    configs: str | os.PathLike[str] | None = None
+    _method: Method | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_method", find_method(self.method))
+        object.__setattr__(self, "_method", None if self.method is None else find_method(self.method))
         object.__setattr__(self, "dtype", _TORCH_DTYPES.get(self.dtype, self.dtype))
         if self.dtype != "keep" and self.dtype not in DTYPES:
             known = ["keep", *DTYPES]
             raise RecipeError(f"unknown dtype '{shown(self.dtype)}'{did_you_mean(str(self.dtype), known)} ({', '.join(known)})")
         if self.weights.sdxl_map not in (None, *SDXL_MAPS):
             raise RecipeError(f"unknown SDXL mapping '{shown(self.weights.sdxl_map)}': {' or '.join(SDXL_MAPS)}")
+        if self.ema not in EMA_CHOICES:
+            raise RecipeError(f"unknown choice '{shown(self.ema)}' for EMA copies: {', '.join(EMA_CHOICES)}")
+        if self.naming not in (None, *NAMINGS):
+            raise RecipeError(f"unknown naming '{shown(self.naming)}': {' or '.join(NAMINGS)}")
 
     @property
     def merge_method(self) -> Method:
-        """The method of that name."""
+        """The method of that name, where models are merged at all."""
+        assert self._method is not None
         return self._method
 
     @property
@@ -56,21 +71,24 @@ class Recipe:
 
     def check_model_count(self, count: int) -> None:
         """Raise RecipeError when the method does not take that many models."""
-        wanted = self.merge_method.models
+        wanted = 1 if self._method is None else self._method.models
         if count != wanted:
-            raise RecipeError(f"{self.method} merges {wanted} models; {count} given")
+            what = f"{self.method} merges" if self.method else "converting takes"
+            raise RecipeError(f"{what} {counted(wanted, 'model')}; {count} given")
 
-    def as_metadata(self, models: Sequence[Checkpoint], weights: BlockWeights, preset: str | None) -> str:
+    def as_metadata(self, models: Sequence[Checkpoint], weights: BlockWeights) -> str:
         """The recipe as the JSON text that goes into the output's metadata; file names without folders."""
         return json.dumps(
             {
                 "version": __version__,
                 "method": self.method,
                 "models": [model.name.encode("utf-8", "replace").decode() for model in models],
-                "preset": preset,
-                "weights": dict(weights),
+                "preset": self.weights.label if self.weights.preset else None,
+                "weights": dict(weights) if self.method is not None else None,
                 "vae": self._vae_name(),
                 "dtype": self.dtype,
+                "ema": self.ema,
+                "prune": self.prune,
                 "allow_nonfinite": self.allow_nonfinite,
             },
             ensure_ascii=False,

@@ -18,6 +18,7 @@ class Counts:
     from_a: int = 0
     from_b: int = 0
     from_c: int = 0
+    from_others: int = 0
     from_vae: int = 0
     dropped: int = 0
 

@@ -3,6 +3,8 @@
 The table is in `blockmerge.methods.table`, which needs no torch; the functions themselves do, and are loaded late.
 """
 
-from blockmerge.methods.table import METHODS, Method, find_method
+from blockmerge.methods.own import merge_method
+from blockmerge.methods.planning import key_of
+from blockmerge.methods.table import METHODS, Method, Number, find_method
 
-__all__ = ["METHODS", "Method", "find_method"]
+__all__ = ["METHODS", "Method", "Number", "find_method", "key_of", "merge_method"]

@@ -1,29 +1,36 @@
 """Methods that work element by element, so that a tensor may be cut anywhere.
 
-Each takes tensors of one shape, of any float dtypes, and writes into `out`, whose dtype is the result's, and which may be
-A's own memory. The arithmetic
+Each takes flat tensors of one length, of any float dtypes, and writes into `out`, whose dtype is the result's, and which
+may be A's own memory. The arithmetic
 is one step wider than the result, which is then rounded once: half precision and 8-bit floats are combined in float32,
 float32 in float64, and whatever meets a float64 input in float64. (In float32, a weighted sum of float32 tensors of
-opposite signs was seen 1.7 steps off.)
+opposite signs was seen 1.7 steps off.) The methods of chance take the tensor's `key` and the `position` in it of the first
+element.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
-_E4M3FN_OVERFLOW = 464.0  # half a step above 448: beyond it, a value rounds to one that the format does not have
-_HALVES = (torch.float16, torch.bfloat16)
+from blockmerge.methods.arithmetic import HALVES, combine_into, in_blocks, round_into, scratch, wide_dtype, widened
+from blockmerge.methods.randomness import normal, random_bits
 
 
 def weighted_sum(a: torch.Tensor, b: torch.Tensor, *, alpha: float, out: torch.Tensor) -> torch.Tensor:
     """(1 − α)·A + α·B, as the web UI's checkpoint merger has it."""
-    if out.dtype in _HALVES and a.dtype == b.dtype == out.dtype:
+    if out.dtype in HALVES and a.dtype == b.dtype == out.dtype:
         # On halves, lerp itself computes in float32 and rounds once.
         return torch.lerp(a, b, alpha, out=out)
-    wide = _wide(a, b, out)
-    return _round_into(out, torch.lerp(a.to(wide), b.to(wide), alpha))
+    return _wide_weighted_sum(a, b, alpha=alpha, out=out)
+
+
+@in_blocks
+def _wide_weighted_sum(a: torch.Tensor, b: torch.Tensor, *, alpha: float, out: torch.Tensor) -> None:
+    wide = wide_dtype(a, b, out)
+    round_into(out, widened("a", a, wide).lerp_(widened("b", b, wide), alpha))
 
 
 def sigmoid(a: torch.Tensor, b: torch.Tensor, *, alpha: float, out: torch.Tensor) -> torch.Tensor:
@@ -38,20 +45,85 @@ def inverse_sigmoid(a: torch.Tensor, b: torch.Tensor, *, alpha: float, out: torc
     return weighted_sum(a, b, alpha=0.5 - math.sin(math.asin(1 - 2 * alpha) / 3), out=out)
 
 
+@in_blocks
+def scale(a: torch.Tensor, *, alpha: float, out: torch.Tensor) -> None:
+    """α·A, and A itself at α = 0: SuperMerger's "self"."""
+    combine_into(out, [a], [alpha if alpha != 0 else 1.0])
+
+
+@in_blocks
+def add_noise(a: torch.Tensor, *, alpha: float, key: int, position: int, out: torch.Tensor) -> None:
+    """A + α·N(0, 1): SuperMerger's "plus random"."""
+    combine_into(out, [a, normal(key, position, len(out), out.device)], [1.0, alpha])
+
+
+@in_blocks
+def add_difference(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, *, alpha: float, out: torch.Tensor) -> None:
+    """A + α·(B − C), as the web UI's checkpoint merger has it."""
+    wide = wide_dtype(a, b, c, out)
+    difference = widened("b", b, wide).sub_(widened("c", c, wide))
+    round_into(out, widened("a", a, wide).add_(difference, alpha=alpha))
+
+
+@in_blocks
+def triple_sum(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, *, alpha: float, beta: float = 0.0, out: torch.Tensor) -> None:
+    """(1 − α − β)·A + α·B + β·C, as SuperMerger has it."""
+    combine_into(out, [a, b, c], [1 - alpha - beta, alpha, beta])
+
+
+@in_blocks
+def sum_twice(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, *, alpha: float, beta: float = 0.0, out: torch.Tensor) -> None:
+    """(1 − β)·((1 − α)·A + α·B) + β·C, as SuperMerger has it."""
+    wide = wide_dtype(a, b, c, out)
+    first = widened("a", a, wide).lerp_(widened("b", b, wide), alpha)
+    round_into(out, first.lerp_(widened("c", c, wide), beta))
+
+
+@in_blocks
+def train_difference(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, *, alpha: float, out: torch.Tensor) -> None:
+    """A + 1.8·α·(B − C)·s, s = |B − A| / (|B − C| + |B − A|), and 0 where that is 0/0: SuperMerger's trainDifference."""
+    wide = wide_dtype(a, b, c, out)
+    wide_a, wide_b, difference = widened("a", a, wide), widened("b", b, wide), widened("c", c, wide)
+    torch.sub(wide_b, difference, out=difference)
+    share = wide_b.sub_(wide_a).abs_()
+    # Where both are 0, 0 divided by the smallest number is 0, as it should be; nowhere else does that number count.
+    total = torch.abs(difference, out=scratch("total", len(out), wide, out.device)).add_(share)
+    share.div_(total.clamp_(min=torch.finfo(wide).tiny))
+    round_into(out, wide_a.add_(difference.mul_(share), alpha=1.8 * alpha))
+
+
+@in_blocks
+def average(*models: torch.Tensor, alpha: float = 1.0, ratios: Sequence[float] = (), out: torch.Tensor) -> None:
+    """(1 − α)·A + α·Σ rᵢXᵢ / Σ rᵢ over all models, A among them: model soups, arXiv 2203.05482. The ratios are 1 by default."""
+    ratios = ratios or [1.0] * len(models)
+    total = math.fsum(ratios)
+    factors = [alpha * (ratio / total) for ratio in ratios]
+    factors[0] += 1 - alpha
+    combine_into(out, models, factors)
+
+
+@in_blocks
+def dare(
+    a: torch.Tensor, b: torch.Tensor, *, alpha: float, drop_rate: float = 0.5, key: int, position: int, out: torch.Tensor
+) -> None:
+    """A + α·(B − A)/(1 − p) with the probability 1 − p, else A, element by element: DARE, arXiv 2311.03099."""
+    wide = wide_dtype(a, b, out)
+    wide_a = widened("a", a, wide)
+    difference = widened("b", b, wide).sub_(wide_a)
+    # The border among signed 32-bit numbers below which the share p of them lies.
+    kept = random_bits(key, position, len(out), out.device) >= round(drop_rate * 2**32) - 2**31
+    round_into(out, wide_a.add_(difference.mul_(kept), alpha=alpha / (1 - drop_rate)))
+
+
+@in_blocks
+def clip(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> None:
+    """Limit `out`, a result, to [min(A, B), max(A, B)], element by element; its memory may not be A's: meh's weights-clip."""
+    wide = wide_dtype(a, b, out)
+    wide_a, wide_b, result = widened("a", a, wide), widened("b", b, wide), widened("total", out, wide)
+    low = torch.minimum(wide_a, wide_b, out=scratch("term", len(out), wide, out.device))
+    round_into(out, result.clamp_(low, torch.maximum(wide_a, wide_b, out=wide_b)))
+
+
 def cast(a: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
     """A in the dtype of `out`."""
-    return _round_into(out, a)
-
-
-def _round_into(out: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    if out.dtype == torch.float8_e4m3fn:
-        # torch turns whatever is too large into the largest value, 448, which would hide an overflow.
-        values = torch.where(values.float().abs() > _E4M3FN_OVERFLOW, torch.nan, values.float())
-    return out.copy_(values)
-
-
-def _wide(*tensors: torch.Tensor) -> torch.dtype:
-    *inputs, out = tensors
-    if out.device.type == "mps":  # which has no float64
-        return torch.float32
-    return torch.float64 if out.itemsize >= 4 or any(t.dtype == torch.float64 for t in inputs) else torch.float32
+    return round_into(out, a)

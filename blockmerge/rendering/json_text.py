@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from blockmerge.comparing import Comparison, SimilarityMatrix, SimilarityResult
     from blockmerge.explaining import Explanation
-    from blockmerge.inspecting import Inspection
+    from blockmerge.inspecting import CheckResult, Inspection
     from blockmerge.merging import MergeResult
     from blockmerge.methods import Method
     from blockmerge.weights import Preset
@@ -33,15 +33,28 @@ def inspection_json(found: Inspection) -> str:
     return _dumps(fields)
 
 
+def check_json(found: CheckResult) -> str:
+    """What is wrong with a checkpoint; every tensor of a problem is named."""
+    return _dumps(asdict(found))
+
+
 def methods_json(methods: Sequence[Method]) -> str:
-    """A list of methods; `weights` are the kinds of block weights that each takes, `numbers` its extra numbers."""
+    """A list of methods; `models` is null where it is any number, `weights` are the block weights that each takes."""
     return _dumps(
         [
             {
                 "name": method.name,
                 "models": method.models,
-                "weights": ["alpha"],
-                "numbers": [],
+                "weights": list(method.weights),
+                "numbers": [
+                    {
+                        "name": number.name,
+                        "default": number.default,
+                        "range": number.range,
+                        "description": number.text,
+                    }
+                    for number in method.numbers
+                ],
                 "locality": method.locality,
                 "formula": method.formula,
                 "source": method.source,

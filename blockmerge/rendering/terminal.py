@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,14 +16,21 @@ from blockmerge.rendering.tables import print_table
 from blockmerge.rendering.u_net import WeightsU
 
 if TYPE_CHECKING:
-    from blockmerge.inspecting import Inspection, Part
+    from blockmerge.inspecting import CheckResult, Inspection, Part
     from blockmerge.merging import MergeResult
     from blockmerge.methods import Method
     from blockmerge.weights import Preset
 
 _DESCRIPTION = 24  # columns that a description has at least
 
-_FAMILY_TITLES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL"}
+_SEVERITY_STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
+
+_FAMILY_TITLES = {
+    "sd1": "Stable Diffusion 1.x",
+    "sd2": "Stable Diffusion 2.x",
+    "sdxl": "Stable Diffusion XL",
+    "sdxl_refiner": "Stable Diffusion XL refiner",
+}
 
 
 def print_merge(console: Console, result: MergeResult) -> None:
@@ -30,9 +38,10 @@ def print_merge(console: Console, result: MergeResult) -> None:
     what = f"{result.method} {result.preset}" if result.preset else result.method
     title = f"{_FAMILY_TITLES[result.family]}{'' if result.variant == 'base' else ' ' + result.variant}"
     _line(console, Text.assemble((what, "bold"), f" of {' and '.join(map(shown, result.models))} ({title})"))
-    console.print()
-    console.print(WeightsU(result.weights))
-    console.print()
+    if result.weights:
+        console.print()
+        console.print(WeightsU(result.weights))
+        console.print()
     _line(console, Text(", ".join(_counts(result))))
     for note in result.notes:
         _line(console, Text(f"- {note}"))
@@ -48,17 +57,32 @@ def print_merge(console: Console, result: MergeResult) -> None:
 
 def print_inspection(console: Console, found: Inspection) -> None:
     """Print what is in a checkpoint."""
-    title = f"{_FAMILY_TITLES[found.family]}, {found.variant}, {found.naming} names" if found.family else found.why_unknown or ""
-    _line(console, Text.assemble((shown(found.name), "bold"), f"  {title}"))
+    _line(console, _title(found, found.why_unknown or ""))
+    if "ema" in found.components and "unet" not in found.components:
+        _line(console, Text("its U-Net is there as EMA weights only, which are used as the U-Net"))
     for title, parts in (("component", found.components), ("block", found.blocks)):
         if parts:
             table = _parts(title, parts)
             print_table(console, table)
     if found.hashes:
         for name in ("autov1", "autov2", "autov3", "sha256"):
-            _line(console, Text(f"{name:<7} {getattr(found.hashes, name)}"))
+            _line(console, Text(f"{name:<7} {getattr(found.hashes, name) or '–'}"))
     for key, value in found.metadata.items():
         _line(console, Text.assemble((f"{shown(key)}: ", "bold"), shown(value, 400)))
+
+
+def print_check(console: Console, found: CheckResult) -> None:
+    """Print what is wrong with a checkpoint, a line for each problem, the worst first."""
+    _line(console, _title(found, "no known U-Net"))
+    code_width = max((len(problem.code) for problem in found.problems), default=0)
+    for problem in found.problems:
+        takes = "" if problem.bytes is None else f", {size(problem.bytes)}"
+        severity = (f"{problem.severity:<7}  ", _SEVERITY_STYLES[problem.severity])
+        _line(console, Text.assemble(severity, f"{problem.code:<{code_width}}  {problem.message}{takes}"))
+    for code in found.fixed:
+        _line(console, Text.assemble((f"{'fixed':<7}  ", "green"), code))
+    counts = Counter(problem.severity for problem in found.problems)
+    _line(console, Text(", ".join(counted(count, severity) for severity, count in counts.items()) or "nothing is wrong"))
 
 
 def print_presets(console: Console, presets: Sequence[Preset]) -> None:
@@ -74,11 +98,38 @@ def print_presets(console: Console, presets: Sequence[Preset]) -> None:
 
 
 def print_methods(console: Console, methods: Sequence[Method]) -> None:
-    """Print each method with its formula and where it comes from."""
+    """Print each method with its formula, and what it takes."""
     for method in methods:
         _line(console, Text(method.name, "bold"))
-        _line(console, Text(f"  {method.formula}"))
-        _line(console, Text.assemble(("  ", ""), (f"{method.models} models, {method.source}", "dim")))
+        _line(console, Text(f"  {shown(method.formula, 400)}"))
+        _line(
+            console, Text(f"  {', '.join((method.count, *method.weights, *(number.name for number in method.numbers)))}", "dim")
+        )
+
+
+_CUTS = {
+    "element": "one element",
+    "row": "one row",
+    "tensor": "one tensor",
+    "model": "all tensors, which are read twice",
+}
+
+
+def print_method(console: Console, method: Method) -> None:
+    """Print all there is to know about a method."""
+    _line(console, Text(shown(method.name), "bold"))
+    _line(console, Text(f"  {shown(method.formula, 400)}"))
+    facts = [("models", method.count)]
+    for weight, usual in method.weights.items():
+        facts.append((weight, "a weight for each block" + ("" if usual is None else f", {usual:g} by default")))
+    for number in method.numbers:
+        default = "1 each" if number.default is None else f"{number.default:g}"
+        about = f"; {shown(number.text, 400)}" if number.text else ""
+        facts.append((shown(number.name), f"{number.range}, {default} by default{about}"))
+    facts += [("looks at", _CUTS[method.locality]), ("source", shown(method.source, 400))]
+    width = max(len(name) for name, _ in facts)
+    for name, fact in facts:
+        _line(console, Text.assemble("  ", (f"{name:<{width}}", "dim"), f"  {fact}"))
 
 
 def print_preset(console: Console, preset: Preset) -> None:
@@ -108,11 +159,17 @@ def size(count: int) -> str:
     return f"{value:.2f} GB"
 
 
+def _title(found: Inspection | CheckResult, unknown: str) -> Text:
+    what = f"{_FAMILY_TITLES[found.family]}, {found.variant}, {found.naming} names" if found.family else unknown
+    return Text.assemble((shown(found.name), "bold"), f"  {what}")
+
+
 def _counts(result: MergeResult) -> Iterator[str]:
     counts = result.tensors
     yield f"{counted(counts.computed, 'tensor')} computed"
     sources = (
         *zip((counts.from_a, counts.from_b, counts.from_c), result.models, strict=False),
+        (counts.from_others, "the other models"),
         (counts.from_vae, "the VAE file"),
     )
     for count, name in sources:

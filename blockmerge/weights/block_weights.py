@@ -36,7 +36,7 @@ class BlockWeights(Mapping[str, float | None]):
             raise WeightsError(
                 f"no weight for block {missing[0]}: {len(SD_BLOCKS)} or {len(SDXL_BLOCKS)} are needed, {len(weights)} given"
             )
-        self._weights = {block: _checked(weights[block], block) for block in blocks}
+        self._weights = {block: checked_weight(weights[block], block) for block in blocks}
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[float | None]) -> BlockWeights:
@@ -44,14 +44,7 @@ class BlockWeights(Mapping[str, float | None]):
 
         Raises WeightsError for any other count.
         """
-        for blocks in (SD_BLOCKS, SDXL_BLOCKS):
-            if len(numbers) == len(blocks):
-                return cls(dict(zip(blocks, numbers, strict=True)))
-            if len(numbers) == len(blocks) - 1:
-                return cls({"BASE": 0.0, **dict(zip(blocks[1:], numbers, strict=True))})
-        raise WeightsError(
-            f"{counted(len(numbers), 'weight')} given; 26 are needed (25 without BASE), or 20 for SDXL (19 without BASE)"
-        )
+        return cls({"BASE": 0.0, **dict(zip(blocks_of_list(len(numbers)), numbers, strict=True))})
 
     @classmethod
     def flat(cls, weight: float | None, blocks: Sequence[str] = SD_BLOCKS) -> BlockWeights:
@@ -89,20 +82,19 @@ class BlockWeights(Mapping[str, float | None]):
         """1 minus every weight: the same merge with A and B exchanged."""
         return self._map(lambda weight: 1.0 - weight)
 
-    def interpolate(self, other: BlockWeights, ratio: float) -> BlockWeights:
-        """`(1 − ratio)·self + ratio·other`, block by block; a block that either skips is skipped.
+    def add(self, other: BlockWeights) -> BlockWeights:
+        """The sum, block by block; a block that either skips is skipped.
 
         Raises WeightsError when the two are not of the same family's blocks.
         """
         if self.blocks != other.blocks:
-            raise WeightsError(f"weights of {len(self)} and of {len(other)} blocks cannot be interpolated")
+            raise WeightsError(f"weights of {len(self)} and of {len(other)} blocks cannot be added")
         pairs = ((block, mine, other[block]) for block, mine in self.items())
-        return BlockWeights(
-            {
-                block: None if mine is None or theirs is None else (1.0 - ratio) * mine + ratio * theirs
-                for block, mine, theirs in pairs
-            }
-        )
+        return BlockWeights({block: None if a is None or b is None else a + b for block, a, b in pairs})
+
+    def interpolate(self, other: BlockWeights, ratio: float) -> BlockWeights:
+        """`(1 − ratio)·self + ratio·other`. Raises WeightsError as `add` does."""
+        return self.scale(1.0 - ratio).add(other.scale(ratio))
 
     def replace(self, changes: Mapping[str, float | None]) -> BlockWeights:
         """The same with the weights of some blocks changed. Raises WeightsError for a block that is not there."""
@@ -129,6 +121,14 @@ class BlockWeights(Mapping[str, float | None]):
         return BlockWeights({block: None if weight is None else function(weight) for block, weight in self._weights.items()})
 
 
+def blocks_of_list(count: int) -> tuple[str, ...]:
+    """The blocks that so many numbers in a row are for. Raises WeightsError when no family has that many."""
+    for blocks in (SD_BLOCKS, SDXL_BLOCKS):
+        if count in (len(blocks), len(blocks) - 1):
+            return blocks[-count:]
+    raise WeightsError(f"{counted(count, 'weight')} given; 26 are needed (25 without BASE), or 20 for SDXL (19 without BASE)")
+
+
 def unknown_block(block: object, blocks: Sequence[str]) -> WeightsError:
     """The error for a block that is none of `blocks`; it tells which there are."""
     is_sdxl = len(blocks) == len(SDXL_BLOCKS)
@@ -139,7 +139,8 @@ def unknown_block(block: object, blocks: Sequence[str]) -> WeightsError:
     return WeightsError(f"unknown block '{shown(block)}'{near or ':'} {whose} {existing}")
 
 
-def _checked(weight: object, block: str) -> float | None:
+def checked_weight(weight: object, block: str) -> float | None:
+    """A weight as a float, None for "skip". Raises WeightsError, naming the block, when it is none or too large."""
     if weight is None or (isinstance(weight, str) and weight.casefold() == "skip"):
         return None
     try:

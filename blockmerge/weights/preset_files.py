@@ -19,7 +19,8 @@ from pathlib import Path
 from blockmerge.anatomy import SD_BLOCKS, SDXL_BLOCKS
 from blockmerge.errors import PresetError, WeightsError, reason, shown
 from blockmerge.weights.block_weights import BlockWeights
-from blockmerge.weights.grammar import parse_weights
+from blockmerge.weights.grammar import WeightsLike, parse_weights
+from blockmerge.weights.random_weights import is_random
 
 SUFFIXES = (".toml", ".txt", ".tsv", ".csv")
 
@@ -28,22 +29,36 @@ _LARGEST = 1 << 20  # bytes; a preset file is a page of text, and somebody may n
 
 @dataclass(frozen=True)
 class Preset:
-    """A named set of weights: 26 for SD1 and SD2, and 20 for SDXL where the preset has its own table for it."""
+    """A named set of weights as they are written: for SD1 and SD2, and for SDXL where the preset has its own table for it."""
 
     name: str
-    weights: BlockWeights
-    sdxl: BlockWeights | None = None
+    written: WeightsLike
+    written_for_sdxl: WeightsLike | None = None
     aliases: tuple[str, ...] = ()
     source: str = ""
     description: str = ""
 
-    def weights_for(self, family: str, sdxl_map: str | None = None) -> BlockWeights:
+    @property
+    def weights(self) -> BlockWeights:
+        """The 26 weights of SD1 and SD2; random ones as seed 0 draws them."""
+        return self.weights_for("sd1")
+
+    @property
+    def sdxl(self) -> BlockWeights | None:
+        """The 20 weights of the preset's own table for SDXL, if it has one."""
+        return None if self.written_for_sdxl is None else parse_weights(self.written_for_sdxl, "sdxl")
+
+    @property
+    def is_random(self) -> bool:
+        """Whether any weight is left to chance, and so to the seed."""
+        return is_random((self.written, self.written_for_sdxl))
+
+    def weights_for(self, family: str, sdxl_map: str | None = None, seed: int | str = 0) -> BlockWeights:
         """The weights for a family; for SDXL the preset's own table, unless a mapping is asked for."""
-        if family != "sdxl":
-            return self.weights
-        if self.sdxl is not None and sdxl_map is None:
-            return self.sdxl
-        return self.weights.for_sdxl(sdxl_map or "name")
+        if family == "sdxl" and self.written_for_sdxl is not None and sdxl_map is None:
+            return parse_weights(self.written_for_sdxl, "sdxl", seed=seed)
+        weights = parse_weights(self.written, seed=seed)
+        return weights.for_sdxl(sdxl_map or "name") if family == "sdxl" else weights
 
 
 def read_preset_file(path: Path) -> list[Preset]:
@@ -82,8 +97,8 @@ def _from_toml(text: str, path: Path) -> Preset:
         raise PresetError(f"preset file {shown(path)}: 'name' is not a text of one line")
     return Preset(
         name=name.strip(),
-        weights=_weights(table["weights"], SD_BLOCKS, f"preset file {shown(path)}: 'weights'"),
-        sdxl=_weights(table["sdxl"], SDXL_BLOCKS, f"preset file {shown(path)}: 'sdxl'") if "sdxl" in table else None,
+        written=_checked(table["weights"], SD_BLOCKS, f"preset file {shown(path)}: 'weights'"),
+        written_for_sdxl=_checked(table["sdxl"], SDXL_BLOCKS, f"preset file {shown(path)}: 'sdxl'") if "sdxl" in table else None,
         aliases=tuple(aliases),
         source=_text(table, "source", path),
         description=_text(table, "description", path),
@@ -97,16 +112,16 @@ def _text(table: Mapping[str, object], key: str, path: Path) -> str:
     return " ".join(value.split())
 
 
-def _weights(value: object, blocks: tuple[str, ...], where: str) -> BlockWeights:
+def _checked(value: object, blocks: tuple[str, ...], where: str) -> WeightsLike:
     if not isinstance(value, (int, float, str, list, dict)):
         raise PresetError(f"{where}: neither a number, a list, a text nor a table of weights")
     try:
-        weights = parse_weights(value, "sdxl" if blocks == SDXL_BLOCKS else "sd1")
+        parse_weights(value, "sdxl" if blocks == SDXL_BLOCKS else "sd1")
         if isinstance(value, list) and not len(blocks) - 1 <= len(value) <= len(blocks):
             raise WeightsError(f"{len(value)} weights given where {len(blocks)} (or {len(blocks) - 1} without BASE) are needed")
     except WeightsError as error:
         raise PresetError(f"{where}: {error}") from error
-    return weights
+    return value
 
 
 def _from_lines(text: str, path: Path) -> list[Preset]:
@@ -118,10 +133,10 @@ def _from_lines(text: str, path: Path) -> list[Preset]:
         where = f"preset file {shown(path)}, line {number}"
         if not rest or not name or not rest[0]:
             raise PresetError(f"{where}: expected NAME, a tab or colon, and 26 or 25 numbers")
-        if re.search(r"(^|,)\s*[RUX]\s*(,|$)", rest[0]):
-            # Kept out rather than guessed at: these mean random numbers, and a list with one such line is still useful.
+        if re.search(r"(^|,)\s*E[RUX]\s*(,|$)", rest[0]):
+            # SuperMerger's random number for each tensor, not each block. A list with one such line is still useful.
             continue
-        found.append(Preset(name, _weights(rest[0], SD_BLOCKS, where), source=path.name))
+        found.append(Preset(name, _checked(rest[0], SD_BLOCKS, where), source=path.name))
     if not found:
         raise PresetError(f"preset file {shown(path)} holds no preset")
     return found

@@ -16,11 +16,13 @@ from pathlib import Path
 
 from blockmerge.errors import PresetError, did_you_mean, listing, shown
 from blockmerge.weights.block_weights import BlockWeights
+from blockmerge.weights.grammar import finite_number
 from blockmerge.weights.preset_files import SUFFIXES, Preset, read_preset_file
 
 __all__ = [
     "Preset",
     "find_preset",
+    "find_share",
     "load_preset",
     "preset_names",
     "presets",
@@ -56,6 +58,8 @@ def unreadable_presets() -> list[str]:
 
 def find_preset(name: str) -> Preset:
     """Return a preset by name, alias, path, or ``FILE#NAME``. Raises PresetError when there is none."""
+    if not isinstance(name, (str, os.PathLike)):
+        raise PresetError(f"a preset is a name or a file, not a {type(name).__name__}: give weights as weights=")
     name = os.fspath(name)
     known = _by_name()
     if preset := known.get(_fold(name)):
@@ -67,6 +71,29 @@ def find_preset(name: str) -> Preset:
     raise PresetError(
         f"unknown preset '{shown(name)}'{did_you_mean(name, names)} ('blockmerge presets' lists them){_unreadable(name)}"
     )
+
+
+def find_share(text: str) -> tuple[Preset, float]:
+    """Return the preset and the ratio that ``NAME@RATIO`` means; without ``@RATIO`` it is 1.
+
+    What is itself a preset's name or file is that, whatever @ it holds. Raises PresetError when there is none, or the
+    ratio is not a number.
+    """
+    try:
+        return find_preset(text), 1.0
+    except PresetError as error:
+        name, at, tail = os.fspath(text).rpartition("@") if isinstance(text, (str, os.PathLike)) else ("", "", "")
+        if not at:
+            raise
+        ratio = finite_number(tail)
+        try:
+            preset = find_preset(name)
+        except PresetError as without:
+            # "hi_res@0.6" is told of hi_res, "me@work/x.toml" of the whole.
+            raise error if ratio is None else without from None
+    if ratio is None:
+        raise PresetError(f"'{shown(tail)}' in '{shown(text)}' is not a number: write NAME@RATIO, as in high_res@0.6")
+    return preset, ratio
 
 
 def user_folder() -> Path:

@@ -1,55 +1,107 @@
-"""`WeightsRequest`: a preset or weights, and changes on top, as a user asks for them before the family is known."""
+"""`WeightsRequest`: presets or weights, and changes on top, as a user asks for them before the family is known."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 
 from blockmerge.anatomy import FAMILIES
-from blockmerge.errors import PresetError, WeightsError
+from blockmerge.errors import WeightsError
 from blockmerge.weights.block_weights import BlockWeights
 from blockmerge.weights.grammar import WeightsLike, parse_assignments, parse_weights
-from blockmerge.weights.presets import find_preset
+from blockmerge.weights.preset_files import Preset
+from blockmerge.weights.presets import find_share
+
+_LONGEST_LABEL = 60
+"""Characters: a label goes into a file's name, beside those of the models."""
 
 
 @dataclass(frozen=True)
 class WeightsRequest:
-    """What a user says about weights: exactly one of `preset` and `weights`, then `changes` (``BASE=0.5,OUT11=1``)."""
+    """What a user says about weights: either `preset` or `weights`, then `changes` (``BASE=0.5,OUT11=1``).
 
-    preset: str | None = None
+    `preset` is one text or several, each a name, a file, or one of them scaled (``high_res@0.6``); several are added up,
+    and a block that one of them skips is skipped. `seed` is for random weights. `default` is the weight of all blocks
+    when nothing is said; without one, something must be. With `beta`, the request is for the second weight: its default
+    is 0, its random numbers are others than alpha's, and messages speak of ``--weights-beta``.
+    """
+
+    preset: str | Sequence[str] | None = None
     weights: WeightsLike | None = None
     changes: str | None = None
     sdxl_map: str | None = None
+    seed: int = 0
+    beta: bool = False
+    default: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.preset, (list, tuple)):
+            object.__setattr__(self, "preset", tuple(self.preset) or None)
+        if self.beta and self.default is None:
+            object.__setattr__(self, "default", 0.0)
 
     def check(self) -> None:
         """Raise WeightsError when neither or both of preset and weights are given, PresetError for no known preset."""
-        if self.preset is None and self.weights is None:
+        if self.preset is None and self.weights is None and self.default is None:
             raise WeightsError("how much of B? say --preset high_res or --weights 0.5 ('blockmerge presets' lists the presets)")
         if self.preset is not None and self.weights is not None:
-            raise WeightsError("both a preset and weights are given: say one of them (--set changes single blocks)")
-        if self.preset is not None:
-            if not isinstance(self.preset, (str, os.PathLike)):
-                raise PresetError(f"a preset is a name or a file, not a {type(self.preset).__name__}: give weights as weights=")
-            find_preset(self.preset)
+            options = f"{self._option('--preset')} or {self._option('--weights')}" if self.beta else "one of them"
+            whose = " for beta" if self.beta else ""
+            raise WeightsError(
+                f"both a preset and weights are given{whose}: say {options} ({self._option('--set')} changes single blocks)"
+            )
+        self._shares()
 
     def resolve(self, family: str) -> BlockWeights:
         """Return the weights for a family. Raises WeightsError when they cannot be read, and as `check` does."""
         self.check()
-        if self.preset is not None:
-            weights = find_preset(self.preset).weights_for(family, self.sdxl_map)
+        seed = f"beta {self.seed}" if self.beta else self.seed
+        if shares := self._shares():
+            scaled = [preset.weights_for(family, self.sdxl_map, seed).scale(ratio) for preset, ratio in shares]
+            weights = reduce(BlockWeights.add, scaled)
         else:
-            assert self.weights is not None
-            weights = parse_weights(self.weights, family, self.sdxl_map)
+            asked = self.default if self.weights is None else self.weights
+            assert asked is not None
+            with self._blamed_on("--weights"):
+                weights = parse_weights(asked, family, self.sdxl_map, seed)
         if self.changes is not None:
-            weights = weights.replace(parse_assignments(self.changes, FAMILIES[family].blocks))
+            with self._blamed_on("--set"):
+                weights = weights.replace(parse_assignments(self.changes, FAMILIES[family].blocks, seed))
         return weights
 
     @property
     def label(self) -> str:
-        """The preset's name, or the weight when one number is given for all blocks, or ``"weights"``."""
-        if self.preset is not None:
-            return find_preset(self.preset).name
-        if isinstance(self.weights, (int, float)):
-            return f"{self.weights:g}"
-        text = self.weights if isinstance(self.weights, str) else ""
+        """A few words for results and file names.
+
+        The presets' names with their ratios (``"high_res@0.6+GRAD_A@0.4"``, or their number when that grows long), the
+        weight when one number is given for all blocks, or ``"weights"``.
+        """
+        if shares := self._shares():
+            names = "+".join(preset.name if ratio == 1 else f"{preset.name}@{ratio:g}" for preset, ratio in shares)
+            return names if len(shares) == 1 or len(names) <= _LONGEST_LABEL else f"{len(shares)}_presets"
+        value = self.default if self.weights is None else self.weights
+        if isinstance(value, (int, float)):
+            return f"{value:g}"
+        text = value if isinstance(value, str) else ""
         return text.strip() if text.strip() and not set(text) & set("=,; \n\t") else "weights"
+
+    def _shares(self) -> list[tuple[Preset, float]]:
+        if self.preset is None:
+            return []
+        with self._blamed_on("--preset"):
+            return [find_share(text) for text in (self.preset if isinstance(self.preset, tuple) else (self.preset,))]
+
+    def _option(self, name: str) -> str:
+        return f"{name}-beta" if self.beta else name
+
+    @contextmanager
+    def _blamed_on(self, option: str) -> Iterator[None]:
+        """Say of an error in beta's texts that it is there: alpha's may look the same."""
+        try:
+            yield
+        except WeightsError as error:
+            if not self.beta:
+                raise
+            raise type(error)(f"{self._option(option)}: {error}") from error

@@ -1,0 +1,74 @@
+"""Names and shapes held against the layouts of real files: what is missing, what is unknown, what has another shape."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from blockmerge.anatomy.layouts import layout
+from blockmerge.anatomy.names import UNET_PREFIX, component_of
+
+_NOT_NEEDED = re.compile(
+    r".*\.(position_ids|logit_scale)"
+    # SD2 reads its text encoder before the last of the 24 layers; files that were diffusers folders once have 23.
+    r"|cond_stage_model\.model\.(text_projection|transformer\.resblocks\.23\..*)"
+)
+_HARMLESS = re.compile(r"(cond_stage_model|conditioner)\..*(logit_scale|text_projection|text_projection\.weight|position_ids)")
+"""What some tools write into a text encoder beside the layout's tensors, and every loader passes over."""
+
+_LEAST_WIDTH = 128  # of the layouts' extents, smaller ones are kernels, channels of pictures and latents, and positions
+_FIRST_CONVOLUTION = UNET_PREFIX + "input_blocks.0.0.weight"
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayoutGaps:
+    """How a component differs from the layout: names, in the layout's order, and {name: expected shape}."""
+
+    missing: tuple[str, ...]
+    unknown: tuple[str, ...]
+    misshapen: Mapping[str, Shape]
+
+
+def components_of(family: str) -> tuple[str, ...]:
+    """Return the components that a complete file of a family has."""
+    return tuple(dict.fromkeys(map(component_of, layout(family))))
+
+
+def layout_gaps(shapes: Mapping[str, Shape], family: str, component: str) -> LayoutGaps:
+    """Hold one component of a model, {canonical name: shape}, against the layout of its family.
+
+    Shapes are compared exactly where most widths are the real ones. A narrower or wider model is held against itself: each
+    of the layout's widths (320, 640, …) must be one and the same width wherever it occurs. The input channels of the U-Net's
+    first convolution are left to `identify`.
+    """
+    wanted = {name: shape for name, shape in layout(family).items() if component_of(name) == component}
+    found = {name: shape for name, shape in shapes.items() if component_of(name) == component}
+    if _FIRST_CONVOLUTION in wanted and len(found.get(_FIRST_CONVOLUTION, ())) == 4:
+        rows, _, *kernel = wanted[_FIRST_CONVOLUTION]
+        wanted[_FIRST_CONVOLUTION] = (rows, found[_FIRST_CONVOLUTION][1], *kernel)
+    shared = [name for name in wanted if name in found]
+    widths = _widths((wanted[name], found[name]) for name in shared)
+    expected = {name: tuple(widths.get(extent, extent) for extent in wanted[name]) for name in shared}
+    return LayoutGaps(
+        missing=tuple(name for name in wanted if name not in found and not _NOT_NEEDED.fullmatch(name)),
+        unknown=tuple(name for name in found if name not in wanted and not _HARMLESS.fullmatch(name)),
+        misshapen={name: shape for name, shape in expected.items() if found[name] != shape},
+    )
+
+
+def _widths(pairs: Iterable[tuple[Shape, Shape]]) -> dict[int, int]:
+    """Return which width of a model stands for each of the layout's, by majority; nothing where most are the real ones."""
+    votes: defaultdict[int, Counter[int]] = defaultdict(Counter)
+    for wanted, found in pairs:
+        if len(wanted) == len(found):
+            for extent, width in zip(wanted, found, strict=True):
+                if extent >= _LEAST_WIDTH:
+                    votes[extent][width] += 1
+    same = sum(widths[extent] for extent, widths in votes.items())
+    if 2 * same >= sum(widths.total() for widths in votes.values()):
+        return {}
+    return {extent: widths.most_common(1)[0][0] for extent, widths in votes.items()}

@@ -1,0 +1,35 @@
+"""`blockmerge check`."""
+
+from __future__ import annotations
+
+import click
+
+from blockmerge.cli.console import json_option, progress_bar, stdout_console
+
+
+@click.command(short_help="Say what is wrong with a model file.")
+@click.argument("file")
+@click.option("--threads", metavar="N", type=int, help="How many workers. [default: twice the processors, at most 8]")
+@json_option
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but the line that says something is wrong.")
+def check(file: str, threads: int | None, as_json: bool, quiet: bool) -> None:
+    """Look for everything that can be wrong with a model: tensors that are missing, broken or superfluous, NaN, metadata.
+
+    The exit code is 1 when there is an error or a warning; notes alone are 0. Everything is read once.
+    """
+    from blockmerge.errors import CheckpointError, counted, listing, shown
+    from blockmerge.inspecting import check as look
+
+    with progress_bar("checking", quiet=as_json or quiet) as progress:
+        found = look(file, progress, threads)
+    if as_json:
+        from blockmerge.rendering.json_text import check_json
+
+        click.echo(check_json(found))
+    elif not quiet:
+        from blockmerge.rendering.terminal import print_check
+
+        print_check(stdout_console(), found)
+    if found.faults:
+        codes = dict.fromkeys(problem.code for problem in found.faults)
+        raise CheckpointError(f"{shown(found.name)} has {counted(len(found.faults), 'fault')}: {listing(codes, 10)}")

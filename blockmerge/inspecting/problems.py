@@ -1,0 +1,95 @@
+"""What `check` can find: every code with its severity, and the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Self
+
+Severity = Literal["error", "warning", "note"]
+
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How bad a problem is, and whether writing the model anew can repair it without asking for anything."""
+
+    severity: Severity
+    fixable: bool = False
+
+
+KINDS: Mapping[str, Kind] = {
+    # errors: it does not load, or its pictures are wrong
+    "no_unet": Kind("error"),
+    "missing_tensors": Kind("error"),
+    "wrong_shape": Kind("error"),
+    "integer_weights": Kind("error"),
+    "broken_position_ids": Kind("error", fixable=True),
+    "nan_or_infinity": Kind("error"),
+    # warnings: it fails in some programs or settings, or is hardly what its maker wanted
+    "missing_component": Kind("warning"),
+    "unknown_tensors": Kind("warning"),
+    "zero_weights": Kind("warning"),
+    "overflows_fp16": Kind("warning"),
+    "float64_weights": Kind("warning"),
+    "leftover_nan": Kind("warning", fixable=True),
+    "metadata_architecture": Kind("warning", fixable=True),
+    "metadata_json": Kind("warning", fixable=True),
+    "metadata_paths": Kind("warning", fixable=True),
+    # notes: good to know
+    "ema": Kind("note", fixable=True),
+    "ema_only": Kind("note", fixable=True),
+    "leftovers": Kind("note", fixable=True),
+    "two_names": Kind("note", fixable=True),
+    "novelai_names": Kind("note", fixable=True),
+    "float_position_ids": Kind("note", fixable=True),
+    "mixed_dtypes": Kind("note"),
+    "fp8_weights": Kind("note"),
+    "prediction_marker": Kind("note"),
+    "unaligned_data": Kind("note", fixable=True),
+    "no_format": Kind("note", fixable=True),
+}
+"""Every code, described in `docs/check.md`. The codes are for programs and stay."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that `check` found.
+
+    `tensors` are all it concerns, under the file's own names (a missing one: under the name it should have); `bytes` is
+    what they take, where that is the point.
+    """
+
+    code: str
+    severity: Severity
+    message: str
+    tensors: tuple[str, ...]
+    fixable: bool
+    bytes: int | None = None
+
+    @classmethod
+    def of(cls, code: str, message: str, tensors: Iterable[str] = (), nbytes: int | None = None) -> Self:
+        """A problem of one of the KINDS."""
+        kind = KINDS[code]
+        return cls(code, kind.severity, message, tuple(tensors), kind.fixable, nbytes)
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What `check` found, the worst first. Family, variant and naming are None without a known U-Net.
+
+    `fixed` are the codes of what a repaired copy no longer has; empty where none was asked for.
+    """
+
+    name: str
+    family: str | None
+    variant: str | None
+    naming: str | None
+    problems: tuple[Problem, ...]
+    fixed: tuple[str, ...] = ()
+
+    @property
+    def faults(self) -> tuple[Problem, ...]:
+        """The errors and warnings. Notes say nothing against a model."""
+        return tuple(problem for problem in self.problems if problem.severity != "note")

@@ -1,0 +1,181 @@
+"""What names, shapes and dtypes tell: what is missing, unknown, superfluous, or stored in a way that few programs read."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from blockmerge.anatomy import (
+    FAMILIES,
+    UNET_PREFIX,
+    canonical_name,
+    component_of,
+    components_of,
+    is_position_ids,
+    is_prediction_marker,
+    layout_gaps,
+    plain_names_of_ema,
+)
+from blockmerge.checkpoints import FLOAT_DTYPES, Checkpoint, Model, TensorInfo
+from blockmerge.errors import UnknownFamilyError, counted, listing, shown
+from blockmerge.inspecting.problems import Problem
+
+_TRAINING = (".loss.", ".model_ema.")  # beside the weights of a component, under its prefix
+
+
+_ODD_DTYPES: tuple[tuple[str, Callable[[str], bool], str], ...] = (
+    ("integer_weights", lambda dtype: dtype not in FLOAT_DTYPES, "quantized weights need a program made for them"),
+    ("float64_weights", lambda dtype: dtype == "F64", "twice the size of float32 for nothing, and few programs load it"),
+    ("fp8_weights", lambda dtype: dtype.startswith("F8"), "programs that do not know 8-bit floats refuse them"),
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint under check. `tensors` are canonical name → tensor, `originals` canonical name → name in the file.
+
+    `unused` are the file's names of what no loader needs, EMA copies among them. Without a known U-Net `model` is None,
+    `why_unknown` says why, and every tensor counts.
+    """
+
+    checkpoint: Checkpoint
+    model: Model | None
+    why_unknown: str | None
+    tensors: Mapping[str, TensorInfo]
+    originals: Mapping[str, str]
+    unused: tuple[str, ...]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Subject:
+        """Look at a checkpoint's names and shapes."""
+        try:
+            model = Model.of(checkpoint)
+        except UnknownFamilyError as error:
+            originals = {canonical_name(name): name for name in checkpoint.tensors}
+            tensors = {canonical: checkpoint.tensors[name] for canonical, name in originals.items()}
+            return cls(checkpoint, None, str(error), tensors, originals, ())
+        used = set(model.original_names.values())
+        unused = [name for name in checkpoint.tensors if name not in used and component_of(name) in ("ema", "other")]
+        unused += [model.original_names.get(name, name) for name in model.tensors if _is_leftover(name, model)]
+        return cls(checkpoint, model, None, model.tensors, model.original_names, tuple(unused))
+
+    def in_file(self, names: Iterable[str]) -> tuple[str, ...]:
+        """The file's own names of tensors."""
+        return tuple(self.originals.get(name, name) for name in names)
+
+    def components(self) -> dict[str, str]:
+        """Return {name in the file: component}, told from the canonical name where there is one."""
+        told = {original: component_of(name) for name, original in self.originals.items()}
+        return {name: told.get(name) or component_of(name) for name in self.checkpoint.tensors}
+
+    def bytes_of(self, names: Iterable[str]) -> int:
+        """What tensors take, by their names in the file."""
+        return sum(self.checkpoint.tensors[name].nbytes for name in names)
+
+
+def _is_leftover(name: str, model: Model) -> bool:
+    if any(part in name for part in _TRAINING):
+        return True
+    needed = is_prediction_marker(name) or (model.anatomy.variant == "depth" and name.startswith("depth_model."))
+    return component_of(name) == "other" and not needed
+
+
+def check_structure(subject: Subject) -> Iterator[Problem]:
+    """Yield every problem that the names, shapes and dtypes show."""
+    if subject.model is None:
+        yield Problem.of("no_unet", subject.why_unknown or "")
+    else:
+        yield from _against_layout(subject, subject.model.anatomy.family.name)
+        yield from _dtypes(subject)
+        yield from _superfluous(subject)
+    yield from _names(subject)
+
+
+def _against_layout(subject: Subject, family: str) -> Iterator[Problem]:
+    # A U-Net under names that are not those of the layouts cannot be held against them.
+    if not any(name.startswith(UNET_PREFIX) for name in subject.tensors):
+        return
+    unused = set(subject.unused)
+    shapes = {name: info.shape for name, info in subject.tensors.items() if subject.originals.get(name) not in unused}
+    present = set(map(component_of, shapes))
+    for component in components_of(family):
+        if component not in present:
+            yield Problem.of("missing_component", f"there is no {component}: a loader of whole models has to get one elsewhere")
+            continue
+        gaps = layout_gaps(shapes, family, component)
+        if gaps.missing:
+            yield Problem.of(
+                "missing_tensors",
+                f"the {component} lacks {counted(len(gaps.missing), 'tensor')} ({listing(gaps.missing)})",
+                gaps.missing,
+            )
+        # position_ids have a problem of their own, which their shape is a part of.
+        if misshapen := {name: shape for name, shape in gaps.misshapen.items() if not is_position_ids(name)}:
+            said = [f"{shown(name)} is {list(shapes[name])}, expected {list(shape)}" for name, shape in misshapen.items()]
+            yield Problem.of(
+                "wrong_shape",
+                f"{counted(len(said), 'tensor')} of the {component} with a wrong shape: {listing(said, width=300)}",
+                subject.in_file(misshapen),
+            )
+        if gaps.unknown:
+            yield _unknown(subject, component, family, gaps.unknown)
+    for component in sorted(present - {*components_of(family), "other"}):
+        yield _unknown(subject, component, family, [name for name in shapes if component_of(name) == component])
+
+
+def _unknown(subject: Subject, component: str, family: str, names: Sequence[str]) -> Problem:
+    found = f"{counted(len(names), 'tensor')} of the {component} that no {FAMILIES[family].title} model has"
+    nbytes = sum(subject.tensors[name].nbytes for name in names)
+    return Problem.of("unknown_tensors", f"{found} ({listing(names)})", subject.in_file(names), nbytes)
+
+
+def _dtypes(subject: Subject) -> Iterator[Problem]:
+    unused = set(subject.unused)
+    weights: defaultdict[str, dict[str, str]] = defaultdict(dict)  # component → {name in the file: dtype}
+    for name, info in subject.tensors.items():
+        original = subject.originals.get(name, name)
+        if component_of(name) != "other" and not is_position_ids(name) and original not in unused:
+            weights[component_of(name)][original] = info.dtype
+    for code, is_odd, why in _ODD_DTYPES:
+        odd = {name: component for component, dtypes in weights.items() for name, dtype in dtypes.items() if is_odd(dtype)}
+        if odd:
+            stored = " and ".join(sorted({weights[component][name] for name, component in odd.items()}))
+            where = ", ".join(dict.fromkeys(odd.values()))
+            yield Problem.of(code, f"{counted(len(odd), 'tensor')} stored as {stored} ({where}): {why}", odd)
+    for component, dtypes in weights.items():
+        counts = Counter(dtype for dtype in dtypes.values() if dtype in FLOAT_DTYPES).most_common()
+        if len(counts) > 1:
+            strays = [name for name, dtype in dtypes.items() if dtype in FLOAT_DTYPES and dtype != counts[0][0]]
+            said = " and ".join(f"{count} tensors as {dtype}" for dtype, count in counts)
+            yield Problem.of("mixed_dtypes", f"the {component} stores {said} ({listing(strays)})", strays)
+
+
+def _superfluous(subject: Subject) -> Iterator[Problem]:
+    copies = plain_names_of_ema(subject.unused)
+    if copies:
+        unet = {name for name in subject.tensors if component_of(name) == "unet"}
+        whole = unet.issubset(copies.values())
+        what = f"{counted(len(copies), 'EMA tensor')}: a copy of {'the whole U-Net' if whole else 'a part of the U-Net'}"
+        yield Problem.of("ema", f"{what} that only training needs", copies, subject.bytes_of(copies))
+    if rest := [name for name in subject.unused if name not in copies]:
+        what = f"{counted(len(rest), 'tensor')} that no loader needs ({listing(rest)})"
+        yield Problem.of("leftovers", what, rest, subject.bytes_of(rest))
+    if own := [name for name in subject.in_file(subject.tensors) if component_of(name) == "ema"]:
+        yield Problem.of("ema_only", f"the U-Net is there only as EMA weights ({counted(len(own), 'tensor')})", own)
+    if markers := [name for name in subject.checkpoint.tensors if is_prediction_marker(name)]:
+        yield Problem.of(
+            "prediction_marker", f"marked as of another prediction type than the usual ({listing(markers)})", markers
+        )
+
+
+def _names(subject: Subject) -> Iterator[Problem]:
+    spellings = Counter(map(canonical_name, subject.checkpoint.tensors))
+    odd = {name: canonical for name in subject.checkpoint.tensors if (canonical := canonical_name(name)) != name}
+    if twice := [name for name, canonical in odd.items() if spellings[canonical] > 1]:
+        what = f"{counted(len(twice), 'tensor')} stored a second time under another name ({listing(twice)})"
+        yield Problem.of("two_names", what, twice, subject.bytes_of(twice))
+    old = [name for name, canonical in odd.items() if spellings[canonical] == 1 and component_of(canonical) != "unet"]
+    if old:
+        what = f"{counted(len(old), 'tensor')} of the text encoder without text_model. in its name ({listing(old)})"
+        yield Problem.of("novelai_names", f"{what}: not every program finds them", old)

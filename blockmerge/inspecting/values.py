@@ -1,0 +1,138 @@
+"""What only the numbers tell: NaN, infinity, zeros, what float16 cannot hold, and whether position_ids are 0, 1, 2, ….
+
+Floats of every format are sign and magnitude, and read as an unsigned integer the magnitude keeps its order, with
+infinity and NaN above all else. So the largest magnitude of a tensor, in bits, answers every question about it, and
+finding it takes two passes of integer arithmetic over each piece, faster than memory delivers it. No torch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from blockmerge.checkpoints import Checkpoint, TensorInfo, itemsize
+from blockmerge.errors import counted
+from blockmerge.streaming import Progress, aligned_buffer, for_each, thread_count
+
+PIECE_BYTES = 2 << 20
+"""What a worker reads and looks at in one go."""
+
+POSITIONS = 77
+"""How many tokens a CLIP text encoder reads: `position_ids` are an int64 [1, 77] of 0 … 76."""
+
+
+@dataclass(frozen=True)
+class _Bits:
+    """Magnitudes in bits: the first that is no number, and the first that rounds to infinity in float16 (from 65520 on)."""
+
+    unsigned: str
+    not_finite: int
+    over_fp16: int | None = None
+
+
+BITS = {
+    "F8_E4M3": _Bits("<u1", 0x7F),
+    "F8_E5M2": _Bits("<u1", 0x7C),
+    "F16": _Bits("<u2", 0x7C00),
+    "BF16": _Bits("<u2", 0x7F80, 0x4780),
+    "F32": _Bits("<u4", 0x7F80_0000, 0x477F_F000),
+    "F64": _Bits("<u8", 0x7FF0_0000_0000_0000, 0x40EF_FE00_0000_0000),
+}
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The largest magnitude of a tensor of floats, in the bits of its dtype."""
+
+    dtype: str
+    bits: int
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the tensor holds neither NaN nor infinity."""
+        return self.bits < BITS[self.dtype].not_finite
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether every number is 0."""
+        return self.bits == 0
+
+    @property
+    def overflows_fp16(self) -> bool:
+        """Whether a finite number would become infinity in float16."""
+        limit = BITS[self.dtype].over_fp16
+        return limit is not None and limit <= self.bits < BITS[self.dtype].not_finite
+
+
+def peaks_of(
+    checkpoint: Checkpoint, names: Sequence[str], threads: int | None = None, progress: Progress | None = None
+) -> dict[str, Peak]:
+    """Read float tensors once, on `threads` threads, and return their peaks; empty tensors have none.
+
+    Memory is one piece per thread. Raises CheckpointError when the file cannot be read or was changed meanwhile.
+    """
+    tensors = {name: checkpoint.tensors[name] for name in names}
+    pieces = (
+        (name, start, min(PIECE_BYTES, info.nbytes - start))
+        for name, info in tensors.items()
+        for start in range(0, info.nbytes, PIECE_BYTES)
+    )
+    found: dict[str, int] = {}
+    lock = threading.Lock()
+
+    @contextmanager
+    def worker() -> Iterator[Callable[[tuple[str, int, int]], int]]:
+        buffer = aligned_buffer(PIECE_BYTES)
+
+        def look(piece: tuple[str, int, int]) -> int:
+            name, start, count = piece
+            info = tensors[name]
+            reader.read_into(info.offset + start, buffer[:count])
+            bits = _peak(buffer[:count], info.dtype)
+            with lock:
+                found[name] = max(bits, found.get(name, 0))
+            return count
+
+        with checkpoint.reader() as reader:
+            yield look
+
+    total = sum(info.nbytes for info in tensors.values())
+    for_each(pieces, worker, min(thread_count(threads), -(-total // PIECE_BYTES)), total, progress)
+    checkpoint.check_unchanged()
+    return {name: Peak(tensors[name].dtype, bits) for name, bits in found.items()}
+
+
+def _peak(buffer: memoryview, dtype: str) -> int:
+    values = np.frombuffer(buffer, dtype=BITS[dtype].unsigned)
+    # In place: the buffer is the worker's own, and no other is touched.
+    np.bitwise_and(values, values.dtype.type((1 << 8 * values.itemsize - 1) - 1), out=values)
+    return int(values.max())
+
+
+def fault_of_position_ids(checkpoint: Checkpoint, name: str) -> str | None:
+    """Say in what `position_ids` differ from 0 … 76 in shape [1, 77], or return None. Exact floats and int32 do not."""
+    info = checkpoint.tensors[name]
+    if info.shape != (1, POSITIONS):
+        return f"its shape is {list(info.shape[:8])}, expected [1, {POSITIONS}]"
+    values = _numbers(checkpoint.read(name), info)
+    if values is None:
+        return f"its dtype is {info.dtype}"
+    wrong = np.flatnonzero(values != np.arange(POSITIONS))
+    if not len(wrong):
+        return None
+    first = int(wrong[0])
+    what = "not exactly " if bool((np.rint(values) == np.arange(POSITIONS)).all()) else "not "
+    return f"{counted(len(wrong), 'position')} {what}0 … {POSITIONS - 1}: the first is {values[first]} in place of {first}"
+
+
+def _numbers(data: bytes, info: TensorInfo) -> np.ndarray[tuple[int], np.dtype[np.generic]] | None:
+    kind = {"I": "i", "U": "u", "F": "f"}.get(info.dtype[0])
+    if info.dtype == "BF16":
+        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    if kind is None or info.dtype.startswith("F8"):
+        return None
+    return np.frombuffer(data, f"<{kind}{itemsize(info.dtype)}")

@@ -1,0 +1,73 @@
+"""`convert`: one model under other names, in another container or dtype. It is a merge of one model."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from blockmerge.checkpoints import CheckpointLike
+from blockmerge.merging.merge import run
+from blockmerge.merging.recipe import Recipe
+from blockmerge.merging.result import MergeResult
+from blockmerge.streaming import Progress
+from blockmerge.weights import WeightsRequest
+
+if TYPE_CHECKING:
+    import torch
+
+
+def convert(
+    source: CheckpointLike,
+    output: str | os.PathLike[str],
+    *,
+    naming: str | None = None,
+    vae: CheckpointLike = "auto",
+    dtype: str | torch.dtype = "keep",
+    ema: str = "drop",
+    prune: bool = False,
+    variant: str | None = None,
+    configs: str | os.PathLike[str] | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Write a model as a `.safetensors` file or a diffusers folder.
+
+    >>> blockmerge.convert("model.ckpt", "model.safetensors", dtype="fp16")  # doctest: +SKIP
+
+    `naming` is ``"ldm"`` (a single file) or ``"diffusers"`` (a folder); without it, the output's name says what it is.
+    `vae` bakes in another VAE (a file, a folder or an opened checkpoint). `ema` says what becomes of EMA copies:
+    ``"drop"``, ``"keep"``, or ``"use"`` them as the U-Net. `prune` leaves out all that no loader needs. `configs` is a
+    diffusers folder whose configs and tokenizers go beside the weights of a new folder. The other arguments are those of
+    `merge`. Tensors that the output has no place for are left out and named in the result's notes; values only change
+    with `dtype`.
+
+    Raises a BlockmergeError, as `merge` does.
+    """
+    recipe = conversion(naming, vae, str(dtype), ema, prune=prune, configs=configs, allow_nonfinite=allow_nonfinite)
+    return run(recipe, (source,), output, threads=threads, overwrite=overwrite, variant=variant, progress=progress)
+
+
+def conversion(
+    naming: str | None,
+    vae: CheckpointLike,
+    dtype: str,
+    ema: str,
+    *,
+    prune: bool,
+    configs: str | os.PathLike[str] | None,
+    allow_nonfinite: bool,
+) -> Recipe:
+    """The recipe of a conversion."""
+    return Recipe(
+        WeightsRequest(weights=0.0),
+        method=None,
+        vae=vae,
+        dtype=dtype,
+        allow_nonfinite=allow_nonfinite,
+        naming=naming,
+        ema=ema,
+        prune=prune,
+        configs=configs,
+    )

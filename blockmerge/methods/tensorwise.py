@@ -1,0 +1,141 @@
+"""Methods that need a whole tensor. They take tensors in their real shape and write `out`, of that shape and contiguous.
+
+Large tensors are gone through in stretches, so that what is widened stays small; sums are in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from blockmerge.methods.arithmetic import exact_dtype, round_into, slabs, wide_dtype
+from blockmerge.methods.elementwise import weighted_sum
+from blockmerge.methods.planning import share, swapped_columns
+from blockmerge.methods.rowwise import take_rows
+from blockmerge.methods.smoothing import smoothed_slabs
+
+_PARALLEL = 1e-12  # 1 − |cosine| below which float64 cannot tell two directions from one
+
+
+def slerp(a: torch.Tensor, b: torch.Tensor, *, alpha: float, out: torch.Tensor) -> torch.Tensor:
+    """Go from A to B along the sphere, and from one norm to the other along a line.
+
+    With Ω the angle between A and B, the result is (sin((1 − α)Ω)·A/‖A‖ + sin(αΩ)·B/‖B‖) / sin Ω · ((1 − α)‖A‖ + α‖B‖);
+    a weighted sum where sin Ω or a norm is 0. K. Shoemake, "Animating rotation with quaternion curves", 1985.
+    """
+    flat_a, flat_b, flat_out = (tensor.view(-1) for tensor in (a, b, out))
+    squares_a, product, squares_b = _products(flat_a, flat_b)
+    norm_a, norm_b = math.sqrt(squares_a), math.sqrt(squares_b)
+    cosine = product / norm_a / norm_b if norm_a and norm_b else 1.0
+    if 1 - abs(cosine) < _PARALLEL:
+        weighted_sum(flat_a, flat_b, alpha=alpha, out=flat_out)
+        return out
+    angle = math.acos(cosine)
+    norm = (1 - alpha) * norm_a + alpha * norm_b
+    # Of two norms that are far apart one factor may be beyond float32.
+    factor_a = math.sin((1 - alpha) * angle) / math.sin(angle) * (norm / norm_a)
+    factor_b = math.sin(alpha * angle) / math.sin(angle) * (norm / norm_b)
+    exact = exact_dtype(out.device)
+    for part in slabs(flat_out.shape):
+        round_into(flat_out[part], (flat_a[part].to(exact) * factor_a).add_(flat_b[part].to(exact), alpha=factor_b))
+    return out
+
+
+def _products(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float, float]:
+    """Return A·A, A·B and B·B of flat tensors."""
+    exact = exact_dtype(a.device)
+    sums = torch.zeros(3, dtype=exact, device=a.device)
+    for part in slabs(a.shape):
+        wide_a, wide_b = a[part].to(exact), b[part].to(exact)
+        sums += torch.stack([wide_a @ wide_a, wide_a @ wide_b, wide_b @ wide_b])
+    first, mixed, last = sums.tolist()
+    return first, mixed, last
+
+
+def tensor_sum_columns(a: torch.Tensor, b: torch.Tensor, *, alpha: float, beta: float = 0.0, out: torch.Tensor) -> torch.Tensor:
+    """As `tensor_sum`, on the second axis of tensors that have one: SuperMerger's tensor2, without its fault."""
+    return take_rows(a, b, swapped_columns(out.shape, alpha, beta), min(1, out.dim() - 1), out)
+
+
+def smooth_add_difference(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, *, alpha: float, out: torch.Tensor) -> torch.Tensor:
+    """A + α·G(M(B − C)), M a median filter of size 3 and G a Gaussian of σ = 1 over every axis: SuperMerger's smoothAdd.
+
+    Borders are scipy.ndimage's ``reflect`` (the edge value repeated), and the Gaussian ends at 4σ.
+    """
+    wide = wide_dtype(a, b, c, out)
+    rows = [tensor if tensor.dim() else tensor.reshape(1) for tensor in (a, b, c, out)]
+    for part, smooth in smoothed_slabs(rows[1], rows[2], wide):
+        round_into(rows[3][part], rows[0][part].to(wide).add(smooth, alpha=alpha))
+    return out
+
+
+def ties(*models: torch.Tensor, alpha: float, density: float = 0.2, out: torch.Tensor) -> torch.Tensor:
+    """A + α·(the mean of those deltas Xᵢ − A that are large and whose sign wins): TIES, arXiv 2306.01708.
+
+    Of each delta the share `density` of largest magnitude is kept, ⌈k·n⌉ of n values and whatever equals the smallest of them
+    in magnitude. The sign of an element is that of the sum of what was kept; the mean is of the kept deltas that have it, 0
+    where there is none or the sum is 0.
+    """
+    a, *others = (model.view(-1) for model in models)
+    flat_out = out.view(-1)
+    wide = wide_dtype(*models, out)
+    borders = [_smallest_kept(other, a, wide, share(density, a.numel())) for other in others]
+    for part in slabs(flat_out.shape):
+        wide_a = a[part].to(wide)
+        kept = []
+        for other, border in zip(others, borders, strict=True):
+            delta = other[part].to(wide) - wide_a
+            kept.append(delta.mul_(delta.abs() >= border))
+        sign = _sum(kept).sign().to(wide)
+        agreeing = [delta.mul_(delta.sign() == sign) for delta in kept]
+        count = torch.stack([delta != 0 for delta in agreeing]).sum(0).clamp_(min=1)
+        round_into(flat_out[part], wide_a.add((_sum(agreeing) / count).to(wide), alpha=alpha))
+    return out
+
+
+def _smallest_kept(other: torch.Tensor, a: torch.Tensor, wide: torch.dtype, count: int) -> float:
+    """Return the magnitude of the count-th largest of the deltas; infinity where none is to be kept."""
+    if count == 0:
+        return math.inf
+    magnitudes = torch.empty(a.numel(), dtype=wide, device=a.device)
+    for part in slabs(magnitudes.shape):
+        torch.sub(other[part].to(wide), a[part].to(wide), out=magnitudes[part])
+    return float(magnitudes.abs_().kthvalue(a.numel() - count + 1).values)
+
+
+def _sum(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
+    # Whether a sum is 0 decides.
+    total = deltas[0].to(exact_dtype(deltas[0].device), copy=True)
+    for delta in deltas[1:]:
+        total += delta
+    return total
+
+
+def model_stock(*models: torch.Tensor, alpha: float, out: torch.Tensor) -> torch.Tensor:
+    """A + α·t·(the mean of the n deltas Xᵢ − A): Model Stock, arXiv 2403.19522.
+
+    t = n·c/(1 + (n − 1)·c), c being the mean of the pairwise cosines of the deltas (0 with a delta of zeros); t is limited to
+    [0, 1].
+    """
+    a, *others = (model.view(-1) for model in models)
+    flat_out = out.view(-1)
+    count = len(others)
+    exact, wide = exact_dtype(out.device), wide_dtype(*models, out)
+    gram = torch.zeros(count, count, dtype=exact, device=out.device)
+    for part in slabs(a.shape):
+        deltas = torch.stack([other[part].to(exact) - a[part].to(exact) for other in others])
+        gram += deltas @ deltas.T
+    norms = gram.diagonal().sqrt()
+    lengths = norms.outer(norms)
+    cosines = torch.where(lengths > 0, gram / lengths, 0).clamp_(-1, 1)
+    upper = torch.triu_indices(count, count, 1)
+    cosine = float(cosines[upper[0], upper[1]].mean())
+    # A negative mean would give a negative t, or one divided by 0.
+    step = count * cosine / (1 + (count - 1) * cosine) if cosine > 0 else 0.0
+    for part in slabs(flat_out.shape):
+        wide_a = a[part].to(wide)
+        mean = _sum([other[part].to(wide) - wide_a for other in others]).div_(count)
+        round_into(flat_out[part], wide_a.add(mean.to(wide), alpha=alpha * min(1.0, step)))
+    return out

@@ -1,0 +1,91 @@
+"""`Adjust`: detail, contrast, brightness and colour tone, set at the first and last layers of the U-Net after a merge."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+from typing import NamedTuple
+
+from blockmerge.anatomy import UNET_PREFIX
+from blockmerge.errors import WeightsError, counted, shown
+from blockmerge.weights.grammar import finite_number
+
+_NAMES = "IN,OUT,OUT2,CONT,BRI,COL1,COL2,COL3"
+
+_SD_TONES = ((-1, 1 / 3, 2 / 3), (1, 1, 0), (0, -1, -1), (1, 0, 1))
+_SDXL_TONES = ((0, 0, 1), (1, 0, 0), (-1, -1, 0), (-1, 1, 0))
+"""What BRI, COL1, COL2 and COL3 each do to the last three of the four latent channels."""
+
+
+class Change(NamedTuple):
+    """What is done to a merged tensor: times `scale`, then plus `shift`, one number for each entry of its only axis."""
+
+    scale: float = 1.0
+    shift: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Adjust:
+    """SuperMerger's eight numbers; 0 changes nothing, and about −5 to 5 is usual.
+
+    `into`, `out` and `out2` add detail (and noise), `contrast` contrast, `brightness` brightness, and the colours go from
+    cyan to red, magenta to green, yellow to blue.
+    """
+
+    into: float = 0.0
+    out: float = 0.0
+    out2: float = 0.0
+    contrast: float = 0.0
+    brightness: float = 0.0
+    red: float = 0.0
+    green: float = 0.0
+    blue: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> Adjust:
+        """Read ``IN,OUT,OUT2,CONT,BRI,COL1,COL2,COL3``; numbers left out at the end are 0, as in SuperMerger.
+
+        Raises WeightsError for what is no number, and for more than eight.
+        """
+        words = [word.strip() for word in text.split(",")] if text.strip() else []
+        if len(words) > 8:
+            raise WeightsError(f"--adjust '{shown(text)}': {counted(len(words), 'number')} given; there are eight: {_NAMES}")
+        numbers = []
+        for name, word in zip(_NAMES.split(","), words, strict=False):
+            number = finite_number(word)
+            if number is None:
+                raise WeightsError(f"--adjust '{shown(text)}': {name} is '{shown(word)}', which is not a number ({_NAMES})")
+            numbers.append(number)
+        return cls(*numbers)
+
+    def __str__(self) -> str:
+        return ",".join(repr(number + 0.0).removesuffix(".0") for number in astuple(self))
+
+    def __bool__(self) -> bool:
+        return any(astuple(self))
+
+    def for_tensor(self, name: str, family: str) -> Change | None:
+        """Return what is done to a tensor, or None when nothing is.
+
+        `name` is its name in LDM naming. The shift of `out.2.bias` has four numbers, as the tensor has. The formulas are
+        SuperMerger's: weights × (1 − n/100) and biases × (1 + n/50); SD2 has the colours of SD1.
+        """
+        match name.removeprefix(UNET_PREFIX):
+            case "input_blocks.0.0.weight":
+                change = Change(1 - 0.01 * self.into)
+            case "input_blocks.0.0.bias":
+                change = Change(1 + 0.02 * self.into)
+            case "out.0.weight":
+                change = Change(1 - 0.01 * self.out)
+            case "out.0.bias":
+                change = Change(1 + 0.02 * self.out)
+            case "out.2.weight":
+                change = Change(1 - 0.01 * self.out2)
+            case "out.2.bias":
+                amounts = (self.brightness, self.red, self.green, self.blue)
+                tones = zip(*(_SDXL_TONES if family == "sdxl" else _SD_TONES), strict=True)
+                channels = (sum(amount * tone for amount, tone in zip(amounts, channel, strict=True)) for channel in tones)
+                shift = tuple(0.02 * value for value in (self.contrast, *channels))
+                change = Change(shift=shift if any(shift) else None)
+            case _:
+                return None
+        return None if change == Change() else change

@@ -1,0 +1,156 @@
+"""Element rules: weights for single kinds of tensor, on top of those of the blocks.
+
+``BLOCKS:ELEMENTS:RATIO``, several separated by commas or new lines: ``OUT03-OUT05:attn2:0.8, NOT BASE:norm:0``. The
+grammar is SuperMerger's elemental merge, but that a range may be written, blocks are the family's own, and what cannot
+be read is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from blockmerge.anatomy import FAMILIES, SD_BLOCKS
+from blockmerge.errors import WeightsError, shown
+from blockmerge.weights.block_weights import checked_weight
+from blockmerge.weights.grammar import block_range, finite_number
+
+_FORM = "BLOCKS:ELEMENTS:RATIO, as in OUT03-OUT05:attn2:0.5"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """One field of a rule: any of its words, or with NOT none of them; without words, everything."""
+
+    words: tuple[str, ...]
+    negated: bool = False
+
+    def __str__(self) -> str:
+        return " ".join((*(["NOT"] if self.negated else []), *self.words))
+
+    def takes(self, matched: bool) -> bool:
+        """Whether the field takes what one of its words matched, or none did."""
+        return not self.words or matched is not self.negated
+
+
+@dataclass(frozen=True)
+class ElementRule:
+    """The weight of the tensors that both fields take; None leaves them out of the merge (`skip`)."""
+
+    blocks: Selection
+    elements: Selection
+    ratio: float | None
+
+    def __str__(self) -> str:
+        ratio = "skip" if self.ratio is None else repr(self.ratio).removesuffix(".0")
+        return f"{self.blocks}:{self.elements}:{ratio}"
+
+
+@dataclass(frozen=True)
+class ElementRules:
+    """Element rules as they are written, before the family is known; `str` gives the text back.
+
+    >>> rules = ElementRules.parse("OUT06:attn:0.5, OUT06:attn2.to_k:0.2").resolve("sd1")
+    >>> name = "model.diffusion_model.output_blocks.6.1.transformer_blocks.0.attn2.to_k.weight"
+    >>> rules.weight("OUT06", name, 1.0), rules.weight("OUT06", name.replace("to_k", "to_q"), 1.0)
+    (0.2, 0.5)
+    """
+
+    rules: tuple[ElementRule, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> ElementRules:
+        """Read rules separated by commas or new lines; an empty text holds none.
+
+        BLOCKS and ELEMENTS are words separated by spaces: names and ranges of blocks, parts of tensors' names. An empty
+        field takes everything, and NOT in front turns a field round. RATIO is a number as for blocks, or ``skip``.
+        Raises WeightsError that quotes the rule with the wrong part marked ``>>so<<``.
+        """
+        texts = [rule.strip() for rule in re.split(r"[,\n\r]", text) if rule.strip()]
+        return cls(tuple(_parse_rule(rule, number) for number, rule in enumerate(texts, start=1)))
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.rules))
+
+    def __bool__(self) -> bool:
+        return bool(self.rules)
+
+    def resolve(self, family: str) -> FamilyRules:
+        """Return the rules for a family's blocks. Raises WeightsError, quoting the rule, for a block it does not have."""
+        order = FAMILIES[family].blocks
+        return FamilyRules(tuple(_with_blocks(rule, number, order) for number, rule in enumerate(self.rules, start=1)))
+
+
+@dataclass(frozen=True)
+class FamilyRules:
+    """Element rules with the blocks that each takes."""
+
+    rules: tuple[tuple[ElementRule, frozenset[str]], ...]
+
+    def weight(self, block: str, name: str, otherwise: float | None) -> float | None:
+        """Return the weight of a tensor: that of the last rule that takes it, or `otherwise`. None means `skip`.
+
+        `name` is the tensor's name in LDM naming, whatever the model's own naming is.
+        """
+        for rule, blocks in reversed(self.rules):
+            if block in blocks and _takes(rule, name):
+                return rule.ratio
+        return otherwise
+
+    def idle(self, tensors: Iterable[tuple[str, str]]) -> list[str]:
+        """Return the rules that take none of the `tensors`, given as (block, LDM name): most likely a slip of the pen."""
+        known = list(tensors)
+        return [
+            str(rule) for rule, blocks in self.rules if not any(block in blocks and _takes(rule, name) for block, name in known)
+        ]
+
+
+def _takes(rule: ElementRule, name: str) -> bool:
+    return rule.elements.takes(any(part in name for part in rule.elements.words))
+
+
+def _parse_rule(text: str, number: int) -> ElementRule:
+    fields = [field.strip() for field in text.split(":")]
+    if len(fields) != 3:
+        raise _error(number, [text], 0, f"expected {_FORM}")
+    # A dash belongs to a range whatever blanks people put around it.
+    fields[0] = re.sub(r"\s*-\s*", "-", fields[0].upper())
+    for index, field in enumerate(fields[:2]):
+        if field.upper() == "NOT":
+            raise _error(number, fields, index, "expected names after NOT")
+    skip = fields[2].casefold() == "skip"
+    ratio = None if skip else finite_number(fields[2])
+    if ratio is None and not skip:
+        raise _error(number, fields, 2, "expected a number or skip")
+    try:
+        rule = ElementRule(_selection(fields[0]), _selection(fields[1]), checked_weight(ratio, "the rule"))
+    except WeightsError as error:
+        raise _error(number, fields, 2, str(error)) from None
+    _with_blocks(rule, number, SD_BLOCKS)
+    return rule
+
+
+def _selection(field: str) -> Selection:
+    words = tuple(field.split())
+    return Selection(words[1:], negated=True) if words and words[0].upper() == "NOT" else Selection(words)
+
+
+def _with_blocks(rule: ElementRule, number: int, order: Sequence[str]) -> tuple[ElementRule, frozenset[str]]:
+    named: set[str] = set()
+    for index, word in enumerate(rule.blocks.words, start=int(rule.blocks.negated)):
+        try:
+            named.update(block_range(word, order))
+        except WeightsError as error:
+            raise _error(number, str(rule).split(":"), 0, str(error), index) from None
+    return rule, frozenset(block for block in order if rule.blocks.takes(block in named))
+
+
+def _error(number: int, fields: Sequence[str], field: int, why: str, word: int | None = None) -> WeightsError:
+    """The error for a rule, quoted with a field of it, or one word of the field, marked."""
+    quoted = [shown(text) for text in fields]
+    words = [fields[field]] if word is None else fields[field].split(" ")
+    at = word or 0
+    before, wrong, after = (shown(" ".join(part)) for part in (words[:at], words[at : at + 1], words[at + 1 :]))
+    quoted[field] = f"{before} >>{wrong}<< {after}".strip()
+    return WeightsError(f"element rule {number}, '{':'.join(quoted)}': {why}")
