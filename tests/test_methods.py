@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -353,3 +354,10 @@ def test_one_method(capsys):
 
 def test_find_method_takes_a_method():
     assert find_method(METHODS["slerp"]) is METHODS["slerp"]
+
+
+def test_the_docs_are_up_to_date():
+    """`make docs` writes them."""
+    from docs.methods_reference import reference
+
+    assert (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8") == reference()
