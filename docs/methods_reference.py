@@ -21,8 +21,8 @@ _TAIL = """
 *Looks at* is how much of a tensor a result depends on, and so how a merge may cut its work. A method that looks at all tensors
 reads the models twice: once for the figures that it needs, once to merge.
 
-*Copied at*: the weights, or pairs (α, β), at which the result is an input, bit for bit; the other models are not even read there. `tensor_sum`
-always takes whole rows as they are.
+*Copied at*: the weights, or pairs (α, β), at which the result is an input, bit for bit; the other models are not even read
+there. `tensor_sum` always takes whole rows as they are.
 
 ## Where a formula has no value
 
