@@ -51,9 +51,11 @@ numbers of them. So the same seed gives the same file with any number of threads
 ```python
 import blockmerge
 
+
 @blockmerge.merge_method(formula="A + α·γ·(B − A)")
 def soften(a, b, *, alpha, gamma=0.5):
     return a + alpha * gamma * (b - a)
+
 
 blockmerge.merge_state_dicts(a, b, weights=0.3, method=soften)
 ```
