@@ -88,7 +88,7 @@ def combine_into(out: torch.Tensor, tensors: Sequence[torch.Tensor], factors: Se
 
 
 def slabs(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Yield stretches of the first axis of about a quarter of a million elements each, or of one entry; none of an empty tensor."""
+    """Yield stretches of the first axis, of about 260 000 elements or of one entry each; none of an empty tensor."""
     width = prod(shape[1:])
     step = max(1, _SLAB // max(1, width))
     for start in range(0, shape[0] if width else 0, step):
