@@ -57,6 +57,7 @@ def merge(
     allow_nonfinite: bool = False,
     naming: str | None = None,
     ema: str = "drop",
+    configs: str | os.PathLike[str] | None = None,
     variant: str | None = None,
     progress: Progress | None = None,
     **numbers: Any,
@@ -76,7 +77,8 @@ def merge(
     (whole, from A when BASE is at most 0.5, else from B), ``"a"``, ``"b"``, ``"blend"``, or a VAE (a file, an opened
     checkpoint or a state dict). `naming` is the output's, ``"ldm"`` (a single file) or ``"diffusers"`` (a folder), by default
     A's. `ema` says what becomes of EMA copies: ``"drop"``, ``"keep"``, or ``"use"`` them as the U-Net. `variant` picks the
-    weights of folders that have several (``"fp16"``). `progress(done, total)` is told the bytes.
+    weights of folders that have several (``"fp16"``), and `configs` is a folder whose configs and tokenizers go into a new
+    one. `progress(done, total)` is told the bytes.
 
     All checks that headers allow are made before a weight is read. The models are never changed. The output appears
     complete or not at all.
@@ -93,6 +95,7 @@ def merge(
         allow_nonfinite=allow_nonfinite,
         naming=naming,
         ema=ema,
+        configs=configs,
         rules=rules,
         adjust=adjust,
         clip=clip,
@@ -222,7 +225,8 @@ def _form(recipe: Recipe, a: Model, output: object) -> Form:
 def default_output(recipe: Recipe, models: tuple[str, ...]) -> Path:
     """Return where a merge goes when nobody says: `<A>+<B>-<preset or weight>.safetensors` in the current folder."""
     names = "+".join(Path(model).name if os.path.isdir(model) else Path(model).stem for model in models)
-    label = "".join(char if char.isalnum() or char in "._-+" else "_" for char in recipe.weights.label)
+    label = recipe.weights.label if recipe.weights.is_asked_for else recipe.method_name
+    label = "".join(char if char.isalnum() or char in "._-+@" else "_" for char in label)
     folder = recipe.naming == "diffusers" or (recipe.naming is None and is_diffusers_folder(models[0]))
     return Path(f"{names}-{label}{'' if folder else '.safetensors'}")
 
