@@ -23,7 +23,7 @@ def test_the_wheel_has_presets_and_layouts_and_works_where_it_is_unpacked(tmp_pa
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         assert sum(name.startswith("blockmerge/presets/") for name in names) == 40
-        assert sum(name.startswith("blockmerge/anatomy/layouts/") and name.endswith(".json") for name in names) == 3
+        assert sum(name.startswith("blockmerge/anatomy/layouts/") and name.endswith(".json") for name in names) == 4
         assert "blockmerge/py.typed" in names
         assert "blockmerge/rendering/templates/page.html" in names
         assert not [name for name in names if name.startswith("tests")]
