@@ -135,7 +135,9 @@ class _Judge:
         names = list(dict.fromkeys(name for view in self.views.values() for name in view.tensors))
         self.plain_of_ema = plain_names_of_ema(names)
         self.rules = self.recipe.rules.resolve(self.family)
-        decisions = [self._adjusted(decision) for name in names if (decision := self._decide_one(name)) is not None]
+        decisions = [decision for name in names if (decision := self._decide_one(name)) is not None]
+        if self.recipe.adjust:
+            decisions = list(map(self._adjusted, decisions))
         if self.faults:
             raise IncompatibleModelsError(f"{self._names()} cannot be merged: {listing(self.faults, width=300)}")
         self._describe(decisions)
@@ -196,7 +198,7 @@ class _Judge:
         return Decision(name, name, name, dtype, shape, tuple(range(len(self.models))), alpha, beta, wider=wider)
 
     def _adjusted(self, decision: Decision) -> Decision:
-        if not self.recipe.adjust or decision.dtype not in FLOAT_DTYPES:
+        if decision.dtype not in FLOAT_DTYPES:
             return decision
         return replace(decision, change=self.recipe.adjust.for_tensor(decision.ldm, self.family))
 
