@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from blockmerge.anatomy import (
+    DIFFUSERS_UNET_PREFIX,
     UNET_PREFIX,
     Relation,
     block_of,
@@ -99,13 +100,14 @@ def decide(
     beta: BlockWeights | None = None,
     *,
     naming: str | None = None,
+    folder: bool = False,
 ) -> Decisions:
-    """Apply the policies; the output has the names of `naming`, by default A's.
+    """Apply the policies; the output has the names of `naming`, by default A's, and is one file or dict, or a `folder`.
 
     Raises IncompatibleModelsError, naming the first few tensors and counting the rest, when U-Nets hold different
     tensors, or floats in one model only, when shapes differ, or the VAE that was asked for is not there.
     """
-    return _Judge(models, recipe, weights, beta, naming or models[0].anatomy.naming).decide()
+    return _Judge(models, recipe, weights, beta, naming or models[0].anatomy.naming, folder).decide()
 
 
 @dataclass
@@ -115,6 +117,7 @@ class _Judge:
     weights: BlockWeights
     beta: BlockWeights | None
     naming: str
+    folder: bool
     notes: list[str] = field(default_factory=list)
     counted: Counter[str] = field(default_factory=Counter)
     restored: list[str] = field(default_factory=list)
@@ -312,10 +315,11 @@ class _Judge:
 
     def _spelled(self, decisions: Sequence[Decision]) -> Sequence[Decision]:
         """A's spelling where the output is a U-Net alone; else the full names, which every loader accepts."""
-        if not self.models[0].bare:
+        bare = self.models[0].bare
+        if self.folder or (self.naming == "ldm" and not bare):
             return decisions
         if all(component_of(decision.ldm) == "unet" for decision in decisions):
-            prefix = UNET_PREFIX if self.naming == "ldm" else "unet/"
+            prefix = UNET_PREFIX if self.naming == "ldm" else DIFFUSERS_UNET_PREFIX
             return [replace(decision, name=decision.name.removeprefix(prefix)) for decision in decisions]
         if self.naming == "ldm":
             self.notes.append(f"the U-Net's names get the prefix {UNET_PREFIX}, as a file with more than a U-Net needs it")

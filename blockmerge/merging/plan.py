@@ -209,7 +209,7 @@ def make_plan(models: Sequence[Model], recipe: Recipe, form: Form) -> Plan:
     family = models[0].anatomy.family.name
     weights, beta = recipe.weights.resolve(family), recipe.beta.resolve(family)
     numbers = recipe.resolve_numbers(len(models))
-    decided = decide(models, recipe, weights, beta, naming=form.naming)
+    decided = decide(models, recipe, weights, beta, naming=form.naming, folder=form.folder)
     sources = [model.source for model in models]
     metadata = output_metadata(sources[0].metadata, recipe.as_metadata(sources, weights, beta))
     drafter = Drafter(recipe, decided, numbers, family)
