@@ -315,7 +315,8 @@ class _Judge:
 
     def _spelled(self, decisions: Sequence[Decision]) -> Sequence[Decision]:
         """A's spelling where the output is a U-Net alone; else the full names, which every loader accepts."""
-        bare = self.models[0].bare
+        a = self.models[0]
+        bare = a.bare and a.anatomy.naming == self.naming
         if self.folder or (self.naming == "ldm" and not bare):
             return decisions
         if all(component_of(decision.ldm) == "unet" for decision in decisions):
