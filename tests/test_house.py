@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "merging": {"streaming", "checkpoints", "methods", "weights", "anatomy"},
     "comparing": {"streaming", "checkpoints", "anatomy"},
     "explaining": {"comparing", "streaming", "checkpoints", "weights", "anatomy"},
-    "inspecting": {"streaming", "checkpoints", "anatomy"},
+    "inspecting": {"merging", "streaming", "checkpoints", "anatomy"},
     "rendering": {"merging", "methods", "comparing", "explaining", "inspecting", "weights"},
     "demo": {"checkpoints", "anatomy"},
     "cli": {

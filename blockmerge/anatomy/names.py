@@ -38,6 +38,7 @@ _SCHEDULE = re.compile(
     r"betas|alphas_cumprod(_prev)?|sqrt_\w+|log_one_minus_\w+|posterior_\w+|logvar|(denoiser\.)?(sigmas|log_sigmas)"
 )
 _MARKER = re.compile(r"v_pred|ztsnr|edm_vpred\..+")
+_TRAINING = (".loss.", ".model_ema.")  # beside the weights of a component, under its prefix
 _NAI_TEXT_ENCODER = re.compile(
     r"(cond_stage_model\.transformer\.|conditioner\.embedders\.0\.transformer\.)(?=(?:embeddings|encoder|final_layer_norm)\.)"
 )
@@ -79,6 +80,17 @@ def is_schedule(name: str) -> bool:
 def is_prediction_marker(name: str) -> bool:
     """Whether a tensor only marks what the model predicts (`v_pred`, `ztsnr`, `edm_vpred.…`)."""
     return _MARKER.fullmatch(name) is not None
+
+
+def is_leftover(name: str, variant: str) -> bool:
+    """Whether no loader of a model of that variant needs a tensor of LDM naming: schedules, losses, optimizer states, ….
+
+    EMA copies are another matter, and so are the further components of a diffusers folder, which its model_index.json names.
+    """
+    if any(part in name for part in _TRAINING):
+        return True
+    needed = is_prediction_marker(name) or "/" in name or (variant == "depth" and name.startswith("depth_model."))
+    return component_of(name) == "other" and not needed
 
 
 def is_position_ids(name: str) -> bool:

@@ -7,16 +7,20 @@ from blockmerge.checkpoints.dtypes import FLOAT_DTYPES, itemsize
 from blockmerge.checkpoints.folder import DiffusersFolder, is_diffusers_folder
 from blockmerge.checkpoints.folder_writer import AtomicFolder, check_output_folder
 from blockmerge.checkpoints.hashes import Hashes, hash_file, old_hash
+from blockmerge.checkpoints.metadata import ARCHITECTURES, faulty_metadata
 from blockmerge.checkpoints.model import EMA_CHOICES, VAE_PREFIX, Model, View, vae_view
 from blockmerge.checkpoints.open import SUFFIXES, CheckpointLike, open_checkpoint
+from blockmerge.checkpoints.position_ids import POSITIONS, fault_of_position_ids
 from blockmerge.checkpoints.safetensors_file import SafetensorsFile, encode_header
 from blockmerge.checkpoints.state_dict import StateDict
 from blockmerge.checkpoints.torch_file import TorchFile
 from blockmerge.checkpoints.writer import AtomicFile, check_output
 
 __all__ = [
+    "ARCHITECTURES",
     "EMA_CHOICES",
     "FLOAT_DTYPES",
+    "POSITIONS",
     "SUFFIXES",
     "VAE_PREFIX",
     "Assembled",
@@ -39,6 +43,8 @@ __all__ = [
     "check_output_folder",
     "check_space",
     "encode_header",
+    "fault_of_position_ids",
+    "faulty_metadata",
     "hash_file",
     "is_diffusers_folder",
     "itemsize",

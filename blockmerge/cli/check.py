@@ -9,19 +9,31 @@ from blockmerge.cli.console import json_option, progress_bar, stdout_console
 
 @click.command(short_help="Say what is wrong with a model file.")
 @click.argument("file")
+@click.option("--fix", metavar="OUT", help="Write a copy without what can be repaired: a .safetensors file, or a folder of one.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing copy.")
 @click.option("--threads", metavar="N", type=int, help="How many workers. [default: twice the processors, at most 8]")
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but the line that says something is wrong.")
-def check(file: str, threads: int | None, as_json: bool, quiet: bool) -> None:
+def check(file: str, fix: str | None, overwrite: bool, threads: int | None, as_json: bool, quiet: bool) -> None:
     """Look for everything that can be wrong with a model: tensors that are missing, broken or superfluous, NaN, metadata.
 
     The exit code is 1 when there is an error or a warning; notes alone are 0. Everything is read once.
+
+    \b
+      blockmerge check model.safetensors
+      blockmerge check model.ckpt --fix repaired.safetensors
+
+    With --fix, the exit code tells of what could not be repaired. FILE itself is never changed.
     """
     from blockmerge.errors import CheckpointError, counted, listing, shown
     from blockmerge.inspecting import check as look
+    from blockmerge.inspecting import repair
 
     with progress_bar("checking", quiet=as_json or quiet) as progress:
-        found = look(file, progress, threads)
+        if fix is None:
+            found = look(file, progress, threads)
+        else:
+            found = repair(file, fix, threads=threads, overwrite=overwrite, progress=progress)
     if as_json:
         from blockmerge.rendering.json_text import check_json
 

@@ -1,7 +1,8 @@
-"""What is in a checkpoint, and what is wrong with it."""
+"""What is in a checkpoint, what is wrong with it, and a copy without what can be put right."""
 
 from blockmerge.inspecting.check import check
 from blockmerge.inspecting.inspect import Inspection, Part, inspect
 from blockmerge.inspecting.problems import KINDS, SEVERITIES, CheckResult, Problem
+from blockmerge.inspecting.repair import repair
 
-__all__ = ["KINDS", "SEVERITIES", "CheckResult", "Inspection", "Part", "Problem", "check", "inspect"]
+__all__ = ["KINDS", "SEVERITIES", "CheckResult", "Inspection", "Part", "Problem", "check", "inspect", "repair"]

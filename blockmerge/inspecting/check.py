@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from blockmerge.anatomy import is_position_ids, is_schedule
-from blockmerge.checkpoints import FLOAT_DTYPES, CheckpointLike, SafetensorsFile, open_checkpoint
+from blockmerge.checkpoints import FLOAT_DTYPES, CheckpointLike, SafetensorsFile, fault_of_position_ids, open_checkpoint
 from blockmerge.errors import counted, listing, shown
 from blockmerge.inspecting.metadata import check_file, check_metadata
 from blockmerge.inspecting.problems import SEVERITIES, CheckResult, Problem
@@ -37,8 +37,6 @@ def check(path: CheckpointLike, progress: Progress | None = None, threads: int |
 
 
 def _position_ids(subject: Subject) -> Iterator[Problem]:
-    from blockmerge.inspecting.values import fault_of_position_ids  # here and below: numpy is loaded where numbers are read
-
     for name, info in subject.checkpoint.tensors.items():
         if not is_position_ids(name):
             continue
@@ -50,7 +48,7 @@ def _position_ids(subject: Subject) -> Iterator[Problem]:
 
 
 def _values(subject: Subject, progress: Progress | None, threads: int | None) -> Iterator[Problem]:
-    from blockmerge.inspecting.values import peaks_of
+    from blockmerge.inspecting.values import peaks_of  # late, for it loads numpy
 
     tensors = subject.checkpoint.tensors
     # Schedules may hold infinity for good reasons: one that ends in pure noise divides by 0.

@@ -91,5 +91,5 @@ class CheckResult:
 
     @property
     def faults(self) -> tuple[Problem, ...]:
-        """The errors and warnings. Notes say nothing against a model."""
-        return tuple(problem for problem in self.problems if problem.severity != "note")
+        """The errors and warnings that were not fixed. Notes say nothing against a model."""
+        return tuple(problem for problem in self.problems if problem.severity != "note" and problem.code not in self.fixed)

@@ -12,6 +12,7 @@ from blockmerge.anatomy import (
     canonical_name,
     component_of,
     components_of,
+    is_leftover,
     is_position_ids,
     is_prediction_marker,
     layout_gaps,
@@ -20,9 +21,6 @@ from blockmerge.anatomy import (
 from blockmerge.checkpoints import FLOAT_DTYPES, Checkpoint, Model, TensorInfo
 from blockmerge.errors import UnknownFamilyError, counted, listing, shown
 from blockmerge.inspecting.problems import Problem
-
-_TRAINING = (".loss.", ".model_ema.")  # beside the weights of a component, under its prefix
-
 
 _ODD_DTYPES: tuple[tuple[str, Callable[[str], bool], str], ...] = (
     ("integer_weights", lambda dtype: dtype not in FLOAT_DTYPES, "quantized weights need a program made for them"),
@@ -61,7 +59,7 @@ class Subject:
             tensors = {name: checkpoint.tensors[original] for name, original in originals.items()}
         used = {name for origin in model.ldm.origins.values() for name in origin.names}
         unused = [name for name in checkpoint.tensors if name not in used and component_of(name) in ("ema", "other")]
-        unused += [originals[name] for name in model.tensors if _is_leftover(name, model)]
+        unused += [originals[name] for name in model.tensors if is_leftover(name, model.anatomy.variant)]
         return cls(checkpoint, model, None, tensors, originals, tuple(unused))
 
     def in_file(self, names: Iterable[str]) -> tuple[str, ...]:
@@ -76,13 +74,6 @@ class Subject:
     def bytes_of(self, names: Iterable[str]) -> int:
         """What tensors take, by their names in the file."""
         return sum(self.checkpoint.tensors[name].nbytes for name in names)
-
-
-def _is_leftover(name: str, model: Model) -> bool:
-    if any(part in name for part in _TRAINING):
-        return True
-    needed = is_prediction_marker(name) or (model.anatomy.variant == "depth" and name.startswith("depth_model."))
-    return component_of(name) == "other" and not needed
 
 
 def check_structure(subject: Subject) -> Iterator[Problem]:
@@ -101,7 +92,11 @@ def _against_layout(subject: Subject, family: str) -> Iterator[Problem]:
     if not any(name.startswith(UNET_PREFIX) for name in subject.tensors):
         return
     unused = set(subject.unused)
-    shapes = {name: info.shape for name, info in subject.tensors.items() if subject.originals.get(name) not in unused}
+    # As they stand in the file: merging reads a 1×1 convolution without its last axes, not every loader does.
+    own = {name: subject.checkpoint.tensors[original] for name, original in subject.originals.items()}
+    shapes = {
+        name: own.get(name, info).shape for name, info in subject.tensors.items() if subject.originals.get(name) not in unused
+    }
     present = set(map(component_of, shapes))
     for component in components_of(family):
         if component not in present:

@@ -1,4 +1,4 @@
-"""What only the numbers tell: NaN, infinity, zeros, what float16 cannot hold, and whether position_ids are 0, 1, 2, ….
+"""What only the numbers tell: NaN, infinity, zeros, and what float16 cannot hold.
 
 Floats of every format are sign and magnitude, and read as an unsigned integer the magnitude keeps its order, with
 infinity and NaN above all else. So the largest magnitude of a tensor, in bits, answers every question about it, and
@@ -14,15 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from blockmerge.checkpoints import Checkpoint, TensorInfo, itemsize
-from blockmerge.errors import counted
+from blockmerge.checkpoints import Checkpoint
 from blockmerge.streaming import Progress, aligned_buffer, for_each, thread_count
 
 PIECE_BYTES = 2 << 20
 """What a worker reads and looks at in one go."""
-
-POSITIONS = 77
-"""How many tokens a CLIP text encoder reads: `position_ids` are an int64 [1, 77] of 0 … 76."""
 
 
 @dataclass(frozen=True)
@@ -111,28 +107,3 @@ def _peak(buffer: memoryview, dtype: str) -> int:
     # In place: the buffer is the worker's own, and no other is touched.
     np.bitwise_and(values, values.dtype.type((1 << 8 * values.itemsize - 1) - 1), out=values)
     return int(values.max())
-
-
-def fault_of_position_ids(checkpoint: Checkpoint, name: str) -> str | None:
-    """Say in what `position_ids` differ from 0 … 76 in shape [1, 77], or return None. Exact floats and int32 do not."""
-    info = checkpoint.tensors[name]
-    if info.shape != (1, POSITIONS):
-        return f"its shape is {list(info.shape[:8])}, expected [1, {POSITIONS}]"
-    values = _numbers(checkpoint.read(name), info)
-    if values is None:
-        return f"its dtype is {info.dtype}"
-    wrong = np.flatnonzero(values != np.arange(POSITIONS))
-    if not len(wrong):
-        return None
-    first = int(wrong[0])
-    what = "not exactly " if bool((np.rint(values) == np.arange(POSITIONS)).all()) else "not "
-    return f"{counted(len(wrong), 'position')} {what}0 … {POSITIONS - 1}: the first is {values[first]} in place of {first}"
-
-
-def _numbers(data: bytes, info: TensorInfo) -> np.ndarray[tuple[int], np.dtype[np.generic]] | None:
-    kind = {"I": "i", "U": "u", "F": "f"}.get(info.dtype[0])
-    if info.dtype == "BF16":
-        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
-    if kind is None or info.dtype.startswith("F8"):
-        return None
-    return np.frombuffer(data, f"<{kind}{itemsize(info.dtype)}")

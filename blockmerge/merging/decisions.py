@@ -7,12 +7,11 @@ own; the last step gives each tensor the place and the name that it has in the o
 
 from __future__ import annotations
 
+import struct
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-
-import numpy as np
 
 from blockmerge.anatomy import (
     DIFFUSERS_UNET_PREFIX,
@@ -20,14 +19,25 @@ from blockmerge.anatomy import (
     Relation,
     block_of,
     component_of,
+    is_leftover,
     is_position_ids,
     is_prediction_marker,
     is_schedule,
-    layout,
+    layout_gaps,
     plain_names_of_ema,
     relation_of,
 )
-from blockmerge.checkpoints import FLOAT_DTYPES, VAE_PREFIX, Checkpoint, Model, TensorInfo, View, open_checkpoint, vae_view
+from blockmerge.checkpoints import (
+    FLOAT_DTYPES,
+    POSITIONS,
+    Checkpoint,
+    Model,
+    TensorInfo,
+    View,
+    fault_of_position_ids,
+    open_checkpoint,
+    vae_view,
+)
 from blockmerge.errors import CheckpointError, IncompatibleModelsError, RecipeError, counted, listing, shown
 from blockmerge.merging.recipe import Recipe
 from blockmerge.merging.result import Counts
@@ -40,8 +50,6 @@ SHARED_CHANNELS = 4
 """The input channels that the U-Nets of all variants have in common: the latent image's."""
 
 FIRST_CONVOLUTION = UNET_PREFIX + "input_blocks.0.0.weight"
-
-_MOST_POSITIONS = 4096  # real ones are 77; more would be no position_ids, and too much to read while planning
 
 _COMPONENT_TITLES = {"text_encoder": "text encoder", "text_encoder_2": "second text encoder", "vae": "VAE", "ema": "EMA copy"}
 
@@ -122,6 +130,7 @@ class _Judge:
     counted: Counter[str] = field(default_factory=Counter)
     restored: list[str] = field(default_factory=list)
     homeless: list[str] = field(default_factory=list)
+    pruned: list[str] = field(default_factory=list)
     only_in: dict[int, list[str]] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     mixed: list[str] = field(default_factory=list)
@@ -129,6 +138,8 @@ class _Judge:
 
     def decide(self) -> Decisions:
         _check_kinds(self.models)
+        if self.recipe.ema == "use" and not any(plain_names_of_ema(model.source.tensors) for model in self.models):
+            raise IncompatibleModelsError(f"no EMA copies to use in {self._names()}: leave out --ema use")
         self.family = self.models[0].anatomy.family.name
         self.views: dict[int, View] = {number: model.ldm for number, model in enumerate(self.models)}
         for model in self.models:
@@ -158,14 +169,15 @@ class _Judge:
         if not self._has_place(name):
             self.homeless.append(name)
             return self._leave_out()
+        if self.recipe.prune and is_leftover(name, self.models[holders[0] if holders else 0].anatomy.variant):
+            self.pruned.append(name)
+            return self._leave_out()
         if component == "vae" and self.vae_source is not None:
             return self._take(name, self.vae_source) if name in self.views[self.vae_source].tensors else self._leave_out()
         if is_prediction_marker(name):
             return self._take(name, 0, fixed_dtype=True) if 0 in holders else self._leave_out()
         if is_position_ids(name):
             return self._position_ids(name, holders[0])
-        if component == "other" and self.recipe.prune:
-            return self._leave_out()
         dtypes = [self.views[number].tensors[name].dtype for number in holders]
         floats = sum(dtype in FLOAT_DTYPES for dtype in dtypes)
         if floats == 0 or is_schedule(name) or (component == "ema" and name not in self.plain_of_ema):
@@ -184,7 +196,7 @@ class _Judge:
         shapes = [self.views[number].tensors[name].shape for number in range(len(self.models))]
         wider = None
         if len(set(shapes)) > 1:
-            wider = _wider_first_convolution(name, shapes)
+            wider = _wider_first_convolution(self.plain_of_ema.get(name, name), shapes)
             if wider is None:
                 said = ", ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
                 self.faults.append(f"{shown(name)} (shapes differ: {shown(said)})")
@@ -227,12 +239,12 @@ class _Judge:
 
     def _position_ids(self, name: str, source: int) -> Decision:
         decision = self._take(name, source, fixed_dtype=True)
-        view, info = self.views[source], self.views[source].tensors[name]
-        if info.elements > _MOST_POSITIONS or _intact_position_ids(view.read(name), info):
-            return decision
-        self.restored.append(name)
-        literal = np.broadcast_to(np.arange(decision.shape[-1], dtype="<i8"), decision.shape).tobytes()
-        return replace(decision, dtype="I64", sources=(), literal=literal)
+        if fault_of_position_ids(self.views[source], name) is not None:
+            self.restored.append(name)
+        elif self.recipe.method is not None or decision.dtype not in FLOAT_DTYPES:
+            return decision  # exact floats do no harm, and a merge has no business with them; converting puts them right
+        literal = struct.pack(f"<{POSITIONS}q", *range(POSITIONS))
+        return replace(decision, dtype="I64", shape=(1, POSITIONS), sources=(), literal=literal)
 
     # -- the models as wholes -------------------------------------------------------------------------------------
 
@@ -279,12 +291,12 @@ class _Judge:
             choices = ", ".join((*_letters(self.models), "blend"))
             raise CheckpointError(f"{error} (--vae takes auto, {choices} or a file)") from error
         view = vae_view(checkpoint)
-        reference: Mapping[str, tuple[int, ...] | None] = dict.fromkeys(n for n in layout("sd1") if n.startswith(VAE_PREFIX))
-        for model in reversed(self.models):
-            reference = {**reference, **{n: t.shape for n, t in model.tensors.items() if component_of(n) == "vae"}}
-        if missing := sorted(reference.keys() - view.tensors.keys()):
-            raise IncompatibleModelsError(f"{shown(checkpoint.name)} is no complete VAE: it lacks {listing(missing)}")
-        wrong = [n for n, shape in reference.items() if shape is not None and view.tensors[n].shape != shape]
+        shapes = {name: info.shape for name, info in view.tensors.items()}
+        gaps = layout_gaps(shapes, self.family, "vae")
+        if gaps.missing:
+            raise IncompatibleModelsError(f"{shown(checkpoint.name)} is no complete VAE: it lacks {listing(gaps.missing)}")
+        of_models = {name: info.shape for model in reversed(self.models) for name, info in model.tensors.items()}
+        wrong = [name for name, shape in shapes.items() if name in gaps.misshapen or of_models.get(name, shape) != shape]
         if wrong:
             raise IncompatibleModelsError(f"{shown(checkpoint.name)} is a VAE of another shape: {listing(wrong)}")
         self.views[VAE_FILE] = view
@@ -351,6 +363,8 @@ class _Judge:
             self.notes.append(
                 f"{counted(len(self.homeless), 'tensor')} left out, which {where} has no place for ({listing(self.homeless)})"
             )
+        if self.pruned:
+            self.notes.append(f"{counted(len(self.pruned), 'tensor')} left out, which no loader needs ({listing(self.pruned)})")
         if self.counted["kept"]:
             kept = _tensors_are(self.counted["kept"], "integer or schedule tensor")
             self.notes.append(f"{kept} copied from {shown(self.models[0].name)}")
@@ -433,17 +447,6 @@ def _wider_first_convolution(name: str, shapes: Sequence[tuple[int, ...]]) -> in
     channels = [shape[1] for shape in shapes]
     widest = max(channels)
     return channels.index(widest) if set(channels) == {SHARED_CHANNELS, widest} else None
-
-
-def _intact_position_ids(data: bytes, info: TensorInfo) -> bool:
-    """Whether every row is 0, 1, 2, … by value: floats that are exactly that do no harm, and stay as they are."""
-    spelled = {"I64": "<i8", "I32": "<i4", "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}.get(info.dtype)
-    if spelled is None or not info.shape:
-        return True
-    values = np.frombuffer(data, dtype=spelled)
-    if info.dtype == "BF16":
-        values = (values.astype("<u4") << 16).view("<f4")
-    return bool(np.array_equal(values.reshape(info.shape), np.broadcast_to(np.arange(info.shape[-1]), info.shape)))
 
 
 def check_vae_option(vae: object) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from blockmerge.checkpoints import faulty_metadata
+
 RECIPE_KEY = "blockmerge.recipe"
 
 _NO_LONGER_TRUE = ("sshs_", "sd_merge_", "blockmerge.")
@@ -12,7 +14,12 @@ _NO_LONGER_TRUE_KEYS = frozenset(
 )
 
 
-def output_metadata(of_a: Mapping[str, str], recipe: str) -> dict[str, str]:
-    """Return A's metadata without what would now lie, and the recipe. All values are strings, as loaders demand."""
-    kept = {key: value for key, value in of_a.items() if not key.startswith(_NO_LONGER_TRUE) and key not in _NO_LONGER_TRUE_KEYS}
+def output_metadata(of_a: Mapping[str, str], recipe: str, family: str) -> dict[str, str]:
+    """Return A's metadata without what would now lie or never should have been there, and the recipe.
+
+    All values are strings, as loaders demand.
+    """
+    faulty = {key for keys in faulty_metadata(of_a, family).values() for key in keys}
+    dropped = faulty | _NO_LONGER_TRUE_KEYS
+    kept = {key: value for key, value in of_a.items() if not key.startswith(_NO_LONGER_TRUE) and key not in dropped}
     return {**kept, "format": "pt", RECIPE_KEY: recipe}

@@ -211,7 +211,7 @@ def make_plan(models: Sequence[Model], recipe: Recipe, form: Form) -> Plan:
     numbers = recipe.resolve_numbers(len(models))
     decided = decide(models, recipe, weights, beta, naming=form.naming, folder=form.folder)
     sources = [model.source for model in models]
-    metadata = output_metadata(sources[0].metadata, recipe.as_metadata(sources, weights, beta))
+    metadata = output_metadata(sources[0].metadata, recipe.as_metadata(sources, weights, beta), family)
     drafter = Drafter(recipe, decided, numbers, family)
     anatomy = identify({d.key: d.shape for d in decided.tensors if component_of(d.ldm) != "ema"})  # B may have widened it
     small_files: dict[str, bytes] = {}

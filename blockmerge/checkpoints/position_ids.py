@@ -1,0 +1,46 @@
+"""`position_ids`: the numbers 0 … 76 of a text encoder's places for words. Tools that blend them as weights break them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from blockmerge.checkpoints.dtypes import itemsize
+from blockmerge.errors import counted
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from blockmerge.checkpoints.checkpoint import Checkpoint, TensorInfo
+    from blockmerge.checkpoints.model import View
+
+POSITIONS = 77
+"""How many tokens a CLIP text encoder reads: `position_ids` are an int64 [1, 77] of 0 … 76."""
+
+
+def fault_of_position_ids(source: Checkpoint | View, name: str) -> str | None:
+    """Say in what `position_ids` differ from 0 … 76 in shape [1, 77], or return None. Exact floats and int32 do not."""
+    import numpy as np  # where numbers are read, and not before
+
+    info = source.tensors[name]
+    if info.shape != (1, POSITIONS):
+        return f"its shape is {list(info.shape[:8])}, expected [1, {POSITIONS}]"
+    values = _numbers(source.read(name), info)
+    if values is None:
+        return f"its dtype is {info.dtype}"
+    wrong = np.flatnonzero(values != np.arange(POSITIONS))
+    if not len(wrong):
+        return None
+    first = int(wrong[0])
+    what = "not exactly " if bool((np.rint(values) == np.arange(POSITIONS)).all()) else "not "
+    return f"{counted(len(wrong), 'position')} {what}0 … {POSITIONS - 1}: the first is {values[first]} in place of {first}"
+
+
+def _numbers(data: bytes, info: TensorInfo) -> np.ndarray[tuple[int], np.dtype[np.generic]] | None:
+    import numpy as np
+
+    kind = {"I": "i", "U": "u", "F": "f"}.get(info.dtype[0])
+    if info.dtype == "BF16":
+        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    if kind is None or info.dtype.startswith("F8"):
+        return None
+    return np.frombuffer(data, f"<{kind}{itemsize(info.dtype)}")
