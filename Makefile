@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test check bench peers docs clean
 
 # The main job, on files it makes itself: two thin checkpoints, merged with the preset high_res.
 demo: .venv/run
@@ -25,12 +25,17 @@ bench: .venv/run
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/compare.py
 
-# Write docs/cli.md anew from the commands' own help.
+# Beside another tool, where its methods are defined as ours are; it gets an environment of its own.
+peers: .venv-peers/done
+	.venv-peers/bin/python -m pytest tests/test_peers.py
+
+# Write docs/cli.md anew from the commands' own help, and docs/methods.md from the table of methods.
 docs: .venv/run
 	PYTHONPATH=. $(BIN)/python docs/cli_reference.py
+	PYTHONPATH=. $(BIN)/python docs/methods_reference.py
 
 clean:
-	rm -rf .venv blockmerge-demo
+	rm -rf .venv .venv-peers blockmerge-demo
 
 # What the command needs, and what the tests need besides: each is a mark that the installation is done.
 .venv/run: pyproject.toml constraints.txt
@@ -40,4 +45,9 @@ clean:
 
 .venv/test: .venv/run
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv-peers/done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]' sd-mecha==1.1.8
 	touch $@

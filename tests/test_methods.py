@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -197,6 +198,35 @@ def test_rows_may_be_cut_along_the_first_axis(name):
         assert torch.equal(torch.cat(parts), apply(method, models, **weights))
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_the_result_may_take_the_place_of_a(name):
+    method = METHODS[name]
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        models = next(inputs((12, 5, 3, 3), dtype, count_of(method), seed=9))
+        weights = {"alpha": 0.3, **({"beta": 0.6} if "beta" in method.weights else {})}
+        wanted = apply(method, models, **weights)
+        if method.random:
+            weights.update(key=KEY, position=0)
+        if method.locality == "model":
+            weights.update(gathered=method.gather([method.statistics(*models)]))
+        flat = [model.view(-1) if method.locality == "element" else model for model in models]
+        method.function(*flat, out=flat[0], **weights)
+        assert torch.equal(models[0], wanted)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_8_bit_floats(name, dtype):
+    method = METHODS[name]
+    models = next(inputs((6, 5, 3, 3), torch.float32, count_of(method), seed=10))
+    models = [model.to(dtype) for model in models]
+    weights = dict.fromkeys(method.weights, 0.3)
+    found = apply(method, models, out_dtype=torch.float16, **weights).double()
+    assert (found - exact(method, [model.float() for model in models], **weights)).abs().max() <= 4e-3
+    rounded = apply(method, models, **weights).double()
+    assert ((rounded - found).abs() <= found.abs() * 2.0 ** -(4 if dtype == torch.float8_e4m3fn else 3) + 1e-2).all()
+
+
 @given(
     st.sampled_from([(), (1,), (7,), (100, 2), (0, 3), (10, 1, 2)]),
     st.floats(-0.5, 1.5) | st.sampled_from([0.0, 0.29, 0.5, 1.0]),
@@ -353,3 +383,10 @@ def test_one_method(capsys):
 
 def test_find_method_takes_a_method():
     assert find_method(METHODS["slerp"]) is METHODS["slerp"]
+
+
+def test_the_docs_are_up_to_date():
+    """`make docs` writes them."""
+    from docs.methods_reference import reference
+
+    assert (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8") == reference()

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_wheel_has_presets_and_layouts_and_works_where_it_is_unpacked(tmp_path):
     source = tmp_path / "source"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".venv", ".git", "*cache*", "blockmerge-demo", "__pycache__"))
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".venv*", ".git", "*cache*", "blockmerge-demo", "__pycache__"))
     build = "from hatchling.build import build_wheel; print(build_wheel('dist'))"
     done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True, check=True)
     wheel = source / "dist" / done.stdout.split()[-1]

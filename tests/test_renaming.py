@@ -36,7 +36,7 @@ def diffusers_list(family):
 
 @pytest.mark.parametrize("family", FILES)
 def test_names_and_shapes_are_those_of_real_folders(family):
-    expected = {name: shape for name, shape in diffusers_list(family).items()}
+    expected = diffusers_list(family)
     origins = origins_in_diffusers(layout(family), family)
     # OpenCLIP has no position_ids in LDM naming; loaders make them anew.
     lost = {name for name in expected if name.endswith("position_ids")} if family != "sd1" else set()

@@ -33,6 +33,7 @@ _ANY_WEIGHTS = re.compile(
     r".+\.(safetensors|bin|pt|pth|ckpt|msgpack|onnx|onnx_data|pb|h5|gguf|flashpack|xml|tflite)|.+\.index(\.[^.]+)?\.json"
 )
 _CONFIG = re.compile(r"[^.].*\.json|[^.].*\.model|merges\.txt|vocab\.txt|chat_template\.jinja")
+_OF_THE_SYSTEM = {".DS_Store", "Thumbs.db", "desktop.ini"}  # made by looking at a folder
 _LARGEST_CARRIED = 64_000_000  # bytes; the largest tokenizers have less than half
 
 
@@ -123,12 +124,15 @@ def foreign_files(folder: Path) -> list[str]:
     parts = _part_folders(folder)
     alone = "" in _component_folders(folder)
     entries = [entry for entry in folder.iterdir() if entry.name not in parts]
-    foreign = [entry for entry in entries if not (_is_of_a_part(entry) if alone else entry.name == MODEL_INDEX)]
+    known = {MODEL_INDEX, *_OF_THE_SYSTEM}
+    foreign = [entry for entry in entries if not (_is_of_a_part(entry) if alone else entry.name in known)]
     foreign += [entry for part in parts for entry in (folder / part).iterdir() if not _is_of_a_part(entry)]
     return sorted(entry.relative_to(folder).as_posix() for entry in foreign)
 
 
 def _is_of_a_part(path: Path) -> bool:
+    if path.name in _OF_THE_SYSTEM:
+        return True
     return not path.is_dir() and any(kind.fullmatch(path.name) for kind in (_SINGLE, _ONE_OF_SHARDS, _INDEX, _CONFIG))
 
 
@@ -240,7 +244,7 @@ def _read_index(path: Path) -> dict[str, list[str]]:
     strange = [shard for shard in shards if not re.fullmatch(r"[^/\\:\0]+\.(safetensors|bin)", shard)]
     if strange:
         raise CheckpointError(f"{shown(path)} names files that are no weights in its own folder: {listing(strange)}")
-    missing = [shard for shard in shards if not (path.parent / shard).exists()]
+    missing = [shard for shard in shards if not os.path.exists(path.parent / shard)]
     if missing:
         raise CheckpointError(f"{shown(path)} lists shards that are missing: {listing(missing)}")
     return dict(sorted(shards.items()))

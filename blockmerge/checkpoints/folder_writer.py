@@ -181,6 +181,8 @@ class AtomicFolder:
         _check_replaceable(self.target)  # much may have happened since it was asked for
         if not disk.exchange(temp, self.target):
             aside = self._at(disk.ASIDE)
+            assert self._lock is not None
+            disk.flush(self._lock[1])  # says whose folder that is, after a power cut too
             os.rename(self.target, aside)
             os.rename(temp, self.target)
             os.rename(aside, temp)  # from here on it may be removed

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from blockmerge.cli.console import json_option, progress_bar, stdout_console
+
+if TYPE_CHECKING:
+    from blockmerge.merging import Recipe
 
 dtype_option = click.option(
     "--dtype",
@@ -29,13 +32,32 @@ variant_option = click.option(
 )
 
 
-@click.command(short_help="Merge two models into a new file.")
-@click.argument("models", metavar="A B", nargs=-1, required=True)
+@click.command(short_help="Merge models into a new file.")
+@click.argument("models", metavar="A B [C …]", nargs=-1, required=True)
 @click.option("-o", "--output", metavar="PATH", help="Where the merge goes. [default: <A>+<B>-<preset|weight>.safetensors, here]")
-@click.option("-p", "--preset", metavar="NAME", help="A preset's name, a preset file, or FILE#NAME. See `blockmerge presets`.")
+@click.option(
+    "-p",
+    "--preset",
+    "presets",
+    metavar="NAME",
+    multiple=True,
+    help="A preset's name, a preset file, or FILE#NAME; NAME@RATIO, repeated, adds presets up. See `blockmerge presets`.",
+)
 @click.option("-w", "--weights", metavar="TEXT", help="How much of B: 0.5, or 26 numbers, or BASE=0,IN00-IN05=0.3,M00=skip.")
 @click.option("--set", "changes", metavar="TEXT", multiple=True, help="Change single blocks on top: BASE=0.5,OUT11=1.")
-@click.option("-m", "--method", metavar="NAME", default="weighted_sum", show_default=True, help="How two tensors become one.")
+@click.option("-m", "--method", metavar="NAME", default="weighted_sum", show_default=True, help="See `blockmerge methods`.")
+@click.option("--preset-beta", "presets_beta", metavar="NAME", multiple=True, help="The same for beta, a method's second weight.")
+@click.option("--weights-beta", metavar="TEXT", help="The same for beta. [default: 0]")
+@click.option("--set-beta", "changes_beta", metavar="TEXT", multiple=True, help="The same for beta.")
+@click.option("--ratios", metavar="NUMBERS", help="average: how much each model counts, A first: 2,1,1.")
+@click.option("--density", metavar="NUMBER", help="ties: the share of each difference that is kept. [default: 0.2]")
+@click.option("--drop-rate", metavar="NUMBER", help="dare: the share of the difference that is dropped. [default: 0.5]")
+@click.option("--gamma", metavar="NUMBER", help="extract: how fast likeness falls off. [default: 1]")
+@click.option("--number", "own_numbers", metavar="NAME=VALUE", multiple=True, help="A number of a method of your own.")
+@click.option("--rules", metavar="TEXT", default="", help="Element rules: OUT03-OUT05:attn2:0.8, NOT BASE:norm:0.")
+@click.option("--adjust", metavar="NUMBERS", default="", help="Detail, contrast, colours: IN,OUT,OUT2,CONT,BRI,COL1,COL2,COL3.")
+@click.option("--clip", is_flag=True, help="Limit results to what lies between A and B.")
+@click.option("--seed", metavar="N", type=int, default=0, show_default=True, help="For random weights and methods of chance.")
 @click.option(
     "--vae",
     metavar="auto|a|b|blend|FILE",
@@ -46,6 +68,7 @@ variant_option = click.option(
 @naming_option
 @ema_option
 @variant_option
+@click.option("--configs", metavar="FOLDER", help="A diffusers folder whose configs and tokenizers go into a new folder.")
 @click.option(
     "--sdxl-map",
     metavar="name|resolution",
@@ -61,59 +84,69 @@ variant_option = click.option(
 def merge(
     models: tuple[str, ...],
     output: str | None,
-    preset: str | None,
+    presets: tuple[str, ...],
     weights: str | None,
     changes: tuple[str, ...],
     method: str,
-    vae: str,
-    dtype: str,
-    naming: str | None,
-    ema: str,
-    variant: str | None,
+    presets_beta: tuple[str, ...],
+    weights_beta: str | None,
+    changes_beta: tuple[str, ...],
+    ratios: str | None,
+    density: str | None,
+    drop_rate: str | None,
+    gamma: str | None,
+    own_numbers: tuple[str, ...],
     sdxl_map: str | None,
-    device: str,
+    seed: int,
     threads: int | None,
+    device: str,
     overwrite: bool,
-    allow_nonfinite: bool,
+    variant: str | None,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
+    **options: Any,
 ) -> None:
-    """Merge A and B, block by block, into a new .safetensors file or diffusers folder.
+    """Merge A and B (and C, as many as the method takes), block by block, into a new .safetensors file or diffusers folder.
 
     \b
       blockmerge a.safetensors b.safetensors --preset high_res
       blockmerge a.safetensors b.ckpt -w 0.5 --set BASE=0 -o out.safetensors
       blockmerge folder/ b.safetensors --preset low_res -o merged/
+      blockmerge a.safetensors b.safetensors c.safetensors -m add_difference -w 1
 
     A weight says how much of B a block takes: 0 is all A, 1 is all B. Say it with --preset or with --weights.
     The inputs are never changed, and the output appears complete or not at all.
     """
     from blockmerge.merging.merge import default_output, run
     from blockmerge.merging.merge import dry_run as plan_only
-    from blockmerge.merging.recipe import Recipe
+    from blockmerge.merging.recipe import make_recipe
     from blockmerge.weights import WeightsRequest
 
-    request = WeightsRequest(preset, weights, ",".join(changes) or None, sdxl_map)
-    recipe = Recipe(request, method, vae, dtype, allow_nonfinite, naming, ema)
+    numbers = {
+        "ratios": ratios and [word.strip() for word in ratios.split(",")],
+        "density": density,
+        "drop_rate": drop_rate,
+        "gamma": gamma,
+        **_own_numbers(own_numbers),
+    }
+    recipe = make_recipe(
+        method,
+        {name: value for name, value in numbers.items() if value is not None},
+        WeightsRequest(presets, weights, ",".join(changes) or None, sdxl_map, seed=seed),
+        WeightsRequest(presets_beta, weights_beta, ",".join(changes_beta) or None, sdxl_map, seed=seed, beta=True),
+        **options,
+    )
     if len(models) == 1:
-        _refuse_single(models[0])
+        _check_single(models[0], recipe)
     recipe.weights.check()
     target = output if output is not None else default_output(recipe, models)
+    common: dict[str, Any] = {"device": device, "threads": threads, "overwrite": overwrite, "variant": variant}
     if dry_run:
-        result = plan_only(recipe, models, target, device=device, threads=threads, overwrite=overwrite, variant=variant)
+        result = plan_only(recipe, models, target, **common)
     else:
         with progress_bar("merging", quiet=quiet or as_json) as progress:
-            result = run(
-                recipe,
-                models,
-                target,
-                device=device,
-                threads=threads,
-                overwrite=overwrite,
-                variant=variant,
-                progress=progress,
-            )
+            result = run(recipe, models, target, **common, progress=progress)
     if as_json:
         from blockmerge.rendering.json_text import merge_json
 
@@ -124,10 +157,23 @@ def merge(
         print_merge(stdout_console(), result)
 
 
-def _refuse_single(model: str) -> NoReturn:
+def _own_numbers(texts: tuple[str, ...]) -> dict[str, str]:
+    from blockmerge.errors import RecipeError, shown
+
+    numbers = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name.isidentifier() and equals and value):
+            raise RecipeError(f"cannot read --number '{shown(text)}': write NAME=VALUE, as in limit=0.02")
+        numbers[name] = value
+    return numbers
+
+
+def _check_single(model: str, recipe: Recipe) -> None:
     # Also where a mistyped command ends, since `blockmerge X` means `blockmerge merge X`.
     from blockmerge.errors import CheckpointError, RecipeError, shown
 
     if not os.path.exists(model):
         raise CheckpointError(f"{shown(model)}: no such file or command")
-    raise RecipeError("one model given; merging takes two: blockmerge A B --preset high_res")
+    if recipe.merge_method.models != 1:
+        raise RecipeError("one model given; merging takes two: blockmerge A B --preset high_res")

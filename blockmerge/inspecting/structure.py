@@ -31,7 +31,7 @@ _ODD_DTYPES: tuple[tuple[str, Callable[[str], bool], str], ...] = (
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint under check. `tensors` are canonical name → tensor, `originals` canonical name → name in the file.
+    """A checkpoint under check. `tensors` are LDM name → tensor, `originals` LDM name → name in the file (the first of several).
 
     `unused` are the file's names of what no loader needs, EMA copies among them. Without a known U-Net `model` is None,
     `why_unknown` says why, and every tensor counts.
@@ -53,10 +53,14 @@ class Subject:
             originals = {canonical_name(name): name for name in checkpoint.tensors}
             tensors = {canonical: checkpoint.tensors[name] for canonical, name in originals.items()}
             return cls(checkpoint, None, str(error), tensors, originals, ())
-        used = set(model.original_names.values())
+        originals = {name: origin.names[0] for name, origin in model.ldm.origins.items()}
+        tensors = dict(model.tensors)
+        if model.anatomy.naming == "ldm":  # as they are: a view makes matrices of the VAE the convolutions that they should be
+            tensors = {name: checkpoint.tensors[original] for name, original in originals.items()}
+        used = {name for origin in model.ldm.origins.values() for name in origin.names}
         unused = [name for name in checkpoint.tensors if name not in used and component_of(name) in ("ema", "other")]
-        unused += [model.original_names.get(name, name) for name in model.tensors if is_leftover(name, model.anatomy.variant)]
-        return cls(checkpoint, model, None, model.tensors, model.original_names, tuple(unused))
+        unused += [originals[name] for name in model.tensors if is_leftover(name, model.anatomy.variant)]
+        return cls(checkpoint, model, None, tensors, originals, tuple(unused))
 
     def in_file(self, names: Iterable[str]) -> tuple[str, ...]:
         """The file's own names of tensors."""

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from blockmerge.anatomy import (
+    DIFFUSERS_UNET_PREFIX,
     UNET_PREFIX,
     Relation,
     block_of,
@@ -40,7 +41,7 @@ from blockmerge.checkpoints import (
 from blockmerge.errors import CheckpointError, IncompatibleModelsError, RecipeError, counted, listing, shown
 from blockmerge.merging.recipe import Recipe
 from blockmerge.merging.result import Counts
-from blockmerge.weights import BlockWeights
+from blockmerge.weights import BlockWeights, Change
 
 VAE_FILE = -1
 """Stands for the stand-alone VAE file among the numbers of the models."""
@@ -60,7 +61,7 @@ class Decision:
     `name` is its name in the output, `ldm` the LDM tensor that it is or is a part of, and `key` what the sources' views
     call it. `sources` are the models it is read from (0 = A, 1 = B, …, VAE_FILE). With `alpha` it is computed by the
     method, without it is the one source's, cast to `dtype` where that differs; with `literal` it is those bytes. `wider`
-    is the model whose additional input channels are kept, where only the first four are merged.
+    is the model whose additional input channels are kept, where only the first four are merged; `change` is what `adjust` does.
     """
 
     name: str
@@ -73,14 +74,20 @@ class Decision:
     beta: float | None = None
     literal: bytes | None = None
     wider: int | None = None
+    change: Change | None = None
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """All tensors of the output in A's order, then what only others have; the sources' views; counts and notes."""
+    """All tensors of the output in A's order, then what only others have; counts and notes.
+
+    `views` are the sources under the output's names, `ldm` the models under LDM's, which methods that look at more than
+    single elements are defined on.
+    """
 
     tensors: tuple[Decision, ...]
     views: Mapping[int, View]
+    ldm: Mapping[int, View]
     counts: Counts
     notes: tuple[str, ...]
 
@@ -101,13 +108,14 @@ def decide(
     beta: BlockWeights | None = None,
     *,
     naming: str | None = None,
+    folder: bool = False,
 ) -> Decisions:
-    """Apply the policies; the output has the names of `naming`, by default A's.
+    """Apply the policies; the output has the names of `naming`, by default A's, and is one file or dict, or a `folder`.
 
     Raises IncompatibleModelsError, naming the first few tensors and counting the rest, when U-Nets hold different
     tensors, or floats in one model only, when shapes differ, or the VAE that was asked for is not there.
     """
-    return _Judge(models, recipe, weights, beta, naming or models[0].anatomy.naming).decide()
+    return _Judge(models, recipe, weights, beta, naming or models[0].anatomy.naming, folder).decide()
 
 
 @dataclass
@@ -117,6 +125,7 @@ class _Judge:
     weights: BlockWeights
     beta: BlockWeights | None
     naming: str
+    folder: bool
     notes: list[str] = field(default_factory=list)
     counted: Counter[str] = field(default_factory=Counter)
     restored: list[str] = field(default_factory=list)
@@ -125,6 +134,7 @@ class _Judge:
     only_in: dict[int, list[str]] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     mixed: list[str] = field(default_factory=list)
+    ruled: list[tuple[str, str]] = field(default_factory=list)
 
     def decide(self) -> Decisions:
         _check_kinds(self.models)
@@ -138,14 +148,18 @@ class _Judge:
         self._check_unets()
         names = list(dict.fromkeys(name for view in self.views.values() for name in view.tensors))
         self.plain_of_ema = plain_names_of_ema(names)
+        self.rules = self.recipe.rules.resolve(self.family)
         decisions = [decision for name in names if (decision := self._decide_one(name)) is not None]
+        if self.recipe.adjust:
+            decisions = list(map(self._adjusted, decisions))
         if self.faults:
             raise IncompatibleModelsError(f"{self._names()} cannot be merged: {listing(self.faults, width=300)}")
         self._describe(decisions)
         counts = self._counts(decisions)
         if self.naming == "diffusers":
             decisions = self._in_diffusers(decisions)
-        return Decisions(tuple(self._spelled(decisions)), self.views, counts, tuple(self.notes))
+        ldm = {number: model.ldm for number, model in enumerate(self.models)}
+        return Decisions(tuple(self._spelled(decisions)), self.views, ldm, counts, tuple(self.notes))
 
     # -- one tensor -----------------------------------------------------------------------------------------------
 
@@ -188,13 +202,20 @@ class _Judge:
                 self.faults.append(f"{shown(name)} (shapes differ: {shown(said)})")
                 return None
         block = block_of(self.plain_of_ema.get(name, name), self.family)
-        alpha, beta = self.weights[block], self.beta[block] if self.beta is not None else 0.0
+        alpha = self.rules.weight(block, self.plain_of_ema.get(name, name), self.weights[block])
+        beta = self.beta[block] if self.beta is not None else 0.0
+        self.ruled.append((block, name))
         source = 0 if alpha is None or beta is None else self.recipe.merge_method.copies(alpha, beta)
         dtype = self.recipe.output_dtype or self.views[0].tensors[name].dtype
         shape = shapes[wider or 0]
         if source is not None:
             return Decision(name, name, name, dtype, shape, (source,), wider=wider)
         return Decision(name, name, name, dtype, shape, tuple(range(len(self.models))), alpha, beta, wider=wider)
+
+    def _adjusted(self, decision: Decision) -> Decision:
+        if decision.dtype not in FLOAT_DTYPES:
+            return decision
+        return replace(decision, change=self.recipe.adjust.for_tensor(decision.ldm, self.family))
 
     def _take(self, name: str, source: int, *, fixed_dtype: bool = False) -> Decision:
         info = self.views[source].tensors[name]
@@ -306,10 +327,12 @@ class _Judge:
 
     def _spelled(self, decisions: Sequence[Decision]) -> Sequence[Decision]:
         """A's spelling where the output is a U-Net alone; else the full names, which every loader accepts."""
-        if not self.models[0].bare:
+        a = self.models[0]
+        bare = a.bare and a.anatomy.naming == self.naming
+        if self.folder or (self.naming == "ldm" and not bare):
             return decisions
         if all(component_of(decision.ldm) == "unet" for decision in decisions):
-            prefix = UNET_PREFIX if self.naming == "ldm" else "unet/"
+            prefix = UNET_PREFIX if self.naming == "ldm" else DIFFUSERS_UNET_PREFIX
             return [replace(decision, name=decision.name.removeprefix(prefix)) for decision in decisions]
         if self.naming == "ldm":
             self.notes.append(f"the U-Net's names get the prefix {UNET_PREFIX}, as a file with more than a U-Net needs it")
@@ -318,9 +341,9 @@ class _Judge:
     # -- afterwards -----------------------------------------------------------------------------------------------
 
     def _counts(self, decisions: Sequence[Decision]) -> Counts:
-        taken = Counter(decision.sources[0] for decision in decisions if len(decision.sources) == 1)
+        taken = Counter(decision.sources[0] for decision in decisions if len(decision.sources) == 1 and decision.alpha is None)
         return Counts(
-            computed=sum(len(decision.sources) != 1 for decision in decisions),
+            computed=sum(len(decision.sources) != 1 or decision.alpha is not None for decision in decisions),
             from_a=taken[0],
             from_b=taken[1],
             from_c=taken[2],
@@ -352,6 +375,10 @@ class _Judge:
             )
         if self.restored:
             self.notes.append(f"broken position_ids restored to 0, 1, 2, … ({listing(self.restored)})")
+        if idle := self.rules.idle(self.ruled):
+            self.notes.append(
+                f"{counted(len(idle), 'element rule')} without effect, since no merged tensor fits: {listing(idle)}"
+            )
         self._describe_markers()
         outside = [block for block, weight in self.weights.items() if weight is not None and not 0 <= weight <= 1]
         if outside:

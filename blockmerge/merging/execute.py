@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from blockmerge.checkpoints import Reader
 from blockmerge.errors import NonFiniteError, OutputError, reason, shown
 from blockmerge.merging.plan import Plan, PlannedFile, Run
-from blockmerge.streaming import PAGE, OutputStream, Progress, TorchThreads, aligned_buffer, for_each, thread_count
+from blockmerge.streaming import PAGE, OutputStream, Progress, TorchThreads, aligned_buffer, for_each, processors, thread_count
 
 if TYPE_CHECKING:
     from blockmerge.merging.kernel import Kernel
@@ -26,6 +26,10 @@ CHUNK_BYTES = 512 << 10
 
 PIECES_MEMORY = 32 << 20
 """What all workers' pieces may take together, however many workers there are."""
+
+
+Piece = tuple[int, int]
+"""A stretch (start, stop) of the output's bytes that one worker fills and writes at once."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,16 @@ def execute(
     """
     nonfinite: list[str] = []
     done, total = 0, sum(file.size for file in plan.files)
+    gathered = gather(plan, pace)
     for file in plan.files:
-        pieces = list(range(0, file.size, pace.piece_bytes))
+        pieces = file.pieces(pace.piece_bytes)
         if "torch" not in sys.modules:
-            pieces = _ordered_for_loading(pieces, file, pace)
-        job = _Job(plan, file, OutputStream(path_of(file.path), direct=pace.direct), pace, device, shown_as)
+            pieces = _ordered_for_loading(pieces, file)
+        # Direct writes need whole pages, which tensors that cannot be cut do not end at.
+        output = OutputStream(path_of(file.path), direct=pace.direct and file.is_cut_anywhere)
+        job = _Job(plan, file, output, pace, device, shown_as, gathered)
         try:
-            for_each(pieces, job.worker, min(pace.threads, len(pieces)), file.size, _part_of(progress, done, total))
+            for_each(pieces, job.worker, min(_threads(file, pace), len(pieces)), file.size, _part_of(progress, done, total))
         finally:
             job.torch_threads.restore()
         done += file.size
@@ -79,24 +86,53 @@ def execute(
         raise NonFiniteError(_explain_nonfinite(plan, nonfinite))
 
 
+def _threads(file: PlannedFile, pace: Pace) -> int:
+    """All of them, but where tensors are computed as a whole no more than processors: each takes its tensor's memory."""
+    return pace.threads if file.is_cut_anywhere else min(pace.threads, processors())
+
+
 def _part_of(progress: Progress | None, before: int, total: int) -> Progress | None:
     return progress and (lambda done, _: progress(before + done, total))
 
 
-def _ordered_for_loading(pieces: list[int], plan: PlannedFile, pace: Pace) -> list[int]:
+def _ordered_for_loading(pieces: list[Piece], file: PlannedFile) -> list[Piece]:
     """Put one piece that needs torch first and those that need none behind it.
 
     torch takes as long to load as most merges take: one worker loads it while the others already copy.
     """
-    computed = [start for start in pieces if any(run.is_computed for run in plan.runs_between(start, start + pace.piece_bytes))]
+    computed = [piece for piece in pieces if any(run.is_computed for run in file.runs_between(*piece))]
     copied = sorted(set(pieces) - set(computed))
     return [*computed[:1], *copied, *computed[1:]]
+
+
+def gather(plan: Plan, pace: Pace) -> object:
+    """For a method that looks at the whole model: go through all tensors once for the figures it needs. Else None."""
+    if plan.recipe.method is None or plan.recipe.merge_method.locality != "model":
+        return None
+    from blockmerge.merging.kernel import Statistics
+
+    statistics = Statistics(plan)
+    try:
+        for_each(statistics.names, statistics.worker, min(pace.threads, processors()), statistics.total)
+    finally:
+        statistics.torch_threads.restore()
+    return statistics.gathered()
 
 
 class _Job:
     """What the workers of one execution share."""
 
-    def __init__(self, plan: Plan, file: PlannedFile, output: OutputStream, pace: Pace, device: str, shown_as: Path) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        file: PlannedFile,
+        output: OutputStream,
+        pace: Pace,
+        device: str,
+        shown_as: Path,
+        gathered: object,
+    ) -> None:
+        self.gathered = gathered
         self.shown_as = shown_as
         self.plan = plan
         self.file = file
@@ -108,7 +144,7 @@ class _Job:
         self.torch_threads = TorchThreads()
 
     @contextmanager
-    def worker(self) -> Iterator[Callable[[int], int]]:
+    def worker(self) -> Iterator[Callable[[Piece], int]]:
         try:
             with ExitStack() as stack:
                 yield _Worker(self, stack).do_piece
@@ -134,9 +170,11 @@ class _Worker:
         self.writer = stack.enter_context(job.output.writer())
         self.kernel: Kernel | None = None
 
-    def do_piece(self, start: int) -> int:
+    def do_piece(self, piece: Piece) -> int:
         file = self.job.file
-        stop = min(start + self.job.pace.piece_bytes, file.size)
+        start, stop = piece
+        if stop - start > len(self.piece):
+            self.piece = aligned_buffer(stop - start)
         for run in file.runs_between(start, stop):
             low, high = max(start, run.start), min(stop, run.stop)
             target = self.piece[low - start : high - start]
@@ -148,7 +186,8 @@ class _Worker:
                 operand = run.operands[0]
                 self.reader(operand.source).read_into(operand.offset + low - run.start, target)
         # Whole pages, as direct writes need them; the last page is cut to the file's size at the end.
-        self.writer.write(start, self.piece[: -(-(stop - start) // PAGE) * PAGE])
+        end = -(-(stop - start) // PAGE) * PAGE if file.is_cut_anywhere else stop - start
+        self.writer.write(start, self.piece[:end])
         return stop - start
 
     def compute(self, run: Run, low: int, target: memoryview) -> None:
@@ -156,7 +195,7 @@ class _Worker:
             from blockmerge.merging.kernel import Kernel
 
             self.job.torch_threads.single_here()
-            self.kernel = Kernel(self.job.plan.recipe, self.job.device, self.job.pace.chunk_bytes)
+            self.kernel = Kernel(self.job.plan, self.job.device, self.job.pace.chunk_bytes, self.job.gathered)
         for start, stop, is_finite in self.kernel.compute(run, low, target, self.reader):
             self.job.note_nonfinite(start, stop, is_finite)
 

@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from string import ascii_uppercase
+from typing import TYPE_CHECKING, Any
 
 from blockmerge.anatomy import Origin
 from blockmerge.checkpoints import Model, StateDict
 from blockmerge.errors import CheckpointError, NonFiniteError, listing
-from blockmerge.merging.decisions import SHARED_CHANNELS, Decision, check_vae_option, decide
-from blockmerge.merging.recipe import Recipe, check_numbers
+from blockmerge.merging.decisions import Decision, Decisions, check_vae_option, decide
+from blockmerge.merging.plan import Drafter, Work
+from blockmerge.merging.recipe import Recipe, make_recipe
 from blockmerge.weights import WeightsLike, WeightsRequest
 
 if TYPE_CHECKING:
     import torch
 
-_CHUNK = 1 << 22  # elements combined at once, so that wider intermediate values stay small
+    from blockmerge.merging.kernel import Computation
+
+_TOGETHER = 1 << 25
+"""Elements that are computed in one launch on a GPU: small tensors are laid side by side for it."""
 
 
 def merge_state_dicts(
     *state_dicts: Mapping[str, torch.Tensor],
-    preset: str | None = None,
+    preset: str | Sequence[str] | None = None,
     weights: WeightsLike | None = None,
-    method: str = "weighted_sum",
-    preset_beta: str | None = None,
+    changes: str | None = None,
+    method: object = "weighted_sum",
+    preset_beta: str | Sequence[str] | None = None,
     weights_beta: WeightsLike | None = None,
+    changes_beta: str | None = None,
+    rules: str = "",
+    adjust: str = "",
+    clip: bool = False,
+    seed: int = 0,
     vae: str = "auto",
     check_finite: bool = False,
-    **numbers: float,
+    **numbers: Any,
 ) -> dict[str, torch.Tensor]:
     """Merge state dicts, block by block, into a new one.
 
@@ -35,60 +47,147 @@ def merge_state_dicts(
 
     The dicts are U-Nets or whole models, in LDM or diffusers names (`unet.…`, `vae.…` and so on for whole models), all on
     one device or several; the result has A's names, and every tensor of it is a new one on the device of A's (of B's, where
-    only B has it), with A's dtype. The values are those that `merge` writes. NaN and infinity are looked for only with
-    `check_finite`, since that waits for the GPU.
+    only B has it), with A's dtype. The values are those that `merge` writes, and the arguments its. NaN and infinity are
+    looked for only with `check_finite`, since that waits for the GPU.
 
     Raises a BlockmergeError: NonFiniteError with `check_finite`, else as `merge` does before it reads a weight.
     """
-    import torch
-
-    from blockmerge.streaming.tensors import TORCH_DTYPES, all_finite
-
-    check_numbers(method, preset_beta, weights_beta, numbers)
     check_vae_option(vae)
-    recipe = Recipe(WeightsRequest(preset, weights), method, vae)
+    recipe = make_recipe(
+        method,
+        numbers,
+        WeightsRequest(preset, weights, changes, seed=seed),
+        WeightsRequest(preset_beta, weights_beta, changes_beta, seed=seed, beta=True),
+        rules=rules,
+        adjust=adjust,
+        clip=clip,
+        vae=vae,
+    )
     recipe.check_model_count(len(state_dicts))
     for given in state_dicts:
         if not isinstance(given, Mapping):
             raise CheckpointError(f"a {type(given).__name__} is no state dict: give a dict of tensors (merge() takes files)")
     models = [
-        Model.of(StateDict(tensors, f"state dict {letter}")) for tensors, letter in zip(state_dicts, "ABCDEFGH", strict=False)
+        Model.of(StateDict(tensors, f"state dict {letter}"))
+        for tensors, letter in zip(state_dicts, ascii_uppercase, strict=False)
     ]
-    decided = decide(models, recipe, recipe.weights.resolve(models[0].anatomy.family.name))
-    merged: dict[str, torch.Tensor] = {}
-    nonfinite: list[str] = []
-
-    def tensor_of(number: int, decision: Decision) -> torch.Tensor:
-        return _made(state_dicts[number], decided.views[number].origins[decision.key])
-
-    def holder_of(decision: Decision) -> int:
-        return next(number for number, view in decided.views.items() if decision.key in view.tensors)
-
-    with torch.no_grad():
-        for decision in decided.tensors:
-            if decision.literal is not None:
-                positions = torch.frombuffer(bytearray(decision.literal), dtype=torch.int64).view(decision.shape)
-                merged[decision.name] = positions.to(tensor_of(holder_of(decision), decision).device)
-                continue
-            inputs = [tensor_of(number, decision) for number in decision.sources]
-            device = tensor_of(holder_of(decision), decision).device
-            dtype = TORCH_DTYPES.get(decision.dtype, inputs[0].dtype)
-            out = torch.empty(decision.shape, dtype=dtype, device=device)
-            target = out
-            if decision.wider is not None:
-                wide = tensor_of(decision.wider, decision)
-                out[:, SHARED_CHANNELS:] = wide[:, SHARED_CHANNELS:].to(device)
-                inputs = [tensor[:, :SHARED_CHANNELS] for tensor in inputs]
-                target = torch.empty_like(out[:, :SHARED_CHANNELS], memory_format=torch.contiguous_format)
-            _combine([tensor.to(device) for tensor in inputs], decision, recipe, target)
-            if decision.wider is not None:
-                out[:, : target.shape[1]] = target
-            if check_finite and dtype in TORCH_DTYPES.values() and out.numel() and not all_finite(out):
-                nonfinite.append(decision.name)
-            merged[decision.name] = out
-    if nonfinite:
-        raise NonFiniteError(f"{len(nonfinite)} merged tensors hold NaN or infinity: {listing(nonfinite)}")
+    family = models[0].anatomy.family.name
+    decided = decide(models, recipe, recipe.weights.resolve(family), recipe.beta.resolve(family))
+    drafter = Drafter(recipe, decided, recipe.resolve_numbers(len(models)), family)
+    merged = _compute(state_dicts, drafter)
+    if check_finite:
+        _check_finite(merged)
     return _spelled_as(state_dicts[0], merged)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One tensor: what it is computed from, flat or, for a whole, in shape; how; and where the result goes."""
+
+    inputs: list[torch.Tensor]
+    work: Work | None
+    out: torch.Tensor
+    position: int = 0
+
+
+def _compute(state_dicts: Sequence[Mapping[str, torch.Tensor]], drafter: Drafter) -> dict[str, torch.Tensor]:
+    import torch
+
+    from blockmerge.merging.kernel import Computation
+
+    decided = drafter.decided
+    merged: dict[str, torch.Tensor] = {}
+    jobs = []
+    with torch.no_grad():
+        computation = Computation(drafter.recipe, drafter.numbers, _gathered(drafter.recipe, state_dicts, decided))
+        for decision in decided.tensors:
+            job = _job(state_dicts, drafter, decision)
+            merged[decision.name] = job.out
+            if job.inputs:
+                jobs.append(job)
+        for job in jobs:
+            if job.out.device.type == "cpu":
+                computation.run(job.inputs, job.work, job.position, job.out.view(-1))
+        _compute_together((job for job in jobs if job.out.device.type != "cpu"), computation)
+    return merged
+
+
+def _job(state_dicts: Sequence[Mapping[str, torch.Tensor]], drafter: Drafter, decision: Decision) -> _Job:
+    import torch
+
+    from blockmerge.streaming.tensors import TORCH_DTYPES
+
+    decided = drafter.decided
+    holder = next(number for number, view in decided.views.items() if decision.key in view.tensors)
+    device = _made(state_dicts[holder], decided.views[holder].origins[decision.key]).device
+    if decision.literal is not None:
+        values = torch.frombuffer(bytearray(decision.literal), dtype=torch.int64).view(decision.shape)
+        return _Job([], None, values.to(device))
+    work = drafter.work(decision, in_pieces=False)
+    if work is not None and work.whole is not None:
+        origins = {number: decided.ldm[number].origins.get(decision.ldm) for number in drafter.operands(decision)}
+    else:
+        origins = {number: decided.views[number].origins[decision.key] for number in decision.sources}
+    inputs = [
+        _made(state_dicts[number], origin or decided.views[number].origins[decision.key]).to(device)
+        for number, origin in origins.items()
+    ]
+    out = torch.empty(decision.shape, dtype=TORCH_DTYPES.get(decision.dtype, inputs[0].dtype), device=device)
+    if work is None and not out.is_floating_point():
+        out.copy_(inputs[0])
+        return _Job([], None, out)
+    if work is None or work.whole is None:
+        inputs = [tensor.reshape(-1) for tensor in inputs]
+    part = drafter.origin(decision).part
+    return _Job([tensor.contiguous() for tensor in inputs], work, out, part * out.numel())
+
+
+def _compute_together(jobs: Iterable[_Job], computation: Computation) -> None:
+    """Compute in few large launches: tensors that get the same treatment are laid side by side."""
+    import torch
+
+    groups: dict[object, list[_Job]] = {}
+    for job in jobs:
+        alone = job.work is not None and (job.work.whole is not None or job.work.key is not None)
+        kind = (job.work, job.out.dtype, job.out.device, *(tensor.dtype for tensor in job.inputs))
+        groups.setdefault(id(job) if alone else kind, []).append(job)
+    for together in (part for group in groups.values() for part in _parts(group)):
+        first = together[0]
+        if len(together) == 1:
+            computation.run(first.inputs, first.work, first.position, first.out.view(-1))
+            continue
+        inputs = [torch.cat(tensors) for tensors in zip(*(job.inputs for job in together), strict=True)]
+        out = torch.empty(len(inputs[0]), dtype=first.out.dtype, device=first.out.device)
+        computation.run(inputs, first.work, 0, out)
+        outs = [job.out.view(-1) for job in together]
+        torch._foreach_copy_(outs, list(torch.split(out, [len(one) for one in outs])))
+
+
+def _parts(jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
+    """Cut a group into parts whose tensors, laid side by side, do not take too much memory."""
+    part: list[_Job] = []
+    for job in jobs:
+        if part and sum(one.out.numel() for one in part) + job.out.numel() > _TOGETHER:
+            yield part
+            part = []
+        part.append(job)
+    if part:
+        yield part
+
+
+def _gathered(recipe: Recipe, state_dicts: Sequence[Mapping[str, torch.Tensor]], decided: Decisions) -> object:
+    """The figures of a method that looks at the whole model."""
+    method = recipe.merge_method
+    if method.locality != "model":
+        return None
+    from blockmerge.merging.kernel import looked_at
+
+    views = [decided.ldm[number] for number in range(len(state_dicts))]
+    figures = []
+    for name in looked_at(views):
+        tensors = [_made(tensors, view.origins[name]).contiguous() for tensors, view in zip(state_dicts, views, strict=True)]
+        figures.append(method.statistics(*(tensor.to(tensors[0].device) for tensor in tensors)))
+    return method.gather(figures)
 
 
 def _made(tensors: Mapping[str, torch.Tensor], origin: Origin) -> torch.Tensor:
@@ -108,25 +207,17 @@ def _made(tensors: Mapping[str, torch.Tensor], origin: Origin) -> torch.Tensor:
     return made
 
 
+def _check_finite(merged: Mapping[str, torch.Tensor]) -> None:
+    from blockmerge.streaming.tensors import TORCH_DTYPES, all_finite
+
+    weights = ((name, tensor) for name, tensor in merged.items() if tensor.dtype in TORCH_DTYPES.values() and tensor.numel())
+    nonfinite = [name for name, tensor in weights if not all_finite(tensor)]
+    if nonfinite:
+        raise NonFiniteError(f"{len(nonfinite)} merged tensors hold NaN or infinity: {listing(nonfinite)}")
+
+
 def _spelled_as(a: Mapping[str, torch.Tensor], merged: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Whole models in diffusers' names with dots between component and name, where A has them so."""
     if any("/" in name for name in a):
         return merged
     return {name.replace("/", ".", 1): tensor for name, tensor in merged.items()}
-
-
-def _combine(inputs: list[torch.Tensor], decision: Decision, recipe: Recipe, target: torch.Tensor) -> None:
-    """Write the combination of the inputs into `target`, which is contiguous."""
-    from blockmerge.methods.elementwise import cast
-
-    if decision.alpha is None:
-        if target.is_floating_point():
-            cast(inputs[0], out=target)
-        else:
-            target.copy_(inputs[0])
-        return
-    flat = [tensor.contiguous().view(-1) for tensor in inputs]
-    out = target.view(-1)
-    for start in range(0, out.numel(), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        recipe.merge_method.function(*(tensor[part] for tensor in flat), alpha=decision.alpha, out=out[part])

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from string import ascii_uppercase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blockmerge.checkpoints import (
     AtomicFile,
@@ -25,7 +25,7 @@ from blockmerge.checkpoints import (
 from blockmerge.errors import OutputError, shown
 from blockmerge.merging.execute import Pace, execute
 from blockmerge.merging.plan import Form, Plan, make_plan
-from blockmerge.merging.recipe import Recipe, check_numbers
+from blockmerge.merging.recipe import Recipe, make_recipe
 from blockmerge.merging.result import MergeResult
 from blockmerge.streaming import Progress
 from blockmerge.weights import WeightsLike, WeightsRequest
@@ -37,12 +37,17 @@ if TYPE_CHECKING:
 def merge(
     *models: CheckpointLike,
     output: str | os.PathLike[str],
-    preset: str | None = None,
+    preset: str | Sequence[str] | None = None,
     weights: WeightsLike | None = None,
     changes: str | None = None,
-    method: str = "weighted_sum",
-    preset_beta: str | None = None,
+    method: object = "weighted_sum",
+    preset_beta: str | Sequence[str] | None = None,
     weights_beta: WeightsLike | None = None,
+    changes_beta: str | None = None,
+    rules: str = "",
+    adjust: str = "",
+    clip: bool = False,
+    seed: int = 0,
     vae: CheckpointLike = "auto",
     dtype: str | torch.dtype = "keep",
     sdxl_map: str | None = None,
@@ -52,30 +57,49 @@ def merge(
     allow_nonfinite: bool = False,
     naming: str | None = None,
     ema: str = "drop",
+    configs: str | os.PathLike[str] | None = None,
     variant: str | None = None,
     progress: Progress | None = None,
-    **numbers: float,
+    **numbers: Any,
 ) -> MergeResult:
     """Merge models, block by block, into a new `.safetensors` file or diffusers folder.
 
     >>> blockmerge.merge("a.safetensors", "b.safetensors", preset="high_res", output="out.safetensors")  # doctest: +SKIP
 
-    `models`: paths, opened checkpoints or state dicts; the first is A. Exactly one of `preset` (a name or a file) and
-    `weights` (all that ``--weights`` takes, a number, a sequence, a mapping, a BlockWeights) says how much of B each
-    block takes; `changes` (``"BASE=0.5,OUT11=1"``) goes on top. `dtype` is ``"keep"`` (each tensor keeps A's) or
+    `models`: paths, opened checkpoints or state dicts; the first is A. `method` is a method's name (as many models as it
+    takes), ``"module:function"``, or a function decorated with `merge_method`. One of `preset` (a name or a file, or
+    several with their shares, ``["high_res@0.6", "GRAD_A@0.4"]``) and `weights` (all that ``--weights`` takes, a number, a
+    sequence, a mapping, a BlockWeights) says how much of B each block takes; `changes` (``"BASE=0.5,OUT11=1"``) goes on
+    top. The same with `_beta` for methods with a second weight. `rules` are element rules, `adjust` eight numbers
+    (``"0,0,0,1"``), `clip` limits results to what lies between A and B, `seed` is for random weights and methods of chance;
+    `numbers` are the method's own. `dtype` is ``"keep"`` (each tensor keeps A's) or
     ``"fp16"``, ``"bf16"``, ``"fp32"``, ``"fp8_e4m3fn"``, ``"fp8_e5m2"``, or torch's own. `vae` is ``"auto"``
     (whole, from A when BASE is at most 0.5, else from B), ``"a"``, ``"b"``, ``"blend"``, or a VAE (a file, an opened
     checkpoint or a state dict). `naming` is the output's, ``"ldm"`` (a single file) or ``"diffusers"`` (a folder), by default
     A's. `ema` says what becomes of EMA copies: ``"drop"``, ``"keep"``, or ``"use"`` them as the U-Net. `variant` picks the
-    weights of folders that have several (``"fp16"``). `progress(done, total)` is told the bytes.
+    weights of folders that have several (``"fp16"``), and `configs` is a folder whose configs and tokenizers go into a new
+    one. `progress(done, total)` is told the bytes.
 
     All checks that headers allow are made before a weight is read. The models are never changed. The output appears
     complete or not at all.
 
     Raises a BlockmergeError: see `blockmerge.errors` for which and when.
     """
-    check_numbers(method, preset_beta, weights_beta, numbers)
-    recipe = Recipe(WeightsRequest(preset, weights, changes, sdxl_map), method, vae, str(dtype), allow_nonfinite, naming, ema)
+    recipe = make_recipe(
+        method,
+        numbers,
+        WeightsRequest(preset, weights, changes, sdxl_map, seed=seed),
+        WeightsRequest(preset_beta, weights_beta, changes_beta, sdxl_map, seed=seed, beta=True),
+        vae=vae,
+        dtype=str(dtype),
+        allow_nonfinite=allow_nonfinite,
+        naming=naming,
+        ema=ema,
+        configs=configs,
+        rules=rules,
+        adjust=adjust,
+        clip=clip,
+    )
     return run(
         recipe,
         models,
@@ -102,7 +126,7 @@ def run(
     """Carry out a recipe: plan, reserve, execute, commit."""
     started = time.perf_counter()
     plan, target = _prepare(recipe, models, output, overwrite, variant)
-    device, pace = _choose_pace(str(device), threads)
+    device, pace = _choose_pace(recipe, str(device), threads)
     with _reserved(plan, target, overwrite) as reserved:
         execute(plan, reserved.path_of, pace, device, progress, shown_as=target)
         reserved.commit()
@@ -126,7 +150,7 @@ def dry_run(
     """
     started = time.perf_counter()
     plan, target = _prepare(recipe, models, output, overwrite, variant)
-    _choose_pace(device, threads)
+    _choose_pace(recipe, str(device), threads)
     check_space(target, plan.size)
     return _result(plan, target, time.perf_counter() - started, (), dry=True)
 
@@ -138,13 +162,13 @@ def _reserved(plan: Plan, target: Path, overwrite: bool) -> AtomicFile | AtomicF
     return AtomicFolder(target, {**plan.small_files, **sizes}, overwrite=overwrite)
 
 
-def _choose_pace(device: str, threads: int | None) -> tuple[str, Pace]:
+def _choose_pace(recipe: Recipe, device: str, threads: int | None) -> tuple[str, Pace]:
     pace = Pace.default(threads)
     if device == "cpu":
         return device, pace
     from blockmerge.merging.kernel import choose_device
 
-    device = choose_device(device)
+    device = choose_device(device, recipe.merge_method if recipe.method is not None else None)
     if device == "cpu":
         return device, pace
     # A GPU is worth asking for whole pieces only.
@@ -201,7 +225,8 @@ def _form(recipe: Recipe, a: Model, output: object) -> Form:
 def default_output(recipe: Recipe, models: tuple[str, ...]) -> Path:
     """Return where a merge goes when nobody says: `<A>+<B>-<preset or weight>.safetensors` in the current folder."""
     names = "+".join(Path(model).name if os.path.isdir(model) else Path(model).stem for model in models)
-    label = "".join(char if char.isalnum() or char in "._-+" else "_" for char in recipe.weights.label)
+    label = recipe.weights.label if recipe.weights.is_asked_for else recipe.method_name
+    label = "".join(char if char.isalnum() or char in "._-+@" else "_" for char in label)
     folder = recipe.naming == "diffusers" or (recipe.naming is None and is_diffusers_folder(models[0]))
     return Path(f"{names}-{label}{'' if folder else '.safetensors'}")
 
@@ -213,9 +238,10 @@ def _result(plan: Plan, target: Path, seconds: float, swept: tuple[str, ...], *,
         family=plan.anatomy.family.name,
         variant=plan.anatomy.variant,
         naming=plan.form.naming,
-        method=recipe.method or "convert",
+        method=recipe.method_name,
         preset=recipe.weights.label if recipe.weights.preset is not None else None,
         weights=dict(plan.weights) if recipe.method is not None else {},
+        weights_beta=dict(plan.beta) if recipe.method is not None and "beta" in recipe.merge_method.weights else None,
         models=tuple(plan.models),
         tensors=plan.decided.counts,
         bytes=plan.size,

@@ -10,15 +10,20 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from blockmerge.anatomy import Anatomy, component_of, identify
+from blockmerge.anatomy import Anatomy, Origin, component_of, identify, origins_in_diffusers
 from blockmerge.checkpoints import Checkpoint, Model, TensorInfo, encode_header, itemsize
 from blockmerge.merging.decisions import SHARED_CHANNELS, Decision, Decisions, decide
 from blockmerge.merging.folder_files import folder_files, split_folder
 from blockmerge.merging.metadata import output_metadata
 from blockmerge.merging.recipe import Recipe
+from blockmerge.methods import Method, key_of
 from blockmerge.streaming import PAGE
-from blockmerge.weights import BlockWeights
+from blockmerge.weights import BlockWeights, Change
+
+LDM = 1000
+"""Added to a model's number: its view under LDM names, where the output has others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +36,49 @@ class Operand:
 
 
 @dataclass(frozen=True, slots=True)
+class Whole:
+    """A tensor that its method must see as what it is: the operands' shapes under LDM names.
+
+    `origin` says which part of the result is the output; with `wider`, that operand's additional input channels are kept,
+    and the method sees what all have in common. `rows` says that the first axis may be cut.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    origin: Origin
+    wider: int | None = None
+    rows: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is computed, beyond casting: the method with these weights (not without `alpha`), then `change`.
+
+    Methods of chance get the tensor's `key`. `whole` is None where single elements are all that is looked at.
+    """
+
+    alpha: float | None
+    beta: float | None = None
+    key: int | None = None
+    whole: Whole | None = None
+    change: Change | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """A contiguous stretch of output bytes that get the same treatment.
 
-    `literal` bytes as they are; or one operand copied (dtype ``"U8"`` on both sides) or cast; or with `alpha` the
-    method's result of all operands.
+    `literal` bytes as they are; or one operand copied (dtype ``"U8"`` on both sides) or cast; or with `work` computed from
+    all operands. It may be cut after every `grain` elements. `position` is that of the first element in its tensor.
     """
 
     start: int
     elements: int
     dtype: str
     operands: tuple[Operand, ...] = ()
-    alpha: float | None = None
+    work: Work | None = None
     literal: bytes | None = None
+    grain: int = 1
+    position: int = 0
 
     @property
     def stop(self) -> int:
@@ -53,18 +88,13 @@ class Run:
     @property
     def is_computed(self) -> bool:
         """Whether torch is needed: for methods and for casts."""
-        return self.alpha is not None or any(operand.dtype != self.dtype for operand in self.operands)
+        return self.work is not None or any(operand.dtype != self.dtype for operand in self.operands)
 
     def continues(self, other: Run) -> bool:
         """Whether this run goes on where `other` ends, in the output and in everything that is read."""
-        if self.literal is not None or other.literal is not None:
+        if self.literal is not None or other.literal is not None or self.grain > 1 or (self.work and self.work.key is not None):
             return False
-        if (self.start, self.dtype, self.alpha, len(self.operands)) != (
-            other.stop,
-            other.dtype,
-            other.alpha,
-            len(other.operands),
-        ):
+        if (self.start, self.dtype, self.work, len(self.operands)) != (other.stop, other.dtype, other.work, len(other.operands)):
             return False
         return all(
             mine.source == theirs.source
@@ -86,6 +116,22 @@ class PlannedFile:
     def size(self) -> int:
         """The size in bytes."""
         return self.runs[-1].stop
+
+    @property
+    def is_cut_anywhere(self) -> bool:
+        """Whether all runs may be cut at every element."""
+        return all(run.grain == 1 for run in self.runs)
+
+    def pieces(self, size: int) -> list[tuple[int, int]]:
+        """Return the stretches (start, stop) that are each written at once: of `size` bytes, or what cannot be cut smaller."""
+        if self.is_cut_anywhere:
+            return [(start, min(start + size, self.size)) for start in range(0, self.size, size)]
+        pieces: list[tuple[int, int]] = []
+        for run in self.runs:
+            grain = run.grain * size_of(run.dtype)
+            step = max(grain, size // grain * grain)
+            pieces += [(start, min(start + step, run.stop)) for start in range(run.start, run.stop, step)]
+        return pieces
 
     def runs_between(self, start: int, stop: int) -> Iterator[Run]:
         """Yield the runs that overlap the bytes [start, stop)."""
@@ -116,6 +162,8 @@ class Plan:
     recipe: Recipe
     anatomy: Anatomy
     weights: BlockWeights
+    beta: BlockWeights
+    numbers: Mapping[str, Any]
     decided: Decisions
     form: Form
     files: tuple[PlannedFile, ...]
@@ -129,7 +177,8 @@ class Plan:
     @property
     def checkpoints(self) -> Mapping[int, Checkpoint]:
         """The checkpoints that are read, by the numbers that operands have."""
-        return self.decided.checkpoints
+        ldm = {LDM + number: view.checkpoint for number, view in self.decided.ldm.items()}
+        return {**self.decided.checkpoints, **ldm}
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -157,22 +206,27 @@ def make_plan(models: Sequence[Model], recipe: Recipe, form: Form) -> Plan:
     Raises what the recipe, the models or the weights are refused for: RecipeError, WeightsError, UnknownFamilyError,
     IncompatibleModelsError, CheckpointError.
     """
-    weights = recipe.weights.resolve(models[0].anatomy.family.name)
-    decided = decide(models, recipe, weights, naming=form.naming)
+    family = models[0].anatomy.family.name
+    weights, beta = recipe.weights.resolve(family), recipe.beta.resolve(family)
+    numbers = recipe.resolve_numbers(len(models))
+    decided = decide(models, recipe, weights, beta, naming=form.naming, folder=form.folder)
     sources = [model.source for model in models]
-    metadata = output_metadata(sources[0].metadata, recipe.as_metadata(sources, weights), models[0].anatomy.family.name)
+    metadata = output_metadata(sources[0].metadata, recipe.as_metadata(sources, weights, beta), family)
+    drafter = Drafter(recipe, decided, numbers, family)
     anatomy = identify({d.key: d.shape for d in decided.tensors if component_of(d.ldm) != "ema"})  # B may have widened it
     small_files: dict[str, bytes] = {}
     if form.folder:
         shards, indexes = split_folder(decided.tensors, models)
-        small_files = {**folder_files(recipe, models, decided.tensors, anatomy), **indexes}
-        files = [_plan_file(path, shard, decided, metadata) for path, shard in shards.items()]
+        beside, notes = folder_files(models, decided.tensors, anatomy, recipe.configs)
+        small_files = {**beside, **indexes}
+        decided = replace(decided, notes=(*decided.notes, *notes))
+        files = [_plan_file(path, shard, drafter, metadata) for path, shard in shards.items()]
     else:
-        files = [_plan_file("", decided.tensors, decided, metadata)]
-    return Plan(recipe, anatomy, weights, decided, form, tuple(files), small_files)
+        files = [_plan_file("", decided.tensors, drafter, metadata)]
+    return Plan(recipe, anatomy, weights, beta, numbers, decided, form, tuple(files), small_files)
 
 
-def _plan_file(path: str, decisions: Sequence[Decision], decided: Decisions, metadata: Mapping[str, str]) -> PlannedFile:
+def _plan_file(path: str, decisions: Sequence[Decision], drafter: Drafter, metadata: Mapping[str, str]) -> PlannedFile:
     order = _aligned_order(decisions)
     tensors = _lay_out(order)
     # In a folder, the component is the file's place, not a part of its tensors' names.
@@ -181,7 +235,7 @@ def _plan_file(path: str, decisions: Sequence[Decision], decided: Decisions, met
     tensors = {name: TensorInfo(info.dtype, info.shape, len(header) + info.offset) for name, info in tensors.items()}
     runs = [Run(0, len(header), "U8", literal=header)]
     for decision in order:
-        for run in _runs_of(decision, tensors[decision.name].offset, decided):
+        for run in drafter.runs(decision, tensors[decision.name].offset):
             if not run.elements:
                 continue
             if run.continues(runs[-1]):
@@ -216,45 +270,128 @@ def _lay_out(decisions: Sequence[Decision]) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _runs_of(decision: Decision, start: int, decided: Decisions) -> Iterator[Run]:
-    """Yield the runs that make one tensor: one, but for a first convolution of which only some channels are merged."""
-    if decision.literal is not None:
-        yield Run(start, len(decision.literal), "U8", literal=decision.literal)
-        return
-    found = {number: decided.info(number, decision) for number in (*decision.sources, decision.wider) if number is not None}
-    if decision.wider is None:
+@dataclass(frozen=True)
+class Drafter:
+    """Turns decisions into runs."""
+
+    recipe: Recipe
+    decided: Decisions
+    numbers: Mapping[str, Any]
+    family: str
+
+    def runs(self, decision: Decision, start: int) -> Iterator[Run]:
+        """Yield the runs that make one tensor: one, but for the methods and first convolutions that go row by row."""
+        if decision.literal is not None:
+            yield Run(start, len(decision.literal), "U8", literal=decision.literal)
+            return
+        found = [self.decided.info(number, decision) for number in decision.sources]
+        method = self.recipe.merge_method if decision.alpha is not None else None
+        work = self.work(decision)
+        if method is not None and method.rows is not None and self._is_as_in_ldm(decision):
+            yield from self._swapped(decision, start, found, method)
+        elif work is not None and work.whole is not None:
+            yield self._whole(decision, start, work, work.whole)
+        elif decision.wider is not None:
+            yield from self._widened(decision, start, found, work)
+        else:
+            elements = TensorInfo(decision.dtype, decision.shape, 0).elements
+            part = self.origin(decision).part if work is not None and work.key is not None else 0
+            at = [(info, 0) for info in found]
+            yield _run(decision.dtype, start, elements, at, decision.sources, work, part * elements)
+
+    def work(self, decision: Decision, *, in_pieces: bool = True) -> Work | None:
+        """What is computed for a tensor, or None where it is copied or cast.
+
+        With `in_pieces`, additional input channels are left to runs of their own; else they belong to the work.
+        """
+        if decision.alpha is None and decision.change is None and (in_pieces or decision.wider is None):
+            return None
+        method = self.recipe.merge_method if decision.alpha is not None else None
+        random = method is not None and method.random
+        key = key_of(self.numbers["seed"], decision.ldm) if random else None
+        origin = self.origin(decision)
+        whole = decision.change is not None or (method is not None and method.locality != "element")
+        whole = whole or (random and origin.transposed) or (not in_pieces and decision.wider is not None)
+        return Work(decision.alpha, decision.beta, key, self._seen_whole(decision, origin) if whole else None, decision.change)
+
+    def origin(self, decision: Decision) -> Origin:
+        """Which part of its LDM tensor the output is."""
+        if decision.key == decision.ldm:
+            return Origin((decision.ldm,))
+        return origins_in_diffusers((decision.ldm,), self.family)[decision.key]
+
+    def operands(self, decision: Decision) -> list[int]:
+        """The models that a whole tensor is computed from; besides, the one whose additional input channels are kept."""
+        wider = () if decision.wider is None else (decision.wider,)
+        return list(dict.fromkeys((*decision.sources, *wider)))
+
+    def _is_as_in_ldm(self, decision: Decision) -> bool:
+        origin = self.origin(decision)
+        return not origin.transposed and origin.parts == 1 and decision.wider is None and decision.change is None
+
+    def _ldm_info(self, number: int, decision: Decision) -> tuple[int, TensorInfo]:
+        """Where a model holds a tensor under its LDM name, and the number of that view."""
+        view = self.decided.ldm.get(number)
+        if view is not None and decision.ldm in view.tensors:
+            return LDM + number, view.tensors[decision.ldm]
+        return number, self.decided.info(number, decision)
+
+    def _seen_whole(self, decision: Decision, origin: Origin) -> Whole:
+        numbers = self.operands(decision)
+        shapes = tuple(self._ldm_info(number, decision)[1].shape for number in numbers)
+        wider = None if decision.wider is None else numbers.index(decision.wider)
+        by_rows = decision.alpha is not None and self.recipe.merge_method.locality == "row" and self._is_as_in_ldm(decision)
+        return Whole(shapes, origin, wider, by_rows and len(decision.shape) > 1 and decision.shape[0] > 0)
+
+    def _whole(self, decision: Decision, start: int, work: Work, whole: Whole) -> Run:
+        """A tensor that is read under its LDM name, so that it is the same whatever the output's naming."""
+        found = [self._ldm_info(number, decision) for number in self.operands(decision)]
         elements = TensorInfo(decision.dtype, decision.shape, 0).elements
-        yield _run(decision, start, elements, {number: (info, 0) for number, info in found.items()}, decision.sources)
-        return
-    rows, channels, *kernel = decision.shape
-    pixels = kernel[0] * kernel[1]
-    shared = pixels * SHARED_CHANNELS
-    row_size = channels * pixels
-    for row in range(rows):
-        at = {number: (info, row * info.shape[1] * pixels) for number, info in found.items()}
-        yield _run(decision, start, shared, at, decision.sources)
-        start += shared * size_of(decision.dtype)
-        beyond = {decision.wider: (found[decision.wider], row * row_size + shared)}
-        yield _run(decision, start, row_size - shared, beyond, (decision.wider,))
-        start += (row_size - shared) * size_of(decision.dtype)
+        operands = tuple(Operand(number, info.offset, info.dtype) for number, info in found)
+        grain = max(1, elements // decision.shape[0] if whole.rows else elements)
+        return Run(start, elements, decision.dtype, operands, work, grain=grain)
+
+    def _swapped(self, decision: Decision, start: int, found: Sequence[TensorInfo], method: Method) -> Iterator[Run]:
+        assert method.rows is not None
+        width = TensorInfo("U8", decision.shape[1:], 0).elements
+        for first, last, source in method.rows(decision.shape, decision.alpha, decision.beta):
+            elements = (last - first) * width
+            yield _run(decision.dtype, start, elements, [(found[source], first * width)], (source,), None)
+            start += elements * size_of(decision.dtype)
+
+    def _widened(self, decision: Decision, start: int, found: Sequence[TensorInfo], work: Work | None) -> Iterator[Run]:
+        assert decision.wider is not None
+        rows, channels, *kernel = decision.shape
+        pixels = kernel[0] * kernel[1]
+        shared, row_size = pixels * SHARED_CHANNELS, channels * pixels
+        wide = self.decided.info(decision.wider, decision)
+        for row in range(rows):
+            at = [(info, row * info.shape[1] * pixels) for info in found]
+            # Numbered as in the whole computation, where the method sees the shared channels only.
+            position = row * shared if work is not None and work.key is not None else 0
+            yield _run(decision.dtype, start, shared, at, decision.sources, work, position)
+            start += shared * size_of(decision.dtype)
+            kept = [(wide, row * row_size + shared)]
+            yield _run(decision.dtype, start, row_size - shared, kept, (decision.wider,), None)
+            start += (row_size - shared) * size_of(decision.dtype)
 
 
 def _run(
-    decision: Decision,
+    dtype: str,
     start: int,
     elements: int,
-    at: Mapping[int, tuple[TensorInfo, int]],
+    at: Sequence[tuple[TensorInfo, int]],
     sources: Sequence[int],
+    work: Work | None,
+    position: int = 0,
 ) -> Run:
     """One run of `elements`, reading each source from the given tensor at the given element."""
-    operands = []
-    for number in sources:
-        info, element = at[number]
-        operands.append(Operand(number, info.offset + element * size_of(info.dtype), info.dtype))
-    if len(operands) == 1:
-        if operands[0].dtype != decision.dtype:
-            return Run(start, elements, decision.dtype, tuple(operands))
+    operands = tuple(
+        Operand(number, info.offset + element * size_of(info.dtype), info.dtype)
+        for number, (info, element) in zip(sources, at, strict=True)
+    )
+    if work is None and operands[0].dtype == dtype:
         # Copies are runs of bytes, so that neighbours of different dtypes join too.
         raw = Operand(operands[0].source, operands[0].offset, "U8")
-        return Run(start, elements * size_of(decision.dtype), "U8", (raw,))
-    return Run(start, elements, decision.dtype, tuple(operands), decision.alpha)
+        return Run(start, elements * size_of(dtype), "U8", (raw,))
+    return Run(start, elements, dtype, operands, work, position=position)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from blockmerge.checkpoints import EMA_CHOICES, Checkpoint, CheckpointLike
-from blockmerge.errors import RecipeError, counted, did_you_mean, shown
+from blockmerge.errors import RecipeError, did_you_mean, shown
 from blockmerge.methods import Method, find_method
 from blockmerge.version import __version__
-from blockmerge.weights import BlockWeights, WeightsRequest
+from blockmerge.weights import Adjust, BlockWeights, ElementRules, WeightsRequest
 
 DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32", "fp8_e4m3fn": "F8_E4M3", "fp8_e5m2": "F8_E5M2"}
 """The output dtypes that can be asked for, with their names in safetensors headers; ``"keep"`` keeps A's."""
@@ -24,18 +25,21 @@ _TORCH_DTYPES = {
 SDXL_MAPS = ("name", "resolution")
 NAMINGS = ("ldm", "diffusers")
 
+_NO_BETA, _NO_RULES, _NO_CHANGE = WeightsRequest(beta=True), ElementRules(), Adjust()
+
 
 @dataclass(frozen=True)
 class Recipe:
     """What to merge and how; `dtype` may be spelled as torch does. Raises RecipeError when an option has an unknown value.
 
     Without a `method`, one model is converted. `naming` is the output's, ``"ldm"`` or ``"diffusers"``, or None for A's;
-    `ema` is one of EMA_CHOICES; `prune` leaves out what no loader needs;
-    `configs` is a folder whose configs and tokenizers go into a new one.
+    `ema` is one of EMA_CHOICES; `prune` leaves out what no loader needs; `configs` is a folder whose configs and tokenizers
+    go into a new one. `beta` and `numbers` are for methods that have them; `rules` override the weights of single tensors;
+    `clip` and `adjust` are done to what the method gives, in this order.
     """
 
     weights: WeightsRequest
-    method: str | None = "weighted_sum"
+    method: object = "weighted_sum"
     vae: CheckpointLike = "auto"
     dtype: str = "keep"
     allow_nonfinite: bool = False
@@ -43,10 +47,18 @@ class Recipe:
     ema: str = "drop"
     prune: bool = False
     configs: str | os.PathLike[str] | None = None
+    beta: WeightsRequest = _NO_BETA
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    rules: ElementRules = _NO_RULES
+    adjust: Adjust = _NO_CHANGE
+    clip: bool = False
     _method: Method | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_method", None if self.method is None else find_method(self.method))
+        method = None if self.method is None else find_method(self.method)
+        object.__setattr__(self, "_method", method)
+        if method is not None:
+            self._fit_to(method)
         object.__setattr__(self, "dtype", _TORCH_DTYPES.get(self.dtype, self.dtype))
         if self.dtype != "keep" and self.dtype not in DTYPES:
             known = ["keep", *DTYPES]
@@ -57,6 +69,24 @@ class Recipe:
             raise RecipeError(f"unknown choice '{shown(self.ema)}' for EMA copies: {', '.join(EMA_CHOICES)}")
         if self.naming not in (None, *NAMINGS):
             raise RecipeError(f"unknown naming '{shown(self.naming)}': {' or '.join(NAMINGS)}")
+
+    def _fit_to(self, method: Method) -> None:
+        """Take the method's defaults where nothing is said, and refuse what it does not take."""
+        if "beta" not in method.weights and self.beta.is_asked_for:
+            raise RecipeError(f"{shown(method.name)} takes no 'beta'")
+        defaults = {"weights": method.weights["alpha"], "beta": method.weights.get("beta", 0.0)}
+        for name, default in defaults.items():
+            request: WeightsRequest = getattr(self, name)
+            if request.default is None and default is not None:
+                object.__setattr__(self, name, replace(request, default=default))
+        known = {number.name for number in method.numbers}
+        for number in self.numbers.keys() - known:
+            raise RecipeError(f"{shown(method.name)} takes no '{shown(number)}'{did_you_mean(number, known)}")
+
+    @property
+    def method_name(self) -> str:
+        """The method's name, or ``"convert"``."""
+        return "convert" if self._method is None else self._method.name
 
     @property
     def merge_method(self) -> Method:
@@ -71,20 +101,29 @@ class Recipe:
 
     def check_model_count(self, count: int) -> None:
         """Raise RecipeError when the method does not take that many models."""
-        wanted = 1 if self._method is None else self._method.models
-        if count != wanted:
-            what = f"{self.method} merges" if self.method else "converting takes"
-            raise RecipeError(f"{what} {counted(wanted, 'model')}; {count} given")
+        if self._method is not None:
+            self._method.check_models(count)
+        elif count != 1:
+            raise RecipeError(f"converting takes 1 model; {count} given")
 
-    def as_metadata(self, models: Sequence[Checkpoint], weights: BlockWeights) -> str:
+    def resolve_numbers(self, models: int) -> dict[str, Any]:
+        """Return all numbers that the method takes for so many models. Raises RecipeError for one out of range."""
+        return {} if self._method is None else self._method.check_numbers(self.numbers, models)
+
+    def as_metadata(self, models: Sequence[Checkpoint], weights: BlockWeights, beta: BlockWeights) -> str:
         """The recipe as the JSON text that goes into the output's metadata; file names without folders."""
         return json.dumps(
             {
                 "version": __version__,
-                "method": self.method,
+                "method": self.method_name,
                 "models": [model.name.encode("utf-8", "replace").decode() for model in models],
                 "preset": self.weights.label if self.weights.preset else None,
-                "weights": dict(weights) if self.method is not None else None,
+                "weights": dict(weights) if self._method is not None else None,
+                "weights_beta": dict(beta) if self._method is not None and "beta" in self._method.weights else None,
+                "numbers": self.resolve_numbers(len(models)),
+                "rules": str(self.rules),
+                "adjust": str(self.adjust) if self.adjust else "",
+                "clip": self.clip,
                 "vae": self._vae_name(),
                 "dtype": self.dtype,
                 "ema": self.ema,
@@ -100,8 +139,26 @@ class Recipe:
         return self.vae.name if isinstance(self.vae, Checkpoint) else "state dict"
 
 
-def check_numbers(method: str, preset_beta: object, weights_beta: object, numbers: Mapping[str, object]) -> None:
-    """Raise RecipeError for a second weight or an extra number that the method does not have."""
-    given = [*(["beta"] if preset_beta is not None or weights_beta is not None else []), *numbers]
-    if given:
-        raise RecipeError(f"{find_method(method).name} takes no '{shown(given[0])}'")
+def make_recipe(
+    method: object,
+    numbers: Mapping[str, Any],
+    weights: WeightsRequest,
+    beta: WeightsRequest,
+    *,
+    rules: str = "",
+    adjust: str = "",
+    **options: Any,
+) -> Recipe:
+    """Read what was given as text. The seed of the weights is that of a method of chance as well."""
+    found = find_method(method)
+    if found.random and "seed" not in numbers:
+        numbers = {**numbers, "seed": weights.seed}
+    return Recipe(
+        weights,
+        method=found,
+        beta=beta,
+        numbers=numbers,
+        rules=ElementRules.parse(rules),
+        adjust=Adjust.parse(adjust),
+        **options,
+    )

@@ -39,6 +39,7 @@ class MergeResult:
     method: str
     preset: str | None
     weights: Mapping[str, float | None]
+    weights_beta: Mapping[str, float | None] | None
     models: tuple[str, ...]
     tensors: Counts
     bytes: int

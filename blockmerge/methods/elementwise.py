@@ -54,7 +54,8 @@ def scale(a: torch.Tensor, *, alpha: float, out: torch.Tensor) -> None:
 @in_blocks
 def add_noise(a: torch.Tensor, *, alpha: float, key: int, position: int, out: torch.Tensor) -> None:
     """A + α·N(0, 1): SuperMerger's "plus random"."""
-    combine_into(out, [a, normal(key, position, len(out), out.device)], [1.0, alpha])
+    wide_a = widened("a", a, wide_dtype(a, out))
+    round_into(out, wide_a.add_(normal(key, position, len(out), out.device), alpha=alpha))
 
 
 @in_blocks
@@ -110,8 +111,9 @@ def dare(
     wide = wide_dtype(a, b, out)
     wide_a = widened("a", a, wide)
     difference = widened("b", b, wide).sub_(wide_a)
-    # The border among signed 32-bit numbers below which the share p of them lies.
-    kept = random_bits(key, position, len(out), out.device) >= round(drop_rate * 2**32) - 2**31
+    # The border among signed 32-bit numbers below which the share p of them lies; 0 or 1 takes the place of each.
+    border = min(round(drop_rate * 2**32), 2**32 - 1) - 2**31
+    kept = random_bits(key, position, len(out), out.device).ge_(border)
     round_into(out, wide_a.add_(difference.mul_(kept), alpha=alpha / (1 - drop_rate)))
 
 

@@ -102,7 +102,13 @@ def _smallest_kept(other: torch.Tensor, a: torch.Tensor, wide: torch.dtype, coun
     magnitudes = torch.empty(a.numel(), dtype=wide, device=a.device)
     for part in slabs(magnitudes.shape):
         torch.sub(other[part].to(wide), a[part].to(wide), out=magnitudes[part])
-    return float(magnitudes.abs_().kthvalue(a.numel() - count + 1).values)
+    magnitudes.abs_()
+    place = a.numel() - count
+    if magnitudes.device.type == "cpu":
+        values = magnitudes.numpy()
+        values.partition(place)  # where it stands; kthvalue would hold four times as much
+        return float(values[place])
+    return float(magnitudes.kthvalue(place + 1).values)
 
 
 def _sum(deltas: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -42,6 +42,11 @@ class WeightsRequest:
         if self.beta and self.default is None:
             object.__setattr__(self, "default", 0.0)
 
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether anything was said about these weights."""
+        return not (self.preset is None and self.weights is None and self.changes is None)
+
     def check(self) -> None:
         """Raise WeightsError when neither or both of preset and weights are given, PresetError for no known preset."""
         if self.preset is None and self.weights is None and self.default is None:

@@ -1,0 +1,88 @@
+"""Chance: SplitMix64's numbers, uniform and normal, independent of each other, the same however a tensor is cut."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from blockmerge.methods import key_of
+from blockmerge.methods.randomness import normal, random_bits
+from tests import method_oracle as oracle
+
+CPU = torch.device("cpu")
+KEYS = [key_of(seed, name) for seed in (0, 1) for name in ("a.weight", "b.weight")]
+
+
+def test_the_oracle_has_the_published_numbers():
+    # https://rosettacode.org/wiki/Pseudo-random_numbers/Splitmix64
+    assert oracle.splitmix64(1234567, 5) == [
+        6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821,
+    ]  # fmt: skip
+
+
+def test_keys_are_of_the_seed_and_the_name():
+    assert key_of(7, "x") == int.from_bytes(hashlib.sha256(b"7\nx").digest()[:8], "little")
+    assert len({key_of(seed, name) for seed in range(50) for name in "abcdefgh"}) == 400
+    assert key_of(1, "1x") != key_of(11, "x")
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**64 - 1), st.integers(0, 9000), st.integers(0, 5000))
+def test_bits_are_the_oracles_wherever_one_begins(key, position, count):
+    wanted = oracle.random_bits(key, position + count)[position:]
+    assert random_bits(key, position, count, CPU).numpy().tolist() == wanted.tolist()
+
+
+def test_positions_beyond_32_bits():
+    far = 2**33 + 5
+    state = (KEYS[0] + (far // 2) * 0x9E3779B97F4A7C15) % 2**64
+    assert random_bits(KEYS[0], far - 1, 2, CPU).tolist() == oracle.random_bits(state, 2).tolist()
+
+
+@settings(max_examples=15)
+@given(st.integers(0, 2**64 - 1), st.integers(0, 9000), st.integers(0, 5000))
+def test_normal_numbers_are_the_oracles_wherever_one_begins(key, position, count):
+    found = normal(key, position, count, CPU).numpy().copy()
+    assert found == pytest.approx(oracle.normals(key, position + count)[position:], abs=2e-6)
+    assert (found == normal(key, 0, position + count, CPU).numpy()[position:]).all()
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_they_are_uniform_and_normal(key):
+    bits = random_bits(key, 0, 1 << 20, CPU).numpy().copy()
+    for byte in bits.view(np.uint8).reshape(-1, 4).T:
+        assert stats.chisquare(np.bincount(byte, minlength=256)).pvalue > 1e-4
+    assert stats.kstest(bits / 2**32 + 0.5, "uniform").pvalue > 1e-4
+    values = normal(key, 0, 1 << 20, CPU).numpy().copy()
+    assert stats.kstest(values, "norm").pvalue > 1e-4
+    assert abs(stats.kurtosis(values)) < 0.03
+    assert 4.5 < np.abs(values).max() < 6.7
+
+
+@pytest.mark.parametrize("kind", [random_bits, normal])
+def test_neighbours_and_keys_are_independent(kind):
+    count = 1 << 19
+    series = [kind(key, 0, count, CPU).numpy().astype(np.float64) for key in KEYS]
+    bound = 5 / count**0.5
+    for one in series:
+        for lag in (1, 2, 2048, 4096):  # 2048 apart, two normal numbers come of one radius and one angle
+            for power in (1, 2):
+                assert abs(np.corrcoef(one[:-lag] ** power, one[lag:] ** power)[0, 1]) < bound
+    for place, one in enumerate(series):
+        for other in series[:place]:
+            assert abs(np.corrcoef(one, other)[0, 1]) < bound
+
+
+def test_the_smallest_uniform_number_is_no_infinite_normal_one(monkeypatch):
+    from blockmerge.methods import randomness
+
+    for value in (0, -(2**31), 2**31 - 1):
+        monkeypatch.setattr(randomness, "random_bits", lambda *_, value=value: torch.full((4096,), value, dtype=torch.int32))
+        assert torch.isfinite(normal(0, 0, 4096, CPU)).all()
+        assert float(normal(0, 0, 4096, CPU).abs().max()) < 6.7

@@ -1,0 +1,152 @@
+"""Methods of the user's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import blockmerge
+from blockmerge.cli.main import run
+from blockmerge.errors import RecipeError
+from blockmerge.methods import find_method
+
+SOURCE = """
+import blockmerge
+
+@blockmerge.merge_method(formula="A + α·γ·(B − A)")
+def soften(a, b, *, alpha, gamma=0.5, steps=2):
+    assert a.dtype.itemsize >= 4
+    return a + alpha * gamma * (b - a)
+
+@blockmerge.merge_method()
+def broken(a, b, *, alpha):
+    return a[:1]
+
+@blockmerge.merge_method()
+def raising(a, b, *, alpha):
+    return a.nothing
+
+def plain(a, b, *, alpha):
+    return a
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """A module of methods in the current folder; gives its name."""
+    name = f"methods_of_{abs(hash(tmp_path))}"
+    (tmp_path / f"{name}.py").write_text(SOURCE, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return name
+
+
+def test_it_is_found_and_read(module):
+    method = find_method(f"{module}:soften")
+    assert (method.name, method.models, method.locality) == (f"{module}:soften", 2, "element")
+    assert (method.formula, dict(method.weights), method.copies(0.0)) == ("A + α·γ·(B − A)", {"alpha": None}, None)
+    assert [(number.name, number.default, number.kind) for number in method.numbers] == [
+        ("gamma", 0.5, "number"),
+        ("steps", 2, "whole number"),
+    ]
+    assert method.check_numbers({"gamma": 2}, 2) == {"gamma": 2.0, "steps": 2}
+    a, b = torch.zeros(5).half(), torch.ones(5).half()
+    out = method.function(a, b, alpha=0.5, gamma=0.25, steps=1, out=torch.empty_like(a))
+    assert out.tolist() == [0.125] * 5
+
+
+def test_it_is_rounded_once_and_its_inputs_are_copies():
+    @blockmerge.merge_method(locality="tensor")
+    def careless(*models, alpha=1.0, beta=0.25):
+        models[0].mul_(0).add_(1 + 2**-12)
+        return models[0] * (1 + 2**-12)
+
+    method = find_method(careless)
+    assert (method.models, method.least, dict(method.weights)) == (None, 2, {"alpha": 1.0, "beta": 0.25})
+    assert careless.__name__ == "careless"
+    a = torch.full((3, 2), 7.0, dtype=torch.float64)
+    out = method.function(a, a, alpha=1.0, out=torch.empty(3, 2, dtype=torch.float16))
+    assert a.eq(7).all()
+    assert out.eq(torch.tensor((1 + 2**-12) ** 2).half()).all()  # 1, had it been rounded on the way
+
+
+def test_merging_with_it(module, pairs, tmp_path):
+    from safetensors.torch import load_file
+
+    a, b = map(str, pairs())
+    assert (
+        run(
+            [
+                "merge",
+                a,
+                b,
+                "-w",
+                "0.5",
+                "--vae",
+                "blend",
+                "--method",
+                f"{module}:soften",
+                "-o",
+                str(tmp_path / "m.safetensors"),
+                "-q",
+            ]
+        )
+        == 0
+    )
+    blockmerge.merge(a, b, weights=0.25, vae="blend", output=tmp_path / "plain.safetensors")
+    merged, plain = load_file(tmp_path / "m.safetensors"), load_file(tmp_path / "plain.safetensors")
+    name = "model.diffusion_model.input_blocks.4.1.proj_in.weight"
+    assert (merged[name].float() - plain[name].float()).abs().max() <= 1e-3
+    assert not torch.equal(merged[name], load_file(a)[name])
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("nowhere_at_all:f", "method nowhere_at_all:f: cannot import nowhere_at_all (ModuleNotFoundError: No module named 'nowhere_at_all')"),
+        ("{}:missing", "method {0}:missing: {0} has no 'missing'"),
+        ("{}:plain", "{}:plain is no merge method: decorate it with @blockmerge.merge_method()"),
+        (":f", "method :f: cannot import  (ValueError: Empty module name)"),
+    ],
+)  # fmt: skip
+def test_methods_that_are_not_there(module, method, message):
+    with pytest.raises(RecipeError) as caught:
+        find_method(method.format(module))
+    assert str(caught.value) == message.format(module)
+
+
+def test_methods_that_fail(module):
+    a = torch.zeros(5)
+    with pytest.raises(RecipeError, match=r"^the method \S+:broken returned shape \[1\] for tensors of shape \[5\]$"):
+        find_method(f"{module}:broken").function(a, a, alpha=0.5, out=a)
+    with pytest.raises(
+        RecipeError, match=r"^the method \S+:raising failed: AttributeError: 'Tensor' object has no attribute 'nothing'$"
+    ):
+        find_method(f"{module}:raising").function(a, a, alpha=0.5, out=a)
+
+
+def no_weight(a, b):
+    return a
+
+
+def no_models(*, alpha):
+    return alpha
+
+
+def no_default(a, b, *, alpha, strength):
+    return a
+
+
+@pytest.mark.parametrize(
+    ("function", "locality", "message"),
+    [
+        (no_weight, "element", "takes no weight: a method is f(a, b, *, alpha)"),
+        (no_models, "element", "takes no models: a method is f(a, b, *, alpha)"),
+        (no_default, "element", "the number strength needs a default, a whole number or a float"),
+        (no_weight, "model", r"unknown locality 'model' (element, row, tensor)"),
+    ],
+)
+def test_functions_that_are_no_methods(function, locality, message):
+    with pytest.raises(RecipeError) as caught:
+        blockmerge.merge_method(locality=locality)(function)
+    assert str(caught.value).startswith(f"{__name__}:{function.__name__}")
+    assert str(caught.value).endswith(message)
