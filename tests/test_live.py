@@ -356,6 +356,22 @@ def test_gradients_and_inference_mode(dicts):
     assert torch.equal(parameter.grad, (2 * parameter.detach().float()).half())
 
 
+WAITING = {"slerp", "ties", "model_stock"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - WAITING))
+def test_on_a_gpu_nothing_waits(three, name):
+    live = LiveMerge(module_of(three[0]).cuda(), *three[: METHODS[name].models or 3], method=name)
+    live.apply(weights=0.5)  # some look at the whole model first
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        live.apply(weights=0.25)
+        live.apply(weights={"OUT05": 0.75, "IN00": 0}, keep=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("method", ["weighted_sum", "slerp", "add_noise"])
 def test_channels_last_stays(dicts, method):
     models = dicts[: METHODS[method].models]
@@ -454,7 +470,7 @@ def test_what_is_refused_and_how(dicts, tmp_path):
             (a, halved),
             {},
             "IncompatibleModelsError",
-            f"in state dict B, {OUT05} has shape [4, 16, 1, 1], the module's is [16, 16",
+            f"in state dict B, {OUT05} has shape [4, 32, 1, 1], the module's is [32, 32",
         ),
         ((a, whole_numbers), {}, "IncompatibleModelsError", f"in state dict B, {OUT05} holds I8"),
         ((a, sdxl), {}, "IncompatibleModelsError", "the module is Stable Diffusion 1.x and state dict B is Stable Diffusion XL"),
