@@ -30,7 +30,6 @@ class Slot:
 
     name: str
     ldm: str
-    block: str
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     offset: int
@@ -81,10 +80,10 @@ class FlatUNet:
         _refuse_adapters([name for ldm, name in names.items() if "/" in ldm])  # names that LDM does not have
         if tied := _tied(parameters):
             raise RecipeError(f"the module's parameters share memory, and cannot be merged on their own: {listing(tied)}")
-        device = _the_one("device", {name: parameter.device for name, parameter in parameters.items()})
+        _the_one("device", {name: parameter.device for name, parameter in parameters.items()})
         dtype = _the_one("dtype", {name: parameter.dtype for name, parameter in parameters.items()})
         if dtype not in _MODULE_DTYPES:
-            raise RecipeError(f"the module's parameters are {dtype}: LiveMerge works in fp16, bf16 and fp32 ({device})")
+            raise RecipeError(f"the module's parameters are {dtype}: LiveMerge works in fp16, bf16 and fp32")
         channels = _merged_channels(unet, models)
         _check_models(unet, models, names)
         blocks, size = _lay_out(unet.anatomy.family, names, parameters, channels, _ALIGNMENT // dtype.itemsize)
@@ -243,13 +242,13 @@ def _lay_out(
     blocks: list[Block] = []
     offset = 0
 
-    def place(ldm: str, block: str) -> Slot:
+    def place(ldm: str) -> Slot:
         nonlocal offset
         parameter = parameters[names[ldm]]
         # Of a tensor whose elements lie densely in another order (channels_last), `empty_like` keeps that order.
         strides = torch.empty_like(parameter, device="meta").stride()
         only = channels if ldm == FIRST_CONVOLUTION else None
-        slot = Slot(names[ldm], ldm, block, tuple(parameter.shape), strides, offset, only)
+        slot = Slot(names[ldm], ldm, tuple(parameter.shape), strides, offset, only)
         offset += -(-parameter.numel() // alignment) * alignment
         return slot
 
@@ -258,12 +257,11 @@ def _lay_out(
 
     # IN00 comes first of all blocks, and a convolution of which a part is merged first in it: so no stretch has a gap.
     for number, group in groupby(sorted(names, key=lambda ldm: (order(ldm), ldm != FIRST_CONVOLUTION)), order):
-        name = family.blocks[number]
         ldm_names = list(group)
-        apart = tuple(place(ldm, name) for ldm in ldm_names[: channels is not None and FIRST_CONVOLUTION in ldm_names])
+        apart = tuple(place(ldm) for ldm in ldm_names[: channels is not None and FIRST_CONVOLUTION in ldm_names])
         start = offset
-        inside = tuple(place(ldm, name) for ldm in ldm_names[len(apart) :])
-        blocks.append(Block(name, apart, inside, slice(start, offset)))
+        inside = tuple(place(ldm) for ldm in ldm_names[len(apart) :])
+        blocks.append(Block(family.blocks[number], apart, inside, slice(start, offset)))
     return tuple(blocks), offset
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Self
 
 from blockmerge.checkpoints import CheckpointLike, Model, open_checkpoint
 from blockmerge.errors import RecipeError, listing
-from blockmerge.methods import find_method, key_of
+from blockmerge.methods import Method, find_method, key_of
 from blockmerge.weights import BlockWeights, WeightsLike, WeightsRequest
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class LiveMerge:
         a: CheckpointLike,
         b: CheckpointLike | None = None,
         c: CheckpointLike | None = None,
-        method: str = "weighted_sum",
+        method: str | Method | Callable[..., Any] = "weighted_sum",
         **numbers: float | Sequence[float],
     ) -> None:
         import torch
@@ -65,7 +65,7 @@ class LiveMerge:
         self._seed = self._numbers.pop("seed", 0) if self._method.random else 0
         self._gathered: dict[str, object] = {}
         models = [
-            Model.of(open_checkpoint(source, f"state dict {letter}"))  # type: ignore[arg-type]
+            Model.of(open_checkpoint(source, f"state dict {letter}"))  # type: ignore[arg-type]  # it refuses None
             for source, letter in zip(sources, "ABC", strict=False)
         ]
         # Tensors that are made in inference mode could not be written to outside it.
@@ -128,13 +128,13 @@ class LiveMerge:
             for treatment, group in groupby(self._unet.blocks, lambda block: changed.get(block.name)):
                 if treatment is not None:
                     self._treat(list(group), treatment)
-        self._weights, self._weights_beta = alpha, beta
-        # While the device computes.
-        if moved := self._unet.moved(self._flats[-1], changed):
+        if moved := self._unet.moved(self._flats[-1], changed):  # looked for while the device computes
+            self._held.update(dict.fromkeys(changed))
             raise RecipeError(
                 f"the module's parameters have been moved or replaced ({listing(moved)}): leave it on its device, without "
                 "offloading, while it is merged live"
             )
+        self._weights, self._weights_beta = alpha, beta
         return alpha
 
     def close(self) -> None:
