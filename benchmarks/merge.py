@@ -1,6 +1,6 @@
 """How long a merge takes and how much memory, beside a copy and beside load-everything-and-save.
 
-    python benchmarks/merge.py [--family sd1] [--rounds 5] [--folder DIR] [--peers] [--buffered]
+    python benchmarks/merge.py [--family sd1] [--rounds 5] [--folder DIR] [--peers] [--buffered] [--formats]
 
 Makes a full-size pair with the project's own generator (kept in --folder, when one is given), then runs paired rounds of
 
@@ -14,14 +14,21 @@ Makes a full-size pair with the project's own generator (kept in --folder, when 
 Every round runs each of them once, in a random order, and ratios are taken within a round: these are what to compare,
 since seconds depend on the machine and on what else it is doing. Files are warm (read once before). Memory is the peak
 of anonymous memory (RssAnon and RssShmem, Linux), sampled every 5 ms in a process of its own, beside the same of `import torch`.
+
+With --formats it compares the forms that models come in instead: the same pair as .ckpt files and as diffusers folders, and
+one real chore, fp32 EMA weights in a .ckpt made into an fp16 model with another VAE.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -105,18 +112,72 @@ def contestants(a: Path, b: Path, output: Path, peers: bool) -> dict[str, Callab
     return found
 
 
+FORMATS = {
+    "safetensors pair": "merge('sd-a.safetensors', 'sd-b.safetensors', weights=0.5, output='out.safetensors')",
+    "zip .ckpt pair": "merge('a.ckpt', 'b.ckpt', weights=0.5, output='out.safetensors')",
+    ".ckpt and folder, into a file": "merge('a.ckpt', 'b-folder', weights=0.5, output='out.safetensors')",
+    "folders, into a folder": "merge('a-folder', 'b-folder', weights=0.5, output='out')",
+    ".ckpt into a folder": "convert('a.ckpt', 'out', naming='diffusers')",
+    "fp32 EMA .ckpt into fp16, with a VAE": "convert('ema.ckpt', 'out.safetensors', dtype='fp16', vae='vae.safetensors')",
+}
+"""What is run, in the folder of the forms."""
+
+
+def write_forms(a: Path, b: Path, folder: Path) -> None:
+    """Write the pair in the forms that FORMATS names, by torch.save where it is a .ckpt."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    import blockmerge
+
+    for name, path in (("a", a), ("b", b)):
+        (folder / f"sd-{name}.safetensors").symlink_to(path.resolve())
+        tensors = load_file(path)
+        torch.save({"state_dict": tensors}, folder / f"{name}.ckpt")
+        blockmerge.convert(path, folder / f"{name}-folder", naming="diffusers")
+    unet, vae = "model.diffusion_model.", "first_stage_model."
+    ema = {
+        "model_ema.diffusion_model" + name.removeprefix(unet).replace(".", ""): tensor.float()
+        for name, tensor in tensors.items()
+        if name.startswith(unet)
+    }
+    torch.save({"state_dict": ema}, folder / "ema.ckpt")
+    save_file({name: tensor for name, tensor in tensors.items() if name.startswith(vae)}, folder / "vae.safetensors")
+
+
+def compare_formats(a: Path, b: Path, rounds: int) -> None:
+    """Seconds of the forms, beside the plain pair's, and their memory."""
+    import blockmerge
+
+    def clear() -> None:
+        Path("out.safetensors").unlink(missing_ok=True)
+        shutil.rmtree("out", ignore_errors=True)
+
+    with tempfile.TemporaryDirectory(dir=a.parent) as folder, contextlib.chdir(folder):
+        write_forms(a, b, Path(folder))
+        code = {name: f"blockmerge.{call}" for name, call in FORMATS.items()}
+        actions = {name: partial(timed, partial(eval, line, {"blockmerge": blockmerge})) for name, line in code.items()}
+        report(measure(actions, rounds, clear), ["safetensors pair"])
+        clear()
+        report_memory({name: (line[:-1] + ", overwrite=True)", ()) for name, line in code.items()})
+
+
 def main() -> None:
     flag = {"action": "store_true"}
     chosen = arguments(
         __doc__ or "",
         peers={**flag, "help": "also sd-meh and sd-mecha, where installed"},
         buffered={**flag, "help": "without direct writes, as on systems that lack them"},
+        formats={**flag, "help": "the forms that models come in, beside each other"},
         memory_only={**flag, "help": "only the peak of memory"},
     )
     if chosen.buffered and hasattr(os, "O_DIRECT"):
         del os.O_DIRECT  # in this process; the commands' own keep it
     merge = "blockmerge.merge(*sys.argv[1:3], output=sys.argv[3], overwrite=True, {})"
     with full_size_pair(chosen) as (a, b, output):
+        if chosen.formats:
+            compare_formats(a, b, chosen.rounds)
+            return
         if not chosen.memory_only:
             actions = {name: partial(timed, action) for name, action in contestants(a, b, output, chosen.peers).items()}
             seconds = measure(actions, chosen.rounds, lambda: output.unlink(missing_ok=True))

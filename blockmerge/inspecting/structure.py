@@ -92,11 +92,7 @@ def _against_layout(subject: Subject, family: str) -> Iterator[Problem]:
     if not any(name.startswith(UNET_PREFIX) for name in subject.tensors):
         return
     unused = set(subject.unused)
-    # As they stand in the file: merging reads a 1×1 convolution without its last axes, not every loader does.
-    own = {name: subject.checkpoint.tensors[original] for name, original in subject.originals.items()}
-    shapes = {
-        name: own.get(name, info).shape for name, info in subject.tensors.items() if subject.originals.get(name) not in unused
-    }
+    shapes = {name: info.shape for name, info in subject.tensors.items() if subject.originals.get(name) not in unused}
     present = set(map(component_of, shapes))
     for component in components_of(family):
         if component not in present:
