@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from blockmerge.inspecting import Inspection as Inspection
     from blockmerge.inspecting import check as check
     from blockmerge.inspecting import inspect as inspect
+    from blockmerge.merging import LiveMerge as LiveMerge
     from blockmerge.merging import MergeResult as MergeResult
     from blockmerge.merging import convert as convert
     from blockmerge.merging import merge as merge
@@ -55,6 +56,7 @@ _HOMES = {
     "Explanation": "explaining",
     "IncompatibleModelsError": "errors",
     "Inspection": "inspecting",
+    "LiveMerge": "merging",
     "MergeResult": "merging",
     "NonFiniteError": "errors",
     "OutputError": "errors",

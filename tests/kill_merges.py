@@ -19,7 +19,7 @@ import torch  # noqa: F401 (loaded for the children)
 
 import blockmerge
 import blockmerge.merging.kernel
-from blockmerge.checkpoints import disk
+from blockmerge.checkpoints.writing import disk
 
 
 def child(action):

@@ -90,7 +90,7 @@ def test_large_tensors_in_chunks(tmp_path, shape, strides):
     from safetensors.torch import save_file
 
     from blockmerge import open_checkpoint
-    from blockmerge.checkpoints.file import FileReader
+    from blockmerge.checkpoints.formats.file import FileReader
 
     elements = 1 + sum((extent - 1) * stride for extent, stride in zip(shape, strides, strict=True))
     flat = torch.randn(elements)

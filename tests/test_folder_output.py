@@ -18,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockmerge import OutputError
-from blockmerge.checkpoints import AtomicFile, AtomicFolder, check_output, check_output_folder, disk
+from blockmerge.checkpoints import AtomicFile, AtomicFolder, check_output, check_output_folder
+from blockmerge.checkpoints.writing import disk
 from tests.refusals import snapshot
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

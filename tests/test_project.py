@@ -44,6 +44,7 @@ def test_the_wheel_has_presets_and_layouts_and_works_where_it_is_unpacked(tmp_pa
 EXAMPLES = {
     "merge_from_python.py": "in memory: 1131 tensors, the same as in the file",
     "own_method.py": "as a weighted sum elsewhere: True",
+    "sweep_a_preset.py": "best.safetensors has the same bits as the live U-Net\ngiven back: True",
     "where_it_comes_from.py": "a weighted sum of base.safetensors and detailed.safetensors with the preset high_res. Merged again",
 }
 

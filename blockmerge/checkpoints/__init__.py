@@ -2,19 +2,19 @@
 
 from blockmerge.checkpoints.assembled import Assembled, Assembly, Piece
 from blockmerge.checkpoints.checkpoint import Checkpoint, Reader, TensorInfo
-from blockmerge.checkpoints.disk import check_space
 from blockmerge.checkpoints.dtypes import FLOAT_DTYPES, itemsize
-from blockmerge.checkpoints.folder import DiffusersFolder, is_diffusers_folder
-from blockmerge.checkpoints.folder_writer import AtomicFolder, check_output_folder
+from blockmerge.checkpoints.formats.folder import DiffusersFolder, is_diffusers_folder
+from blockmerge.checkpoints.formats.safetensors_file import SafetensorsFile, encode_header
+from blockmerge.checkpoints.formats.torch_file import TorchFile
 from blockmerge.checkpoints.hashes import Hashes, hash_file, old_hash
 from blockmerge.checkpoints.metadata import ARCHITECTURES, faulty_metadata
 from blockmerge.checkpoints.model import EMA_CHOICES, VAE_PREFIX, Model, View, vae_view
 from blockmerge.checkpoints.open import SUFFIXES, CheckpointLike, open_checkpoint
 from blockmerge.checkpoints.position_ids import POSITIONS, fault_of_position_ids
-from blockmerge.checkpoints.safetensors_file import SafetensorsFile, encode_header
 from blockmerge.checkpoints.state_dict import StateDict
-from blockmerge.checkpoints.torch_file import TorchFile
-from blockmerge.checkpoints.writer import AtomicFile, check_output
+from blockmerge.checkpoints.writing.disk import check_space
+from blockmerge.checkpoints.writing.folder_writer import AtomicFolder, check_output_folder
+from blockmerge.checkpoints.writing.writer import AtomicFile, check_output
 
 __all__ = [
     "ARCHITECTURES",

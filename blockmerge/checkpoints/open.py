@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Union
 
 from blockmerge.checkpoints.checkpoint import Checkpoint
-from blockmerge.checkpoints.folder import DiffusersFolder
-from blockmerge.checkpoints.safetensors_file import SafetensorsFile
+from blockmerge.checkpoints.formats.folder import DiffusersFolder
+from blockmerge.checkpoints.formats.safetensors_file import SafetensorsFile
+from blockmerge.checkpoints.formats.torch_file import TORCH_SUFFIXES, TorchFile, begins_torch_file
 from blockmerge.checkpoints.state_dict import StateDict
-from blockmerge.checkpoints.torch_file import TORCH_SUFFIXES, TorchFile, begins_torch_file
 from blockmerge.errors import CheckpointError, shown
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ import torch
 HALVES = (torch.float16, torch.bfloat16)
 _E4M3FN_OVERFLOW = 464.0  # half a step above 448: beyond it, a value rounds to one that the format does not have
 _BLOCK = 1 << 18  # elements whose intermediate values stay in a processor's cache
+_DEVICE_BLOCK = 1 << 24  # elements that keep any GPU busy, and whose intermediate values take some hundred megabytes of it
 _SLAB = 1 << 18  # elements of a tensor that are widened at once, where a method goes through it more than once
 
 
@@ -64,11 +65,11 @@ def widened(place: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
 
 
 def in_blocks(compute: Callable[..., None]) -> Callable[..., torch.Tensor]:
-    """Make an element-local function of flat tensors go through them in blocks that fit a processor's cache."""
+    """Make an element-local function of flat tensors go through them in blocks that fit a processor's cache, or a GPU."""
 
     @functools.wraps(compute)
     def whole(*models: torch.Tensor, out: torch.Tensor, **numbers: Any) -> torch.Tensor:
-        step = _BLOCK if out.device.type == "cpu" else max(1, out.numel())
+        step = _BLOCK if out.device.type == "cpu" else _DEVICE_BLOCK
         for start in range(0, out.numel(), step):
             part = slice(start, start + step)
             here = {**numbers, "position": numbers["position"] + start} if "position" in numbers else numbers

@@ -42,13 +42,18 @@ def parse_weights(value: WeightsLike, family: str = "sd1", sdxl_map: str | None 
     return weights
 
 
-def parse_assignments(text: str, blocks: Sequence[str], seed: int | str = 0) -> dict[str, float | None]:
-    """Read ``BASE=0,IN00-IN05=0.3,M00=skip`` into {block: weight} for a family with these `blocks`.
+def parse_assignments(
+    value: str | Mapping[str, float | str | None], blocks: Sequence[str], seed: int | str = 0
+) -> dict[str, float | None]:
+    """Read ``BASE=0,IN00-IN05=0.3,M00=skip``, or a mapping, into {block: weight} for a family with these `blocks`.
 
-    A range may run in either direction. Raises WeightsError for unknown blocks and for what is not a number.
+    In a text, a range may run in either direction. Raises WeightsError for unknown blocks and for what is not a number.
     """
+    if isinstance(value, Mapping):
+        named = {blocks[_index(str(block), blocks)]: weight for block, weight in value.items()}
+        return {block: _drawn(weight, block, seed) for block, weight in named.items()}
     weights: dict[str, float | None] = {}
-    for entry in _entries(text):
+    for entry in _entries(value):
         names, equals, number = entry.partition("=")
         if not (equals and number and all(names.split("-", 1))):
             raise WeightsError(f"cannot read '{shown(entry)}' in the weights: {_FORM}")
@@ -94,9 +99,7 @@ def _parse(value: WeightsLike, blocks: Sequence[str], seed: int | str) -> BlockW
             blocks = blocks_of_list(len(words))
             return BlockWeights.from_numbers([_number(word, block, seed) for word, block in zip(words, blocks, strict=True)])
         case Mapping():
-            named = {blocks[_index(str(block), blocks)]: weight for block, weight in value.items()}
-            drawn = {block: _drawn(weight, block, seed) for block, weight in named.items()}
-            return BlockWeights.flat(0.0, blocks).replace(drawn)
+            return BlockWeights.flat(0.0, blocks).replace(parse_assignments(value, blocks, seed))
         case Sequence() if not isinstance(value, str):
             blocks = blocks_of_list(len(value))
             return BlockWeights.from_numbers([_drawn(weight, block, seed) for weight, block in zip(value, blocks, strict=True)])

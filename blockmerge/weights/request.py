@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -75,6 +75,20 @@ class WeightsRequest:
             with self._blamed_on("--set"):
                 weights = weights.replace(parse_assignments(self.changes, FAMILIES[family].blocks, seed))
         return weights
+
+    def change(self, held: BlockWeights) -> BlockWeights:
+        """Return `held` with the weights of just those blocks that are named, in `weights` or in `changes`.
+
+        Raises WeightsError for a preset, and for weights that name no blocks.
+        """
+        if self.preset is not None or not isinstance(self.weights, (str, Mapping, type(None))):
+            raise WeightsError("only weights that name blocks keep the others: OUT05=0.7, or a mapping")
+        seed = f"beta {self.seed}" if self.beta else self.seed
+        for option, named in (("--weights", self.weights), ("--set", self.changes)):
+            if named is not None:
+                with self._blamed_on(option):
+                    held = held.replace(parse_assignments(named, held.blocks, seed))
+        return held
 
     @property
     def label(self) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from blockmerge.checkpoints.checkpoint import Checkpoint, Reader, TensorInfo
-from blockmerge.checkpoints.safetensors_file import LARGEST_HEADER
+from blockmerge.checkpoints.formats.safetensors_file import LARGEST_HEADER
 from blockmerge.errors import CheckpointError, did_you_mean, listing, reason, shown
 
 MODEL_INDEX = "model_index.json"

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Self
 
-from blockmerge.checkpoints import disk
-from blockmerge.checkpoints.folder import foreign_files, is_diffusers_folder
+from blockmerge.checkpoints.formats.folder import foreign_files, is_diffusers_folder
+from blockmerge.checkpoints.writing import disk
 from blockmerge.errors import CheckpointError, OutputError, listing, reason, shown
 
 

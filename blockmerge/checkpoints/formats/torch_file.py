@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 from blockmerge.checkpoints.assembled import Assembled, Assembly, Piece
 from blockmerge.checkpoints.checkpoint import TensorInfo
 from blockmerge.checkpoints.dtypes import itemsize
-from blockmerge.checkpoints.file import FileCheckpoint
-from blockmerge.checkpoints.pickles import LARGEST_PICKLE, Dtype, Storage, StoredTensor, Unbuilt, load
-from blockmerge.checkpoints.zip_entries import read_entries
+from blockmerge.checkpoints.formats.file import FileCheckpoint
+from blockmerge.checkpoints.formats.pickles import LARGEST_PICKLE, Dtype, Storage, StoredTensor, Unbuilt, load
+from blockmerge.checkpoints.formats.zip_entries import read_entries
 from blockmerge.errors import listing, shown
 
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")

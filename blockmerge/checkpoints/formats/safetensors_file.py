@@ -15,7 +15,7 @@ from typing import Any
 
 from blockmerge.checkpoints.checkpoint import TensorInfo
 from blockmerge.checkpoints.dtypes import itemsize
-from blockmerge.checkpoints.file import FileCheckpoint
+from blockmerge.checkpoints.formats.file import FileCheckpoint
 from blockmerge.errors import counted, listing, shown
 
 _MOST_FAULTS = 100  # counted; a hostile header can hold millions

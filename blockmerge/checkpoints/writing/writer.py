@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
-from blockmerge.checkpoints import disk
+from blockmerge.checkpoints.writing import disk
 from blockmerge.errors import OutputError, reason, shown
 
 

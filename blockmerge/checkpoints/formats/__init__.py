@@ -1,0 +1,1 @@
+"""The files and folders that checkpoints come in, each read strictly and lazily."""

@@ -1,0 +1,209 @@
+"""`LiveMerge`: the same merge on the U-Net that is in use, again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Self
+
+from blockmerge.checkpoints import CheckpointLike, Model, open_checkpoint
+from blockmerge.errors import RecipeError, listing
+from blockmerge.methods import Method, find_method, key_of
+from blockmerge.weights import BlockWeights, WeightsLike, WeightsRequest
+
+if TYPE_CHECKING:
+    import torch
+
+    from blockmerge.merging.flat_unet import Block, FlatUNet, Slot
+
+_COPIED_ELEMENTS = 1 << 22  # that a user's own function, which gets wide copies, is given at once
+
+_Treatment = int | tuple[float, float]
+"""What a block gets: a copy of a model, by its number, or the method with these weights alpha and beta."""
+
+
+class LiveMerge:
+    """Merges models into a U-Net that is in use, in milliseconds on a GPU.
+
+    >>> live = blockmerge.LiveMerge(pipe.unet, "a.safetensors", "b.safetensors")  # doctest: +SKIP
+    >>> live.apply(preset="high_res")  # doctest: +SKIP
+    >>> live.apply(weights={"OUT05": 0.7}, keep=True)  # doctest: +SKIP
+    >>> live.close()  # doctest: +SKIP
+
+    `module` is any torch module whose parameters have a U-Net's names, in diffusers or LDM naming: a
+    UNet2DConditionModel, or a whole LDM model, of which only the U-Net is touched. Its dtype (fp16, bf16 or fp32) and device
+    stay. `a`, `b` and `c` are paths, opened checkpoints or state dicts, U-Nets or whole models, in either naming; what is no
+    tensor of the U-Net is not looked at. They are copied to the module's device in its dtype, once. `method` and `numbers` are
+    those of `merge`.
+
+    From then on the module holds A. `apply` merges; `close`, or leaving a `with` block, gives the module its own parameters
+    back. Meanwhile the parameters are views of one flat buffer, and must stay where they are: no `.to()`, no offloading.
+    Not thread-safe, and not to be applied while the module runs on another stream.
+
+    Raises a BlockmergeError when the module or the models cannot be used; the module is then as it was.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        a: CheckpointLike,
+        b: CheckpointLike | None = None,
+        c: CheckpointLike | None = None,
+        method: str | Method | Callable[..., Any] = "weighted_sum",
+        **numbers: float | Sequence[float],
+    ) -> None:
+        import torch
+
+        from blockmerge.merging.flat_unet import FlatUNet
+
+        self._method = find_method(method)
+        sources = [a, b, c]
+        while len(sources) > 1 and sources[-1] is None:
+            sources.pop()
+        self._method.check_models(len(sources))
+        self._numbers: dict[str, Any] = dict(self._method.check_numbers(numbers, len(sources)))
+        self._seed = self._numbers.pop("seed", 0) if self._method.random else 0
+        self._gathered: dict[str, object] = {}
+        models = [
+            Model.of(open_checkpoint(source, f"state dict {letter}"))  # type: ignore[arg-type]  # it refuses None
+            for source, letter in zip(sources, "ABC", strict=False)
+        ]
+        # Tensors that are made in inference mode could not be written to outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            self._unet: FlatUNet = FlatUNet.of(module, models)
+            self._flats = self._unet.buffers(models)
+            self._originals = self._unet.place(self._flats[-1])
+        self._held: dict[str, _Treatment | None] = dict.fromkeys((block.name for block in self._unet.blocks), 0)
+        start = 0.0 if self._method.copies(0.0, 0.0) == 0 else None
+        self._weights = BlockWeights.flat(start, self._unet.family.blocks)
+        self._weights_beta = BlockWeights.flat(0.0, self._unet.family.blocks)
+
+    @property
+    def weights(self) -> BlockWeights:
+        """The weights that the module has now; a block that is A's although weight 0 would not be has None.
+
+        They are fit for `merge`, to write what was found. BASE is what was asked for, and counts for nothing here.
+        """
+        return self._weights
+
+    @property
+    def weights_beta(self) -> BlockWeights:
+        """The second weights that the module has now; 0 for methods without."""
+        return self._weights_beta
+
+    def apply(
+        self,
+        preset: str | Sequence[str] | None = None,
+        weights: WeightsLike | None = None,
+        changes: str | None = None,
+        *,
+        keep: bool = False,
+        preset_beta: str | Sequence[str] | None = None,
+        weights_beta: WeightsLike | None = None,
+        sdxl_map: str | None = None,
+    ) -> BlockWeights:
+        """Merge with these weights, which are given as to `merge`, and return those that all blocks have now.
+
+        With `keep`, only blocks that `weights`, `weights_beta` (mappings, or texts as in ``"OUT05=0.7"``) or `changes` name get
+        another weight. Blocks whose weights are what they were are not computed. The work is queued on the device's current
+        stream; nothing waits for it, unless the method itself does. NaN and infinity are not looked for.
+
+        Raises WeightsError for weights that cannot be used; RecipeError after `close`, or when the parameters are no longer
+        where LiveMerge has put them.
+        """
+        import torch
+
+        if not self._flats:
+            raise RecipeError("this LiveMerge is closed, and the module has its own weights again: make a new one")
+        if "beta" not in self._method.weights and (preset_beta is not None or weights_beta is not None):
+            raise RecipeError(f"{self._method.name} takes no 'beta'")
+        first = WeightsRequest(preset, weights, changes, sdxl_map, self._seed, default=self._method.weights["alpha"])
+        second = WeightsRequest(preset_beta, weights_beta, None, sdxl_map, self._seed, beta=True)
+        alpha = first.change(self._weights) if keep else first.resolve(self._unet.family.name)
+        beta = second.change(self._weights_beta) if keep else second.resolve(self._unet.family.name)
+        wanted = {block.name: self._treatment(alpha[block.name], beta[block.name]) for block in self._unet.blocks}
+        changed = {name: treatment for name, treatment in wanted.items() if treatment != self._held[name]}
+        with torch.no_grad():
+            # Neighbours that are treated alike lie side by side.
+            for treatment, group in groupby(self._unet.blocks, lambda block: changed.get(block.name)):
+                if treatment is not None:
+                    self._treat(list(group), treatment)
+        if moved := self._unet.moved(self._flats[-1], changed):  # looked for while the device computes
+            self._held.update(dict.fromkeys(changed))
+            raise RecipeError(
+                f"the module's parameters have been moved or replaced ({listing(moved)}): leave it on its device, without "
+                "offloading, while it is merged live"
+            )
+        self._weights, self._weights_beta = alpha, beta
+        return alpha
+
+    def close(self) -> None:
+        """Give the module its own parameters back, bit for bit in the memory they were in, and let go of the models."""
+        for name, original in self._originals.items():
+            self._unet.parameters[name].data = original
+        self._originals, self._flats = {}, []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _treatment(self, alpha: float | None, beta: float | None) -> _Treatment:
+        if alpha is None or beta is None:
+            return 0
+        source = self._method.copies(alpha, beta)
+        return (alpha, beta) if source is None else source
+
+    def _treat(self, blocks: Sequence[Block], treatment: _Treatment) -> None:
+        """Give neighbouring blocks what they are to hold."""
+        for block in blocks:
+            self._held[block.name] = None  # what a method that fails leaves is nothing to rely on
+        *models, out = self._flats
+        stretch = slice(blocks[0].stretch.start, blocks[-1].stretch.stop)
+        apart = [slot for block in blocks for slot in block.apart]
+        inside = [slot for block in blocks for slot in block.inside]
+        if isinstance(treatment, int):
+            out[stretch].copy_(models[treatment][stretch])
+            for slot in apart:
+                slot.merged(out).copy_(slot.merged(models[treatment]))
+        else:
+            numbers = self._numbers_for(treatment)
+            as_one = self._method.locality == "element" and not self._method.random
+            if as_one:
+                self._merge_flat([flat[stretch] for flat in models], numbers, out[stretch])
+            for slot in apart if as_one else [*apart, *inside]:
+                self._merge_slot(slot, numbers)
+        for block in blocks:
+            self._held[block.name] = treatment
+
+    def _numbers_for(self, weights: tuple[float, float]) -> Mapping[str, Any]:
+        """The keywords of the method's function, but for those of chance."""
+        if self._method.locality == "model" and not self._gathered:
+            pairs = ([slot.merged(flat).contiguous() for flat in self._flats[:-1]] for slot in self._unet.slots)
+            self._gathered["gathered"] = self._method.gather([self._method.statistics(*pair) for pair in pairs])
+        taken = {name: weight for name, weight in zip(("alpha", "beta"), weights, strict=True) if name in self._method.weights}
+        return {**self._numbers, **self._gathered, **taken}
+
+    def _merge_slot(self, slot: Slot, numbers: Mapping[str, Any]) -> None:
+        """Merge one parameter, in the shape that the method wants."""
+        import torch
+
+        *models, result = self._flats
+        inputs = [slot.merged(flat).contiguous() for flat in models]
+        target = slot.merged(result)
+        out = target if target.is_contiguous() else torch.empty_like(target, memory_format=torch.contiguous_format)
+        if self._method.random:
+            numbers = {**numbers, "key": key_of(self._seed, slot.ldm), "position": 0}
+        if self._method.locality == "element":
+            self._merge_flat([tensor.view(-1) for tensor in inputs], numbers, out.view(-1))
+        else:
+            self._method.function(*inputs, **numbers, out=out)
+        if out is not target:
+            target.copy_(out)
+
+    def _merge_flat(self, inputs: Sequence[torch.Tensor], numbers: Mapping[str, Any], out: torch.Tensor) -> None:
+        step = len(out) if self._method.own is None else _COPIED_ELEMENTS
+        for start in range(0, len(out), max(1, step)):
+            part = slice(start, start + step)
+            self._method.function(*(tensor[part] for tensor in inputs), **numbers, out=out[part])
