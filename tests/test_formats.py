@@ -232,6 +232,8 @@ def test_the_commands_of_the_readme(zoo, tmp_path, capsys, monkeypatch):
         merged[UNET + "input_blocks.1.0.in_layers.2.weight"], b[UNET + "input_blocks.1.0.in_layers.2.weight"].half()
     )
 
+    said("ACertainModel/ sygil-v0.4.ckpt --preset low_res")
+    assert (tmp_path / "ACertainModel+sygil-v0.4-low_res" / "model_index.json").is_file()
     said("ACertainModel/ sygil-v0.4.ckpt --preset low_res -o merged/")
     assert (tmp_path / "merged" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
     assert torch.equal(
