@@ -372,6 +372,15 @@ def test_refused_conversions(places, capsys, line, says):
     assert_refused(capsys, places, "convert", *line.split(), says=says)
 
 
+def test_a_component_becomes_a_folder_without_strays(places, states, tmp_path):
+    blockmerge.convert(places / "folder" / "unet", tmp_path / "alone", naming="diffusers")
+    blockmerge.merge(places / "m.ckpt", places / "folder" / "unet", weights=0, output=tmp_path / "whole", naming="diffusers")
+    for name in ("alone", "whole"):
+        assert {path.name for path in (tmp_path / name).iterdir() if path.is_file()} == {"model_index.json"}
+        assert blockmerge.open_checkpoint(tmp_path / name).tensors
+    assert_same(read(tmp_path / "whole"), in_diffusers(states(), "sd1"))
+
+
 def test_sources_in_memory_and_opened(states, tmp_path):
     path = write(states(), tmp_path / "m", "legacy")
     with unchanged(path):

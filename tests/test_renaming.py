@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import blockmerge
 from blockmerge.anatomy import LAYOUTS, layout, origins_in_diffusers, relation_of
 from blockmerge.demo import make_state_dicts
+from tests.forms import assert_same, in_diffusers, read
 from tests.oracle import bits
 from tests.thin_unet import config
 
@@ -83,7 +84,7 @@ def case(request):
 def test_folders_hold_what_diffusers_own_converters_make(case, tmp_path):
     family, model = case
     blockmerge.convert(model, tmp_path / "folder", naming="diffusers")
-    ours = load_folder(tmp_path / "folder")
+    ours = read(tmp_path / "folder")
     theirs = by_diffusers(family, model)
     # The converters hand on what CLIPTextModel has no place for, and it is dropped when the model is loaded.
     unused = {f"text_encoder/{name}" for name in ("text_projection.weight", "logit_scale")} if family == "sd2" else set()
@@ -105,7 +106,7 @@ def test_there_and_back_gives_the_same_bits(family, tmp_path):
     result = load_file(tmp_path / "b.safetensors")
     assert model.keys() - result.keys() == DROPPED[family]
     assert_same(result, {name: tensor for name, tensor in model.items() if name not in DROPPED[family]})
-    assert_same(load_folder(tmp_path / "again"), load_folder(tmp_path / "folder"))
+    assert_same(read(tmp_path / "again"), read(tmp_path / "folder"))
     said = " ".join(there.notes)
     assert ("has no place for" in said) == bool(DROPPED[family])
     assert there.tensors.dropped == len(DROPPED[family])
@@ -118,25 +119,18 @@ def test_there_and_back_gives_the_same_bits(family, tmp_path):
 def test_any_two_namings_merge_to_the_same_values(family, namings):
     pair = make_state_dicts(family, seed=3)
     expected = blockmerge.merge_state_dicts(*pair, preset="high_res")
-    given_dicts = [model if naming == "ldm" else in_diffusers(model, family) for model, naming in zip(pair, namings, strict=True)]
+    given_dicts = [model if naming == "ldm" else dotted(model, family) for model, naming in zip(pair, namings, strict=True)]
     merged = blockmerge.merge_state_dicts(*given_dicts, preset="high_res")
     if namings[0] == "diffusers":
-        expected = in_diffusers(expected, family)
+        expected = dotted(expected, family)
     # Where A is a folder's, what a folder has no place for cannot be in the result.
     assert_same(merged, {name: expected[name] for name in merged})
     assert merged.keys() == expected.keys()
 
 
-def in_diffusers(model, family):
-    """The model as one dict with `unet.…`, `vae.…`, made with torch from the origins."""
-    made = {}
-    for name, origin in origins_in_diffusers(model, family).items():
-        tensor = torch.cat([model[one] for one in origin.names]) if len(origin.names) > 1 else model[origin.names[0]]
-        tensor = tensor.chunk(origin.parts)[origin.part] if origin.parts > 1 else tensor
-        tensor = tensor.T if origin.transposed else tensor
-        tensor = tensor.squeeze(-1).squeeze(-1) if origin.axes == 2 else tensor
-        made[name.replace("/", ".", 1)] = tensor.contiguous()
-    return made
+def dotted(model, family):
+    """The model as one dict with `unet.…`, `vae.…`."""
+    return {name.replace("/", ".", 1): tensor for name, tensor in in_diffusers(model, family).items()}
 
 
 def test_old_vae_names_and_text_encoders_of_transformers_5(tmp_path):
@@ -171,20 +165,3 @@ def test_unknown_names_have_no_place_and_never_an_exception(family, tail):
     ):
         relation = relation_of(prefix + tail, family)
         assert len(relation.diffusers) in (0, 1, 3)
-
-
-def load_folder(folder):
-    found = {}
-    for path in Path(folder).glob("*/*.safetensors"):
-        for name, tensor in load_file(path).items():
-            assert f"{path.parent.name}/{name}" not in found
-            found[f"{path.parent.name}/{name}"] = tensor
-    return found
-
-
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert tensor.shape == other[name].shape, name
-        assert tensor.dtype == other[name].dtype, name
-        assert torch.equal(bits(tensor), bits(other[name])), name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from blockmerge.anatomy import Anatomy, is_prediction_marker
 from blockmerge.anatomy.configs import folder_configs
@@ -86,10 +86,15 @@ def _prediction(a: Model, anatomy: Anatomy) -> tuple[dict[str, Any], list[str]]:
 def _folder_of_configs(models: Sequence[Model], configs: CheckpointLike | None) -> DiffusersFolder | None:
     if configs is not None:
         found: Checkpoint = open_checkpoint(configs)
-        if not isinstance(found, DiffusersFolder):
+        if not _is_pipeline(found):
             raise CheckpointError(f"{shown(found.name)} is no diffusers folder, so there are no configs to take from it")
         return found
-    return next((model.source for model in models if isinstance(model.source, DiffusersFolder)), None)
+    return next((model.source for model in models if _is_pipeline(model.source)), None)
+
+
+def _is_pipeline(checkpoint: Checkpoint) -> TypeGuard[DiffusersFolder]:
+    """Whether it is a folder of components; one component's own folder has its config at another place."""
+    return isinstance(checkpoint, DiffusersFolder) and "" not in checkpoint.components
 
 
 def _carried(source: DiffusersFolder) -> dict[str, bytes]:
