@@ -24,6 +24,9 @@ check: .venv/test
 bench: .venv/run
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/compare.py
+	$(BIN)/python benchmarks/methods.py
+	$(BIN)/python benchmarks/live.py
+	$(BIN)/python benchmarks/overlap.py
 
 # Beside another tool, where its methods are defined as ours are; it gets an environment of its own.
 peers: .venv-peers/done

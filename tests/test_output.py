@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 import blockmerge
 from blockmerge import OutputError
-from blockmerge.checkpoints import AtomicFile, check_output, disk
+from blockmerge.checkpoints import AtomicFile, check_output
+from blockmerge.checkpoints.writing import disk
 from blockmerge.cli.main import run
 from blockmerge.streaming import OutputStream, aligned_buffer
 from tests import oracle

@@ -124,7 +124,7 @@ def merge(
     from blockmerge.weights import WeightsRequest
 
     numbers = {
-        "ratios": ratios and [word.strip() for word in ratios.split(",")],
+        "ratios": ratios,
         "density": density,
         "drop_rate": drop_rate,
         "gamma": gamma,

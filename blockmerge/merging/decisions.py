@@ -206,6 +206,8 @@ class _Judge:
         beta = self.beta[block] if self.beta is not None else 0.0
         self.ruled.append((block, name))
         source = 0 if alpha is None or beta is None else self.recipe.merge_method.copies(alpha, beta)
+        if self.recipe.clip and source not in (0, 1):  # C need not lie between A and B
+            source = None
         dtype = self.recipe.output_dtype or self.views[0].tensors[name].dtype
         shape = shapes[wider or 0]
         if source is not None:
@@ -215,7 +217,10 @@ class _Judge:
     def _adjusted(self, decision: Decision) -> Decision:
         if decision.dtype not in FLOAT_DTYPES:
             return decision
-        return replace(decision, change=self.recipe.adjust.for_tensor(decision.ldm, self.family))
+        change = self.recipe.adjust.for_tensor(decision.ldm, self.family)
+        if change and change.shift and decision.shape != (len(change.shift),):
+            self.faults.append(f"{shown(decision.ldm)} (shape {list(decision.shape)}: --adjust sets the colours of 4 channels)")
+        return replace(decision, change=change)
 
     def _take(self, name: str, source: int, *, fixed_dtype: bool = False) -> Decision:
         info = self.views[source].tensors[name]
@@ -380,9 +385,9 @@ class _Judge:
                 f"{counted(len(idle), 'element rule')} without effect, since no merged tensor fits: {listing(idle)}"
             )
         self._describe_markers()
-        outside = [block for block, weight in self.weights.items() if weight is not None and not 0 <= weight <= 1]
-        if outside:
-            self.notes.append(f"weights outside 0 to 1 go beyond the models: {listing(outside)}")
+        for which, weights in (("weights", self.weights), ("weights for beta", self.beta)):
+            if outside := [block for block, weight in (weights or {}).items() if weight is not None and not 0 <= weight <= 1]:
+                self.notes.append(f"{which} outside 0 to 1 go beyond the models: {listing(outside)}")
         casts = Counter(
             (self.views[source].tensors[decision.key].dtype, decision.dtype)
             for decision in decisions

@@ -159,9 +159,11 @@ class Computation:
         wide = inputs[whole.wider] if whole.wider is not None else None
         if wide is not None:
             inputs = [tensor[:, :SHARED_CHANNELS].contiguous() for tensor in inputs]
+        shape, origin = inputs[0].shape, whole.origin
+        as_it_is = wide is None and work.change is None and origin.parts == 1 and not origin.transposed
         # Rounded only at the end: what is changed afterwards is not rounded before.
         dtype = wide_dtype(*inputs, out) if work.change is not None else out.dtype
-        result = torch.empty(inputs[0].shape, dtype=dtype, device=out.device)
+        result = out.view(shape) if as_it_is else torch.empty(shape, dtype=dtype, device=out.device)
         if work.alpha is None:
             cast(inputs[0], out=result)
         elif self._method is not None and self._method.locality == "element":
@@ -174,9 +176,11 @@ class Computation:
             result *= work.change.scale
             if work.change.shift is not None:
                 result += torch.tensor(work.change.shift, dtype=dtype).to(out.device, non_blocking=True)
-        if whole.origin.parts > 1:
-            result = result.chunk(whole.origin.parts)[whole.origin.part]
-        if whole.origin.transposed and result.dim() == 2:
+        if as_it_is:
+            return
+        if origin.parts > 1:
+            result = result.chunk(origin.parts)[origin.part]
+        if origin.transposed and result.dim() == 2:
             result = result.T
         round_into(out.view(result.shape), result)
 
@@ -214,12 +218,16 @@ class Statistics:
 
 
 def looked_at(views: Sequence[View]) -> list[str]:
-    """The tensors that methods look at which look at whole models: floats of one shape in all of them, VAE and EMA aside."""
+    """The tensors that methods look at which look at whole models: floats of one shape in all of them, VAE and EMA aside.
+
+    Markers, which hold nothing, are left out.
+    """
     first, *others = (view.tensors for view in views)
     return [
         name
         for name, info in first.items()
-        if component_of(name) not in ("vae", "ema")
+        if info.elements
+        and component_of(name) not in ("vae", "ema")
         and not is_schedule(name)
         and not is_position_ids(name)
         and all(name in other and other[name].shape == info.shape for other in others)

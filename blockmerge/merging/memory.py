@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
     from blockmerge.merging.kernel import Computation
 
-_TOGETHER = 1 << 25
-"""Elements that are computed in one launch on a GPU: small tensors are laid side by side for it."""
+_TOGETHER = {"cpu": 0}
+"""Elements of small tensors that are laid side by side and computed in one launch, by the kind of device."""
+
+_TOGETHER_ON_A_GPU = 1 << 25
 
 
 def merge_state_dicts(
@@ -97,7 +99,7 @@ def _compute(state_dicts: Sequence[Mapping[str, torch.Tensor]], drafter: Drafter
 
     decided = drafter.decided
     merged: dict[str, torch.Tensor] = {}
-    jobs = []
+    jobs: list[_Job] = []
     with torch.no_grad():
         computation = Computation(drafter.recipe, drafter.numbers, _gathered(drafter.recipe, state_dicts, decided))
         for decision in decided.tensors:
@@ -105,10 +107,7 @@ def _compute(state_dicts: Sequence[Mapping[str, torch.Tensor]], drafter: Drafter
             merged[decision.name] = job.out
             if job.inputs:
                 jobs.append(job)
-        for job in jobs:
-            if job.out.device.type == "cpu":
-                computation.run(job.inputs, job.work, job.position, job.out.view(-1))
-        _compute_together((job for job in jobs if job.out.device.type != "cpu"), computation)
+        _compute_together(jobs, computation)
     return merged
 
 
@@ -119,7 +118,7 @@ def _job(state_dicts: Sequence[Mapping[str, torch.Tensor]], drafter: Drafter, de
 
     decided = drafter.decided
     holder = next(number for number, view in decided.views.items() if decision.key in view.tensors)
-    device = _made(state_dicts[holder], decided.views[holder].origins[decision.key]).device
+    device = state_dicts[holder][decided.views[holder].origins[decision.key].names[0]].device
     if decision.literal is not None:
         values = torch.frombuffer(bytearray(decision.literal), dtype=torch.int64).view(decision.shape)
         return _Job([], None, values.to(device))
@@ -142,7 +141,7 @@ def _job(state_dicts: Sequence[Mapping[str, torch.Tensor]], drafter: Drafter, de
     return _Job([tensor.contiguous() for tensor in inputs], work, out, part * out.numel())
 
 
-def _compute_together(jobs: Iterable[_Job], computation: Computation) -> None:
+def _compute_together(jobs: Sequence[_Job], computation: Computation) -> None:
     """Compute in few large launches: tensors that get the same treatment are laid side by side."""
     import torch
 
@@ -165,14 +164,16 @@ def _compute_together(jobs: Iterable[_Job], computation: Computation) -> None:
 
 def _parts(jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
     """Cut a group into parts whose tensors, laid side by side, do not take too much memory."""
+    limit = _TOGETHER.get(jobs[0].out.device.type, _TOGETHER_ON_A_GPU)
     part: list[_Job] = []
+    elements = 0
     for job in jobs:
-        if part and sum(one.out.numel() for one in part) + job.out.numel() > _TOGETHER:
+        if part and elements + job.out.numel() > limit:
             yield part
-            part = []
+            part, elements = [], 0
         part.append(job)
-    if part:
-        yield part
+        elements += job.out.numel()
+    yield part
 
 
 def _gathered(recipe: Recipe, state_dicts: Sequence[Mapping[str, torch.Tensor]], decided: Decisions) -> object:

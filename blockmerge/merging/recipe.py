@@ -82,6 +82,8 @@ class Recipe:
         known = {number.name for number in method.numbers}
         for number in self.numbers.keys() - known:
             raise RecipeError(f"{shown(method.name)} takes no '{shown(number)}'{did_you_mean(number, known)}")
+        if self.clip and method.models == 1:
+            raise RecipeError(f"{shown(method.name)} merges 1 model: there is no B to clip to")
 
     @property
     def method_name(self) -> str:
@@ -149,9 +151,9 @@ def make_recipe(
     adjust: str = "",
     **options: Any,
 ) -> Recipe:
-    """Read what was given as text. The seed of the weights is that of a method of chance as well."""
+    """Read what was given as text. The seed of the weights is that of the method as well, where it has one."""
     found = find_method(method)
-    if found.random and "seed" not in numbers:
+    if "seed" not in numbers and any(number.name == "seed" for number in found.numbers):
         numbers = {**numbers, "seed": weights.seed}
     return Recipe(
         weights,

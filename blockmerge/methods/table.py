@@ -52,7 +52,8 @@ class Number:
         """Return the value that was given as the method is to get it. Raises RecipeError for one out of range."""
         try:
             if self.kind == "numbers":
-                return self._check_ratios(tuple(map(float, value)), models)
+                numbers = value.split(",") if isinstance(value, str) else value
+                return self._check_ratios(tuple(map(float, numbers)), models)
             number = int(str(value)) if self.kind == "whole number" else float(value)
             if math.isfinite(number) and self.low <= number <= self.high and not (self.open_above and number == self.high):
                 return number
