@@ -11,7 +11,7 @@ from blockmerge.checkpoints.metadata import ARCHITECTURES, faulty_metadata
 from blockmerge.checkpoints.model import EMA_CHOICES, VAE_PREFIX, Model, View, vae_view
 from blockmerge.checkpoints.open import SUFFIXES, CheckpointLike, open_checkpoint
 from blockmerge.checkpoints.position_ids import POSITIONS, fault_of_position_ids
-from blockmerge.checkpoints.state_dict import StateDict
+from blockmerge.checkpoints.state_dict import StateDict, state_dict_name
 from blockmerge.checkpoints.writing.disk import check_space
 from blockmerge.checkpoints.writing.folder_writer import AtomicFolder, check_output_folder
 from blockmerge.checkpoints.writing.writer import AtomicFile, check_output
@@ -50,5 +50,6 @@ __all__ = [
     "itemsize",
     "old_hash",
     "open_checkpoint",
+    "state_dict_name",
     "vae_view",
 ]

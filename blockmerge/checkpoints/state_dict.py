@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     import torch
 
 
+def state_dict_name(number: int) -> str:
+    """Return what messages call one of several state dicts: ``"state dict A"``, or a number where letters end."""
+    return f"state dict {chr(ord('A') + number) if number < 26 else number + 1}"
+
+
 class StateDict(Checkpoint):
     """A dict of tensors, on any device, seen as a checkpoint. The tensors are not copied, and not changed.
 

@@ -19,7 +19,7 @@ from blockmerge.anatomy import (
     plain_names_of_ema,
 )
 from blockmerge.checkpoints import FLOAT_DTYPES, Checkpoint, Model, TensorInfo
-from blockmerge.errors import UnknownFamilyError, counted, listing, shown
+from blockmerge.errors import CheckpointError, UnknownFamilyError, counted, listing, shown
 from blockmerge.inspecting.problems import Problem
 
 _ODD_DTYPES: tuple[tuple[str, Callable[[str], bool], str], ...] = (
@@ -49,7 +49,7 @@ class Subject:
         """Look at a checkpoint's names and shapes."""
         try:
             model = Model.of(checkpoint)
-        except UnknownFamilyError as error:
+        except (CheckpointError, UnknownFamilyError) as error:
             originals = {canonical_name(name): name for name in checkpoint.tensors}
             tensors = {canonical: checkpoint.tensors[name] for canonical, name in originals.items()}
             return cls(checkpoint, None, str(error), tensors, originals, ())

@@ -131,7 +131,7 @@ class _Judge:
     restored: list[str] = field(default_factory=list)
     homeless: list[str] = field(default_factory=list)
     pruned: list[str] = field(default_factory=list)
-    only_in: dict[int, list[str]] = field(default_factory=dict)
+    only_in: dict[tuple[int, ...], list[str]] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     mixed: list[str] = field(default_factory=list)
     ruled: list[tuple[str, str]] = field(default_factory=list)
@@ -184,11 +184,11 @@ class _Judge:
             self.counted["kept"] += len(holders) == len(self.models) > 1
             return self._take(name, holders[0], fixed_dtype=True)
         if floats < len(holders):
-            return self._mixed(name, component, " and ".join(dict.fromkeys(dtypes)))
+            return self._mixed(name, component, " and ".join(dict.fromkeys(dtypes)), holders[0])
         if len(holders) < len(self.models):
             others = [model for number, model in enumerate(self.models) if number not in holders]
             if component == "other" or any(component in other.components for other in others):
-                self.only_in.setdefault(holders[0], []).append(name)
+                self.only_in.setdefault(tuple(holders), []).append(name)
             return self._take(name, holders[0])
         return self._take(name, 0) if self.recipe.method is None else self._merge(name)
 
@@ -230,13 +230,13 @@ class _Judge:
             dtype = self.recipe.output_dtype or (of_a if of_a in FLOAT_DTYPES else dtype)
         return Decision(name, name, name, dtype, info.shape, (source,))
 
-    def _mixed(self, name: str, component: str, dtypes: str) -> Decision | None:
+    def _mixed(self, name: str, component: str, dtypes: str, source: int) -> Decision | None:
         """A tensor that holds floats in one model and something else in another, which cannot be blended."""
         if component == "unet":
             self.faults.append(f"{shown(name)} (dtypes do not blend: {dtypes})")
             return None
         self.mixed.append(f"{shown(name)} is {dtypes}")
-        return self._take(name, 0, fixed_dtype=True)
+        return self._take(name, source, fixed_dtype=True)
 
     def _leave_out(self) -> Decision | None:
         self.counted["dropped"] += 1
@@ -284,7 +284,8 @@ class _Judge:
             base = self.weights["BASE"]
             if vae == "blend":
                 return None
-            chosen = has_vae[0] if base is None or base <= 0.5 else has_vae[1]
+            weight_one_is_b = self.recipe.merge_method.copies(1.0, 0.0) == 1
+            chosen = has_vae[1] if weight_one_is_b and base is not None and base > 0.5 else has_vae[0]
             self.notes.append(f"the VAE is taken whole from {shown(self.models[chosen].name)} (--vae blend would blend it)")
             return chosen
         return self._open_vae_file()
@@ -319,16 +320,25 @@ class _Judge:
         """The same under diffusers' names: most tensors become one, some three, all read through the sources' other views."""
         source_of_vae = {VAE_FILE: vae_view(self.views[VAE_FILE].checkpoint, "diffusers")} if VAE_FILE in self.views else {}
         self.views = {**{n: model.view("diffusers") for n, model in enumerate(self.models)}, **source_of_vae}
-        placed = []
-        for decision in decisions:
+        placed: dict[str, Decision] = {}
+        doubles = []
+        # A part that lacks its others keeps its own name; where another model has the whole, that goes first and wins.
+        for decision in sorted(decisions, key=lambda decision: "/" in decision.ldm):
             relation = Relation((decision.ldm,)) if "/" in decision.ldm else relation_of(decision.ldm, self.family)
             for place in relation.diffusers:
                 shape = decision.shape
                 if decision.sources and decision.wider is None:
                     shape = self.views[decision.sources[0]].tensors[place].shape
-                placed.append(replace(decision, name=place, key=place, shape=shape))
+                if place in placed:
+                    doubles.append(place)
+                else:
+                    placed[place] = replace(decision, name=place, key=place, shape=shape)
+        if doubles:
+            self.notes.append(
+                f"{counted(len(doubles), 'tensor')} left out, since the output has others of that name ({listing(doubles)})"
+            )
         of_a = self.views[0].tensors  # A's order again: the parts of joined tensors do not stand side by side in every file
-        return sorted(placed, key=lambda decision: of_a[decision.key].offset if decision.key in of_a else sys.maxsize)
+        return sorted(placed.values(), key=lambda decision: of_a[decision.key].offset if decision.key in of_a else sys.maxsize)
 
     def _spelled(self, decisions: Sequence[Decision]) -> Sequence[Decision]:
         """A's spelling where the output is a U-Net alone; else the full names, which every loader accepts."""
@@ -359,10 +369,9 @@ class _Judge:
 
     def _describe(self, decisions: Sequence[Decision]) -> None:
         self._describe_components()
-        for number, names in self.only_in.items():
-            self.notes.append(
-                f"{_tensors_are(len(names))} only in {shown(self.models[number].name)} and copied from there ({listing(names)})"
-            )
+        for holders, names in self.only_in.items():
+            first, only = shown(self.models[holders[0]].name), ", ".join(shown(self.models[n].name) for n in holders)
+            self.notes.append(f"{_tensors_are(len(names))} only in {only} and copied from {first} ({listing(names)})")
         if self.homeless:
             where = "a diffusers folder" if self.naming == "diffusers" else "a file in LDM names"
             self.notes.append(
@@ -375,7 +384,7 @@ class _Judge:
             self.notes.append(f"{kept} copied from {shown(self.models[0].name)}")
         if self.mixed:
             self.notes.append(
-                f"{_tensors_are(len(self.mixed))} of floats in one model only, and copied from {shown(self.models[0].name)} "
+                f"{_tensors_are(len(self.mixed))} of floats in some models only, and copied from the first that has them "
                 f"({listing(self.mixed, width=300)})"
             )
         if self.restored:
@@ -398,15 +407,16 @@ class _Judge:
             self.notes.append(f"{_tensors_are(count)} converted from {given} to {wanted}")
 
     def _describe_components(self) -> None:
+        for component in sorted(set[str]().union(*(model.components for model in self.models)) - {"other", "unet"}):
+            holders = [model for model in self.models if component in model.components]
+            if len(holders) == len(self.models) or (component == "vae" and (self.vae_source == VAE_FILE or len(holders) > 1)):
+                continue
+            stale = ", as it was: it does not follow the merge" if component == "ema" else ""
+            title = _COMPONENT_TITLES.get(component, component)
+            first, only = shown(holders[0].name), ", ".join(shown(model.name) for model in holders)
+            whence = "there" if len(holders) == 1 else first
+            self.notes.append(f"the {title} is only in {only} and copied from {whence}{stale}")
         for model in self.models:
-            others = [other for other in self.models if other is not model]
-            first = [component for component in model.components if all(component not in m.components for m in others)]
-            for component in sorted(first if others else []):
-                if component == "other" or (component == "vae" and self.vae_source == VAE_FILE):
-                    continue
-                stale = ", as it was: it does not follow the merge" if component == "ema" else ""
-                title = _COMPONENT_TITLES.get(component, component)
-                self.notes.append(f"the {title} is only in {shown(model.name)} and copied from there{stale}")
             if model.ema_tensors and any(component_of(name) == "unet" for name in model.source.tensors):
                 why = ", which would be stale" if self.recipe.method is not None else ""
                 self.notes.append(f"left out {counted(model.ema_tensors, 'EMA tensor')} of {shown(model.name)}{why}")

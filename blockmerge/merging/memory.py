@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 from blockmerge.anatomy import Origin
-from blockmerge.checkpoints import Model, StateDict
+from blockmerge.checkpoints import Model, StateDict, state_dict_name
 from blockmerge.errors import CheckpointError, NonFiniteError, listing
 from blockmerge.merging.decisions import Decision, Decisions, check_vae_option, decide
 from blockmerge.merging.plan import Drafter, Work
@@ -39,6 +38,7 @@ def merge_state_dicts(
     adjust: str = "",
     clip: bool = False,
     seed: int = 0,
+    sdxl_map: str | None = None,
     vae: str = "auto",
     check_finite: bool = False,
     **numbers: Any,
@@ -58,8 +58,8 @@ def merge_state_dicts(
     recipe = make_recipe(
         method,
         numbers,
-        WeightsRequest(preset, weights, changes, seed=seed),
-        WeightsRequest(preset_beta, weights_beta, changes_beta, seed=seed, beta=True),
+        WeightsRequest(preset, weights, changes, sdxl_map, seed=seed),
+        WeightsRequest(preset_beta, weights_beta, changes_beta, sdxl_map, seed=seed, beta=True),
         rules=rules,
         adjust=adjust,
         clip=clip,
@@ -69,10 +69,7 @@ def merge_state_dicts(
     for given in state_dicts:
         if not isinstance(given, Mapping):
             raise CheckpointError(f"a {type(given).__name__} is no state dict: give a dict of tensors (merge() takes files)")
-    models = [
-        Model.of(StateDict(tensors, f"state dict {letter}"))
-        for tensors, letter in zip(state_dicts, ascii_uppercase, strict=False)
-    ]
+    models = [Model.of(StateDict(tensors, state_dict_name(number))) for number, tensors in enumerate(state_dicts)]
     family = models[0].anatomy.family.name
     decided = decide(models, recipe, recipe.weights.resolve(family), recipe.beta.resolve(family))
     drafter = Drafter(recipe, decided, recipe.resolve_numbers(len(models)), family)
@@ -84,12 +81,17 @@ def merge_state_dicts(
 
 @dataclass(frozen=True)
 class _Job:
-    """One tensor: what it is computed from, flat or, for a whole, in shape; how; and where the result goes."""
+    """One tensor: what it is computed from, flat or, for a whole, in shape; how; and where the result goes.
 
-    inputs: list[torch.Tensor]
+    `inputs` are made when they are asked for, as some take memory: joined ones, and those from another device. `kind` is
+    what jobs that can be done together have in common.
+    """
+
+    inputs: Callable[[], list[torch.Tensor]]
     work: Work | None
     out: torch.Tensor
-    position: int = 0
+    position: int
+    kind: tuple[object, ...]
 
 
 def _compute(state_dicts: Sequence[Mapping[str, torch.Tensor]], drafter: Drafter) -> dict[str, torch.Tensor]:
@@ -104,14 +106,15 @@ def _compute(state_dicts: Sequence[Mapping[str, torch.Tensor]], drafter: Drafter
         computation = Computation(drafter.recipe, drafter.numbers, _gathered(drafter.recipe, state_dicts, decided))
         for decision in decided.tensors:
             job = _job(state_dicts, drafter, decision)
-            merged[decision.name] = job.out
-            if job.inputs:
+            if isinstance(job, _Job):
                 jobs.append(job)
+            merged[decision.name] = job.out if isinstance(job, _Job) else job
         _compute_together(jobs, computation)
     return merged
 
 
-def _job(state_dicts: Sequence[Mapping[str, torch.Tensor]], drafter: Drafter, decision: Decision) -> _Job:
+def _job(state_dicts: Sequence[Mapping[str, torch.Tensor]], drafter: Drafter, decision: Decision) -> _Job | torch.Tensor:
+    """What there is to do for a tensor, or the tensor itself, where that is only a copy."""
     import torch
 
     from blockmerge.streaming.tensors import TORCH_DTYPES
@@ -121,24 +124,24 @@ def _job(state_dicts: Sequence[Mapping[str, torch.Tensor]], drafter: Drafter, de
     device = state_dicts[holder][decided.views[holder].origins[decision.key].names[0]].device
     if decision.literal is not None:
         values = torch.frombuffer(bytearray(decision.literal), dtype=torch.int64).view(decision.shape)
-        return _Job([], None, values.to(device))
+        return values.to(device)
     work = drafter.work(decision, in_pieces=False)
     if work is not None and work.whole is not None:
         origins = {number: decided.ldm[number].origins.get(decision.ldm) for number in drafter.operands(decision)}
     else:
         origins = {number: decided.views[number].origins[decision.key] for number in decision.sources}
-    inputs = [
-        _made(state_dicts[number], origin or decided.views[number].origins[decision.key]).to(device)
-        for number, origin in origins.items()
-    ]
-    out = torch.empty(decision.shape, dtype=TORCH_DTYPES.get(decision.dtype, inputs[0].dtype), device=device)
+    found = [(number, origin or decided.views[number].origins[decision.key]) for number, origin in origins.items()]
+    dtypes = [state_dicts[number][origin.names[0]].dtype for number, origin in found]
+    out = torch.empty(decision.shape, dtype=TORCH_DTYPES.get(decision.dtype, dtypes[0]), device=device)
     if work is None and not out.is_floating_point():
-        out.copy_(inputs[0])
-        return _Job([], None, out)
-    if work is None or work.whole is None:
-        inputs = [tensor.reshape(-1) for tensor in inputs]
+        return out.copy_(_made(state_dicts[found[0][0]], found[0][1]))
+
+    def inputs() -> list[torch.Tensor]:
+        made = [_made(state_dicts[number], origin).to(device).contiguous() for number, origin in found]
+        return made if work is not None and work.whole is not None else [tensor.view(-1) for tensor in made]
+
     part = drafter.origin(decision).part
-    return _Job([tensor.contiguous() for tensor in inputs], work, out, part * out.numel())
+    return _Job(inputs, work, out, part * out.numel(), (work, out.dtype, device, *dtypes))
 
 
 def _compute_together(jobs: Sequence[_Job], computation: Computation) -> None:
@@ -148,14 +151,13 @@ def _compute_together(jobs: Sequence[_Job], computation: Computation) -> None:
     groups: dict[object, list[_Job]] = {}
     for job in jobs:
         alone = job.work is not None and (job.work.whole is not None or job.work.key is not None)
-        kind = (job.work, job.out.dtype, job.out.device, *(tensor.dtype for tensor in job.inputs))
-        groups.setdefault(id(job) if alone else kind, []).append(job)
+        groups.setdefault(id(job) if alone else job.kind, []).append(job)
     for together in (part for group in groups.values() for part in _parts(group)):
         first = together[0]
         if len(together) == 1:
-            computation.run(first.inputs, first.work, first.position, first.out.view(-1))
+            computation.run(first.inputs(), first.work, first.position, first.out.view(-1))
             continue
-        inputs = [torch.cat(tensors) for tensors in zip(*(job.inputs for job in together), strict=True)]
+        inputs = [torch.cat(tensors) for tensors in zip(*(job.inputs() for job in together), strict=True)]
         out = torch.empty(len(inputs[0]), dtype=first.out.dtype, device=first.out.device)
         computation.run(inputs, first.work, 0, out)
         outs = [job.out.view(-1) for job in together]

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 from blockmerge.checkpoints import (
@@ -21,6 +20,7 @@ from blockmerge.checkpoints import (
     check_space,
     is_diffusers_folder,
     open_checkpoint,
+    state_dict_name,
 )
 from blockmerge.errors import OutputError, shown
 from blockmerge.merging.execute import Pace, execute
@@ -196,8 +196,8 @@ def _open(models: Sequence[CheckpointLike], variant: str | None) -> list[Checkpo
     """Open the models; a variant is for those that are folders."""
     folders = [isinstance(model, (str, os.PathLike)) and os.path.isdir(model) for model in models]
     return [
-        open_checkpoint(model, name=f"state dict {letter}", variant=variant if folder or not any(folders) else None)
-        for model, letter, folder in zip(models, ascii_uppercase, folders, strict=False)
+        open_checkpoint(model, name=state_dict_name(number), variant=variant if folder or not any(folders) else None)
+        for number, (model, folder) in enumerate(zip(models, folders, strict=True))
     ]
 
 

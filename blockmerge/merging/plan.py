@@ -14,6 +14,7 @@ from typing import Any
 
 from blockmerge.anatomy import Anatomy, Origin, component_of, identify, origins_in_diffusers
 from blockmerge.checkpoints import Checkpoint, Model, TensorInfo, encode_header, itemsize
+from blockmerge.errors import IncompatibleModelsError, shown
 from blockmerge.merging.decisions import SHARED_CHANNELS, Decision, Decisions, decide
 from blockmerge.merging.folder_files import folder_files, split_folder
 from blockmerge.merging.metadata import output_metadata
@@ -92,7 +93,9 @@ class Run:
 
     def continues(self, other: Run) -> bool:
         """Whether this run goes on where `other` ends, in the output and in everything that is read."""
-        if self.literal is not None or other.literal is not None or self.grain > 1 or (self.work and self.work.key is not None):
+        if self.literal is not None or other.literal is not None:
+            return False
+        if self.work is not None and (self.work.whole is not None or self.work.key is not None):
             return False
         if (self.start, self.dtype, self.work, len(self.operands)) != (other.stop, other.dtype, other.work, len(other.operands)):
             return False
@@ -265,6 +268,8 @@ def _lay_out(decisions: Sequence[Decision]) -> dict[str, TensorInfo]:
     tensors = {}
     for decision in decisions:
         info = TensorInfo(decision.dtype, decision.shape, offset)
+        if decision.name in tensors:  # the last guard before a file that no reader opens
+            raise IncompatibleModelsError(f"two tensors of the output would be called {shown(decision.name)}")
         tensors[decision.name] = info
         offset += info.nbytes
     return tensors
