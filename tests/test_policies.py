@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import blockmerge
 from blockmerge import IncompatibleModelsError
+from blockmerge.demo import make_state_dicts
 from tests.refusals import assert_refused
 
 UNET = "model.diffusion_model."
@@ -171,7 +172,10 @@ def test_floats_in_only_one_model_are_refused_in_the_unet_and_noted_elsewhere(mo
             merged(first, second)
     out, result = merged(a, {**b, TEXT: b[TEXT].to(dtype)})
     assert torch.equal(out[TEXT], a[TEXT])
-    assert f"1 tensor is of floats in one model only, and copied from a.safetensors ({TEXT} is F16 and {spelled})" in result.notes
+    assert (
+        f"1 tensor is of floats in some models only, and copied from the first that has them ({TEXT} is F16 and {spelled})"
+        in result.notes
+    )
     out, result = merged({**a, PROJ: a[PROJ].to(dtype)}, {**b, PROJ: b[PROJ].to(dtype)})
     assert torch.equal(out[PROJ], a[PROJ].to(dtype))
     assert "1 integer or schedule tensor is copied from a.safetensors" in result.notes
@@ -348,3 +352,54 @@ def test_skip_leaves_a_block_alone(models, merged):
 def test_weights_beyond_the_models_are_noted(models, merged):
     _, result = merged(*models, weights="IN04=1.5,M00=-0.5")
     assert "weights outside 0 to 1 go beyond the models: IN04, M00" in result.notes
+
+
+def test_no_two_tensors_of_a_folder_get_one_name(tmp_path):
+    """A tensor under a folder's name in an LDM file; a part without its others, where another model has the whole."""
+    a, b = make_state_dicts("sdxl")
+    stray = blockmerge.convert({**a, "vae.decoder.conv_in.bias": torch.ones(3)}, tmp_path / "a", naming="diffusers")
+    assert any("vae/decoder.conv_in.bias" in note for note in stray.notes)
+    vae = load_file(tmp_path / "a" / "vae" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(vae["decoder.conv_in.bias"], a["first_stage_model.decoder.conv_in.bias"])
+
+    text_encoder = tmp_path / "a" / "text_encoder_2" / "model.safetensors"
+    parts = load_file(text_encoder)
+    layer = "text_model.encoder.layers.3.self_attn"
+    save_file({name: tensor for name, tensor in parts.items() if name != f"{layer}.v_proj.weight"}, text_encoder)
+    merged = blockmerge.merge(tmp_path / "a", b, weights=0.5, output=tmp_path / "merged")
+    result = load_file(tmp_path / "merged" / "text_encoder_2" / "model.safetensors")
+    whole = b["conditioner.embedders.1.model.transformer.resblocks.3.attn.in_proj_weight"]
+    rows = [result[f"{layer}.{letter}_proj.weight"] for letter in "qkv"]
+    assert torch.equal(torch.cat(rows), whole)
+    assert any("others of that name" in note and f"{layer}.q_proj.weight" in note for note in merged.notes)
+
+
+def test_every_one_of_many_models_counts(tmp_path):
+    a = make_state_dicts("sd1")[0]
+    name = "model.diffusion_model.out.2.bias"
+    models = [{**a, name: torch.full_like(a[name], float(number))} for number in range(30)]
+    merged = blockmerge.merge_state_dicts(*models, method="average")
+    assert torch.allclose(merged[name], torch.full_like(a[name], 14.5))
+    result = blockmerge.merge(*models, method="average", output=tmp_path / "out.safetensors")
+    assert torch.equal(load_file(tmp_path / "out.safetensors")[name], merged[name])
+    assert len(result.models) == 30
+    assert result.models[25:27] == ("state dict Z", "state dict 27")
+
+
+def test_what_not_all_models_have_is_told(tmp_path):
+    a, b = make_state_dicts("sd1")
+    c = {name: tensor for name, tensor in a.items() if not name.startswith("cond_stage_model.")}
+    extra = {"cond_stage_model.extra": torch.zeros(2)}
+    result = blockmerge.merge({**a, **extra}, {**b, **extra}, c, method="average", output=tmp_path / "out.safetensors")
+    assert "the text encoder is only in state dict A, state dict B and copied from state dict A" in result.notes
+    mixed = [a, {**b, "extra": torch.zeros(2)}, {**a, "extra": torch.zeros(2, dtype=torch.int64)}]
+    merged = blockmerge.merge_state_dicts(*mixed, method="average")
+    assert torch.equal(merged["extra"], torch.zeros(2))
+
+
+@pytest.mark.parametrize(("method", "models", "source"), [("weighted_sum", 2, 1), ("add_difference", 3, 0), ("average", 3, 0)])
+def test_the_vae_is_bs_only_where_weight_1_is_b(method, models, source):
+    dicts = [*make_state_dicts("sd1"), make_state_dicts("sd1", seed=5)[0]][:models]
+    merged = blockmerge.merge_state_dicts(*dicts, method=method, weights=1.0)
+    name = "first_stage_model.decoder.conv_in.weight"
+    assert torch.equal(merged[name], dicts[source][name])

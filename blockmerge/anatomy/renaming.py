@@ -216,11 +216,14 @@ def origins_in_ldm(names: Iterable[str], family: str) -> dict[str, Origin]:
 
 
 def origins_in_diffusers(names: Iterable[str], family: str) -> dict[str, Origin]:
-    """Return {diffusers name: origin} for tensors of LDM naming; what has no place in a folder is left out."""
+    """Return {diffusers name: origin} for tensors of LDM naming; what has no place in a folder is left out.
+
+    Names of a folder's own, which LDM does not know, stay, but for those that an LDM tensor gets.
+    """
     found: dict[str, Origin] = {}
-    for name in names:
-        if "/" in name:  # a folder's own, which LDM does not know
-            found[name] = Origin((name,))
+    for name in sorted(names, key=lambda name: "/" in name):
+        if "/" in name:
+            found.setdefault(name, Origin((name,)))
             continue
         relation = relation_of(name, family)
         for part, place in enumerate(relation.diffusers):
