@@ -21,7 +21,6 @@ from blockmerge.merging.recipe import Recipe
 from blockmerge.methods import METHODS, arithmetic, key_of
 from blockmerge.weights import WeightsRequest
 from tests import method_oracle, oracle
-from tests.conftest import FAMILIES
 from tests.small_models import in_diffusers, small_model, write_folder
 from tests.test_methods import tolerance
 
@@ -162,7 +161,7 @@ def test_tensors_laid_side_by_side_give_the_same_bits(monkeypatch, name):
         assert len(launches) < len(together) / 4
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])  # which have all that is joined, transposed or of fewer axes
 @pytest.mark.parametrize("name", METHODS)
 def test_the_naming_does_not_matter(tmp_path, name, family):
     """Whatever the models' and the output's naming, the values are those of the LDM tensors, joined and as LDM has them."""
@@ -315,11 +314,11 @@ def test_what_is_not_finite_is_found_and_stays_where_it_is(tmp_path, name, value
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("weights", [0.5, 1.5, -0.5])
+@pytest.mark.parametrize("weights", [0.5, -0.5])
 def test_finite_in_finite_out(name, weights):
     """Models that are equal, zero, or nearly opposite."""
     method = METHODS[name]
-    one = small_model("sdxl", torch.float32)
+    one = small_model(dtype=torch.float32)
     zero = {tensor: torch.zeros_like(value) for tensor, value in one.items()}
     for models in (
         [one] * 4,

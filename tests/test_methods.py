@@ -80,7 +80,7 @@ def tolerance(method, models, wanted, dtype, weights):
         size = torch.maximum(size, model.double().abs())
     allowed = step_at(size, dtype) * (8 if dtype == torch.float64 else 1)
     if method.name == "add_noise":  # the noise itself is of float32
-        allowed = allowed + 2e-6 * abs(weights["alpha"])
+        allowed = allowed + 4e-6 * abs(weights["alpha"])
     if method.locality != "element" and method.rows is None and size.numel():
         allowed = (
             allowed + (1e-12 if dtype in (torch.float32, torch.float64) else 1e-6) * (1 + abs(weights["alpha"])) * size.max()

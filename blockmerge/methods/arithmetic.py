@@ -14,7 +14,7 @@ HALVES = (torch.float16, torch.bfloat16)
 _E4M3FN_OVERFLOW = 464.0  # half a step above 448: beyond it, a value rounds to one that the format does not have
 _BLOCK = 1 << 18  # elements whose intermediate values stay in a processor's cache
 _DEVICE_BLOCK = 1 << 24  # elements that keep any GPU busy, and whose intermediate values take some hundred megabytes of it
-_SLAB = 1 << 18  # elements of a tensor that are widened at once, where a method goes through it more than once
+_SLAB = 1 << 16  # elements of a tensor that are widened at once, where a method goes through it more than once
 
 
 def wide_dtype(*tensors: torch.Tensor) -> torch.dtype:
@@ -89,7 +89,7 @@ def combine_into(out: torch.Tensor, tensors: Sequence[torch.Tensor], factors: Se
 
 
 def slabs(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Yield stretches of the first axis, of about 260 000 elements or of one entry each; none of an empty tensor."""
+    """Yield stretches of the first axis, of about 65 000 elements or of one entry each; none of an empty tensor."""
     width = prod(shape[1:])
     step = max(1, _SLAB // max(1, width))
     for start in range(0, shape[0] if width else 0, step):
