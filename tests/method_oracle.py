@@ -10,6 +10,7 @@ import math
 from fractions import Fraction
 
 import numpy as np
+from scipy import special
 
 
 def clamp(weight):
@@ -193,16 +194,14 @@ def splitmix64(key, count):
 
 
 def random_bits(key, count):
-    """Signed 32-bit numbers: of each 64 bits first the lower, then the upper half."""
-    return np.array(splitmix64(key, -(-count // 2)), dtype=np.uint64).view(np.int32)[:count]
+    """Signed 16-bit numbers: four of each 64 bits, the lowest first."""
+    return np.array(splitmix64(key, -(-count // 4)), dtype="<u8").view("<i2")[:count]
 
 
 def normals(key, count):
-    """Box and Muller, on blocks of 4096 of which the first half are radii and the second are angles."""
-    bits = random_bits(key, -(-count // 4096) * 4096).astype(np.float64).reshape(-1, 2, 2048)
-    radius = np.sqrt(-2 * np.log(np.maximum(np.abs(bits[:, 0]), 0.5) / 2**31))
-    angle = bits[:, 1] / 2**31 * np.pi
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)[:count]
+    """Quantiles of the normal distribution, scaled to variance 1."""
+    values = special.ndtri((np.arange(65536) + 0.5) / 65536)
+    return (values / values.std())[random_bits(key, count).astype(int) + 32768]
 
 
 def add_noise(a, *, alpha, key):
@@ -210,5 +209,6 @@ def add_noise(a, *, alpha, key):
 
 
 def dare(a, b, *, alpha, key, drop_rate=0.5):
-    kept = random_bits(key, a.size).astype(np.int64) + 2**31 >= drop_rate * 2**32
-    return a + alpha * (b - a) * kept.reshape(a.shape) / (1 - drop_rate)
+    dropped = round(drop_rate * 65536)
+    kept = random_bits(key, a.size).astype(int) + 32768 >= dropped
+    return a + alpha * (b - a) * kept.reshape(a.shape) / (1 - dropped / 65536)

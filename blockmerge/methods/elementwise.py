@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from blockmerge.methods.arithmetic import HALVES, combine_into, in_blocks, round_into, scratch, wide_dtype, widened
-from blockmerge.methods.randomness import normal, random_bits
+from blockmerge.methods.randomness import CHANCES, normal, random_bits
 
 
 def weighted_sum(a: torch.Tensor, b: torch.Tensor, *, alpha: float, out: torch.Tensor) -> torch.Tensor:
@@ -107,14 +107,16 @@ def average(*models: torch.Tensor, alpha: float = 1.0, ratios: Sequence[float] =
 def dare(
     a: torch.Tensor, b: torch.Tensor, *, alpha: float, drop_rate: float = 0.5, key: int, position: int, out: torch.Tensor
 ) -> None:
-    """A + α·(B − A)/(1 − p) with the probability 1 − p, else A, element by element: DARE, arXiv 2311.03099."""
+    """A + α·(B − A)/(1 − p) with the probability 1 − p, else A, element by element: DARE, arXiv 2311.03099.
+
+    The drop rate p is met to 1/131,072; what is kept is scaled by the rate that is.
+    """
     wide = wide_dtype(a, b, out)
     wide_a = widened("a", a, wide)
     difference = widened("b", b, wide).sub_(wide_a)
-    # The border among signed 32-bit numbers below which the share p of them lies; 0 or 1 takes the place of each.
-    border = min(round(drop_rate * 2**32), 2**32 - 1) - 2**31
-    kept = random_bits(key, position, len(out), out.device).ge_(border)
-    round_into(out, wide_a.add_(difference.mul_(kept), alpha=alpha / (1 - drop_rate)))
+    dropped = min(round(drop_rate * CHANCES), CHANCES - 1)  # of so many equally likely bits; 0 or 1 takes the place of each
+    kept = random_bits(key, position, len(out), out.device).ge_(dropped - CHANCES // 2)
+    round_into(out, wide_a.add_(difference.mul_(kept), alpha=alpha * CHANCES / (CHANCES - dropped)))
 
 
 @in_blocks
