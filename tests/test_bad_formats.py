@@ -193,6 +193,22 @@ def test_hashes_are_hashlibs(tmp_path, form, size):
     assert found.autov3 == (hashlib.sha256(data[header:]).hexdigest()[:12] if form == "safetensors" else None)
 
 
+def test_the_hash_of_what_follows_a_header_needs_a_header(tmp_path):
+    """A zip whose ninth byte is a "{", which made 8 bytes of it the length of a header."""
+    path = write({"x": torch.ones(3)}, tmp_path / "m", "zip")
+    data = bytearray(path.read_bytes())
+    data[8] = ord("{")  # the method of compression, of which only the directory at the end is looked at
+    path.write_bytes(data)
+    assert blockmerge.open_checkpoint(path).tensors.keys() == {"x"}
+    found = blockmerge.inspect(path, hashes=True).hashes
+    assert (found.sha256, found.autov3) == (hashlib.sha256(data).hexdigest(), None)
+
+
+def test_a_folder_with_one_file_has_its_hashes(models):
+    weights = models["folder"] / "unet" / "diffusion_pytorch_model.safetensors"
+    assert blockmerge.inspect(weights.parent, hashes=True).hashes == blockmerge.inspect(weights, hashes=True).hashes
+
+
 def test_a_folder_has_no_hashes(models, tmp_path, capsys):
     path = copy(models["folder"], tmp_path)
     assert_refused(capsys, tmp_path, "inspect", path.name, "--hash", says="folder is not one file: it has no hashes")

@@ -124,6 +124,27 @@ def test_methods_that_fail(module):
         find_method(f"{module}:raising").function(a, a, alpha=0.5, out=a)
 
 
+@pytest.mark.parametrize(
+    ("result", "what"),
+    [
+        (lambda a: a.numpy(), "a ndarray"),
+        (lambda a: a.tolist(), "a list"),
+        (lambda a: None, "a NoneType"),
+        (lambda a: a.to(torch.complex64), "numbers of torch.complex64"),
+        (lambda a: a > 0, "numbers of torch.bool"),
+    ],
+)
+def test_methods_that_return_something_else(result, what):
+    @blockmerge.merge_method()
+    def odd(a, b, *, alpha):
+        return result(a)
+
+    a = torch.ones(5)
+    with pytest.raises(RecipeError) as caught:
+        find_method(odd).function(a, a, alpha=0.5, out=torch.empty(5))
+    assert str(caught.value) == f"the method {__name__}:odd returned {what} for tensors of shape [5]"
+
+
 def no_weight(a, b):
     return a
 

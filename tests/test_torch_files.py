@@ -19,6 +19,7 @@ import blockmerge
 from blockmerge import CheckpointError, open_checkpoint
 from blockmerge.checkpoints import TorchFile
 from blockmerge.cli.main import run
+from blockmerge.demo import demo_layout
 from tests.refusals import assert_refused
 
 SAVED = {
@@ -50,6 +51,19 @@ def with_leftovers(tensors):
         "hyper_parameters": argparse.Namespace(device=torch.device("cpu"), dtype=torch.float16, size=torch.Size([1, 2])),
         "state_dict": {**tensors, "global_step": 4, "note": "text", "nothing": None, "score": np.float32(3)},
     }
+
+
+def test_the_largest_files_of_training_open(tmp_path):
+    """SDXL with EMA copies and Adam's state of the U-Net: the pickle has a bound, which no real one may reach."""
+    state = dict.fromkeys(demo_layout("sdxl"))
+    unet = [name for name in state if name.startswith("model.diffusion_model.")]
+    state |= dict.fromkeys(f"model_ema.{name.replace('.', '')}" for name in unet)
+    saved = {"state_dict": {name: torch.zeros(1) for name in state}}
+    adam = {"step": torch.zeros(()), "exp_avg": torch.zeros(1), "exp_avg_sq": torch.zeros(1)}
+    saved["optimizer_states"] = [{number: {key: value.clone() for key, value in adam.items()} for number in range(len(unet))}]
+    for zipped in (True, False):
+        torch.save(saved, tmp_path / "x.ckpt", _use_new_zipfile_serialization=zipped)
+        assert open_checkpoint(tmp_path / "x.ckpt").tensors.keys() == state.keys()
 
 
 def shared(tensors):

@@ -100,17 +100,22 @@ def scheduler_config(family: str, prediction: str, *, zero_snr: bool = False) ->
         "beta_schedule": "scaled_linear",
         "beta_start": 0.00085,
         "num_train_timesteps": 1000,
-        "prediction_type": prediction,
         "steps_offset": 1,
-    }
-    if zero_snr:  # the paper's: the last step must be among those taken
-        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    } | prediction_settings(prediction, zero_snr=zero_snr)
     if family in ("sdxl", "sdxl_refiner"):
         spacing = {"interpolation_type": "linear", "timestep_spacing": "leading"}
         return _of_diffusers("EulerDiscreteScheduler") | spacing | config
     if prediction == "v_prediction" or zero_snr:
         return _of_diffusers("DDIMScheduler") | {"clip_sample": False, "set_alpha_to_one": False} | config
     return _of_diffusers("PNDMScheduler") | {"set_alpha_to_one": False, "skip_prk_steps": True} | config
+
+
+def prediction_settings(prediction: str, *, zero_snr: bool = False) -> dict[str, Any]:
+    """Return what of a scheduler's config the model decides, whatever the scheduler."""
+    if not zero_snr:
+        return {"prediction_type": prediction}
+    # The paper's: the last step must be among those taken.
+    return {"prediction_type": prediction, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
 def _of_diffusers(name: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from blockmerge.checkpoints.assembled import Assembled, Assembly, Piece
 from blockmerge.checkpoints.checkpoint import Checkpoint, Reader, TensorInfo
 from blockmerge.checkpoints.dtypes import FLOAT_DTYPES, itemsize
-from blockmerge.checkpoints.formats.folder import DiffusersFolder, is_diffusers_folder
+from blockmerge.checkpoints.formats.folder import LARGEST_CARRIED, DiffusersFolder, is_diffusers_folder
 from blockmerge.checkpoints.formats.safetensors_file import SafetensorsFile, encode_header
 from blockmerge.checkpoints.formats.torch_file import TorchFile
 from blockmerge.checkpoints.hashes import Hashes, hash_file, old_hash
@@ -20,6 +20,7 @@ __all__ = [
     "ARCHITECTURES",
     "EMA_CHOICES",
     "FLOAT_DTYPES",
+    "LARGEST_CARRIED",
     "POSITIONS",
     "SUFFIXES",
     "VAE_PREFIX",

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from blockmerge.checkpoints.checkpoint import Checkpoint
+from blockmerge.checkpoints.formats.safetensors_file import SafetensorsFile
+from blockmerge.checkpoints.open import open_checkpoint
 from blockmerge.errors import CheckpointError, reason, shown
 
 _STEP = 1 << 22
@@ -53,17 +55,14 @@ def _autov1(file: BinaryIO) -> str:
     return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
 
 
-def _data_start(head: bytes) -> int | None:
-    """Where the data of a safetensors file begins, or None for another file, by its first 9 bytes."""
-    return 8 + int.from_bytes(head[:8], "little") if head[8:] == b"{" else None
-
-
 def hash_file(checkpoint: Checkpoint, progress: Callable[[int, int], None] | None = None) -> Hashes:
     """Hash a checkpoint's file in one pass; `progress(done, total)` is told the bytes.
 
     Raises CheckpointError when it cannot be read, or the checkpoint is not one file.
     """
     path = _only_file(checkpoint)
+    opened = open_checkpoint(path)  # `checkpoint` may be a folder that holds this one file
+    data_start = opened.data_start if isinstance(opened, SafetensorsFile) else None
     whole, data = hashlib.sha256(), hashlib.sha256()
     try:
         # Both sums want every byte; hashlib lets other threads run, so they are taken side by side.
@@ -71,13 +70,10 @@ def hash_file(checkpoint: Checkpoint, progress: Callable[[int, int], None] | Non
             total = path.stat().st_size
             old = _autov1(file)
             file.seek(0)
-            data_start = _data_start(file.read(9))
-            file.seek(0)
-            start = file.read(data_start or 0)
-            whole.update(start)
-            done = len(start)
+            header = total if data_start is None else data_start
+            done = 0
             while chunk := file.read(_STEP):
-                other = beside.submit(data.update, chunk)
+                other = beside.submit(data.update, memoryview(chunk)[max(header - done, 0) :])
                 whole.update(chunk)
                 other.result()
                 done += len(chunk)

@@ -7,13 +7,31 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 from blockmerge.anatomy import Anatomy, is_prediction_marker
-from blockmerge.anatomy.configs import folder_configs
-from blockmerge.checkpoints import Checkpoint, CheckpointLike, DiffusersFolder, Model, TensorInfo, open_checkpoint
-from blockmerge.errors import CheckpointError, IncompatibleModelsError, UnknownFamilyError, reason, shown
+from blockmerge.anatomy.configs import folder_configs, prediction_settings
+from blockmerge.checkpoints import (
+    LARGEST_CARRIED,
+    Checkpoint,
+    CheckpointLike,
+    DiffusersFolder,
+    Model,
+    TensorInfo,
+    open_checkpoint,
+)
+from blockmerge.errors import CheckpointError, IncompatibleModelsError, UnknownFamilyError, listing, reason, shown
 from blockmerge.merging.decisions import Decision
 
 SHARD_BYTES = 10_000_000_000
 """The largest weight file in a folder, as diffusers itself cuts them ("10GB")."""
+
+_SCHEDULER = "scheduler/scheduler_config.json"
+_GUESSED = "nothing tells whether this SD2 model predicts v or noise: scheduler_config.json says v_prediction, as of SD2.1 at 768"
+_TEXT = ("hidden_size", "num_hidden_layers")
+_STRUCTURE = {
+    "unet": ("in_channels", "block_out_channels", "cross_attention_dim", "addition_embed_type"),
+    "text_encoder": _TEXT,
+    "text_encoder_2": _TEXT,
+}
+"""By which keys a config is known to be that of other tensors; in_channels are only of another variant."""
 
 _TRANSFORMERS_STEM, _DIFFUSERS_STEM = "model", "diffusion_pytorch_model"
 
@@ -47,40 +65,80 @@ def folder_files(
     """Return {path: bytes} of all that lies beside the weights, and notes for the user.
 
     Configs, tokenizers and scheduler come from the folder `configs`, else from the first model that is a folder; what none
-    of them has is worked out from shapes. Raises CheckpointError when they cannot be read, IncompatibleModelsError when a
-    component is too incomplete to have a config.
+    of them has, or has for other tensors, is worked out from shapes. What A's markers and metadata say of its prediction goes
+    before another folder's scheduler. Raises CheckpointError when files cannot be read, IncompatibleModelsError when a
+    component is too incomplete to have a config, or `configs` is of another kind of model.
     """
-    prediction, notes = _prediction(models[0], anatomy)
+    known = _known_prediction(models[0], anatomy)
+    guessed = not known and (anatomy.family.name, anatomy.variant) == ("sd2", "base")
     try:
-        made = folder_configs({d.key: d.shape for d in decisions}, anatomy.family.name, **prediction)
+        made = folder_configs(
+            {d.key: d.shape for d in decisions}, anatomy.family.name, **({"prediction": "v_prediction"} if guessed else known)
+        )
     except UnknownFamilyError as error:
         raise IncompatibleModelsError(f"{shown(models[0].name)} cannot become a diffusers folder: it {error}") from None
     source = _folder_of_configs(models, configs)
     if source is None:
-        notes.append("a single file holds no tokenizers: the new folder has none (--configs FOLDER takes them from another)")
-        return {path: _json(content) for path, content in made.items()}, notes
-    carried = _carried(source)
+        notes = ["a single file holds no tokenizers: the new folder has none (--configs FOLDER takes them from another)"]
+        return {path: _json(content) for path, content in made.items()}, notes + [_GUESSED] * guessed
     components = {decision.name.partition("/")[0] for decision in decisions}
-    files = {path: data for path, data in carried.items() if path.count("/") == 0 or _belongs(path, components, source)}
-    for path, content in made.items():
-        if path not in files or not _fits(path, files[path], content):
-            files[path] = _json(content)
-    files["model_index.json"] = _json(_index(files["model_index.json"], made["model_index.json"], components, source))
+    carried = {
+        path: data for path, data in _carried(source).items() if path.count("/") == 0 or _belongs(path, components, source)
+    }
+    differing = _differing(carried, made)
+    faults = [f"{path} says {key} {values}" for (path, key), values in differing.items() if key != "in_channels"]
+    if faults and configs is not None:
+        raise IncompatibleModelsError(
+            f"{shown(source.name)} has configs of another kind of model than {shown(models[0].name)} ({listing(faults)}): "
+            f"give a folder of {anatomy.family.title}"
+        )
+    fitting = {path: data for path, data in carried.items() if path not in {unfit for unfit, _ in differing}}
+    files = {path: _json(content) for path, content in made.items()} | fitting
+    notes = [_GUESSED] * (guessed and _SCHEDULER not in carried)
+    index = _index(files["model_index.json"], made["model_index.json"], components, source)
+    if known and source is not models[0].source:
+        scheduler = _scheduler(files[_SCHEDULER], made[_SCHEDULER], prediction_settings(**known))
+        if scheduler != _parsed(files[_SCHEDULER]):
+            files[_SCHEDULER] = _json(scheduler)
+            index["scheduler"] = ["diffusers", scheduler["_class_name"]] if scheduler is made[_SCHEDULER] else index["scheduler"]
+            what = f"{scheduler['prediction_type']}, as {shown(models[0].name)} is marked"
+            notes.append(f"scheduler_config.json says {what}; that of {shown(source.name)} says otherwise")
+    files["model_index.json"] = _json(index)
     return files, notes
 
 
-def _prediction(a: Model, anatomy: Anatomy) -> tuple[dict[str, Any], list[str]]:
-    """What the U-Net predicts, as far as can be told from markers and metadata."""
+def notes_of_single_file(a: Model) -> list[str]:
+    """What a single file cannot say of A, as notes for the user. Raises CheckpointError when A's configs cannot be read."""
+    if not (_is_pipeline(a.source) and _SCHEDULER in a.source.carried):
+        return []
+    prediction = (_parsed(_read(a.source, _SCHEDULER)) or {}).get("prediction_type", "epsilon")
+    if prediction == "epsilon":
+        return []
+    return [
+        f"warning: {shown(a.name)} predicts {shown(prediction)}, as its scheduler_config.json says, which a single file has no "
+        f"place for: set that in the program that loads it"
+    ]
+
+
+def _known_prediction(a: Model, anatomy: Anatomy) -> dict[str, Any]:
+    """What the U-Net predicts, as markers and metadata of a file tell it: arguments of `prediction_settings`, or none."""
     markers = {name for name in a.tensors if is_prediction_marker(name)}
     if "v_pred" in markers:
-        return {"prediction": "v_prediction", "zero_snr": "ztsnr" in markers}, []
+        return {"prediction": "v_prediction", "zero_snr": "ztsnr" in markers}
     architecture = a.source.metadata.get("modelspec.architecture", "")
-    if anatomy.family.name != "sd2" or anatomy.variant != "base" or "512" in architecture:
-        return {"prediction": "epsilon"}, []
-    if "768-v" in architecture:
-        return {"prediction": "v_prediction"}, []
-    note = "nothing tells whether this SD2 model predicts v or noise: scheduler_config.json says v_prediction, as of SD2.1 at 768"
-    return {"prediction": "v_prediction"}, [note]
+    if (anatomy.family.name, anatomy.variant) != ("sd2", "base"):
+        return {}
+    if "512" in architecture:
+        return {"prediction": "epsilon"}
+    return {"prediction": "v_prediction"} if "768-v" in architecture else {}
+
+
+def _scheduler(carried: bytes, made: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """A carried scheduler with what the model decides, or the one that is made where that cannot be had of it."""
+    config = _parsed(carried) or made
+    if "rescale_betas_zero_snr" in settings and config.get("_class_name") == "PNDMScheduler":
+        return made
+    return config | settings
 
 
 def _folder_of_configs(models: Sequence[Model], configs: CheckpointLike | None) -> DiffusersFolder | None:
@@ -98,8 +156,22 @@ def _is_pipeline(checkpoint: Checkpoint) -> TypeGuard[DiffusersFolder]:
 
 
 def _carried(source: DiffusersFolder) -> dict[str, bytes]:
+    files: dict[str, bytes] = {}
+    size = 0
+    for path in source.carried:
+        files[path] = _read(source, path)
+        size += len(files[path])
+        if size > LARGEST_CARRIED:
+            raise CheckpointError(
+                f"{shown(source.path)}: its configs and tokenizers have more than {LARGEST_CARRIED // 10**6} MB, which no model "
+                f"needs: take out what is none of them"
+            )
+    return files
+
+
+def _read(source: DiffusersFolder, path: str) -> bytes:
     try:
-        return {path: (source.path / path).read_bytes() for path in source.carried}
+        return (source.path / path).read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot read {shown(error.filename)}: {reason(error)}") from error
 
@@ -110,12 +182,17 @@ def _belongs(path: str, components: set[str], source: DiffusersFolder) -> bool:
     return folder in components or folder not in source.components
 
 
-def _fits(path: str, data: bytes, made: Mapping[str, Any]) -> bool:
-    """Whether a U-Net's config is that of the output's variant: other first convolutions take another config."""
-    if path != "unet/config.json":
-        return True
-    config = _parsed(data)
-    return config is not None and config.get("in_channels") == made["in_channels"]
+def _differing(carried: Mapping[str, bytes], made: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], str]:
+    """{(config, key): both values} for all that makes carried configs those of other tensors than the output's."""
+    found = {}
+    for component, keys in _STRUCTURE.items():
+        path = f"{component}/config.json"
+        if path not in carried or path not in made:
+            continue
+        config = _parsed(carried[path]) or {}
+        pairs = {key: (config.get(key), made[path].get(key)) for key in keys}
+        found.update({(path, key): f"{json.dumps(a)}, not {json.dumps(b)}" for key, (a, b) in pairs.items() if a != b})
+    return found
 
 
 def _index(data: bytes, made: Mapping[str, Any], components: set[str], source: DiffusersFolder) -> dict[str, Any]:

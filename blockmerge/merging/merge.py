@@ -188,6 +188,7 @@ def _prepare(
     plan = make_plan(opened, recipe, form)
     inputs = [file for checkpoint in plan.checkpoints.values() for file in checkpoint.files]
     inputs += [model.source.path for model in opened if isinstance(model.source, DiffusersFolder)]
+    inputs += [Path(path)] if isinstance(path := getattr(recipe.configs, "path", recipe.configs), (str, os.PathLike)) else []
     check = check_output_folder if form.folder else check_output
     return plan, check(output, inputs, overwrite=overwrite)
 

@@ -16,7 +16,7 @@ from blockmerge.anatomy import Anatomy, Origin, component_of, identify, origins_
 from blockmerge.checkpoints import Checkpoint, Model, TensorInfo, encode_header, itemsize
 from blockmerge.errors import IncompatibleModelsError, shown
 from blockmerge.merging.decisions import SHARED_CHANNELS, Decision, Decisions, decide
-from blockmerge.merging.folder_files import folder_files, split_folder
+from blockmerge.merging.folder_files import folder_files, notes_of_single_file, split_folder
 from blockmerge.merging.metadata import output_metadata
 from blockmerge.merging.recipe import Recipe
 from blockmerge.methods import Method, key_of
@@ -225,6 +225,7 @@ def make_plan(models: Sequence[Model], recipe: Recipe, form: Form) -> Plan:
         decided = replace(decided, notes=(*decided.notes, *notes))
         files = [_plan_file(path, shard, drafter, metadata) for path, shard in shards.items()]
     else:
+        decided = replace(decided, notes=(*decided.notes, *notes_of_single_file(models[0])))
         files = [_plan_file("", decided.tensors, drafter, metadata)]
     return Plan(recipe, anatomy, weights, beta, numbers, decided, form, tuple(files), small_files)
 

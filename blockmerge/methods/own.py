@@ -115,6 +115,8 @@ def _rounding(name: str, function: Callable[..., Any]) -> Callable[..., torch.Te
     """Return the function as those of the table are: it gets tensors of any dtype, and writes into `out`."""
 
     def compute(*models: torch.Tensor, out: torch.Tensor, **numbers: Any) -> torch.Tensor:
+        import torch
+
         from blockmerge.methods.arithmetic import round_into, wide_dtype
 
         wide = wide_dtype(*models, out)
@@ -124,8 +126,14 @@ def _rounding(name: str, function: Callable[..., Any]) -> Callable[..., torch.Te
         except Exception as error:  # a user's function may raise anything
             why = f"{type(error).__name__}: {error}"
             raise RecipeError(f"the method {shown(name)} failed: {shown(why, 200)}") from error
-        if getattr(result, "shape", None) != out.shape:
-            what = f"shape {list(result.shape)}" if hasattr(result, "shape") else f"a {type(result).__name__}"
+        what = None
+        if not isinstance(result, torch.Tensor):
+            what = f"a {type(result).__name__}"
+        elif not result.is_floating_point():
+            what = f"numbers of {result.dtype}"
+        elif result.shape != out.shape:
+            what = f"shape {list(result.shape)}"
+        if what is not None:
             raise RecipeError(f"the method {shown(name)} returned {what} for tensors of shape {list(out.shape)}")
         return round_into(out, result)
 

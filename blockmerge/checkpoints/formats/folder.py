@@ -29,12 +29,10 @@ _STEM, _KIND, _SHARD = rf"(?P<stem>{'|'.join(_STEMS)})", r"(?P<kind>safetensors|
 _ONE_OF_SHARDS = re.compile(rf"{_STEM}(\.[^.]+)?{_SHARD}(\.[^.]+)?\.{_KIND}")
 _SINGLE = re.compile(rf"{_STEM}(\.(?P<variant>[^.]+))?\.{_KIND}")
 _INDEX = re.compile(rf"{_STEM}(\.(?P<v1>[^.]+))?\.{_KIND}(\.(?P<v2>[^.]+))?\.index(\.(?P<v3>[^.]+))?\.json")
-_ANY_WEIGHTS = re.compile(
-    r".+\.(safetensors|bin|pt|pth|ckpt|msgpack|onnx|onnx_data|pb|h5|gguf|flashpack|xml|tflite)|.+\.index(\.[^.]+)?\.json"
-)
+_INDEX_OF_ANY = re.compile(r".+\.index(\.[^.]+)?\.json")
 _CONFIG = re.compile(r"[^.].*\.json|[^.].*\.model|merges\.txt|vocab\.txt|chat_template\.jinja")
 _OF_THE_SYSTEM = {".DS_Store", "Thumbs.db", "desktop.ini"}  # made by looking at a folder
-_LARGEST_CARRIED = 64_000_000  # bytes; the largest tokenizers have less than half
+LARGEST_CARRIED = 64_000_000  # bytes, also of all together; the largest tokenizers have less than half
 
 
 class DiffusersFolder(Checkpoint):
@@ -226,9 +224,9 @@ def _carried(folder: Path, is_component: bool) -> Iterator[str]:
         yield MODEL_INDEX
     for part in [""] if is_component else _part_folders(folder):
         for path in sorted((folder / part).iterdir()):
-            if path.name.startswith(".") or _ANY_WEIGHTS.fullmatch(path.name.lower()):
+            if _INDEX_OF_ANY.fullmatch(path.name.lower()) or not _CONFIG.fullmatch(path.name):
                 continue
-            if path.is_file() and path.stat().st_size <= _LARGEST_CARRIED:
+            if path.is_file() and path.stat().st_size <= LARGEST_CARRIED:
                 yield path.relative_to(folder).as_posix()
 
 

@@ -6,20 +6,20 @@ refused where it is named. Storages are described, never loaded. The formats are
 `torch.save` (torch/_utils.py, torch/serialization.py).
 
 Everything is bounded before it is made: a count against the bytes there are and `LARGEST_PICKLE`, operations by
-`_MOST_OPERATIONS`.
+`_MOST_OPERATIONS`, for all pickles of a file together.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from blockmerge.errors import shown
 
 LARGEST_PICKLE = 32 << 20  # bytes; SDXL with EMA and an optimizer takes some 6 MB
-_MOST_OPERATIONS = 2_000_000  # a tensor takes some 45; SDXL with EMA and an optimizer 500,000
+_MOST_OPERATIONS = 600_000  # a tensor takes some 30; SDXL with EMA and Adam's state 275,000
 _LONGEST_NAME = 1000
 _CUT_SHORT = f"its pickle is cut short, or of more than {LARGEST_PICKLE >> 20} MB"
 _LONGEST_INT = 64  # bytes; none in a model file is longer than torch's magic number of 10
@@ -102,28 +102,32 @@ class _Builder:
     build: Callable[..., object]
 
 
-def load(file: BinaryIO, size: int, storages: dict[str, Storage]) -> object:
-    """Read one pickle from `file`, which holds at most `size` bytes more; leave the file behind it.
+def pickles_in(file: BinaryIO, size: int, storages: dict[str, Storage]) -> Iterator[object]:
+    """Read the pickles in `file`, which holds at most `size` bytes more, one by one; each leaves the file behind it.
 
-    Returns plain data: numbers, texts, bytes, None, tuples, lists (also for sets), dicts, and the classes above.
+    Yields plain data: numbers, texts, bytes, None, tuples, lists (also for sets), dicts, and the classes above.
     `storages` gets every storage that is named. Raises ValueError, in words for people, for what is refused or damaged.
     """
-    return _Machine(file, size, storages).run()
+    machine = _Machine(file, size, storages)
+    while True:
+        yield machine.run()
 
 
 class _Machine:
     def __init__(self, file: BinaryIO, size: int, storages: dict[str, Storage]) -> None:
         self.file = file
+        # For all pickles together: a file of the old layout holds five, and each could use up all that there is.
         self.left = min(size, LARGEST_PICKLE)  # an upper bound: opcodes are not counted
+        self.operations = iter(range(_MOST_OPERATIONS))
         self.storages = storages
+
+    def run(self) -> object:
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []  # the stacks below each mark
         self.memo: dict[int, Any] = {}
-
-    def run(self) -> object:
         read = self.file.read
         try:
-            for _ in range(_MOST_OPERATIONS):
+            for _ in self.operations:
                 code = read(1)
                 if code == b".":
                     return self.stack.pop()

@@ -17,7 +17,7 @@ from blockmerge.checkpoints.assembled import Assembled, Assembly, Piece
 from blockmerge.checkpoints.checkpoint import TensorInfo
 from blockmerge.checkpoints.dtypes import itemsize
 from blockmerge.checkpoints.formats.file import FileCheckpoint
-from blockmerge.checkpoints.formats.pickles import LARGEST_PICKLE, Dtype, Storage, StoredTensor, Unbuilt, load
+from blockmerge.checkpoints.formats.pickles import LARGEST_PICKLE, Dtype, Storage, StoredTensor, Unbuilt, pickles_in
 from blockmerge.checkpoints.formats.zip_entries import read_entries
 from blockmerge.errors import listing, shown
 
@@ -99,7 +99,7 @@ def _read_zip(file: BinaryIO, size: int) -> tuple[object, dict[str, TensorInfo]]
         raise ValueError(f"its pickle has {pickle.size:,} bytes, far more than any model needs")
     file.seek(start)
     named: dict[str, Storage] = {}
-    content = load(io.BytesIO(file.read(pickle.size)), pickle.size, named)
+    content = next(pickles_in(io.BytesIO(file.read(pickle.size)), pickle.size, named))
     storages = {}
     for key, storage in named.items():
         entry = entries.get(f"{folder}data/{key}")
@@ -113,15 +113,15 @@ def _read_zip(file: BinaryIO, size: int) -> tuple[object, dict[str, TensorInfo]]
 
 def _read_legacy(file: BinaryIO, size: int) -> tuple[object, dict[str, TensorInfo]]:
     named: dict[str, Storage] = {}
-    if load(file, size, named) != _MAGIC:
+    pickles = pickles_in(file, size, named)
+    if next(pickles) != _MAGIC:
         raise ValueError("it is a pickle, but none that torch.save writes")
-    if load(file, size, named) != _PROTOCOL:
+    if next(pickles) != _PROTOCOL:
         raise ValueError("it is of another protocol than torch's 1001")
-    system = load(file, size, named)
+    system = next(pickles)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise ValueError("it was written on a big-endian machine: save it anew on another")
-    content = load(file, size, named)
-    keys = load(file, size, named)
+    content, keys = next(pickles), next(pickles)
     position = file.tell()
     if not isinstance(keys, list) or not all(isinstance(key, str) and key in named for key in keys):
         raise ValueError("the list of its storages is damaged")
