@@ -358,11 +358,8 @@ def test_gradients_and_inference_mode(dicts):
     assert torch.equal(parameter.grad, (2 * parameter.detach().float()).half())
 
 
-WAITING = {"slerp", "ties", "model_stock"}
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("name", sorted(METHODS.keys() - WAITING))
+@pytest.mark.parametrize("name", sorted(METHODS))
 def test_on_a_gpu_nothing_waits(three, name):
     live = LiveMerge(module_of(three[0]).cuda(), *three[: METHODS[name].models or 3], method=name)
     live.apply(weights=0.5)  # some look at the whole model first

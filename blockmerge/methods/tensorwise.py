@@ -1,6 +1,7 @@
 """Methods that need a whole tensor. They take tensors in their real shape and write `out`, of that shape and contiguous.
 
-Large tensors are gone through in stretches, so that what is widened stays small; sums are in float64.
+Large tensors are gone through in stretches, so that what is widened stays small; sums are in float64. Figures stay on the
+tensors' device, so that nobody waits for a GPU.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Sequence
 import torch
 
 from blockmerge.methods.arithmetic import exact_dtype, round_into, slabs, wide_dtype
-from blockmerge.methods.elementwise import weighted_sum
 from blockmerge.methods.planning import share, swapped_columns
 from blockmerge.methods.rowwise import take_rows
 from blockmerge.methods.smoothing import smoothed_slabs
@@ -27,31 +27,30 @@ def slerp(a: torch.Tensor, b: torch.Tensor, *, alpha: float, out: torch.Tensor) 
     """
     flat_a, flat_b, flat_out = (tensor.view(-1) for tensor in (a, b, out))
     squares_a, product, squares_b = _products(flat_a, flat_b)
-    norm_a, norm_b = math.sqrt(squares_a), math.sqrt(squares_b)
-    cosine = product / norm_a / norm_b if norm_a and norm_b else 1.0
-    if 1 - abs(cosine) < _PARALLEL:
-        weighted_sum(flat_a, flat_b, alpha=alpha, out=flat_out)
-        return out
-    angle = math.acos(cosine)
+    norm_a, norm_b = squares_a.sqrt(), squares_b.sqrt()
+    cosine = product / norm_a / norm_b
+    straight = cosine.isnan() | (1 - cosine.abs() < _PARALLEL)
+    angle = cosine.clamp(-1, 1).acos()
     norm = (1 - alpha) * norm_a + alpha * norm_b
     # Of two norms that are far apart one factor may be beyond float32.
-    factor_a = math.sin((1 - alpha) * angle) / math.sin(angle) * (norm / norm_a)
-    factor_b = math.sin(alpha * angle) / math.sin(angle) * (norm / norm_b)
+    factor_a = ((1 - alpha) * angle).sin() / angle.sin() * (norm / norm_a)
+    factor_b = (alpha * angle).sin() / angle.sin() * (norm / norm_b)
+    factor_a, factor_b = torch.where(straight, 1 - alpha, factor_a), torch.where(straight, alpha, factor_b)
     exact = exact_dtype(out.device)
     for part in slabs(flat_out.shape):
-        round_into(flat_out[part], (flat_a[part].to(exact) * factor_a).add_(flat_b[part].to(exact), alpha=factor_b))
+        wide_a, wide_b = flat_a[part].to(exact, copy=True), flat_b[part].to(exact, copy=True)
+        round_into(flat_out[part], wide_a.mul_(factor_a).add_(wide_b.mul_(factor_b)))
     return out
 
 
-def _products(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float, float]:
+def _products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return A·A, A·B and B·B of flat tensors."""
     exact = exact_dtype(a.device)
     sums = torch.zeros(3, dtype=exact, device=a.device)
     for part in slabs(a.shape):
         wide_a, wide_b = a[part].to(exact), b[part].to(exact)
         sums += torch.stack([wide_a @ wide_a, wide_a @ wide_b, wide_b @ wide_b])
-    first, mixed, last = sums.tolist()
-    return first, mixed, last
+    return sums
 
 
 def tensor_sum_columns(a: torch.Tensor, b: torch.Tensor, *, alpha: float, beta: float = 0.0, out: torch.Tensor) -> torch.Tensor:
@@ -95,7 +94,7 @@ def ties(*models: torch.Tensor, alpha: float, density: float = 0.2, out: torch.T
     return out
 
 
-def _smallest_kept(other: torch.Tensor, a: torch.Tensor, wide: torch.dtype, count: int) -> float:
+def _smallest_kept(other: torch.Tensor, a: torch.Tensor, wide: torch.dtype, count: int) -> torch.Tensor | float:
     """Return the magnitude of the count-th largest of the deltas; infinity where none is to be kept."""
     if count == 0:
         return math.inf
@@ -108,7 +107,7 @@ def _smallest_kept(other: torch.Tensor, a: torch.Tensor, wide: torch.dtype, coun
         values = magnitudes.numpy()
         values.partition(place)  # where it stands; kthvalue would hold four times as much
         return float(values[place])
-    return float(magnitudes.kthvalue(place + 1).values)
+    return magnitudes.kthvalue(place + 1).values
 
 
 def _sum(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -136,12 +135,11 @@ def model_stock(*models: torch.Tensor, alpha: float, out: torch.Tensor) -> torch
     norms = gram.diagonal().sqrt()
     lengths = norms.outer(norms)
     cosines = torch.where(lengths > 0, gram / lengths, 0).clamp_(-1, 1)
-    upper = torch.triu_indices(count, count, 1)
-    cosine = float(cosines[upper[0], upper[1]].mean())
-    # A negative mean would give a negative t, or one divided by 0.
-    step = count * cosine / (1 + (count - 1) * cosine) if cosine > 0 else 0.0
+    upper = torch.triu_indices(count, count, 1, device=out.device)
+    cosine = cosines[upper[0], upper[1]].mean().clamp(0, 1)  # a negative one would give a negative t, or one divided by 0
+    step = alpha * (count * cosine / (1 + (count - 1) * cosine)).clamp(max=1)
     for part in slabs(flat_out.shape):
         wide_a = a[part].to(wide)
         mean = _sum([other[part].to(wide) - wide_a for other in others]).div_(count)
-        round_into(flat_out[part], wide_a.add(mean.to(wide), alpha=alpha * min(1.0, step)))
+        round_into(flat_out[part], wide_a.add(mean.mul_(step).to(wide)))
     return out
