@@ -58,6 +58,7 @@ def test_merge_may_be_said_or_not_and_options_stand_anywhere(pairs, here, capsys
     [
         (("-p", "low-res_replace"), "a+b-low_res.safetensors"),
         (("-w", "0.5"), "a+b-0.5.safetensors"),
+        (("-w", ".50"), "a+b-0.5.safetensors"),
         (("-w", "IN00=1,M00=2"), "a+b-weights.safetensors"),
         (("-p", "SMOOTHSTEP*2"), "a+b-SMOOTHSTEP_2.safetensors"),
     ],
