@@ -132,9 +132,8 @@ def _rounding(name: str, function: Callable[..., Any]) -> Callable[..., torch.Te
             raise RecipeError(f"the method {shown(name)} failed: {shown(why, 200)}") from error
         if getattr(result, "shape", None) != out.shape:
             what = f"shape {list(result.shape)}" if hasattr(result, "shape") else f"a {type(result).__name__}"
-            raise RecipeError(
-                f"the method {shown(name)} returned {what} for tensors of shape {list(out.shape)}: it must return a tensor of the shape it gets"
-            )
+            found = f"{what} for tensors of shape {list(out.shape)}"
+            raise RecipeError(f"the method {shown(name)} returned {found}: it must return a tensor of the shape it gets")
         return round_into(out, result)
 
     return compute

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from blockmerge.checkpoints.assembled import Assembled, Assembly, Piece
@@ -44,6 +45,8 @@ class TorchFile(Assembled):
     damaged, holds no state dict or tensors that safetensors files cannot hold, and when its pickle names anything but tensors,
     dicts and what training scripts are known to leave beside them.
     """
+
+    path: Path
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         storages = _Storages(path)
