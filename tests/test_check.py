@@ -443,8 +443,8 @@ def test_the_report(broken, capsys):
     out, err = capsys.readouterr()
     assert out.splitlines() == [
         "m.safetensors  Stable Diffusion 1.x, base, ldm names",
-        f"error    missing_tensors    the unet lacks 1 tensor ({NORM})",
-        "warning  missing_component  there is no text_encoder: a loader of whole models has to get one elsewhere",
+        f"error    missing_tensors    the U-Net lacks 1 tensor ({NORM})",
+        "warning  missing_component  there is no text encoder: a loader of whole models has to get one elsewhere",
         "note     leftovers          1 tensor that no loader needs (betas), 4.0 kB",
         "1 error, 1 warning, 1 note",
     ]
@@ -456,8 +456,9 @@ def test_the_report(broken, capsys):
 def test_json(broken, capsys):
     assert run(["check", str(broken), "--json", "--threads", "1"]) == 1
     report = json.loads(capsys.readouterr().out)
-    assert {"name", "family", "variant", "naming", "problems", "fixed"} == report.keys()
+    assert {"name", "family", "variant", "naming", "problems", "fixed", "output"} == report.keys()
     assert (report["name"], report["family"], report["fixed"]) == ("m.safetensors", "sd1", [])
+    assert report["output"] is None
     first, _, last = report["problems"]
     assert {"code", "severity", "message", "tensors"} <= first.keys()
     assert (first["code"], first["severity"], first["tensors"], first["bytes"]) == ("missing_tensors", "error", [NORM], None)

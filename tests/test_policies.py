@@ -232,6 +232,10 @@ def test_ema_copies_are_left_out(models, merged):
     assert out.keys() == a.keys()
     assert result.tensors.dropped == 687
     assert any("left out 687 EMA tensors of a.safetensors" in note for note in result.notes)
+    leftovers = {"model_ema.decay": torch.tensor(0.99), "model_ema.num_updates": torch.tensor(7)}
+    _, result = merged({**a, **leftovers}, b)
+    said = "left out 2 EMA tensors of a.safetensors, which would be stale (model_ema.decay, model_ema.num_updates)"
+    assert said in [note.replace("num_updates, model_ema.decay", "decay, model_ema.num_updates") for note in result.notes]
 
 
 def test_ema_weights_that_are_all_there_is_are_the_unet(models, merged):

@@ -7,6 +7,7 @@ from blockmerge.anatomy.layouts import LAYOUTS, layout
 from blockmerge.anatomy.names import (
     COMPONENTS,
     DIFFUSERS_UNET_PREFIX,
+    TITLES,
     UNET_PREFIX,
     VAE_PARTS,
     canonical_name,
@@ -27,6 +28,7 @@ __all__ = [
     "LAYOUTS",
     "SDXL_BLOCKS",
     "SD_BLOCKS",
+    "TITLES",
     "UNET_PREFIX",
     "VAE_PARTS",
     "Anatomy",

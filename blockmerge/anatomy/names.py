@@ -15,6 +15,11 @@ EMA_PREFIX = "model_ema."
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "vae", "ema", "other")
 """The components a tensor can belong to. Only SDXL has a second text encoder."""
 
+TITLES = {
+    "unet": "U-Net", "text_encoder": "text encoder", "text_encoder_2": "second text encoder", "vae": "VAE", "ema": "EMA copy",
+}  # fmt: skip
+"""What messages call components."""
+
 _COMPONENT_PREFIXES = (
     (UNET_PREFIX, "unet"),
     ("unet/", "unet"),

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from blockmerge.anatomy import (
     DIFFUSERS_UNET_PREFIX,
+    TITLES,
     UNET_PREFIX,
     Relation,
     block_of,
@@ -53,8 +54,6 @@ SHARED_CHANNELS = 4
 """The input channels that the U-Nets of all variants have in common: the latent image's."""
 
 FIRST_CONVOLUTION = UNET_PREFIX + "input_blocks.0.0.weight"
-
-_COMPONENT_TITLES = {"text_encoder": "text encoder", "text_encoder_2": "second text encoder", "vae": "VAE", "ema": "EMA copy"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +162,7 @@ class _Judge:
         if self.naming == "diffusers":
             decisions = self._in_diffusers(decisions)
         ldm = {number: model.ldm for number, model in enumerate(self.models)}
+        counts = replace(counts, written=len(decisions))
         return Decisions(tuple(self._spelled(decisions)), self.views, ldm, counts, tuple(self.notes))
 
     # -- one tensor -----------------------------------------------------------------------------------------------
@@ -419,7 +419,7 @@ class _Judge:
             if len(holders) == len(self.models) or (component == "vae" and (self.vae_source == VAE_FILE or len(holders) > 1)):
                 continue
             stale = ", as it was: it does not follow the merge" if component == "ema" else ""
-            title = _COMPONENT_TITLES.get(component, component)
+            title = TITLES.get(component, component)
             first, only = shown(holders[0].name), ", ".join(shown(model.name) for model in holders)
             whence = "there" if len(holders) == 1 else first
             self.notes.append(f"the {title} is only in {only} and copied from {whence}{stale}")
