@@ -92,7 +92,7 @@ def test_a_vae_that_does_not_fit_is_refused(models, pairs, tmp_path, capsys):
     save_file(wide, tmp_path / "wide.safetensors")
     assert_refused(capsys, tmp_path, a, b, "-w", "0.5", "--vae", "part.safetensors", says=["no complete VAE", VAE])
     assert_refused(capsys, tmp_path, a, b, "-w", "0.5", "--vae", "wide.safetensors", says=["another shape", VAE])
-    assert_refused(capsys, tmp_path, a, b, "-w", "0.5", "--vae", "C", says=["C", "auto, a, b, blend or a file"])
+    assert_refused(capsys, tmp_path, a, b, "-w", "0.5", "--vae", "C", says=["C", "auto, a, b, blend, a file or a folder"])
     save_file({n: t for n, t in models[1].items() if n.startswith("model.")}, tmp_path / "unet.safetensors")
     assert_refused(capsys, tmp_path, a, "unet.safetensors", "-w", "0.5", "--vae", "b", says="unet.safetensors has no VAE")
 
