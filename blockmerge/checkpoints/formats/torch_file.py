@@ -129,13 +129,13 @@ def _read_legacy(file: BinaryIO, size: int) -> tuple[object, dict[str, TensorInf
     if not isinstance(keys, list) or not all(isinstance(key, str) and key in named for key in keys):
         raise ValueError("the list of its storages is damaged")
     whole = position + sum(8 + named[key].elements * _size_of(named[key].dtype) for key in keys)
-    if size < whole:
-        raise ValueError(f"its data is cut short: {size} bytes of {whole}")
     storages = {}
     for key in keys:
         file.seek(position)
         length = int.from_bytes(file.read(8), "little") * _size_of(named[key].dtype)
         position += 8
+        if length > size - position and size < whole:
+            raise ValueError(f"its data is cut short: {size} bytes of {whole}")
         if length > size - position or key in storages:
             raise ValueError(f"its storage {shown(key)} claims too much")
         if length < named[key].elements * _size_of(named[key].dtype):
