@@ -131,7 +131,7 @@ def test_a_missing_component(states):
     state = {name: tensor for name, tensor in states("sdxl").items() if component_of(name) in ("unet", "text_encoder")}
     result = blockmerge.check(state)
     assert [problem.code for problem in result.problems] == ["missing_component", "missing_component"]
-    assert ["text_encoder_2" in problem.message or "vae" in problem.message for problem in result.problems] == [True, True]
+    assert ["second text encoder" in problem.message or "VAE" in problem.message for problem in result.problems] == [True, True]
 
 
 def test_a_bare_unet_lacks_only_the_rest(states):
@@ -274,6 +274,7 @@ def test_components_may_have_their_own_dtypes(states):
     (torch.arange(77)[None] + (torch.arange(77) > 40), "broken_position_ids", "36 positions not 0 … 76: the first is 42 in place of 41"),
     (torch.arange(77.0)[None] * (1 - 2**-20), "broken_position_ids", "76 positions not exactly 0 … 76"),
     (torch.zeros(1, 77), "broken_position_ids", "the first is 0.0 in place of 1"),
+    (torch.arange(77)[None] * torch.tensor(0.99), "broken_position_ids", "the first is 0.99 in place of 1"),
     (torch.full((1, 77), math.nan), "broken_position_ids", "the first is nan in place of 0"),
     (torch.arange(77), "broken_position_ids", "shape is [77], expected [1, 77]"),
     (torch.ones(1, 77, dtype=torch.bool), "broken_position_ids", "dtype is BOOL"),
@@ -443,8 +444,8 @@ def test_the_report(broken, capsys):
     out, err = capsys.readouterr()
     assert out.splitlines() == [
         "m.safetensors  Stable Diffusion 1.x, base, ldm names",
-        f"error    missing_tensors    the unet lacks 1 tensor ({NORM})",
-        "warning  missing_component  there is no text_encoder: a loader of whole models has to get one elsewhere",
+        f"error    missing_tensors    the U-Net lacks 1 tensor ({NORM})",
+        "warning  missing_component  there is no text encoder: a loader of whole models has to get one elsewhere",
         "note     leftovers          1 tensor that no loader needs (betas), 4.0 kB",
         "1 error, 1 warning, 1 note",
     ]
@@ -456,8 +457,9 @@ def test_the_report(broken, capsys):
 def test_json(broken, capsys):
     assert run(["check", str(broken), "--json", "--threads", "1"]) == 1
     report = json.loads(capsys.readouterr().out)
-    assert {"name", "family", "variant", "naming", "problems", "fixed"} == report.keys()
+    assert {"name", "family", "variant", "naming", "problems", "fixed", "output"} == report.keys()
     assert (report["name"], report["family"], report["fixed"]) == ("m.safetensors", "sd1", [])
+    assert report["output"] is None
     first, _, last = report["problems"]
     assert {"code", "severity", "message", "tensors"} <= first.keys()
     assert (first["code"], first["severity"], first["tensors"], first["bytes"]) == ("missing_tensors", "error", [NORM], None)

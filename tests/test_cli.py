@@ -6,16 +6,20 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import time
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import blockmerge
+from blockmerge.anatomy import component_of
 from blockmerge.cli.main import run
+from blockmerge.demo import make_state_dicts
 from tests import oracle
+from tests.forms import read, write
 from tests.refusals import assert_refused, snapshot
 
 
@@ -58,6 +62,7 @@ def test_merge_may_be_said_or_not_and_options_stand_anywhere(pairs, here, capsys
     [
         (("-p", "low-res_replace"), "a+b-low_res.safetensors"),
         (("-w", "0.5"), "a+b-0.5.safetensors"),
+        (("-w", ".50"), "a+b-0.5.safetensors"),
         (("-w", "IN00=1,M00=2"), "a+b-weights.safetensors"),
         (("-p", "SMOOTHSTEP*2"), "a+b-SMOOTHSTEP_2.safetensors"),
     ],
@@ -202,6 +207,45 @@ def test_inspect_hashes(pairs, here, capsys):
         "autov1": sha(data[0x100000:0x110000])[:8],
     }
     assert found["sha256"] in ok(capsys, "inspect", a, "--hash")
+
+
+@pytest.mark.parametrize("form", ["safetensors", "folder"])
+@pytest.mark.parametrize(("part", "title"), [("vae", "is a VAE alone"), ("text_encoder", "is a text encoder alone")])
+def test_one_component_alone_is_called_so(here, capsys, form, part, title):
+    model = {name: tensor for name, tensor in make_state_dicts("sd1")[0].items() if component_of(name) == part}
+    naming = "diffusers" if form == "folder" else "ldm"
+    path = write(model, here / "lone", form)
+    if part == "vae" and form == "safetensors":  # as VAE files are: without the prefix
+        save_file({name.removeprefix("first_stage_model."): tensor for name, tensor in model.items()}, path)
+    says = f"{path.name} {title}, {len(read(path))} tensors in {naming} names: "
+    assert says.removeprefix(path.name).strip() in ok(capsys, "inspect", path)
+    found = json.loads(ok(capsys, "inspect", path, "--json"))
+    assert (found["family"], found["naming"], list(found["components"])) == (None, naming, [part])
+    assert_refused(capsys, here, "convert", path, "x.safetensors", says=says)
+
+
+def test_models_of_one_name_are_told_apart(pairs, here, capsys):
+    paths = []
+    for folder, path in zip(("sd1/x", "sdxl/x"), (pairs()[0], pairs("sdxl")[0]), strict=True):
+        (here / folder).mkdir(parents=True)
+        paths.append(shutil.copy(path, here / folder / "a.safetensors"))
+    says = "sd1/x/a.safetensors is Stable Diffusion 1.x and sdxl/x/a.safetensors is"
+    assert_refused(capsys, here, *paths, "-w", "0.5", "-o", "o.safetensors", says=says)
+    one = paths[0]
+    found = json.loads(ok(capsys, one, "sd1/../sd1/x/a.safetensors", "-w", "0.5", "-o", "o.safetensors", "--json"))
+    assert found["models"] == ["a.safetensors", "a.safetensors"]
+    assert "A and B are the same file" in found["notes"]
+
+
+@pytest.mark.parametrize("option", ["--vae", "--rules", "--adjust", "--set", "--set-beta", "--configs", "--variant"])
+@pytest.mark.parametrize("text", ["", " ,,"])
+def test_an_empty_text_is_a_variable_that_is_not_set(pairs, here, capsys, option, text):
+    assert_refused(capsys, here, *pairs(), "-w", "0.5", option, text, says=f"{option} is empty: give it a value, or leave it out")
+
+
+def test_configs_are_for_folders(pairs, here, capsys):
+    says = "configs go into a diffusers folder only, and x.safetensors is a single file"
+    assert_refused(capsys, here, "convert", pairs()[0], "x.safetensors", "--configs", here, says=says)
 
 
 def test_inspect_of_what_is_no_model(here, capsys):

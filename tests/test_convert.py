@@ -365,7 +365,7 @@ def places(states, tmp_path_factory):
     ("m.ckpt folder --to diffusers", "folder exists"),
     ("m.ckpt plain.safetensors/o --to diffusers", "does not exist"),
     ("m.ckpt nowhere/o.safetensors", "nowhere does not exist"),
-    ("m.ckpt o.safetensors --vae b", "--vae takes"),
+    ("m.ckpt o.safetensors --vae b", "(--vae takes a file or a folder)"),
     ("m.ckpt o.safetensors --threads 0", "threads"),
 ])  # fmt: skip
 def test_refused_conversions(places, capsys, line, says):

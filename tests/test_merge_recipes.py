@@ -111,7 +111,7 @@ def test_copies_of_c_are_counted(models, capsys, tmp_path, monkeypatch):
         (f"{A} {B} {C} -w 1", "weighted_sum merges 2 models; 3 given"),
         (f"{A} {B} -m model_stock -w 1", "model_stock merges 3 models or more; 2 given"),
         (f"{A} -m average", "one model given; merging takes two"),
-        (f"{A} {B} -m wieghted_sum -w 1", "unknown method 'wieghted_sum'; did you mean 'weighted_sum'?"),
+        (f"{A} {B} -m wieghted_sum -w 1", "unknown method 'wieghted_sum'; did you mean 'weighted_sum'? ('blockmerge methods' lists them)"),
         (f"{A} {B} -w 1 --weights-beta 0.5", "weighted_sum takes no 'beta'"),
         (f"{A} {B} -w 1 --set-beta IN01=1", "weighted_sum takes no 'beta'"),
         (f"{A} {B} -w 1 --gamma 2", "weighted_sum takes no 'gamma'"),
@@ -119,9 +119,11 @@ def test_copies_of_c_are_counted(models, capsys, tmp_path, monkeypatch):
         (f"{A} {B} {C} -m extract -w 1 --gamma nan", "extract needs a number of at least 0 as gamma: found nan"),
         (f"{A} {B} -m dare -w 1 --drop-rate 1", "dare needs a number from 0 to below 1 as drop_rate: found 1"),
         (f"{A} {B} -m ties -w 1 --density 1.5", "ties needs a number from 0 to 1 as density: found 1.5"),
-        (f"{A} {B} {C} -m average --ratios 2,1", "average needs numbers, one for each model, whose sum is not 0 as ratios: found 2,1"),
-        (f"{A} {B} -m average --ratios 1,-1", "whose sum is not 0 as ratios: found 1,-1"),
-        (f"{A} {B} -m average --ratios 1,x", "as ratios: found 1,x"),
+        (f"{A} {B} {C} -m average --ratios 2,1", "average needs numbers, one for each model, whose sum is not 0 as ratios: 2 numbers for 3 models"),
+        (f"{A} {B} -m average --ratios 1e308,1e308", "as ratios: the sum of [1e+308, 1e+308] is too large"),
+        (f"{A} {B} -m average --ratios 1,inf", "as ratios: [1.0, inf] are not all finite"),
+        (f"{A} {B} -m average --ratios 1,-1", "whose sum is not 0 as ratios: the sum of [1.0, -1.0] is 0"),
+        (f"{A} {B} -m average --ratios 1,x", "as ratios: 'x' is not a number"),
         (f"{A} {B} {C} -m triple_sum -w 1 --weights-beta IN12=1", ["--weights-beta", "IN12"]),
         (f"{A} {B} {C} -m triple_sum -w 1 --preset-beta nothing", "nothing"),
         (f"{A} {B} {C} -m triple_sum -w 1 --preset-beta high_res --weights-beta 1", ["both a preset and weights are given for beta"]),
@@ -344,9 +346,12 @@ def test_a_method_of_ones_own_merges_files(models, own, capsys, tmp_path, monkey
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("shapeless -w 0.5", "shapeless returned shape [1] for tensors of shape ["),
-        ("raising -w 0.5", "raising failed: OSError: no such luck"),
-        ("dividing -w 0.5", "would hold NaN or infinity"),
+        (
+            "shapeless -w 0.5",
+            ["shapeless returned shape [1] for tensors of shape [", "must return a tensor of the shape it gets (at "],
+        ),
+        ("raising -w 0.5", "raising failed: OSError: no such luck (at "),
+        ("dividing -w 0.5", ["would hold NaN or infinity", "dividing makes NaN of finite values, or some too large for F16"]),
         ("element -w 0.5 --number share=much", "element needs a number as share: found much"),
         ("element -w 0.5 --number shore=1", "element takes no 'shore'; did you mean 'share'?"),
         ("element", "how much of B?"),
@@ -356,6 +361,12 @@ def test_a_method_of_ones_own_merges_files(models, own, capsys, tmp_path, monkey
 def test_methods_of_ones_own_that_fail_leave_nothing(models, own, capsys, tmp_path, monkeypatch, text, says):
     monkeypatch.setattr("sys.dont_write_bytecode", True)
     assert_refused(capsys, tmp_path, A, B, "-o", "out.safetensors", "-m", *f"{own}:{text}".split(), says=says)
+
+
+@pytest.mark.parametrize("name", ["rules", "adjust"])
+def test_what_is_no_text_is_named(models, name):
+    with pytest.raises(blockmerge.RecipeError, match=f"^{name} is a text; int given$"):
+        blockmerge.merge_state_dicts(*models[:2], weights=0.5, **{name: 5})
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

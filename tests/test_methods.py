@@ -303,8 +303,8 @@ def test_clip(data):
         ("dare", {"drop": 0.5}, "dare takes no 'drop'; did you mean 'drop_rate'?"),
         ("extract", {"gamma": -1}, "extract needs a number of at least 0 as gamma: found -1"),
         ("ties", {"density": "much"}, "ties needs a number from 0 to 1 as density: found much"),
-        ("average", {"ratios": (1, 1)}, "average needs numbers, one for each model, whose sum is not 0 as ratios: found (1, 1)"),
-        ("average", {"ratios": (1, -2, 1)}, "average needs numbers, one for each model, whose sum is not 0 as ratios: found (1, -2, 1)"),
+        ("average", {"ratios": (1, 1)}, "average needs numbers, one for each model, whose sum is not 0 as ratios: 2 numbers for 3 models"),
+        ("average", {"ratios": (1, -2, 1)}, "average needs numbers, one for each model, whose sum is not 0 as ratios: the sum of [1.0, -2.0, 1.0] is 0"),
         ("weighted_sum", {"gamma": 1}, "weighted_sum takes no 'gamma'"),
     ],
 )  # fmt: skip

@@ -9,6 +9,7 @@ import blockmerge
 from blockmerge.cli.main import run
 from blockmerge.errors import RecipeError
 from blockmerge.methods import find_method
+from tests.refusals import assert_refused
 
 SOURCE = """
 import blockmerge
@@ -25,6 +26,12 @@ def broken(a, b, *, alpha):
 @blockmerge.merge_method()
 def raising(a, b, *, alpha):
     return a.nothing
+
+@blockmerge.merge_method()
+def exiting(a, b, *, alpha):
+    raise SystemExit(7)
+
+number = 5
 
 def plain(a, b, *, alpha):
     return a
@@ -105,7 +112,9 @@ def test_merging_with_it(module, pairs, tmp_path):
         ("nowhere_at_all:f", "method nowhere_at_all:f: cannot import nowhere_at_all (ModuleNotFoundError: No module named 'nowhere_at_all')"),
         ("{}:missing", "method {0}:missing: {0} has no 'missing'"),
         ("{}:plain", "{}:plain is no merge method: decorate it with @blockmerge.merge_method()"),
-        (":f", "method :f: cannot import  (ValueError: Empty module name)"),
+        (":f", "method :f: a method of your own is written MODULE:FUNCTION"),
+        ("{}:", "method {0}:: a method of your own is written MODULE:FUNCTION"),
+        ("{}:number", "{}:number is no function: a method is one, decorated with @blockmerge.merge_method()"),
     ],
 )  # fmt: skip
 def test_methods_that_are_not_there(module, method, message):
@@ -116,12 +125,20 @@ def test_methods_that_are_not_there(module, method, message):
 
 def test_methods_that_fail(module):
     a = torch.zeros(5)
-    with pytest.raises(RecipeError, match=r"^the method \S+:broken returned shape \[1\] for tensors of shape \[5\]$"):
+    with pytest.raises(RecipeError, match=r"^the method \S+:broken returned shape \[1\] for tensors of shape \[5\]: it must "):
         find_method(f"{module}:broken").function(a, a, alpha=0.5, out=a)
     with pytest.raises(
         RecipeError, match=r"^the method \S+:raising failed: AttributeError: 'Tensor' object has no attribute 'nothing'$"
     ):
         find_method(f"{module}:raising").function(a, a, alpha=0.5, out=a)
+    with pytest.raises(RecipeError, match=r"^the method \S+:exiting failed: SystemExit: 7$"):
+        find_method(f"{module}:exiting").function(a, a, alpha=0.5, out=a)
+
+
+def test_a_module_that_exits_is_an_error_and_not_the_end(module, tmp_path, pairs, capsys):
+    (tmp_path / f"{module}_exits.py").write_text("import sys; sys.exit(3)")
+    for method, says in (("_exits:f", f"cannot import {module}_exits (SystemExit: 3)"), (":exiting", "failed: SystemExit: 7")):
+        assert_refused(capsys, tmp_path, *pairs(), "-w", "0.5", "-m", f"{module}{method}", "-o", "o.safetensors", says=says)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_a_vae_that_does_not_fit_is_refused(models, pairs, tmp_path, capsys):
     save_file(wide, tmp_path / "wide.safetensors")
     assert_refused(capsys, tmp_path, a, b, "-w", "0.5", "--vae", "part.safetensors", says=["no complete VAE", VAE])
     assert_refused(capsys, tmp_path, a, b, "-w", "0.5", "--vae", "wide.safetensors", says=["another shape", VAE])
-    assert_refused(capsys, tmp_path, a, b, "-w", "0.5", "--vae", "C", says=["C", "auto, a, b, blend or a file"])
+    assert_refused(capsys, tmp_path, a, b, "-w", "0.5", "--vae", "C", says=["C", "auto, a, b, blend, a file or a folder"])
     save_file({n: t for n, t in models[1].items() if n.startswith("model.")}, tmp_path / "unet.safetensors")
     assert_refused(capsys, tmp_path, a, "unet.safetensors", "-w", "0.5", "--vae", "b", says="unet.safetensors has no VAE")
 
@@ -236,6 +236,10 @@ def test_ema_copies_are_left_out(models, merged):
     assert out.keys() == a.keys()
     assert result.tensors.dropped == 687
     assert any("left out 687 EMA tensors of a.safetensors" in note for note in result.notes)
+    leftovers = {"model_ema.decay": torch.tensor(0.99), "model_ema.num_updates": torch.tensor(7)}
+    _, result = merged({**a, **leftovers}, b)
+    said = "left out 2 EMA tensors of a.safetensors, which would be stale (model_ema.decay, model_ema.num_updates)"
+    assert said in [note.replace("num_updates, model_ema.decay", "decay, model_ema.num_updates") for note in result.notes]
 
 
 def test_ema_weights_that_are_all_there_is_are_the_unet(models, merged):

@@ -121,14 +121,27 @@ def test_what_cannot_be_repaired_stays_and_is_said(healthy, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert err == "Error: m.safetensors has 2 faults: missing_tensors, nan_or_infinity\n"
     assert "fixed    leftovers" in out
+    assert (
+        out.splitlines()[-1]
+        == f"wrote {tmp_path / 'out.safetensors'}: fixed leftovers; still wrong: missing_tensors, nan_or_infinity"
+    )
     assert_same(load_file(tmp_path / "out.safetensors"), broken)
     assert run(["check", str(path), "--fix", str(tmp_path / "out.safetensors"), "--overwrite", "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
-    assert report["fixed"] == ["leftovers"]
+    assert (report["fixed"], report["output"]) == (["leftovers"], str(tmp_path / "out.safetensors"))
     assert {problem["code"] for problem in report["problems"]} == {"leftovers", "missing_tensors", "nan_or_infinity"}
     path = write(DAMAGES["broken_position_ids"](healthy), tmp_path / "good", "zip")
     assert run(["check", str(path), "--fix", str(tmp_path / "good.safetensors"), "-q"]) == 0
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_healthy_model_is_written_and_said_to_be_so(healthy, tmp_path, capsys):
+    path = write(healthy, tmp_path / "m", "safetensors")
+    output = tmp_path / "out.safetensors"
+    repair(path, output)
+    assert run(["check", str(output), "--fix", str(tmp_path / "again.safetensors")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"wrote {tmp_path / 'again.safetensors'}: nothing was to be repaired"
+    assert_same(load_file(tmp_path / "again.safetensors"), healthy)
 
 
 def test_refusals(healthy, tmp_path, capsys):
@@ -136,4 +149,6 @@ def test_refusals(healthy, tmp_path, capsys):
     assert_refused(capsys, tmp_path, "check", "m.safetensors", "--fix", "m.safetensors", "--overwrite", says="is the input")
     assert_refused(capsys, tmp_path, "check", "m.safetensors", "--fix", "m.ckpt", says="the output is a .safetensors file")
     write({name: t for name, t in healthy.items() if component_of(name) == "vae"}, tmp_path / "vae", "safetensors")
-    assert_refused(capsys, tmp_path, "check", "vae.safetensors", "--fix", "o.safetensors", says="no Stable Diffusion U-Net")
+    assert_refused(
+        capsys, tmp_path, "check", "vae.safetensors", "--fix", "o.safetensors", says="is a VAE alone, 248 tensors in ldm names"
+    )

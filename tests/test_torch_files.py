@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -367,3 +368,13 @@ def test_storages_beyond_4_gb(tmp_path):
     checkpoint = open_checkpoint(path)
     assert checkpoint.tensors["a"].offset > 5 << 30
     assert checkpoint.read("a") == attacks.DATA
+
+
+def test_a_legacy_file_that_is_cut_short_says_by_how_much(tmp_path):
+    path = tmp_path / "m.pt"
+    torch.save({"a": torch.ones(100), "b": torch.ones(50)}, path, _use_new_zipfile_serialization=False)
+    whole = path.stat().st_size
+    for left in (whole - 1, whole - 205, whole - 300):  # in b's numbers, in b's size, in a's numbers
+        os.truncate(path, left)
+        with pytest.raises(CheckpointError, match=f": its data is cut short: {left} bytes of {whole}$"):
+            open_checkpoint(path)

@@ -7,12 +7,12 @@ also hold for narrow test models. Nor does it look at text encoders: a U-Net may
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from blockmerge.anatomy.blocks import SD_BLOCKS, SDXL_BLOCKS, block_of
-from blockmerge.anatomy.names import DIFFUSERS_UNET_PREFIX, UNET_PREFIX
-from blockmerge.errors import RecipeError, UnknownFamilyError
+from blockmerge.anatomy.names import DIFFUSERS_UNET_PREFIX, UNET_PREFIX, lone_component
+from blockmerge.errors import RecipeError, UnknownFamilyError, counted
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def identify(shapes: Mapping[str, tuple[int, ...]]) -> Anatomy:
     elif "conv_in.weight" in unet and any(name.startswith("down_blocks.") for name in unet):
         naming, first, family = "diffusers", "conv_in.weight", _diffusers_family(unet)
     else:
-        raise UnknownFamilyError("holds no Stable Diffusion U-Net (no tensor input_blocks.0.0.weight)")
+        raise UnknownFamilyError(_instead_of_a_unet(shapes))
     channels = unet[first][1] if len(unet[first]) == 4 else 0
     variant = FAMILIES[family].variants.get(channels)
     if variant is None:
@@ -67,6 +67,15 @@ def identify(shapes: Mapping[str, tuple[int, ...]]) -> Anatomy:
         except RecipeError as error:
             raise UnknownFamilyError(f"holds no whole {family} U-Net: {error}") from None
     return Anatomy(FAMILIES[family], variant, naming)
+
+
+def _instead_of_a_unet(names: Iterable[str]) -> str:
+    match lone_component(names):
+        case "vae", naming, count:
+            return f"is a VAE alone, {counted(count, 'tensor')} in {naming} names: give it to --vae"
+        case _, naming, count:
+            return f"is a text encoder alone, {counted(count, 'tensor')} in {naming} names: give a model with a U-Net"
+    return "holds no Stable Diffusion U-Net (no tensor input_blocks.0.0.weight)"
 
 
 def _highest(names: Mapping[str, object], pattern: str) -> int:

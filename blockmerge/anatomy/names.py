@@ -15,6 +15,11 @@ EMA_PREFIX = "model_ema."
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "vae", "ema", "other")
 """The components a tensor can belong to. Only SDXL has a second text encoder."""
 
+TITLES = {
+    "unet": "U-Net", "text_encoder": "text encoder", "text_encoder_2": "second text encoder", "vae": "VAE", "ema": "EMA copy",
+}  # fmt: skip
+"""What messages call components."""
+
 _COMPONENT_PREFIXES = (
     (UNET_PREFIX, "unet"),
     ("unet/", "unet"),
@@ -27,6 +32,10 @@ _COMPONENT_PREFIXES = (
     ("conditioner.embedders.1.", "text_encoder_2"),
     (EMA_PREFIX, "ema"),
 )
+VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+"""How the names of a VAE begin, after the prefix that they have in a whole model."""
+
+_VAE_PREFIX = re.compile(r"first_stage_model\.|vae[./]")
 _BARE_UNET = re.compile(r"(?:input_blocks|middle_block|output_blocks|time_embed|label_emb|out)\.")
 _DIFFUSERS_UNET = re.compile(r"(?:down_blocks|mid_block|up_blocks|conv_in|conv_norm_out|conv_out|time_embedding|add_embedding)\.")
 _DOTTED = re.compile(r"(unet|vae|text_encoder|text_encoder_2)\.")
@@ -70,6 +79,25 @@ def canonical_name(name: str) -> str:
         name = _BARE_TEXT_MODEL.sub(r"\1text_model.", name, count=1)
         return _OLD_VAE_ATTENTION.sub(lambda match: match[1] + _NEW_VAE_ATTENTION[match[2]], name, count=1)
     return _NAI_TEXT_ENCODER.sub(r"\1text_model.", name, count=1)
+
+
+def lone_component(names: Iterable[str]) -> tuple[str, str, int] | None:
+    """Return (component, naming, number of its tensors) for a VAE or text encoders alone, None with a U-Net or without either."""
+    known = list(names)
+    components = {component_of(canonical_name(name)) for name in known}
+    if components & {"unet", "ema"}:
+        return None
+    vae = [short for name in known if (short := _VAE_PREFIX.sub("", name, count=1)).startswith(VAE_PARTS)]
+    text = [
+        name for name in known if component_of(canonical_name(name)).startswith("text_encoder") or name.startswith("text_model.")
+    ]
+    if "decoder.conv_in.weight" in vae and not text:
+        diffusers = any(name.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for name in vae)
+        return "vae", "diffusers" if diffusers else "ldm", len(vae)
+    if text and "vae" not in components:
+        diffusers = all(canonical_name(name).startswith(("text_encoder", "text_model.")) for name in text)
+        return "text_encoder", "diffusers" if diffusers else "ldm", len(text)
+    return None
 
 
 def is_schedule(name: str) -> bool:

@@ -9,7 +9,7 @@ from blockmerge.checkpoints.formats.torch_file import TorchFile
 from blockmerge.checkpoints.hashes import Hashes, hash_file, old_hash
 from blockmerge.checkpoints.metadata import ARCHITECTURES, faulty_metadata
 from blockmerge.checkpoints.model import EMA_CHOICES, VAE_PREFIX, Model, View, vae_view
-from blockmerge.checkpoints.open import SUFFIXES, CheckpointLike, open_checkpoint
+from blockmerge.checkpoints.open import SUFFIXES, CheckpointLike, open_checkpoint, told_apart
 from blockmerge.checkpoints.position_ids import POSITIONS, fault_of_position_ids
 from blockmerge.checkpoints.state_dict import StateDict, state_dict_name
 from blockmerge.checkpoints.writing.disk import check_space
@@ -52,5 +52,6 @@ __all__ = [
     "old_hash",
     "open_checkpoint",
     "state_dict_name",
+    "told_apart",
     "vae_view",
 ]

@@ -52,11 +52,12 @@ class Reader(ABC):
 class Checkpoint(ABC):
     """Named tensors that can be looked at without reading them.
 
-    `name` is what messages and recipes call it (a file's name without its folder), `tensors` is in the order of the
-    data, `metadata` maps strings to strings, `files` are those it is read from (none: it is in memory).
+    `name` is what messages and recipes call it (a file's name without its folder), `path` is where it is (None: in memory),
+    `tensors` is in the order of the data, `metadata` maps strings to strings, `files` are those it is read from.
     """
 
     name: str
+    path: Path | None = None
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
     files: tuple[Path, ...] = ()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from blockmerge.anatomy import (
     DIFFUSERS_UNET_PREFIX,
     UNET_PREFIX,
+    VAE_PARTS,
     Anatomy,
     Origin,
     canonical_name,
@@ -66,7 +67,9 @@ class View:
 class Model:
     """A checkpoint, what it is, and its tensors: under LDM names (`ldm`), whatever its own naming, or diffusers' (`diffusers`).
 
-    EMA copies are left out and only counted, unless they are all the U-Net there is, or wanted.
+    EMA copies are left out, unless they are all the U-Net there is, or wanted: `ema_tensors` are those.
+
+    `name` is what messages call it.
 
     `bare` says that its U-Net's names lack the prefix of whole models.
     """
@@ -77,13 +80,9 @@ class Model:
     original_names: Mapping[str, str]
     components: frozenset[str]
     bare: bool
-    ema_tensors: int
+    ema_tensors: tuple[str, ...]
     notes: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        """The name to show people."""
-        return self.source.name
+    name: str
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -96,27 +95,30 @@ class Model:
         return self.ldm.checkpoint
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, ema: str = "drop") -> Model:
+    def of(cls, checkpoint: Checkpoint, ema: str = "drop", name: str | None = None) -> Model:
         """Look at a checkpoint's names and shapes; `ema` is one of EMA_CHOICES: what becomes of EMA copies.
 
-        Raises UnknownFamilyError, with the file's name, without a known U-Net.
+        Messages call it `name`, by default the checkpoint's. Raises UnknownFamilyError, with the name, without a known U-Net.
         """
-        original, notes = _matched_names(checkpoint, ema)
-        shapes = {canonical: checkpoint.tensors[name].shape for canonical, name in original.items()}
+        name = checkpoint.name if name is None else name
+        original, notes = _matched_names(checkpoint, ema, name)
+        shapes = {canonical: checkpoint.tensors[own].shape for canonical, own in original.items()}
         try:
-            anatomy = identify({name: shape for name, shape in shapes.items() if component_of(name) != "ema"})
+            anatomy = identify({known: shape for known, shape in shapes.items() if component_of(known) != "ema"})
         except UnknownFamilyError as error:
-            raise UnknownFamilyError(f"{shown(checkpoint.name)} {error}") from None
+            raise UnknownFamilyError(f"{shown(name)} {error}") from None
         view = View.of(checkpoint, original, anatomy.naming, "ldm", anatomy.family.name)
+        used = set(original.values())
         return cls(
             source=checkpoint,
             anatomy=anatomy,
             ldm=view,
             original_names=original,
             components=frozenset(map(component_of, view.tensors)),
-            bare=any(canonical in (UNET_PREFIX + name, DIFFUSERS_UNET_PREFIX + name) for canonical, name in original.items()),
-            ema_tensors=sum(component_of(name) == "ema" for name in checkpoint.tensors.keys() - set(original.values())),
+            bare=any(canonical in (UNET_PREFIX + own, DIFFUSERS_UNET_PREFIX + own) for canonical, own in original.items()),
+            ema_tensors=tuple(own for own in checkpoint.tensors if component_of(own) == "ema" and own not in used),
             notes=tuple(notes),
+            name=name,
         )
 
     def view(self, naming: str) -> View:
@@ -171,7 +173,7 @@ def _joined(checkpoint: Checkpoint, origin: Origin, infos: list[TensorInfo]) -> 
     return Assembly(infos[0].dtype, shape, tuple(Piece.contiguous(info.offset, info.elements) for info in infos))
 
 
-def _matched_names(checkpoint: Checkpoint, ema: str) -> tuple[dict[str, str], list[str]]:
+def _matched_names(checkpoint: Checkpoint, ema: str, label: str) -> tuple[dict[str, str], list[str]]:
     """Return {canonical name: name in the file}, EMA copies treated as asked for, and notes."""
     names: dict[str, str] = {}
     twice: list[str] = []
@@ -185,7 +187,7 @@ def _matched_names(checkpoint: Checkpoint, ema: str) -> tuple[dict[str, str], li
                 continue
         names[canonical] = name
     notes = (
-        [f"{shown(checkpoint.name)} holds {len(twice)} tensors under two names ({listing(twice, 1)}): one of each is used"]
+        [f"{shown(label)} holds {counted(len(twice), 'tensor')} under two names ({listing(twice, 1)}): one of each is used"]
         if twice
         else []
     )
@@ -193,10 +195,10 @@ def _matched_names(checkpoint: Checkpoint, ema: str) -> tuple[dict[str, str], li
     if not plain or ema == "use":
         copies = {plain_name: name for name, plain_name in plain_names_of_ema(checkpoint.tensors).items()}
         if copies and not plain:
-            notes.append(f"{shown(checkpoint.name)} has only EMA weights for its U-Net: they are used as the U-Net")
+            notes.append(f"{shown(label)} has only EMA weights for its U-Net: they are used as the U-Net")
             names = {**copies, **{name: own for name, own in names.items() if component_of(name) != "ema"}}
         elif copies:
-            notes.append(f"the U-Net of {shown(checkpoint.name)} is its EMA copy ({counted(len(copies), 'tensor')})")
+            notes.append(f"the U-Net of {shown(label)} is its EMA copy ({counted(len(copies), 'tensor')})")
             names.update(copies)
     return names, notes
 
@@ -206,9 +208,8 @@ def vae_view(checkpoint: Checkpoint, naming: str = "ldm") -> View:
 
     Raises CheckpointError for a tensor that is not of the shape it takes.
     """
-    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
     bare = {name: canonical_name(name).removeprefix(VAE_PREFIX).removeprefix("vae/") for name in checkpoint.tensors}
-    own = {name: short for name, short in bare.items() if short.startswith(parts)}
+    own = {name: short for name, short in bare.items() if short.startswith(VAE_PARTS)}
     if any(short.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for short in own.values()):
         original = {canonical_name(f"vae/{short}"): name for name, short in own.items()}
         own_naming = "diffusers"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
 from blockmerge.checkpoints.checkpoint import Checkpoint
@@ -58,6 +59,21 @@ def open_checkpoint(source: CheckpointLike, name: str = "state dict", variant: s
     if begins_torch_file(head) or (head[8:9] != b"{" and os.fspath(source).lower().endswith(TORCH_SUFFIXES)):
         return TorchFile(source)
     return SafetensorsFile(source)
+
+
+def told_apart(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Return what messages call checkpoints: their names, and where two of them have the same, with the folders that differ."""
+    places = [None if one.path is None else Path(os.path.abspath(one.path)).parts for one in checkpoints]
+    return [
+        one.name if parts is None else _shortest(parts, [other for other in places if other is not None and other != parts])
+        for one, parts in zip(checkpoints, places, strict=True)
+    ]
+
+
+def _shortest(parts: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> str:
+    """The shortest end of a path that no other path has. An absolute path, from its root on, is no other's end."""
+    count = next(n for n in range(1, len(parts) + 1) if all(other[-n:] != parts[-n:] for other in others))
+    return str(Path(*parts[-count:]))
 
 
 def _head(path: str | os.PathLike[str]) -> bytes:

@@ -32,7 +32,8 @@ def fault_of_position_ids(source: Checkpoint | View, name: str) -> str | None:
         return None
     first = int(wrong[0])
     what = "not exactly " if bool((np.rint(values) == np.arange(POSITIONS)).all()) else "not "
-    return f"{counted(len(wrong), 'position')} {what}0 … {POSITIONS - 1}: the first is {values[first]} in place of {first}"
+    found = str(values[first])  # of float32 the shortest text: 0.99, where a format shows 0.9900000095367432
+    return f"{counted(len(wrong), 'position')} {what}0 … {POSITIONS - 1}: the first is {found} in place of {first}"
 
 
 def _numbers(data: bytes, info: TensorInfo) -> np.ndarray[tuple[int], np.dtype[np.generic]] | None:

@@ -5,14 +5,27 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
+
+from blockmerge.errors import RecipeError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from blockmerge.streaming import Progress
+
+
+def not_empty(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    """Refuse an empty text on the command line, which is most likely a variable of the shell that is not set."""
+    assert parameter.name is not None
+    is_given = context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    if is_given and not all(text.strip(" ,;\n") for text in (value if isinstance(value, tuple) else (value,))):
+        raise RecipeError(f"{parameter.opts[0]} is empty: give it a value, or leave it out")
+    return value
+
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import click
 
-from blockmerge.cli.console import json_option, progress_bar, stdout_console
-from blockmerge.cli.merge import dtype_option, ema_option, naming_option, variant_option
+from blockmerge.cli.console import json_option, not_empty, progress_bar, stdout_console
+from blockmerge.cli.merge import configs_option, dtype_option, ema_option, naming_option, variant_option
 
 
 @click.command(short_help="Write a model under other names, as another kind of file, in another dtype.")
 @click.argument("model", metavar="IN")
 @click.argument("output", metavar="OUT")
-@naming_option
+@naming_option("the model's own; ldm where a folder becomes a .safetensors file")
 @dtype_option
 @ema_option
-@click.option("--vae", metavar="FILE", default="auto", help="Bake in this VAE: a file or a folder. [default: the model's own]")
+@click.option(
+    "--vae",
+    metavar="FILE",
+    default="auto",
+    callback=not_empty,
+    help="Bake in this VAE: a file or a folder. [default: the model's own]",
+)
 @click.option("--prune", is_flag=True, help="Leave out all that no loader needs.")
 @variant_option
-@click.option("--configs", metavar="FOLDER", help="A diffusers folder whose configs and tokenizers go into a new folder.")
+@configs_option
 @click.option("--threads", metavar="N", type=int, help="How many workers. [default: twice the processors, at most 8]")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
-@click.option("--allow-nonfinite", is_flag=True, help="Write NaN and infinity instead of refusing them.")
+@click.option(
+    "--allow-nonfinite", is_flag=True, help="Write NaN and infinity that --dtype makes or keeps, instead of refusing them."
+)
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 def convert(

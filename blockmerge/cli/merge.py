@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from blockmerge.cli.console import json_option, progress_bar, stdout_console
+from blockmerge.cli.console import json_option, not_empty, progress_bar, stdout_console
 
 if TYPE_CHECKING:
     from blockmerge.merging import Recipe
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 dtype_option = click.option(
     "--dtype",
@@ -18,17 +21,25 @@ dtype_option = click.option(
     default="keep",
     help="The output's dtype: keep (each tensor keeps its own), fp16, bf16, fp32, fp8_e4m3fn, fp8_e5m2. [default: keep]",
 )
-naming_option = click.option(
-    "--to",
-    "naming",
-    metavar="ldm|diffusers",
-    help="The output's naming: ldm (one file) or diffusers (a folder). [default: the first model's]",
-)
+
+
+def naming_option(default: str) -> Callable[[Command], Command]:
+    """The option for the output's naming; `default` says what it is where nobody does."""
+    about = f"The output's naming: ldm (one file) or diffusers (a folder). [default: {default}]"
+    return click.option("--to", "naming", metavar="ldm|diffusers", help=about)
+
+
 ema_option = click.option(
     "--ema", metavar="drop|keep|use", default="drop", help="EMA copies: use makes them the U-Net. [default: drop]"
 )
+configs_option = click.option(
+    "--configs",
+    metavar="FOLDER",
+    callback=not_empty,
+    help="A diffusers folder whose configs and tokenizers go into a new folder.",
+)
 variant_option = click.option(
-    "--variant", metavar="NAME", help="Which weights of a diffusers folder: fp16. [default: the plain ones]"
+    "--variant", metavar="NAME", callback=not_empty, help="Which weights of a diffusers folder: fp16. [default: the plain ones]"
 )
 
 
@@ -44,31 +55,42 @@ variant_option = click.option(
     help="A preset's name, a preset file, or FILE#NAME; NAME@RATIO, repeated, adds presets up. See `blockmerge presets`.",
 )
 @click.option("-w", "--weights", metavar="TEXT", help="How much of B: 0.5, or 26 numbers, or BASE=0,IN00-IN05=0.3,M00=skip.")
-@click.option("--set", "changes", metavar="TEXT", multiple=True, help="Change single blocks on top: BASE=0.5,OUT11=1.")
+@click.option(
+    "--set", "changes", metavar="TEXT", multiple=True, callback=not_empty, help="Change single blocks on top: BASE=0.5,OUT11=1."
+)
 @click.option("-m", "--method", metavar="NAME", default="weighted_sum", show_default=True, help="See `blockmerge methods`.")
 @click.option("--preset-beta", "presets_beta", metavar="NAME", multiple=True, help="The same for beta, a method's second weight.")
 @click.option("--weights-beta", metavar="TEXT", help="The same for beta. [default: 0]")
-@click.option("--set-beta", "changes_beta", metavar="TEXT", multiple=True, help="The same for beta.")
+@click.option("--set-beta", "changes_beta", metavar="TEXT", multiple=True, callback=not_empty, help="The same for beta.")
 @click.option("--ratios", metavar="NUMBERS", help="average: how much each model counts, A first: 2,1,1.")
 @click.option("--density", metavar="NUMBER", help="ties: the share of each difference that is kept. [default: 0.2]")
 @click.option("--drop-rate", metavar="NUMBER", help="dare: the share of the difference that is dropped. [default: 0.5]")
 @click.option("--gamma", metavar="NUMBER", help="extract: how fast likeness falls off. [default: 1]")
 @click.option("--number", "own_numbers", metavar="NAME=VALUE", multiple=True, help="A number of a method of your own.")
-@click.option("--rules", metavar="TEXT", default="", help="Element rules: OUT03-OUT05:attn2:0.8, NOT BASE:norm:0.")
-@click.option("--adjust", metavar="NUMBERS", default="", help="Detail, contrast, colours: IN,OUT,OUT2,CONT,BRI,COL1,COL2,COL3.")
+@click.option(
+    "--rules", metavar="TEXT", default="", callback=not_empty, help="Element rules: OUT03-OUT05:attn2:0.8, NOT BASE:norm:0."
+)
+@click.option(
+    "--adjust",
+    metavar="NUMBERS",
+    default="",
+    callback=not_empty,
+    help="Detail, contrast, colours: IN,OUT,OUT2,CONT,BRI,COL1,COL2,COL3.",
+)
 @click.option("--clip", is_flag=True, help="Limit results to what lies between A and B.")
 @click.option("--seed", metavar="N", type=int, default=0, show_default=True, help="For random weights and methods of chance.")
 @click.option(
     "--vae",
     metavar="auto|a|b|blend|FILE",
     default="auto",
+    callback=not_empty,
     help="Whose VAE. [default: auto: whole, A's if BASE ≤ 0.5, else B's]",
 )
 @dtype_option
-@naming_option
+@naming_option("the first model's; ldm where a folder becomes a .safetensors file")
 @ema_option
 @variant_option
-@click.option("--configs", metavar="FOLDER", help="A diffusers folder whose configs and tokenizers go into a new folder.")
+@configs_option
 @click.option(
     "--sdxl-map",
     metavar="name|resolution",

@@ -10,7 +10,7 @@ import numpy as np
 
 from blockmerge.checkpoints import CheckpointLike, Model
 from blockmerge.comparing.sources import is_same_file, open_model, open_sources
-from blockmerge.errors import IncompatibleModelsError, NonFiniteError, RecipeError, listing, shown
+from blockmerge.errors import IncompatibleModelsError, NonFiniteError, RecipeError, counted, listing, shown
 from blockmerge.explaining.explanation import BlockOrigin, Explanation
 from blockmerge.explaining.parents import Parents, find_parents, nearest_pair
 from blockmerge.explaining.units import Compared, Sight, Told, ToldUnit, Units, group_by_block, group_by_component, tell
@@ -153,7 +153,8 @@ def _nonfinite(compared: Compared, models: Sequence[Model], gram: Gram) -> dict[
 
 def _notes(merged: Model, compared: Compared, sight: Sight, told: Told, names: Sequence[str]) -> Iterable[str]:
     if compared.skipped:
-        yield f"{len(compared.skipped)} tensors that not every candidate has are not looked at ({listing(compared.skipped)})"
+        skipped = f"{counted(len(compared.skipped), 'tensor')} that not every candidate has"
+        yield f"not looked at: {skipped} ({listing(compared.skipped)})"
     for name, unit in told.components.items():
         if unit.explained or all(told.tensors[compared.names[member]].explained for member in unit.members):
             continue

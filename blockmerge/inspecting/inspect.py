@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from blockmerge.anatomy import COMPONENTS, Anatomy, block_of, canonical_name, component_of, identify, plain_names_of_ema
+from blockmerge.anatomy import (
+    COMPONENTS,
+    Anatomy,
+    block_of,
+    canonical_name,
+    component_of,
+    identify,
+    lone_component,
+    plain_names_of_ema,
+)
 from blockmerge.checkpoints import CheckpointLike, Hashes, TensorInfo, hash_file, open_checkpoint
 from blockmerge.errors import UnknownFamilyError
 from blockmerge.streaming import Progress
@@ -31,7 +40,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` found. Family, variant and naming are None, and `why_unknown` says why, without a known U-Net.
+    """What `inspect` found. Without a known U-Net, family and variant are None, and `why_unknown` says why.
+
+    So is naming, but of a VAE or a text encoder alone.
 
     `blocks` are the U-Net's, without BASE. `hashes` is None unless asked for.
     """
@@ -59,10 +70,11 @@ def inspect(path: CheckpointLike, hashes: bool = False, progress: Progress | Non
     if not has_unet:  # then EMA weights are the U-Net
         names.update(plain)
     anatomy, why = _identify({names[name]: info.shape for name, info in checkpoint.tensors.items()})
+    alone, naming, _ = lone_component(names) or (None, None, 0)
     components: dict[str, list[TensorInfo]] = {component: [] for component in COMPONENTS}
     blocks: dict[str, list[TensorInfo]] = {block: [] for block in (anatomy.family.blocks[1:] if anatomy else ())}
     for name, info in checkpoint.tensors.items():
-        components[component_of(name)].append(info)
+        components[alone or component_of(name)].append(info)
         if anatomy and component_of(names[name]) == "unet":
             block = block_of(names[name], anatomy.family.name)
             blocks.setdefault(block, []).append(info)
@@ -70,7 +82,7 @@ def inspect(path: CheckpointLike, hashes: bool = False, progress: Progress | Non
         name=checkpoint.name,
         family=anatomy.family.name if anatomy else None,
         variant=anatomy.variant if anatomy else None,
-        naming=anatomy.naming if anatomy else None,
+        naming=anatomy.naming if anatomy else naming,
         why_unknown=why,
         components={component: Part.of(infos) for component, infos in components.items() if infos},
         blocks={block: Part.of(infos) for block, infos in blocks.items()},

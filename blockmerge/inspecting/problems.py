@@ -79,7 +79,8 @@ class Problem:
 class CheckResult:
     """What `check` found, the worst first. Family, variant and naming are None without a known U-Net.
 
-    `fixed` are the codes of what a repaired copy no longer has; empty where none was asked for.
+    `output` is where a repaired copy was written and `fixed` are the codes of what it no longer has; None and empty where none
+    was asked for.
     """
 
     name: str
@@ -88,6 +89,7 @@ class CheckResult:
     naming: str | None
     problems: tuple[Problem, ...]
     fixed: tuple[str, ...] = ()
+    output: str | None = None
 
     @property
     def faults(self) -> tuple[Problem, ...]:

@@ -28,11 +28,13 @@ def repair(
 
     Raises what `check` and `convert` raise; a file without a known U-Net cannot be repaired.
     """
-    convert(path, output, prune=True, threads=threads, overwrite=overwrite, allow_nonfinite=True, progress=progress)
+    written = convert(
+        path, output, prune=True, threads=threads, overwrite=overwrite, allow_nonfinite=True, progress=progress
+    ).output
     before = check(path, progress, threads)
     after = check(output, progress, threads)
     remaining = {problem.code for problem in after.problems}
     known = {problem.code for problem in before.problems}
     fixed = [problem.code for problem in before.problems if problem.code not in remaining]
     new = [problem for problem in after.problems if problem.code not in known]
-    return replace(before, problems=(*before.problems, *new), fixed=tuple(dict.fromkeys(fixed)))
+    return replace(before, problems=(*before.problems, *new), fixed=tuple(dict.fromkeys(fixed)), output=str(written))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from blockmerge.anatomy import (
     FAMILIES,
+    TITLES,
     UNET_PREFIX,
     canonical_name,
     component_of,
@@ -96,13 +97,15 @@ def _against_layout(subject: Subject, family: str) -> Iterator[Problem]:
     present = set(map(component_of, shapes))
     for component in components_of(family):
         if component not in present:
-            yield Problem.of("missing_component", f"there is no {component}: a loader of whole models has to get one elsewhere")
+            yield Problem.of(
+                "missing_component", f"there is no {TITLES[component]}: a loader of whole models has to get one elsewhere"
+            )
             continue
         gaps = layout_gaps(shapes, family, component)
         if gaps.missing:
             yield Problem.of(
                 "missing_tensors",
-                f"the {component} lacks {counted(len(gaps.missing), 'tensor')} ({listing(gaps.missing)})",
+                f"the {TITLES[component]} lacks {counted(len(gaps.missing), 'tensor')} ({listing(gaps.missing)})",
                 gaps.missing,
             )
         # position_ids have a problem of their own, which their shape is a part of.
@@ -110,7 +113,7 @@ def _against_layout(subject: Subject, family: str) -> Iterator[Problem]:
             said = [f"{shown(name)} is {list(shapes[name])}, expected {list(shape)}" for name, shape in misshapen.items()]
             yield Problem.of(
                 "wrong_shape",
-                f"{counted(len(said), 'tensor')} of the {component} with a wrong shape: {listing(said, width=300)}",
+                f"{counted(len(said), 'tensor')} of the {TITLES[component]} with a wrong shape: {listing(said, width=300)}",
                 subject.in_file(misshapen),
             )
         if gaps.unknown:
@@ -120,7 +123,9 @@ def _against_layout(subject: Subject, family: str) -> Iterator[Problem]:
 
 
 def _unknown(subject: Subject, component: str, family: str, names: Sequence[str]) -> Problem:
-    found = f"{counted(len(names), 'tensor')} of the {component} that no {FAMILIES[family].title} model has"
+    found = (
+        f"{counted(len(names), 'tensor')} of the {TITLES.get(component, component)} that no {FAMILIES[family].title} model has"
+    )
     nbytes = sum(subject.tensors[name].nbytes for name in names)
     return Problem.of("unknown_tensors", f"{found} ({listing(names)})", subject.in_file(names), nbytes)
 
@@ -136,14 +141,14 @@ def _dtypes(subject: Subject) -> Iterator[Problem]:
         odd = {name: component for component, dtypes in weights.items() for name, dtype in dtypes.items() if is_odd(dtype)}
         if odd:
             stored = " and ".join(sorted({weights[component][name] for name, component in odd.items()}))
-            where = ", ".join(dict.fromkeys(odd.values()))
+            where = ", ".join(TITLES[component] for component in dict.fromkeys(odd.values()))
             yield Problem.of(code, f"{counted(len(odd), 'tensor')} stored as {stored} ({where}): {why}", odd)
     for component, dtypes in weights.items():
         counts = Counter(dtype for dtype in dtypes.values() if dtype in FLOAT_DTYPES).most_common()
         if len(counts) > 1:
             strays = [name for name, dtype in dtypes.items() if dtype in FLOAT_DTYPES and dtype != counts[0][0]]
-            said = " and ".join(f"{count} tensors as {dtype}" for dtype, count in counts)
-            yield Problem.of("mixed_dtypes", f"the {component} stores {said} ({listing(strays)})", strays)
+            said = " and ".join(f"{counted(count, 'tensor')} as {dtype}" for dtype, count in counts)
+            yield Problem.of("mixed_dtypes", f"the {TITLES[component]} stores {said} ({listing(strays)})", strays)
 
 
 def _superfluous(subject: Subject) -> Iterator[Problem]:

@@ -7,14 +7,16 @@ own; the last step gives each tensor the place and the name that it has in the o
 
 from __future__ import annotations
 
+import os
 import struct
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from blockmerge.anatomy import (
     DIFFUSERS_UNET_PREFIX,
+    TITLES,
     UNET_PREFIX,
     Relation,
     block_of,
@@ -31,11 +33,13 @@ from blockmerge.checkpoints import (
     FLOAT_DTYPES,
     POSITIONS,
     Checkpoint,
+    DiffusersFolder,
     Model,
     TensorInfo,
     View,
     fault_of_position_ids,
     open_checkpoint,
+    state_dict_name,
     vae_view,
 )
 from blockmerge.errors import CheckpointError, IncompatibleModelsError, RecipeError, counted, listing, shown
@@ -50,8 +54,6 @@ SHARED_CHANNELS = 4
 """The input channels that the U-Nets of all variants have in common: the latent image's."""
 
 FIRST_CONVOLUTION = UNET_PREFIX + "input_blocks.0.0.weight"
-
-_COMPONENT_TITLES = {"text_encoder": "text encoder", "text_encoder_2": "second text encoder", "vae": "VAE", "ema": "EMA copy"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +144,7 @@ class _Judge:
             raise IncompatibleModelsError(f"no EMA copies to use in {self._names()}: leave out --ema use")
         self.family = self.models[0].anatomy.family.name
         self.views: dict[int, View] = {number: model.ldm for number, model in enumerate(self.models)}
+        self.notes += _same_files(self.models)
         for model in self.models:
             self.notes += model.notes
         self.vae_source = self._choose_vae()
@@ -159,6 +162,7 @@ class _Judge:
         if self.naming == "diffusers":
             decisions = self._in_diffusers(decisions)
         ldm = {number: model.ldm for number, model in enumerate(self.models)}
+        counts = replace(counts, written=len(decisions))
         return Decisions(tuple(self._spelled(decisions)), self.views, ldm, counts, tuple(self.notes))
 
     # -- one tensor -----------------------------------------------------------------------------------------------
@@ -294,8 +298,8 @@ class _Judge:
         try:
             checkpoint = open_checkpoint(self.recipe.vae)
         except CheckpointError as error:
-            choices = ", ".join((*_letters(self.models), "blend"))
-            raise CheckpointError(f"{error} (--vae takes auto, {choices} or a file)") from error
+            choices = "" if self.recipe.method is None else ", ".join(("auto", *_letters(self.models), "blend", ""))
+            raise CheckpointError(f"{error} (--vae takes {choices}a file or a folder)") from error
         view = vae_view(checkpoint)
         shapes = {name: info.shape for name, info in view.tensors.items()}
         gaps = layout_gaps(shapes, self.family, "vae")
@@ -306,7 +310,10 @@ class _Judge:
         if wrong:
             raise IncompatibleModelsError(f"{shown(checkpoint.name)} is a VAE of another shape: {listing(wrong)}")
         self.views[VAE_FILE] = view
-        self.notes.append(f"the VAE is {shown(checkpoint.name)}")
+        name = checkpoint.name
+        if isinstance(checkpoint, DiffusersFolder) and "" in checkpoint.components:  # the folder of a VAE alone is called "vae"
+            name = os.path.join(os.path.basename(os.path.dirname(os.path.abspath(checkpoint.path))), name)
+        self.notes.append(f"the VAE is {shown(name)}")
         return VAE_FILE
 
     # -- the output's naming --------------------------------------------------------------------------------------
@@ -364,7 +371,7 @@ class _Judge:
             from_c=taken[2],
             from_vae=taken[VAE_FILE],
             from_others=sum(count for number, count in taken.items() if number > 2),
-            dropped=self.counted["dropped"] + sum(model.ema_tensors for model in self.models),
+            dropped=self.counted["dropped"] + sum(len(model.ema_tensors) for model in self.models),
         )
 
     def _describe(self, decisions: Sequence[Decision]) -> None:
@@ -412,14 +419,15 @@ class _Judge:
             if len(holders) == len(self.models) or (component == "vae" and (self.vae_source == VAE_FILE or len(holders) > 1)):
                 continue
             stale = ", as it was: it does not follow the merge" if component == "ema" else ""
-            title = _COMPONENT_TITLES.get(component, component)
+            title = TITLES.get(component, component)
             first, only = shown(holders[0].name), ", ".join(shown(model.name) for model in holders)
             whence = "there" if len(holders) == 1 else first
             self.notes.append(f"the {title} is only in {only} and copied from {whence}{stale}")
         for model in self.models:
-            if model.ema_tensors and any(component_of(name) == "unet" for name in model.source.tensors):
-                why = ", which would be stale" if self.recipe.method is not None else ""
-                self.notes.append(f"left out {counted(model.ema_tensors, 'EMA tensor')} of {shown(model.name)}{why}")
+            if model.ema_tensors:
+                is_stale = self.recipe.method is not None and any(component_of(name) == "unet" for name in model.source.tensors)
+                left_out = f"left out {counted(len(model.ema_tensors), 'EMA tensor')} of {shown(model.name)}"
+                self.notes.append(f"{left_out}{', which would be stale' if is_stale else ''} ({listing(model.ema_tensors)})")
 
     def _describe_markers(self) -> None:
         markers = [sorted(name for name in model.tensors if is_prediction_marker(name)) for model in self.models]
@@ -440,6 +448,17 @@ def _tensors_are(count: int, noun: str = "tensor") -> str:
 
 def _letters(models: Sequence[Model]) -> str:
     return "abcdefghijklmnopqrstuvwxyz"[: len(models)]
+
+
+def _same_files(models: Sequence[Model]) -> Iterator[str]:
+    places: dict[str, list[str]] = {}
+    for number, model in enumerate(models):
+        if model.source.path is not None:
+            letter = state_dict_name(number).removeprefix("state dict ")
+            places.setdefault(os.path.realpath(model.source.path), []).append(letter)
+    for letters in places.values():
+        if len(letters) > 1:
+            yield f"{', '.join(letters[:-1])} and {letters[-1]} are the same file"
 
 
 def _check_kinds(models: Sequence[Model]) -> None:

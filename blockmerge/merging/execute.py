@@ -195,7 +195,7 @@ class _Worker:
             from blockmerge.merging.kernel import Kernel
 
             self.job.torch_threads.single_here()
-            self.kernel = Kernel(self.job.plan, self.job.device, self.job.pace.chunk_bytes, self.job.gathered)
+            self.kernel = Kernel(self.job.plan, self.job.file, self.job.device, self.job.pace.chunk_bytes, self.job.gathered)
         for start, stop, is_finite in self.kernel.compute(run, low, target, self.reader):
             self.job.note_nonfinite(start, stop, is_finite)
 
@@ -213,7 +213,12 @@ def _explain_nonfinite(plan: Plan, names: list[str]) -> str:
     for name in names[:3]:
         bad = [shown(checkpoint.name) for checkpoint, info in plan.inputs_of(name) if holds_nonfinite(checkpoint, info)]
         dtype = next(file.tensors[name].dtype for file in plan.files if name in file.tensors)
-        cause = f"NaN or infinity in {' and '.join(bad)}" if bad else f"values too large for {dtype}"
+        method = plan.recipe.merge_method if plan.recipe.method is not None else None
+        cause = f"values too large for {dtype}"
+        if bad:
+            cause = f"NaN or infinity in {' and '.join(bad)}"
+        elif method is not None and method.own and plan.decision_of(name).alpha is not None:
+            cause = f"the method {shown(method.name)} makes NaN of finite values, or some too large for {dtype}"
         why.append(f"{shown(name)} ({cause})")
     verb = "merged" if plan.recipe.method is not None else "converted"
     what = "tensors" if len(names) > 1 else "tensor"

@@ -14,7 +14,7 @@ from blockmerge.anatomy import component_of, is_position_ids, is_schedule
 from blockmerge.checkpoints import FLOAT_DTYPES, Checkpoint, Reader, TensorInfo, View
 from blockmerge.errors import RecipeError, shown
 from blockmerge.merging.decisions import SHARED_CHANNELS
-from blockmerge.merging.plan import Plan, Run, Whole, Work, size_of
+from blockmerge.merging.plan import Plan, PlannedFile, Run, Whole, Work, size_of
 from blockmerge.merging.recipe import Recipe
 from blockmerge.methods import Method
 from blockmerge.methods.arithmetic import round_into, wide_dtype
@@ -35,7 +35,8 @@ class Kernel:
     there, a third's is computed with and a fourth's is on its way back. What the device holds is a chunk for each worker.
     """
 
-    def __init__(self, plan: Plan, device: str, chunk_bytes: int, gathered: object = None) -> None:
+    def __init__(self, plan: Plan, file: PlannedFile, device: str, chunk_bytes: int, gathered: object = None) -> None:
+        self._plan, self._file = plan, file
         self._computation = Computation(plan.recipe, plan.numbers, gathered)
         self._check = not plan.recipe.allow_nonfinite
         self._clip = plan.recipe.clip
@@ -46,7 +47,10 @@ class Kernel:
         self._buffers: dict[object, memoryview] = {}
 
     def compute(self, run: Run, low: int, target: memoryview, reader: Callable[[int], Reader]) -> Iterator[Nonfinite]:
-        """Fill `target`, the output's bytes from `low` on, with a run's result; yield the chunks that are not finite."""
+        """Fill `target`, the output's bytes from `low` on, with a run's result; yield the chunks that are not finite.
+
+        Raises RecipeError, with the first tensor it was about, when a method of the user's own fails.
+        """
         size = size_of(run.dtype)
         first = (low - run.start) // size
         count = len(target) // size
@@ -58,6 +62,8 @@ class Kernel:
             out = tensor_view(part, run.dtype, elements)
             try:
                 finite = self._compute_one(inputs, run, first + at, out)
+            except RecipeError as error:
+                raise RecipeError(f"{error} (at {shown(self._ldm_at(low + at * size))})") from error
             except RuntimeError as error:
                 if self._device.type == "cpu":
                     raise
@@ -66,6 +72,11 @@ class Kernel:
             if not finite:
                 start = low + at * size
                 yield start, start + len(part), _part_is_finite(out, start, size)
+
+    def _ldm_at(self, offset: int) -> str:
+        """The LDM name of the tensor at an offset of the output."""
+        name, _ = next(self._file.tensors_between(offset, offset + 1))
+        return self._plan.decision_of(name).ldm
 
     def _step(self, run: Run, size: int, count: int) -> int:
         """How many elements are computed at once."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from blockmerge.anatomy import Origin
 from blockmerge.checkpoints import Model, StateDict, state_dict_name
-from blockmerge.errors import CheckpointError, NonFiniteError, listing
+from blockmerge.errors import CheckpointError, NonFiniteError, RecipeError, counted, listing, shown
 from blockmerge.merging.decisions import Decision, Decisions, check_vae_option, decide
 from blockmerge.merging.plan import Drafter, Work
 from blockmerge.merging.recipe import Recipe, make_recipe
@@ -87,6 +87,7 @@ class _Job:
     what jobs that can be done together have in common.
     """
 
+    ldm: str
     inputs: Callable[[], list[torch.Tensor]]
     work: Work | None
     out: torch.Tensor
@@ -141,7 +142,7 @@ def _job(state_dicts: Sequence[Mapping[str, torch.Tensor]], drafter: Drafter, de
         return made if work is not None and work.whole is not None else [tensor.view(-1) for tensor in made]
 
     part = drafter.origin(decision).part
-    return _Job(inputs, work, out, part * out.numel(), (work, out.dtype, device, *dtypes))
+    return _Job(decision.ldm, inputs, work, out, part * out.numel(), (work, out.dtype, device, *dtypes))
 
 
 def _compute_together(jobs: Sequence[_Job], computation: Computation) -> None:
@@ -155,13 +156,21 @@ def _compute_together(jobs: Sequence[_Job], computation: Computation) -> None:
     for together in (part for group in groups.values() for part in _parts(group)):
         first = together[0]
         if len(together) == 1:
-            computation.run(first.inputs(), first.work, first.position, first.out.view(-1))
+            _run(computation, first, first.inputs(), first.out.view(-1))
             continue
         inputs = [torch.cat(tensors) for tensors in zip(*(job.inputs() for job in together), strict=True)]
         out = torch.empty(len(inputs[0]), dtype=first.out.dtype, device=first.out.device)
-        computation.run(inputs, first.work, 0, out)
+        _run(computation, first, inputs, out)
         outs = [job.out.view(-1) for job in together]
         torch._foreach_copy_(outs, list(torch.split(out, [len(one) for one in outs])))
+
+
+def _run(computation: Computation, job: _Job, inputs: list[torch.Tensor], out: torch.Tensor) -> None:
+    """Compute a job, or what stands for it and all that are like it."""
+    try:
+        computation.run(inputs, job.work, job.position, out)
+    except RecipeError as error:  # of a method of the user's own
+        raise RecipeError(f"{error} (at {shown(job.ldm)})") from error
 
 
 def _parts(jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
@@ -216,7 +225,7 @@ def _check_finite(merged: Mapping[str, torch.Tensor]) -> None:
     weights = ((name, tensor) for name, tensor in merged.items() if tensor.dtype in TORCH_DTYPES.values() and tensor.numel())
     nonfinite = [name for name, tensor in weights if not all_finite(tensor)]
     if nonfinite:
-        raise NonFiniteError(f"{len(nonfinite)} merged tensors hold NaN or infinity: {listing(nonfinite)}")
+        raise NonFiniteError(f"{counted(len(nonfinite), 'merged tensor')} with NaN or infinity: {listing(nonfinite)}")
 
 
 def _spelled_as(a: Mapping[str, torch.Tensor], merged: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -21,8 +21,9 @@ from blockmerge.checkpoints import (
     is_diffusers_folder,
     open_checkpoint,
     state_dict_name,
+    told_apart,
 )
-from blockmerge.errors import OutputError, shown
+from blockmerge.errors import OutputError, RecipeError, shown
 from blockmerge.merging.execute import Pace, execute
 from blockmerge.merging.plan import Form, Plan, make_plan
 from blockmerge.merging.recipe import Recipe, make_recipe
@@ -183,8 +184,14 @@ def _prepare(
     variant: str | None,
 ) -> tuple[Plan, Path]:
     recipe.check_model_count(len(models))
-    opened = [Model.of(checkpoint, recipe.ema) for checkpoint in _open(models, variant)]
+    checkpoints = _open(models, variant)
+    labels = told_apart(checkpoints)
+    opened = [Model.of(checkpoint, recipe.ema, label) for checkpoint, label in zip(checkpoints, labels, strict=True)]
     form = _form(recipe, opened[0], output)
+    if recipe.configs is not None and not form.folder:
+        raise RecipeError(
+            f"configs go into a diffusers folder only, and {shown(os.fspath(output))} is a single file: leave out --configs"
+        )
     plan = make_plan(opened, recipe, form)
     inputs = [file for checkpoint in plan.checkpoints.values() for file in checkpoint.files]
     inputs += [model.source.path for model in opened if isinstance(model.source, DiffusersFolder)]

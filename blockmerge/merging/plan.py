@@ -188,9 +188,13 @@ class Plan:
         """The names of the models, a VAE file not among them."""
         return tuple(view.checkpoint.name for number, view in self.decided.views.items() if number >= 0)
 
+    def decision_of(self, name: str) -> Decision:
+        """What becomes of an output tensor."""
+        return next(decision for decision in self.decided.tensors if decision.name == name)
+
     def inputs_of(self, name: str) -> Iterator[tuple[Checkpoint, TensorInfo]]:
         """Yield where an output tensor's values come from: each checkpoint, and the tensor there."""
-        decision = next(decision for decision in self.decided.tensors if decision.name == name)
+        decision = self.decision_of(name)
         for number in dict.fromkeys((*decision.sources, decision.wider)):
             if number is not None:
                 yield self.checkpoints[number], self.decided.info(number, decision)

@@ -151,7 +151,13 @@ def make_recipe(
     adjust: str = "",
     **options: Any,
 ) -> Recipe:
-    """Read what was given as text. The seed of the weights is that of the method as well, where it has one."""
+    """Read what was given as text. The seed of the weights is that of the method as well, where it has one.
+
+    Raises RecipeError, naming the argument, for what is no text.
+    """
+    for name, text in (("rules", rules), ("adjust", adjust)):
+        if not isinstance(text, str):
+            raise RecipeError(f"{name} is a text; {type(text).__name__} given")
     found = find_method(method)
     if "seed" not in numbers and any(number.name == "seed" for number in found.numbers):
         numbers = {**numbers, "seed": weights.seed}

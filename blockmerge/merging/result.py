@@ -9,9 +9,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Counts:
-    """How many of the output's tensors were computed, how many taken from which model, and how many left out.
+    """How many of the output's tensors were computed, how many taken from which model, how many left out, and all written.
 
-    A tensor that is only cast to another dtype counts as taken from its model.
+    Those written are the output's own; the others are counted as LDM has them. A tensor that is only cast to another dtype
+    counts as taken from its model.
     """
 
     computed: int = 0
@@ -21,6 +22,7 @@ class Counts:
     from_others: int = 0
     from_vae: int = 0
     dropped: int = 0
+    written: int = 0
 
 
 @dataclass(frozen=True)

@@ -61,15 +61,21 @@ def own_method(wanted: object) -> Method | None:
         if ":" not in wanted:
             return None
         module_name, _, name = wanted.rpartition(":")
+        if not (module_name and name):
+            raise RecipeError(f"method {shown(wanted)}: a method of your own is written MODULE:FUNCTION")
         with _current_folder_first():
             try:
                 module = importlib.import_module(module_name)
-            except Exception as error:  # a user's module may raise anything
+            except (Exception, SystemExit) as error:  # a user's module may raise anything, and may be a script that exits
                 why = f"{type(error).__name__}: {error}"
                 raise RecipeError(f"method {shown(wanted)}: cannot import {shown(module_name)} ({shown(why, 200)})") from error
         if not hasattr(module, name):
             raise RecipeError(f"method {shown(wanted)}: {shown(module_name)} has no '{shown(name)}'")
         wanted = getattr(module, name)
+        if not (callable(wanted) or isinstance(wanted, Method)):
+            raise RecipeError(
+                f"{shown(f'{module_name}:{name}')} is no function: a method is one, decorated with @blockmerge.merge_method()"
+            )
     if callable(wanted):
         found = getattr(wanted, "blockmerge_method", None)
         if found is None:
@@ -123,7 +129,7 @@ def _rounding(name: str, function: Callable[..., Any]) -> Callable[..., torch.Te
         try:
             # Copies, so that a function that changes what it gets does no harm.
             result = function(*(model.to(wide, copy=True) for model in models), **numbers)
-        except Exception as error:  # a user's function may raise anything
+        except (Exception, SystemExit) as error:  # a user's function may raise anything
             why = f"{type(error).__name__}: {error}"
             raise RecipeError(f"the method {shown(name)} failed: {shown(why, 200)}") from error
         what = None
@@ -134,7 +140,8 @@ def _rounding(name: str, function: Callable[..., Any]) -> Callable[..., torch.Te
         elif result.shape != out.shape:
             what = f"shape {list(result.shape)}"
         if what is not None:
-            raise RecipeError(f"the method {shown(name)} returned {what} for tensors of shape {list(out.shape)}")
+            found = f"{what} for tensors of shape {list(out.shape)}"
+            raise RecipeError(f"the method {shown(name)} returned {found}: it must return a tensor of the shape it gets")
         return round_into(out, result)
 
     return compute

@@ -50,10 +50,13 @@ class Number:
 
     def check(self, method: str, value: Any, models: int) -> Value:
         """Return the value that was given as the method is to get it. Raises RecipeError for one out of range."""
+        if self.kind == "numbers":
+            try:
+                return self._check_all(value.split(",") if isinstance(value, str) else list(value), models)
+            except (TypeError, ValueError) as error:
+                why = f"found {shown(value)}" if isinstance(error, TypeError) else str(error)
+                raise RecipeError(f"{shown(method)} needs {self.range} as {self.name}: {why}") from None
         try:
-            if self.kind == "numbers":
-                numbers = value.split(",") if isinstance(value, str) else value
-                return self._check_ratios(tuple(map(float, numbers)), models)
             number = int(str(value)) if self.kind == "whole number" else float(value)
             if math.isfinite(number) and self.low <= number <= self.high and not (self.open_above and number == self.high):
                 return number
@@ -61,13 +64,25 @@ class Number:
             pass
         raise RecipeError(f"{shown(method)} needs {self.range} as {self.name}: found {shown(value)}")
 
-    def _check_ratios(self, ratios: tuple[float, ...], models: int) -> tuple[float, ...]:
-        if len(ratios) != models:
-            raise ValueError
-        total = math.fsum(ratios)
-        if not all(math.isfinite(ratio / total) for ratio in ratios):  # with a sum of 0, ZeroDivisionError
-            raise ValueError
-        return ratios
+    def _check_all(self, values: list[Any], models: int) -> tuple[float, ...]:
+        """Return a number for each model. Raises ValueError, saying what is wrong with them."""
+        numbers = []
+        for value in values:
+            try:
+                numbers.append(float(value))
+            except (TypeError, ValueError, OverflowError):
+                raise ValueError(f"'{shown(value)}' is not a number") from None
+        if len(numbers) != models:
+            raise ValueError(f"{counted(len(numbers), 'number')} for {counted(models, 'model')}")
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError(f"{shown(numbers)} are not all finite")
+        try:
+            total = math.fsum(numbers)
+        except OverflowError:
+            raise ValueError(f"the sum of {shown(numbers)} is too large") from None
+        if total == 0 or not all(math.isfinite(number / total) for number in numbers):
+            raise ValueError(f"the sum of {shown(numbers)} is {'' if total == 0 else 'too near to '}0")
+        return tuple(numbers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -356,4 +371,6 @@ def find_method(method: object) -> Method:
     try:
         return METHODS[method]  # type: ignore[index]
     except (KeyError, TypeError):
-        raise RecipeError(f"unknown method '{shown(method)}'{did_you_mean(str(method), METHODS)}") from None
+        raise RecipeError(
+            f"unknown method '{shown(method)}'{did_you_mean(str(method), METHODS)} ('blockmerge methods' lists them)"
+        ) from None

@@ -83,6 +83,10 @@ def print_check(console: Console, found: CheckResult) -> None:
         _line(console, Text.assemble((f"{'fixed':<7}  ", "green"), code))
     counts = Counter(problem.severity for problem in found.problems)
     _line(console, Text(", ".join(counted(count, severity) for severity, count in counts.items()) or "nothing is wrong"))
+    if found.output is not None:
+        fixed = f"fixed {', '.join(found.fixed)}" if found.fixed else "nothing was to be repaired"
+        wrong = "; still wrong: " + ", ".join(dict.fromkeys(problem.code for problem in found.faults)) if found.faults else ""
+        _line(console, Text(f"wrote {shown(found.output)}: {fixed}{wrong}"))
 
 
 def print_presets(console: Console, presets: Sequence[Preset]) -> None:
@@ -166,15 +170,17 @@ def _title(found: Inspection | CheckResult, unknown: str) -> Text:
 
 def _counts(result: MergeResult) -> Iterator[str]:
     counts = result.tensors
-    yield f"{counted(counts.computed, 'tensor')} computed"
-    sources = (
-        *zip((counts.from_a, counts.from_b, counts.from_c), result.models, strict=False),
-        (counts.from_others, "the other models"),
-        (counts.from_vae, "the VAE file"),
-    )
-    for count, name in sources:
+    models = [
+        (count, shown(name)) for count, name in zip((counts.from_a, counts.from_b, counts.from_c), result.models, strict=False)
+    ]
+    if result.method == "convert":
+        yield f"{counted(counts.written, 'tensor')} written"
+        models = []
+    else:
+        yield f"{counted(counts.computed, 'tensor')} computed"
+    for count, name in (*models, (counts.from_others, "the other models"), (counts.from_vae, "the VAE file")):
         if count:
-            yield f"{count} taken from {shown(name)}"
+            yield f"{count} taken from {name}"
     if counts.dropped:
         yield f"{counts.dropped} left out"
 

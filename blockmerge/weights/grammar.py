@@ -113,6 +113,10 @@ def _entries(text: str) -> list[str]:
     # Lists are pasted from web pages and old text files: commas, spaces and line ends all separate, so the blanks that
     # people put around "=" and the dash of a range go first.
     joined = re.sub(r"\s*=\s*", "=", re.sub(r"(?<=\w)\s*-\s*(?=[A-Za-z])", "-", text))
+    if text.count("(") != text.count(")"):
+        raise WeightsError(
+            f"cannot read '{shown(text)}' in the weights: a '{'(' if text.count('(') < text.count(')') else ')'}' is missing"
+        )
     # A bracket and what is in it stay with the word before them.
     return re.findall(r"[^,;\s(]*\([^()]*\)|[^,;\s]+", joined)
 

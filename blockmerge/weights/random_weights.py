@@ -11,6 +11,7 @@ from blockmerge.errors import WeightsError, shown
 
 _FORM = "write random, random(0.2,0.8), or random(0.2,0.8,2) for two digits"
 _MOST_DIGITS = 12
+_LIMITS = f"the lower limit comes first, then the upper, then 0 to {_MOST_DIGITS} digits"
 
 _LETTERS = {"R": "random", "U": "random(-0.5,1.5)", "X": "random"}
 """SuperMerger's (README, "Let the Dice roll"). The limits of its X are set elsewhere; they are 0 and 1 until they are."""
@@ -34,7 +35,7 @@ class RandomWeight:
         in_order = math.isfinite(self.low) and math.isfinite(self.high) and self.low <= self.high
         if not (in_order and self.digits in range(_MOST_DIGITS + 1)):
             given = f"random({self.low:g},{self.high:g},{self.digits})"
-            raise WeightsError(f"{given}: the lower limit comes first, then the upper, then 0 to {_MOST_DIGITS} digits")
+            raise WeightsError(f"{given}: {_LIMITS}")
 
     def draw(self, seed: int | str, block: str) -> float:
         """Return the weight of a block. Rounding does not lead out of the limits.
@@ -61,9 +62,11 @@ def random_weight(text: str) -> RandomWeight | None:
         return RandomWeight()
     try:
         low, high = float(match[1]), float(match[2])
+        return RandomWeight(low, high) if match[3] is None else RandomWeight(low, high, int(match[3]))
     except ValueError:
         raise WeightsError(f"cannot read '{shown(text)}': {_FORM}") from None
-    return RandomWeight(low, high) if match[3] is None else RandomWeight(low, high, int(match[3]))
+    except WeightsError:  # say it as it was written
+        raise WeightsError(f"{shown(text)}: {_LIMITS}") from None
 
 
 def is_random(weights: object) -> bool:

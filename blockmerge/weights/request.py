@@ -10,7 +10,7 @@ from functools import reduce
 from blockmerge.anatomy import FAMILIES
 from blockmerge.errors import WeightsError
 from blockmerge.weights.block_weights import BlockWeights
-from blockmerge.weights.grammar import WeightsLike, parse_assignments, parse_weights
+from blockmerge.weights.grammar import WeightsLike, finite_number, parse_assignments, parse_weights
 from blockmerge.weights.preset_files import Preset
 from blockmerge.weights.presets import find_share
 
@@ -104,6 +104,8 @@ class WeightsRequest:
         if isinstance(value, (int, float)):
             return f"{value:g}"
         text = value if isinstance(value, str) else ""
+        if (number := finite_number(text)) is not None:
+            return repr(number).removesuffix(".0")
         return text.strip() if text.strip() and not set(text) & set("=,; \n\t") else "weights"
 
     def _shares(self) -> list[tuple[Preset, float]]:

@@ -17,6 +17,8 @@ from blockmerge.errors import CheckpointError, reason, shown
 class FileCheckpoint(Checkpoint):
     """A checkpoint that is one regular file, whose tensors' offsets count from the file's start."""
 
+    path: Path
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.name = self.path.name

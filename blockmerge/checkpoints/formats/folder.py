@@ -48,6 +48,8 @@ class DiffusersFolder(Checkpoint):
     missing or damaged, and when the folder is no model.
     """
 
+    path: Path
+
     def __init__(self, path: str | os.PathLike[str], variant: str | None = None) -> None:
         self.path = Path(path)
         # Of "." and "model/.." too.

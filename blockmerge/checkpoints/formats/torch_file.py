@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from blockmerge.checkpoints.assembled import Assembled, Assembly, Piece
@@ -44,6 +45,8 @@ class TorchFile(Assembled):
     damaged, holds no state dict or tensors that safetensors files cannot hold, and when its pickle names anything but tensors,
     dicts and what training scripts are known to leave beside them.
     """
+
+    path: Path
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         storages = _Storages(path)
@@ -125,13 +128,16 @@ def _read_legacy(file: BinaryIO, size: int) -> tuple[object, dict[str, TensorInf
     position = file.tell()
     if not isinstance(keys, list) or not all(isinstance(key, str) and key in named for key in keys):
         raise ValueError("the list of its storages is damaged")
+    whole = position + sum(8 + named[key].elements * _size_of(named[key].dtype) for key in keys)
     storages = {}
     for key in keys:
         file.seek(position)
         length = int.from_bytes(file.read(8), "little") * _size_of(named[key].dtype)
         position += 8
+        if length > size - position and size < whole:
+            raise ValueError(f"its data is cut short: {size} bytes of {whole}")
         if length > size - position or key in storages:
-            raise ValueError(f"its data is cut short, or its storage {shown(key)} claims too much")
+            raise ValueError(f"its storage {shown(key)} claims too much")
         if length < named[key].elements * _size_of(named[key].dtype):
             raise ValueError(f"its storage {shown(key)} has {length} bytes, fewer than its pickle says")
         storages[key] = TensorInfo("U8", (length,), position)
