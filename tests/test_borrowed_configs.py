@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import blockmerge
 from blockmerge import CheckpointError, IncompatibleModelsError
 from blockmerge.demo import make_state_dicts
-from blockmerge.merging import folder_files
+from blockmerge.merging.planning import folder_files
 from tests.refusals import assert_refused
 
 SCHEDULER = "scheduler/scheduler_config.json"

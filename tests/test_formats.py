@@ -13,7 +13,7 @@ import blockmerge
 from blockmerge.anatomy import is_position_ids
 from blockmerge.cli.main import run
 from blockmerge.demo import make_state_dicts
-from blockmerge.merging import folder_files
+from blockmerge.merging.planning import folder_files
 from tests.forms import FORMS, UNET, as_dtype, assert_same, ema_of, in_diffusers, is_unet, read, write, write_folder
 from tests.oracle import SD, assert_merged
 

@@ -16,8 +16,8 @@ import blockmerge
 from blockmerge.checkpoints import Model
 from blockmerge.merging import memory
 from blockmerge.merging.execute import Pace, execute
-from blockmerge.merging.plan import Form, make_plan
-from blockmerge.merging.recipe import Recipe
+from blockmerge.merging.planning.plan import Form, make_plan
+from blockmerge.merging.planning.recipe import Recipe
 from blockmerge.methods import METHODS, arithmetic, key_of
 from blockmerge.weights import WeightsRequest
 from tests import method_oracle, oracle

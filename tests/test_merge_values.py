@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 import blockmerge
 from blockmerge.checkpoints import Model
 from blockmerge.merging.execute import Pace, execute
-from blockmerge.merging.plan import Form, make_plan
-from blockmerge.merging.recipe import Recipe
+from blockmerge.merging.planning.plan import Form, make_plan
+from blockmerge.merging.planning.recipe import Recipe
 from blockmerge.weights import WeightsRequest
 from tests import oracle
 from tests.conftest import FAMILIES, unchanged

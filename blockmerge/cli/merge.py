@@ -142,7 +142,7 @@ def merge(
     """
     from blockmerge.merging.merge import default_output, run
     from blockmerge.merging.merge import dry_run as plan_only
-    from blockmerge.merging.recipe import make_recipe
+    from blockmerge.merging.planning.recipe import make_recipe
     from blockmerge.weights import WeightsRequest
 
     numbers = {

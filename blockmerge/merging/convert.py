@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from blockmerge.checkpoints import CheckpointLike
 from blockmerge.merging.merge import run
-from blockmerge.merging.recipe import Recipe
+from blockmerge.merging.planning.recipe import Recipe
 from blockmerge.merging.result import MergeResult
 from blockmerge.streaming import Progress
 from blockmerge.weights import WeightsRequest

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from blockmerge.checkpoints import Reader
 from blockmerge.errors import NonFiniteError, OutputError, reason, shown
-from blockmerge.merging.plan import Plan, PlannedFile, Run
+from blockmerge.merging.planning.plan import Plan, PlannedFile, Run
 from blockmerge.streaming import PAGE, OutputStream, Progress, TorchThreads, aligned_buffer, for_each, processors, thread_count
 
 if TYPE_CHECKING:

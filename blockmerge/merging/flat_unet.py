@@ -12,7 +12,7 @@ import torch
 from blockmerge.anatomy import Family, block_of, canonical_name, component_of
 from blockmerge.checkpoints import FLOAT_DTYPES, Model, StateDict
 from blockmerge.errors import IncompatibleModelsError, RecipeError, counted, listing, shown
-from blockmerge.merging.decisions import FIRST_CONVOLUTION, SHARED_CHANNELS
+from blockmerge.merging.planning.decisions import FIRST_CONVOLUTION, SHARED_CHANNELS
 from blockmerge.streaming import aligned_buffer
 from blockmerge.streaming.tensors import tensor_view
 

@@ -13,9 +13,9 @@ import torch
 from blockmerge.anatomy import component_of, is_position_ids, is_schedule
 from blockmerge.checkpoints import FLOAT_DTYPES, Checkpoint, Reader, TensorInfo, View
 from blockmerge.errors import RecipeError, shown
-from blockmerge.merging.decisions import SHARED_CHANNELS
-from blockmerge.merging.plan import Plan, PlannedFile, Run, Whole, Work, size_of
-from blockmerge.merging.recipe import Recipe
+from blockmerge.merging.planning.decisions import SHARED_CHANNELS
+from blockmerge.merging.planning.plan import Plan, PlannedFile, Run, Whole, Work, size_of
+from blockmerge.merging.planning.recipe import Recipe
 from blockmerge.methods import Method
 from blockmerge.methods.arithmetic import round_into, wide_dtype
 from blockmerge.methods.elementwise import cast, clip

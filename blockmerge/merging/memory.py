@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from blockmerge.anatomy import Origin
 from blockmerge.checkpoints import Model, StateDict, state_dict_name
 from blockmerge.errors import CheckpointError, NonFiniteError, RecipeError, counted, listing, shown
-from blockmerge.merging.decisions import Decision, Decisions, check_vae_option, decide
-from blockmerge.merging.plan import Drafter, Work
-from blockmerge.merging.recipe import Recipe, make_recipe
+from blockmerge.merging.planning.decisions import Decision, Decisions, check_vae_option, decide
+from blockmerge.merging.planning.plan import Drafter, Work
+from blockmerge.merging.planning.recipe import Recipe, make_recipe
 from blockmerge.weights import WeightsLike, WeightsRequest
 
 if TYPE_CHECKING:

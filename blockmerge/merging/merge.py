@@ -25,8 +25,8 @@ from blockmerge.checkpoints import (
 )
 from blockmerge.errors import OutputError, RecipeError, shown
 from blockmerge.merging.execute import Pace, execute
-from blockmerge.merging.plan import Form, Plan, make_plan
-from blockmerge.merging.recipe import Recipe, make_recipe
+from blockmerge.merging.planning.plan import Form, Plan, make_plan
+from blockmerge.merging.planning.recipe import Recipe, make_recipe
 from blockmerge.merging.result import MergeResult
 from blockmerge.streaming import Progress
 from blockmerge.weights import WeightsLike, WeightsRequest

@@ -18,7 +18,7 @@ from blockmerge.checkpoints import (
     open_checkpoint,
 )
 from blockmerge.errors import CheckpointError, IncompatibleModelsError, UnknownFamilyError, listing, reason, shown
-from blockmerge.merging.decisions import Decision
+from blockmerge.merging.planning.decisions import Decision
 
 SHARD_BYTES = 10_000_000_000
 """The largest weight file in a folder, as diffusers itself cuts them ("10GB")."""

@@ -15,10 +15,10 @@ from typing import Any
 from blockmerge.anatomy import Anatomy, Origin, component_of, identify, origins_in_diffusers
 from blockmerge.checkpoints import Checkpoint, Model, TensorInfo, encode_header, itemsize
 from blockmerge.errors import IncompatibleModelsError, shown
-from blockmerge.merging.decisions import SHARED_CHANNELS, Decision, Decisions, decide
-from blockmerge.merging.folder_files import folder_files, notes_of_single_file, split_folder
-from blockmerge.merging.metadata import output_metadata
-from blockmerge.merging.recipe import Recipe
+from blockmerge.merging.planning.decisions import SHARED_CHANNELS, Decision, Decisions, decide
+from blockmerge.merging.planning.folder_files import folder_files, notes_of_single_file, split_folder
+from blockmerge.merging.planning.metadata import output_metadata
+from blockmerge.merging.planning.recipe import Recipe
 from blockmerge.methods import Method, key_of
 from blockmerge.streaming import PAGE
 from blockmerge.weights import BlockWeights, Change

@@ -43,7 +43,7 @@ from blockmerge.checkpoints import (
     vae_view,
 )
 from blockmerge.errors import CheckpointError, IncompatibleModelsError, RecipeError, counted, listing, shown
-from blockmerge.merging.recipe import Recipe
+from blockmerge.merging.planning.recipe import Recipe
 from blockmerge.merging.result import Counts
 from blockmerge.weights import BlockWeights, Change
 
