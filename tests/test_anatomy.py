@@ -119,6 +119,8 @@ def test_variants_are_told_from_the_first_convolution(family, channels, variant)
 
 def test_what_is_no_known_unet_is_refused_with_a_reason():
     with pytest.raises(UnknownFamilyError, match="no Stable Diffusion U-Net"):
+        identify({"bert.embeddings.weight": (512, 4)})
+    with pytest.raises(UnknownFamilyError, match="is a VAE alone, 1 tensor in ldm names"):
         identify({"first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3)})
     with pytest.raises(UnknownFamilyError, match="highest input block is 0"):
         identify({"input_blocks.0.0.weight": (320, 4, 3, 3)})

@@ -159,7 +159,10 @@ def test_methods_that_return_something_else(result, what):
     a = torch.ones(5)
     with pytest.raises(RecipeError) as caught:
         find_method(odd).function(a, a, alpha=0.5, out=torch.empty(5))
-    assert str(caught.value) == f"the method {__name__}:odd returned {what} for tensors of shape [5]"
+    assert (
+        str(caught.value)
+        == f"the method {__name__}:odd returned {what} for tensors of shape [5]: it must return a tensor of the shape it gets"
+    )
 
 
 def no_weight(a, b):

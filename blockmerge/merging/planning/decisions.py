@@ -378,7 +378,8 @@ class _Judge:
         self._describe_components()
         for holders, names in self.only_in.items():
             first, only = shown(self.models[holders[0]].name), ", ".join(shown(self.models[n].name) for n in holders)
-            self.notes.append(f"{_tensors_are(len(names))} only in {only} and copied from {first} ({listing(names)})")
+            whence = "there" if len(holders) == 1 else first
+            self.notes.append(f"{_tensors_are(len(names))} only in {only} and copied from {whence} ({listing(names)})")
         if self.homeless:
             where = "a diffusers folder" if self.naming == "diffusers" else "a file in LDM names"
             self.notes.append(
