@@ -201,7 +201,7 @@ def random_bits(key, count):
 def normals(key, count):
     """Quantiles of the normal distribution, scaled to variance 1."""
     values = special.ndtri((np.arange(65536) + 0.5) / 65536)
-    return (values / values.std())[random_bits(key, count).astype(int) + 32768]
+    return (values / values.std())[random_bits(key, count).astype(np.uint16)]
 
 
 def add_noise(a, *, alpha, key):

@@ -18,7 +18,7 @@ from blockmerge.merging import memory
 from blockmerge.merging.execute import Pace, execute
 from blockmerge.merging.planning.plan import Form, make_plan
 from blockmerge.merging.planning.recipe import Recipe
-from blockmerge.methods import METHODS, arithmetic, key_of
+from blockmerge.methods import METHODS, key_of
 from blockmerge.weights import WeightsRequest
 from tests import method_oracle, oracle
 from tests.small_models import in_diffusers, small_model, write_folder
@@ -52,7 +52,7 @@ def block_weights(family="sd1"):
 def exact(method, name, models, weights, limits=None, seed=3):
     """One tensor of the merge in float64, by the definitions."""
     arrays = [model[name].double().numpy() for model in models]
-    if method.name == "ties" and models[0][name].dtype in arithmetic.HALVES:
+    if method.name == "ties" and models[0][name].itemsize == 2:
         arrays = [array.astype(np.float32) for array in arrays]
     if method.locality == "model":
         normalised = method.name == "cosine_a"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 PIECE_BYTES = 4 << 20
 """What a worker writes in one call. Larger pieces write no faster, and each worker holds one."""
 
-CHUNK_BYTES = 512 << 10
+CHUNK_BYTES = 1 << 20
 """What a worker computes at once: small enough to stay in a cache, large enough that Python is not in the way."""
 
 PIECES_MEMORY = 32 << 20

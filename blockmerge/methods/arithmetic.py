@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-HALVES = (torch.float16, torch.bfloat16)
 _E4M3FN_OVERFLOW = 464.0  # half a step above 448: beyond it, a value rounds to one that the format does not have
-_BLOCK = 1 << 18  # elements whose intermediate values stay in a processor's cache
+_BLOCK = 1 << 19  # elements whose intermediate values stay in a processor's cache
 _DEVICE_BLOCK = 1 << 24  # elements that keep any GPU busy, and whose intermediate values take some hundred megabytes of it
 _SLAB = 1 << 16  # elements of a tensor that are widened at once, where a method goes through it more than once
+_DEVICE_SLAB = 1 << 22
 
 
 def wide_dtype(*tensors: torch.Tensor) -> torch.dtype:
@@ -23,6 +23,12 @@ def wide_dtype(*tensors: torch.Tensor) -> torch.dtype:
     if out.itemsize >= 4 or any(tensor.dtype == torch.float64 for tensor in inputs):
         return exact_dtype(out.device)
     return torch.float32
+
+
+def is_half(*tensors: torch.Tensor) -> bool:
+    """Whether all are of one half-precision dtype: torch's own functions then compute in float32 and round once."""
+    dtype = tensors[0].dtype
+    return dtype in (torch.float16, torch.bfloat16) and all(tensor.dtype == dtype for tensor in tensors)
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
@@ -41,6 +47,7 @@ def round_into(out: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 class _Scratch(threading.local):
     def __init__(self) -> None:
         self.memory: dict[str, torch.Tensor] = {}
+        self.views: dict[tuple[str, torch.dtype], torch.Tensor] = {}
 
 
 _scratch = _Scratch()
@@ -49,14 +56,18 @@ _scratch = _Scratch()
 def scratch(place: str, count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return an uninitialised flat tensor. On the CPU a small one is the calling thread's own memory for that `place`.
 
-    New memory must be fetched from the system page by page, which takes several times as long as computing with it.
+    New memory must be fetched from the system page by page, which takes several times as long as computing with it. Making
+    a view of it takes long too, while all other threads wait for the interpreter: the last one of its kind is kept.
     """
-    nbytes = count * dtype.itemsize
-    if device.type != "cpu" or nbytes > 8 * _BLOCK:
+    if device.type != "cpu" or count > _BLOCK:
         return torch.empty(count, dtype=dtype, device=device)
-    if place not in _scratch.memory or len(_scratch.memory[place]) < nbytes:
-        _scratch.memory[place] = torch.empty(max(nbytes, 4 * _BLOCK), dtype=torch.uint8)
-    return _scratch.memory[place][:nbytes].view(dtype)
+    view = _scratch.views.get((place, dtype))
+    if view is None or view.numel() != count:
+        if place not in _scratch.memory:
+            _scratch.memory[place] = torch.empty(8 * _BLOCK, dtype=torch.uint8)
+        view = _scratch.memory[place][: count * dtype.itemsize].view(dtype)
+        _scratch.views[place, dtype] = view
+    return view
 
 
 def widened(place: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -70,7 +81,11 @@ def in_blocks(compute: Callable[..., None]) -> Callable[..., torch.Tensor]:
     @functools.wraps(compute)
     def whole(*models: torch.Tensor, out: torch.Tensor, **numbers: Any) -> torch.Tensor:
         step = _BLOCK if out.device.type == "cpu" else _DEVICE_BLOCK
-        for start in range(0, out.numel(), step):
+        count = out.numel()
+        if 0 < count <= step:
+            compute(*models, out=out, **numbers)
+            return out
+        for start in range(0, count, step):
             part = slice(start, start + step)
             here = {**numbers, "position": numbers["position"] + start} if "position" in numbers else numbers
             compute(*(model[part] for model in models), out=out[part], **here)
@@ -88,9 +103,9 @@ def combine_into(out: torch.Tensor, tensors: Sequence[torch.Tensor], factors: Se
     round_into(out, total)
 
 
-def slabs(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Yield stretches of the first axis, of about 65 000 elements or of one entry each; none of an empty tensor."""
-    width = prod(shape[1:])
-    step = max(1, _SLAB // max(1, width))
-    for start in range(0, shape[0] if width else 0, step):
-        yield slice(start, min(start + step, shape[0]))
+def slabs(tensor: torch.Tensor) -> Iterator[slice]:
+    """Yield stretches of the first axis, of about 65 000 elements (on a GPU 4 million), or of one entry each; none if empty."""
+    width = prod(tensor.shape[1:])
+    step = max(1, (_SLAB if tensor.device.type == "cpu" else _DEVICE_SLAB) // max(1, width))
+    for start in range(0, tensor.shape[0] if width else 0, step):
+        yield slice(start, min(start + step, tensor.shape[0]))

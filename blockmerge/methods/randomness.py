@@ -29,19 +29,19 @@ def random_bits(key: int, position: int, count: int, device: torch.device) -> to
     """Return 16 random bits, as int16 [count], for each of the positions from `position` on; `key` is of 64 bits."""
     first = position // _POSITIONS
     words = -(-(position + count) // _POSITIONS) - first
-    state = torch.arange(words, out=scratch("state", words, torch.int64, device))
-    spare = scratch("spare", words, torch.int64, device)
+    state, spare = (scratch(place, words, torch.int64, device) for place in ("state", "spare"))
     begin = key + (first + 1) * _GAMMA
     if device.type == "cpu":
         _splitmix_on_cpu(state.numpy().view(np.uint64), begin, spare.numpy().view(np.uint64))
     else:
         _splitmix(state, begin, spare)
-    return state.view(torch.int16)[position % _POSITIONS :][:count]
+    skipped = position % _POSITIONS
+    return state.view(torch.int16)[skipped : skipped + count]
 
 
 def _splitmix(state: torch.Tensor, begin: int, spare: torch.Tensor) -> None:
-    """Turn the counts in `state` into random words."""
-    state.mul_(_signed(_GAMMA)).add_(_signed(begin))
+    """Fill `state` with random words."""
+    torch.arange(state.numel(), out=state).mul_(_signed(_GAMMA)).add_(_signed(begin))
     for shift, factor in _ROUNDS:
         # torch has no unsigned shift: the copies of the sign are masked away.
         torch.bitwise_right_shift(state, shift, out=spare)
@@ -50,8 +50,7 @@ def _splitmix(state: torch.Tensor, begin: int, spare: torch.Tensor) -> None:
 
 def _splitmix_on_cpu(state: np.ndarray, begin: int, spare: np.ndarray) -> None:
     """The same on uint64, with fewer passes; numpy multiplies such words in half of torch's time."""
-    state *= np.uint64(_GAMMA)
-    state += np.uint64(begin % 2**64)
+    np.add(_multiples(1 << (len(state) - 1).bit_length())[: len(state)], np.uint64(begin % 2**64), out=state)
     for shift, factor in _ROUNDS:
         np.right_shift(state, np.uint64(shift), out=spare)
         state ^= spare
@@ -59,15 +58,32 @@ def _splitmix_on_cpu(state: np.ndarray, begin: int, spare: np.ndarray) -> None:
             state *= np.uint64(factor)
 
 
+@cache
+def _multiples(count: int) -> np.ndarray:
+    """0, γ, 2γ, … modulo 2⁶⁴."""
+    return np.arange(count, dtype=np.uint64) * np.uint64(_GAMMA)
+
+
+def chosen(rate: int, key: int, position: int, count: int, device: torch.device) -> torch.Tensor:
+    """Return 1 with the probability `rate`/65,536, else 0, as int16 [count], for each of the positions from `position` on."""
+    bits = random_bits(key, position, count, device)
+    least = CHANCES // 2 - rate  # of the bits as numbers with a sign
+    if device.type != "cpu":
+        return bits.ge_(least)
+    # numpy compares in a third of torch's time.
+    np.greater_equal(bits.numpy(), least, out=bits.numpy())
+    return bits
+
+
 def normal(key: int, position: int, count: int, device: torch.device) -> torch.Tensor:
     """Return a normal number, mean 0 and variance 1, as float32 [count], for each of the positions from `position` on.
 
-    It is one of 65,536 equally likely values, the quantiles of the normal distribution at (n + ½)/65,536; none is larger
-    than 4.33.
+    It is one of 65,536 equally likely values, the quantiles of the normal distribution at (n + ½)/65,536, where n are the
+    bits without a sign; none is larger than 4.33.
     """
-    places = scratch("places", count, torch.int64, device).copy_(random_bits(key, position, count, device)).add_(CHANCES // 2)
-    normals = scratch("normals", count, torch.float32, device)
-    return torch.index_select(_quantiles(device), 0, places, out=normals)
+    bits = random_bits(key, position, count, device)
+    places = scratch("places", count, torch.int32, device).copy_(bits.view(torch.uint16))
+    return torch.index_select(_quantiles(device), 0, places, out=scratch("normals", count, torch.float32, device))
 
 
 @cache

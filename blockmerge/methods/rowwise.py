@@ -45,7 +45,7 @@ def extract(
     alpha, beta = (min(1.0, max(0.0, weight)) for weight in (alpha, beta))
     wide = exact_dtype(out.device)
     rows = [tensor if tensor.dim() > 1 else tensor.reshape(1, -1) for tensor in (a, b, c, out)]
-    for part in slabs(rows[0].shape):
+    for part in slabs(rows[0]):
         wide_a, wide_b, wide_c = (tensor[part].to(wide) for tensor in rows[:3])
         b_delta, c_delta = wide_b - wide_a, wide_c - wide_a
         norms = torch.linalg.vector_norm(b_delta, dim=-1, keepdim=True) * torch.linalg.vector_norm(c_delta, dim=-1, keepdim=True)

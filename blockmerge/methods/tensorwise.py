@@ -37,7 +37,7 @@ def slerp(a: torch.Tensor, b: torch.Tensor, *, alpha: float, out: torch.Tensor) 
     factor_b = (alpha * angle).sin() / angle.sin() * (norm / norm_b)
     factor_a, factor_b = torch.where(straight, 1 - alpha, factor_a), torch.where(straight, alpha, factor_b)
     exact = exact_dtype(out.device)
-    for part in slabs(flat_out.shape):
+    for part in slabs(flat_out):
         wide_a, wide_b = flat_a[part].to(exact, copy=True), flat_b[part].to(exact, copy=True)
         round_into(flat_out[part], wide_a.mul_(factor_a).add_(wide_b.mul_(factor_b)))
     return out
@@ -47,7 +47,7 @@ def _products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return A·A, A·B and B·B of flat tensors."""
     exact = exact_dtype(a.device)
     sums = torch.zeros(3, dtype=exact, device=a.device)
-    for part in slabs(a.shape):
+    for part in slabs(a):
         wide_a, wide_b = a[part].to(exact), b[part].to(exact)
         sums += torch.stack([wide_a @ wide_a, wide_a @ wide_b, wide_b @ wide_b])
     return sums
@@ -81,7 +81,7 @@ def ties(*models: torch.Tensor, alpha: float, density: float = 0.2, out: torch.T
     flat_out = out.view(-1)
     wide = wide_dtype(*models, out)
     borders = [_smallest_kept(other, a, wide, share(density, a.numel())) for other in others]
-    for part in slabs(flat_out.shape):
+    for part in slabs(flat_out):
         wide_a = a[part].to(wide)
         kept = []
         for other, border in zip(others, borders, strict=True):
@@ -99,7 +99,7 @@ def _smallest_kept(other: torch.Tensor, a: torch.Tensor, wide: torch.dtype, coun
     if count == 0:
         return math.inf
     magnitudes = torch.empty(a.numel(), dtype=wide, device=a.device)
-    for part in slabs(magnitudes.shape):
+    for part in slabs(magnitudes):
         torch.sub(other[part].to(wide), a[part].to(wide), out=magnitudes[part])
     magnitudes.abs_()
     place = a.numel() - count
@@ -129,7 +129,7 @@ def model_stock(*models: torch.Tensor, alpha: float, out: torch.Tensor) -> torch
     count = len(others)
     exact, wide = exact_dtype(out.device), wide_dtype(*models, out)
     gram = torch.zeros(count, count, dtype=exact, device=out.device)
-    for part in slabs(a.shape):
+    for part in slabs(a):
         deltas = torch.stack([other[part].to(exact) - a[part].to(exact) for other in others])
         gram += deltas @ deltas.T
     norms = gram.diagonal().sqrt()
@@ -138,7 +138,7 @@ def model_stock(*models: torch.Tensor, alpha: float, out: torch.Tensor) -> torch
     upper = torch.triu_indices(count, count, 1, device=out.device)
     cosine = cosines[upper[0], upper[1]].mean().clamp(0, 1)  # a negative one would give a negative t, or one divided by 0
     step = alpha * (count * cosine / (1 + (count - 1) * cosine)).clamp(max=1)
-    for part in slabs(flat_out.shape):
+    for part in slabs(flat_out):
         wide_a = a[part].to(wide)
         mean = _sum([other[part].to(wide) - wide_a for other in others]).div_(count)
         round_into(flat_out[part], wide_a.add(mean.mul_(step).to(wide)))
