@@ -1,0 +1,74 @@
+"""The path that merges take on a GPU, without one: tensors on torch's `meta` device have no values, so whatever would wait
+for a value (and so for a GPU) is an error, and what is launched can be counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import blockmerge
+from blockmerge.anatomy import layout
+from blockmerge.methods import METHODS
+from tests.small_models import small_model
+
+FREE = ("view", "detach", "empty", "slice", "split", "select.int", "unbind", "permute", "narrow", "expand", "alias", "t.default")
+"""What makes a tensor without computing one."""
+
+
+class Launches(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).removeprefix("aten.")
+        if not name.startswith(FREE):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def u_net(shapes):
+    prefix = "model.diffusion_model."
+    names = (name for name in shapes if name.startswith(prefix))
+    return {name: torch.empty(shapes[name], dtype=torch.float16, device="meta") for name in names}
+
+
+@pytest.fixture
+def meta_is_a_device(monkeypatch):
+    """State dicts without values are otherwise refused."""
+    monkeypatch.setattr(torch.Tensor, "is_meta", property(lambda tensor: False))
+
+
+def launches(model, method):
+    beta = {"weights_beta": 0.25} if "beta" in method.weights else {}
+    with Launches() as seen:
+        merged = blockmerge.merge_state_dicts(
+            *[dict(model) for _ in range(method.models or 3)], method=method.name, weights=0.5, **beta
+        )
+    assert {name: (tensor.shape, tensor.device.type) for name, tensor in merged.items()} == {
+        name: (tensor.shape, "meta") for name, tensor in model.items()
+    }
+    return seen.names
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_waits(meta_is_a_device, name):
+    assert launches(u_net({name: tensor.shape for name, tensor in small_model("sd1").items()}), METHODS[name])
+
+
+@pytest.mark.parametrize(
+    "name", [method.name for method in METHODS.values() if method.locality == "element" and not method.random]
+)
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_large_launches(meta_is_a_device, family, name):
+    """No function is launched half as many times as a U-Net has tensors."""
+    model = u_net(layout(family))
+    assert max(Counter(launches(model, METHODS[name])).values()) < len(model) / 2
+
+
+def test_what_waits_would_be_seen():
+    with pytest.raises(RuntimeError, match="meta"):
+        torch.empty(3, device="meta").sum().item()
