@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -347,12 +349,19 @@ def test_parameters_lie_block_after_block_and_aligned(dicts):
     assert order == sorted(order, key=oracle.SD.index)
 
 
-def test_gradients_and_inference_mode(dicts):
+@pytest.mark.parametrize("method", ["weighted_sum", "add_noise", "slerp"])
+def test_gradients_and_inference_mode(dicts, method):
     module = module_of(dicts[0])
-    with torch.inference_mode():
-        live = LiveMerge(module, *dicts)
-        live.apply(weights=0.5)
-    live.apply(weights=0.25)
+    with ThreadPoolExecutor(1) as fresh:  # a thread that has computed nothing before
+
+        @fresh.submit
+        def applied():
+            with torch.inference_mode():
+                live = LiveMerge(module, *dicts[: METHODS[method].models], method=method)
+                live.apply(weights=0.5)
+            live.apply(weights=0.25)
+
+        applied.result()
     parameter = module.get_parameter(OUT05)
     (parameter.float() ** 2).sum().backward()
     assert torch.equal(parameter.grad, (2 * parameter.detach().float()).half())

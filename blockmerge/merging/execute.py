@@ -25,7 +25,9 @@ CHUNK_BYTES = 1 << 20
 """What a worker computes at once: small enough to stay in a cache, large enough that Python is not in the way."""
 
 PIECES_MEMORY = 32 << 20
-"""What all workers' pieces may take together, however many workers there are."""
+CHUNKS_MEMORY = 4 << 20
+"""What all workers' pieces and chunks may take together, however many workers there are. A chunk has up to ten times its
+size in intermediate values."""
 
 
 Piece = tuple[int, int]
@@ -45,8 +47,11 @@ class Pace:
     def default(cls, threads: int | None = None) -> Pace:
         """The pace for a number of threads, by default twice the processors."""
         threads = thread_count(threads)
-        piece = max(PAGE, min(PIECE_BYTES, PIECES_MEMORY // threads) // PAGE * PAGE)
-        return cls(threads, piece)
+        piece, chunk = (
+            max(PAGE, min(most, memory // threads) // PAGE * PAGE)
+            for most, memory in ((PIECE_BYTES, PIECES_MEMORY), (CHUNK_BYTES, CHUNKS_MEMORY))
+        )
+        return cls(threads, piece, chunk)
 
 
 def execute(

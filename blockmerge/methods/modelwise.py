@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from blockmerge.methods.arithmetic import exact_dtype, round_into, slabs, wide_dtype
+from blockmerge.methods.arithmetic import exact_dtype, exactly, round_into, scratch_like, slabs, wide_dtype, widened
 
 
 def cosine_a(a: torch.Tensor, b: torch.Tensor, *, alpha: float, gathered: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -60,18 +60,18 @@ def middle_range(statistics: Sequence[torch.Tensor]) -> torch.Tensor:
     values = torch.cat([figures.to(statistics[0].device) for figures in statistics])
     values = values.nan_to_num(torch.inf).sort().values  # cosines are finite: infinity stands for nothing
     count = (values < torch.inf).sum()
-    begin = torch.searchsorted(values, _percentile(values, 0, count, 1))
+    begin = torch.searchsorted(values, _percentile(values, count * 0, count, 1))
     end = torch.searchsorted(values, _percentile(values, begin, count, 99), right=True)
-    return values.take(torch.stack([begin, end - 1]))
+    return values[torch.stack([begin, end - 1])]
 
 
 cosine_a_gathered = cosine_b_gathered = middle_range
 
 
-def _percentile(values: torch.Tensor, begin: torch.Tensor | int, end: torch.Tensor, percent: int) -> torch.Tensor:
+def _percentile(values: torch.Tensor, begin: torch.Tensor, end: torch.Tensor, percent: int) -> torch.Tensor:
     """Of the sorted values from `begin` up to `end`, all of these being 0-dim; the value at `begin` where there are none."""
     places = percent * (end - begin - 1).clamp(min=0)
-    return (values.take(begin + places // 100) + values.take(begin + -(-places // 100))) / 2
+    return values[torch.stack([begin + places // 100, begin + -(-places // 100)])].mean()
 
 
 def _cosines(a: torch.Tensor, b: torch.Tensor, *, normalised: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,10 +80,10 @@ def _cosines(a: torch.Tensor, b: torch.Tensor, *, normalised: bool) -> tuple[tor
     exact = exact_dtype(a.device)
     dots, squares_a, squares_b = torch.zeros(3, rows_a.shape[1], dtype=exact, device=a.device)
     for part in slabs(rows_a):
-        wide_a, wide_b = rows_a[part].to(exact), rows_b[part].to(exact)
-        dots += (wide_a * wide_b).sum(0)
-        squares_a += (wide_a * wide_a).sum(0)
-        squares_b += (wide_b * wide_b).sum(0)
+        wide_a, wide_b = exactly("a", rows_a[part]), exactly("b", rows_b[part])
+        dots += torch.mul(wide_a, wide_b, out=scratch_like("product", wide_a)).sum(0)
+        squares_a += wide_a.square_().sum(0)
+        squares_b += wide_b.square_().sum(0)
     columns = (dots / (squares_a.sqrt() * squares_b.sqrt())).clamp_(-1, 1)
     if normalised:  # then every column that is not of zeros has the norm 1
         dots, squares_a, squares_b = columns.nan_to_num(), (squares_a > 0).to(exact), (squares_b > 0).to(exact)
@@ -95,11 +95,12 @@ def _merge(
 ) -> torch.Tensor:
     low, high = gathered.to(a.device, non_blocking=True)
     of_a = combined.sub(low).div_(high - low).sub_(shift).clamp_(0, 1).nan_to_num_(1.0)
-    of_a = torch.where(low < high, of_a, 1.0)
     wide = wide_dtype(a, b, out)
+    of_a = torch.where(low < high, of_a, 1.0).to(wide)
     rows_a, rows_b, rows_out = _as_rows(a), _as_rows(b), _as_rows(out)
     for part in slabs(rows_a):
-        round_into(rows_out[part], torch.lerp(rows_b[part].to(wide), rows_a[part].to(wide), of_a.to(wide)))
+        wide_a, wide_b = widened("a", rows_a[part], wide), widened("b", rows_b[part], wide)
+        round_into(rows_out[part], wide_b.lerp_(wide_a, of_a))
     return out
 
 

@@ -82,7 +82,11 @@ def normal(key: int, position: int, count: int, device: torch.device) -> torch.T
     bits without a sign; none is larger than 4.33.
     """
     bits = random_bits(key, position, count, device)
-    places = scratch("places", count, torch.int32, device).copy_(bits.view(torch.uint16))
+    places = scratch("places", count, torch.int32, device)
+    if device.type == "cpu":
+        places.copy_(bits.view(torch.uint16))
+    else:  # not all devices have that dtype
+        places.copy_(bits).bitwise_and_(CHANCES - 1)
     return torch.index_select(_quantiles(device), 0, places, out=scratch("normals", count, torch.float32, device))
 
 
