@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 import blockmerge
 from blockmerge import LiveMerge
 from blockmerge.demo import make_state_dicts
+from blockmerge.errors import RecipeError
 from blockmerge.methods import METHODS
+from blockmerge.weights import WeightsRequest
 from tests import method_oracle, oracle
 from tests.conftest import FAMILIES
 from tests.thin_unet import config
@@ -378,6 +380,22 @@ def test_on_a_gpu_nothing_waits(three, name):
         live.apply(weights={"OUT05": 0.75, "IN00": 0}, keep=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_one_at_a_time(dicts):
+    module = module_of(dicts[0])
+    with LiveMerge(module, *dicts):
+        with pytest.raises(RecipeError, match=r"another LiveMerge is open on this module: close\(\) it first"):
+            LiveMerge(module, *dicts)
+        LiveMerge(module_of(dicts[0]), *dicts).apply(weights=0.5)
+    LiveMerge(module, *dicts).apply(weights=0.5)
+    LiveMerge(module, *dicts).apply(weights=0.5)  # nobody holds the last one any more
+
+
+def test_random_weights_are_those_of_the_seed(dicts):
+    live = LiveMerge(module_of(dicts[0]), *dicts)
+    drawn = live.apply(weights="random", seed=7)
+    assert drawn == WeightsRequest(weights="random", seed=7).resolve("sd1") != live.apply(weights="random", seed=8)
 
 
 @pytest.mark.parametrize("method", ["weighted_sum", "slerp", "add_noise"])

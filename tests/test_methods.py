@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +199,21 @@ def test_rows_may_be_cut_along_the_first_axis(name):
         assert torch.equal(torch.cat(parts), apply(method, models, **weights))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(64, 320), (64, 40, 3, 3), (64, 5, 1, 1), (64, 7)])
+def test_extract_may_be_cut_where_it_is_ill_conditioned(shape, dtype):
+    """Near opposite directions, where a sum in another order would show in the result."""
+    a, b = torch.zeros(shape, dtype=dtype), next(inputs(shape, dtype, 1, seed=4))[0] * torch.logspace(-3, 3, shape[-1])
+    models = [a, b.to(dtype), -b.to(dtype)]
+    whole = apply(METHODS["extract"], models, alpha=0.2, beta=0.0)
+    for cut in (1, 17, 51):
+        parts = [
+            apply(METHODS["extract"], [model[part] for model in models], alpha=0.2, beta=0.0)
+            for part in (slice(cut), slice(cut, None))
+        ]
+        assert torch.equal(torch.cat(parts), whole)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_the_result_may_take_the_place_of_a(name):
     method = METHODS[name]
@@ -284,6 +300,26 @@ def test_the_figures_of_a_whole_model(name):
         )
         assert (out.double() - torch.from_numpy(wanted)).abs().max() <= 2e-3
         assert torch.equal(apply(method, [a, a], alpha=alpha, gathered=method.gather(statistics)), a)
+
+
+@pytest.mark.parametrize("name", ["cosine_a", "cosine_b"])
+def test_cosines_of_opposite_and_huge_values(name):
+    """A − B is too large for the dtype that is computed in."""
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        big = 0.9 * torch.finfo(dtype).max
+        a = torch.tensor([big, -big, 1, 0], dtype=dtype)
+        assert torch.equal(apply(METHODS[name], [a, -a], alpha=0.25), a)
+
+
+def test_kept_memory_is_the_cpu_s():
+    model = torch.arange(4.0)
+
+    def merged():
+        with torch.device("meta"):
+            return METHODS["add_difference"].function(model, model, model, alpha=0.5, out=torch.empty_like(model))
+
+    with ThreadPoolExecutor(1) as fresh:  # a thread that has computed nothing before
+        assert torch.equal(fresh.submit(merged).result(), model)
 
 
 @given(st.data())

@@ -89,6 +89,10 @@ class FlatUNet:
         blocks, size = _lay_out(unet.anatomy.family, names, parameters, channels, _ALIGNMENT // dtype.itemsize)
         return cls(unet.anatomy.family, parameters, blocks, size)
 
+    def shares_parameters(self, other: FlatUNet) -> bool:
+        """Whether the two are of one module, or have some of it in common."""
+        return not {*map(id, self.parameters.values())}.isdisjoint(map(id, other.parameters.values()))
+
     @property
     def slots(self) -> Iterator[Slot]:
         """All slots, block after block."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Self
+from weakref import WeakSet
 
 from blockmerge.checkpoints import CheckpointLike, Model, open_checkpoint
 from blockmerge.errors import RecipeError, listing
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from blockmerge.merging.flat_unet import Block, FlatUNet, Slot
 
 _COPIED_ELEMENTS = 1 << 22  # that a user's own function, which gets wide copies, is given at once
+
+_OPEN: WeakSet[LiveMerge] = WeakSet()
 
 _Treatment = int | tuple[float, float]
 """What a block gets: a copy of a model, by its number, or the method with these weights alpha and beta."""
@@ -71,8 +74,11 @@ class LiveMerge:
         # Tensors that are made in inference mode could not be written to outside it.
         with torch.inference_mode(False), torch.no_grad():
             self._unet: FlatUNet = FlatUNet.of(module, models)
+            if any(other._unet.shares_parameters(self._unet) for other in _OPEN):
+                raise RecipeError("another LiveMerge is open on this module: close() it first")
             self._flats = self._unet.buffers(models)
             self._originals = self._unet.place(self._flats[-1])
+        _OPEN.add(self)
         self._held: dict[str, _Treatment | None] = dict.fromkeys((block.name for block in self._unet.blocks), 0)
         start = 0.0 if self._method.copies(0.0, 0.0) == 0 else None
         self._weights = BlockWeights.flat(start, self._unet.family.blocks)
@@ -101,11 +107,14 @@ class LiveMerge:
         preset_beta: str | Sequence[str] | None = None,
         weights_beta: WeightsLike | None = None,
         sdxl_map: str | None = None,
+        seed: int | None = None,
     ) -> BlockWeights:
         """Merge with these weights, which are given as to `merge`, and return those that all blocks have now.
 
         With `keep`, only blocks that `weights`, `weights_beta` (mappings, or texts as in ``"OUT05=0.7"``) or `changes` name get
-        another weight. Blocks whose weights are what they were are not computed. The work is queued on the device's current
+        another weight. `seed` is that of random weights, by default the method's or 0.
+
+        Blocks whose weights are what they were are not computed. The work is queued on the device's current
         stream; nothing waits for it, unless the method itself does. NaN and infinity are not looked for.
 
         Raises WeightsError for weights that cannot be used; RecipeError after `close`, or when the parameters are no longer
@@ -117,8 +126,9 @@ class LiveMerge:
             raise RecipeError("this LiveMerge is closed, and the module has its own weights again: make a new one")
         if "beta" not in self._method.weights and (preset_beta is not None or weights_beta is not None):
             raise RecipeError(f"{self._method.name} takes no 'beta'")
-        first = WeightsRequest(preset, weights, changes, sdxl_map, self._seed, default=self._method.weights["alpha"])
-        second = WeightsRequest(preset_beta, weights_beta, None, sdxl_map, self._seed, beta=True)
+        seed = self._seed if seed is None else seed
+        first = WeightsRequest(preset, weights, changes, sdxl_map, seed, default=self._method.weights["alpha"])
+        second = WeightsRequest(preset_beta, weights_beta, None, sdxl_map, seed, beta=True)
         alpha = first.change(self._weights) if keep else first.resolve(self._unet.family.name)
         beta = second.change(self._weights_beta) if keep else second.resolve(self._unet.family.name)
         wanted = {block.name: self._treatment(alpha[block.name], beta[block.name]) for block in self._unet.blocks}
@@ -142,6 +152,7 @@ class LiveMerge:
         for name, original in self._originals.items():
             self._unet.parameters[name].data = original
         self._originals, self._flats = {}, []
+        _OPEN.discard(self)
 
     def __enter__(self) -> Self:
         return self
