@@ -25,9 +25,11 @@ CHUNK_BYTES = 1 << 20
 """What a worker computes at once: small enough to stay in a cache, large enough that Python is not in the way."""
 
 PIECES_MEMORY = 32 << 20
+"""What all workers' pieces may take together, however many workers there are."""
+
 CHUNKS_MEMORY = 4 << 20
-"""What all workers' pieces and chunks may take together, however many workers there are. A chunk has up to ten times its
-size in intermediate values."""
+"""What all workers' chunks may take together. The intermediate values of a chunk take up to ten times as much, of 8-bit floats
+twenty times."""
 
 
 Piece = tuple[int, int]

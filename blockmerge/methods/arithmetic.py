@@ -14,7 +14,8 @@ _E4M3FN_OVERFLOW = 464.0  # half a step above 448: beyond it, a value rounds to 
 _BLOCK = 1 << 19  # elements whose intermediate values stay in a processor's cache
 _DEVICE_BLOCK = 1 << 24  # elements that keep any GPU busy, and whose intermediate values take some hundred megabytes of it
 _SLAB = 1 << 18  # elements of a tensor that are widened at once, where a method goes through it more than once
-_DEVICE_SLAB = 1 << 22
+_DEVICE_SLAB = 1 << 22  # the same on a GPU
+_MOST_SCRATCH = 1 << 21  # elements of scratch memory that a thread keeps for a place
 
 
 def wide_dtype(*tensors: torch.Tensor) -> torch.dtype:
@@ -47,7 +48,7 @@ def round_into(out: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 class _Scratch(threading.local):
     def __init__(self) -> None:
         self.memory: dict[str, torch.Tensor] = {}
-        self.views: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self.views: dict[str, dict[torch.dtype, torch.Tensor]] = {}
 
 
 _scratch = _Scratch()
@@ -59,15 +60,17 @@ def scratch(place: str, count: int, dtype: torch.dtype, device: torch.device) ->
     New memory must be fetched from the system page by page, which takes several times as long as computing with it. Making
     a view of it takes long too, while all other threads wait for the interpreter: the last one of its kind is kept.
     """
-    if device.type != "cpu" or count > _BLOCK:
+    if device.type != "cpu" or count > _MOST_SCRATCH:
         return torch.empty(count, dtype=dtype, device=device)
-    view = _scratch.views.get((place, dtype))
+    views = _scratch.views.setdefault(place, {})
+    view = views.get(dtype)
     if view is None or view.numel() != count:
+        nbytes = count * dtype.itemsize
         with torch.inference_mode(False):  # what is made in that mode could not be used after it
-            if place not in _scratch.memory:
-                _scratch.memory[place] = torch.empty(8 * _BLOCK, dtype=torch.uint8)
-            view = _scratch.memory[place][: count * dtype.itemsize].view(dtype)
-        _scratch.views[place, dtype] = view
+            if place not in _scratch.memory or _scratch.memory[place].numel() < nbytes:
+                views.clear()
+                _scratch.memory[place] = torch.empty(1 << nbytes.bit_length(), dtype=torch.uint8, device=device)
+            view = views[dtype] = _scratch.memory[place][:nbytes].view(dtype)
     return view
 
 

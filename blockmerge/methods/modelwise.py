@@ -93,14 +93,15 @@ def _cosines(a: torch.Tensor, b: torch.Tensor, *, normalised: bool) -> tuple[tor
 def _merge(
     a: torch.Tensor, b: torch.Tensor, combined: torch.Tensor, shift: float, gathered: torch.Tensor, out: torch.Tensor
 ) -> torch.Tensor:
-    low, high = gathered.to(a.device, non_blocking=True)
+    low, high = gathered.to(a.device, non_blocking=a.device.type != "cpu")
     of_a = combined.sub(low).div_(high - low).sub_(shift).clamp_(0, 1).nan_to_num_(1.0)
     wide = wide_dtype(a, b, out)
     of_a = torch.where(low < high, of_a, 1.0).to(wide)
     rows_a, rows_b, rows_out = _as_rows(a), _as_rows(b), _as_rows(out)
     for part in slabs(rows_a):
         wide_a, wide_b = widened("a", rows_a[part], wide), widened("b", rows_b[part], wide)
-        round_into(rows_out[part], wide_b.lerp_(wide_a, of_a))
+        # Not A − B, which may be too large.
+        round_into(rows_out[part], wide_a.mul_(of_a).add_(wide_b.mul_(1 - of_a)))
     return out
 
 

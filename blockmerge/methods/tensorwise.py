@@ -112,9 +112,9 @@ def _smallest_kept(other: torch.Tensor, a: torch.Tensor, wide: torch.dtype, coun
 
 
 def _sum(deltas: Iterable[torch.Tensor]) -> torch.Tensor:
-    first, *others = iter(deltas)
-    total = exactly("sum", first)  # whether a sum is 0 decides
-    for delta in others:
+    rest = iter(deltas)
+    total = exactly("sum", next(rest))  # whether a sum is 0 decides
+    for delta in rest:
         total += delta
     return total
 
@@ -144,6 +144,6 @@ def model_stock(*models: torch.Tensor, alpha: float, out: torch.Tensor) -> torch
     step = alpha * (count * cosine / (1 + (count - 1) * cosine)).clamp(max=1)
     for part in slabs(flat_out):
         wide_a = widened("a", a[part], wide)
-        mean = _sum(widened(f"delta {number}", other[part], wide).sub_(wide_a) for number, other in enumerate(others)).div_(count)
+        mean = _sum(widened("b", other[part], wide).sub_(wide_a) for other in others).div_(count)
         round_into(flat_out[part], wide_a.add_(mean.mul_(step).to(wide)))
     return out
