@@ -65,9 +65,10 @@ Or from the command line, with the function in `mine.py` in the current folder o
 do yourself.
 
 Parameters by position are the models (`*others` for any number), `alpha` and `beta` are the weights, other keywords are numbers
-with a default. The tensors are copies in float32 or float64, and what is returned is rounded once. `locality="element"`, the
-default, says that the function may be given any stretch of a tensor, flat; `"row"` any entries of the first axis; `"tensor"` the
-whole. [examples/own_method.py](../examples/own_method.py) is one to start from.
+with a default, none named like an argument of `merge` but `seed`. The tensors are copies in float32 or float64, and what is
+returned is rounded once. `locality="element"`, the default, says that the function may be given any stretch of a tensor, flat;
+`"row"` any entries of the first axis; `"tensor"` the whole. [examples/own_method.py](../examples/own_method.py) is one to start
+from.
 """
 
 _COPIED = {0: "A", 1: "B", 2: "C"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -30,6 +32,10 @@ def raising(a, b, *, alpha):
 @blockmerge.merge_method()
 def exiting(a, b, *, alpha):
     raise SystemExit(7)
+
+@blockmerge.merge_method
+def meta(a, b, *, alpha):
+    return a.to("meta")
 
 number = 5
 
@@ -109,8 +115,13 @@ def test_merging_with_it(module, pairs, tmp_path):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("nowhere_at_all:f", "method nowhere_at_all:f: cannot import nowhere_at_all (ModuleNotFoundError: No module named 'nowhere_at_all')"),
-        ("{}:missing", "method {0}:missing: {0} has no 'missing'"),
+        ("nowhere_at_all:f", "method nowhere_at_all:f: no module named 'nowhere_at_all', neither in the current folder nor where Python looks"),
+        ("nowhere_at_all.sub:f", "method nowhere_at_all.sub:f: no module named 'nowhere_at_all', neither in the current folder nor where Python looks"),
+        ("./mine.py:f", "method ./mine.py:f: before the colon goes a module's name, not a path: mine:f"),
+        (r"C:\my\mine.py:f", r"method C:\my\mine.py:f: before the colon goes a module's name, not a path: mine:f"),
+        ("mine.py:f", "method mine.py:f: before the colon goes a module's name, not a path: mine:f"),
+        ("{}:sofen", "method {0}:sofen: {0} has no 'sofen'; did you mean 'soften'?"),
+        ("{}:unlike", "method {0}:unlike: {0} has no 'unlike'"),
         ("{}:plain", "{}:plain is no merge method: decorate it with @blockmerge.merge_method()"),
         (":f", "method :f: a method of your own is written MODULE:FUNCTION"),
         ("{}:", "method {0}:: a method of your own is written MODULE:FUNCTION"),
@@ -135,34 +146,55 @@ def test_methods_that_fail(module):
         find_method(f"{module}:exiting").function(a, a, alpha=0.5, out=a)
 
 
-def test_a_module_that_exits_is_an_error_and_not_the_end(module, tmp_path, pairs, capsys):
+def test_a_module_that_exits_or_returns_no_values_is_an_error_and_not_the_end(module, tmp_path, pairs, capsys):
     (tmp_path / f"{module}_exits.py").write_text("import sys; sys.exit(3)")
-    for method, says in (("_exits:f", f"cannot import {module}_exits (SystemExit: 3)"), (":exiting", "failed: SystemExit: 7")):
+    for method, says in (
+        ("_exits:f", f"cannot import {module}_exits (SystemExit: 3)"),
+        (":exiting", "failed: SystemExit: 7"),
+        (":meta", f"the method {module}:meta returned a meta tensor: it must return one that holds values"),
+    ):
         assert_refused(capsys, tmp_path, *pairs(), "-w", "0.5", "-m", f"{module}{method}", "-o", "o.safetensors", says=says)
+
+
+def test_a_module_that_lacks_another_and_one_whose_decorator_is_wrong(module, tmp_path):
+    (tmp_path / f"{module}_lacks.py").write_text("import nowhere_at_all")
+    with pytest.raises(RecipeError, match=r"cannot import \S+_lacks \(ModuleNotFoundError: No module named 'nowhere_at_all'\)$"):
+        find_method(f"{module}_lacks:f")
+    faulty = f"{module}_faulty"
+    (tmp_path / f"{faulty}.py").write_text("import blockmerge\n@blockmerge.merge_method\ndef f(a, b): return a")
+    with pytest.raises(RecipeError) as caught:
+        find_method(f"{faulty}:f")
+    why = f"{faulty}:f takes no weight: a method is f(a, b, *, alpha)"
+    assert str(caught.value) == f"method {faulty}:f: cannot import {faulty} ({why})"
+
+
+SHAPE = "for tensors of shape [5]: it must return a tensor of the shape it gets"
+FLOATS = "it must return a tensor of a float dtype, as those that it gets"
 
 
 @pytest.mark.parametrize(
     ("result", "what"),
     [
-        (lambda a: a.numpy(), "a ndarray"),
-        (lambda a: a.tolist(), "a list"),
-        (lambda a: None, "a NoneType"),
-        (lambda a: a.to(torch.complex64), "numbers of torch.complex64"),
-        (lambda a: a > 0, "numbers of torch.bool"),
+        (lambda a: a.numpy(), "a ndarray: it must return a torch tensor"),
+        (lambda a: a.tolist(), "a list: it must return a torch tensor"),
+        (lambda a: None, "a NoneType: it must return a torch tensor"),
+        (lambda a: a[1:], f"shape [4] {SHAPE}"),
+        (lambda a: a.to(torch.complex64), f"numbers of torch.complex64: {FLOATS}"),
+        (lambda a: a.int(), f"numbers of torch.int32: {FLOATS}"),
+        (lambda a: a > 0, f"numbers of torch.bool: {FLOATS}"),
+        (lambda a: a.to("meta"), "a meta tensor: it must return one that holds values"),
+        (lambda a: a.to_sparse(), "a sparse tensor: it must return a dense one"),
     ],
 )
 def test_methods_that_return_something_else(result, what):
-    @blockmerge.merge_method()
+    @blockmerge.merge_method
     def odd(a, b, *, alpha):
         return result(a)
 
     a = torch.ones(5)
     with pytest.raises(RecipeError) as caught:
         find_method(odd).function(a, a, alpha=0.5, out=torch.empty(5))
-    assert (
-        str(caught.value)
-        == f"the method {__name__}:odd returned {what} for tensors of shape [5]: it must return a tensor of the shape it gets"
-    )
+    assert str(caught.value) == f"the method {__name__}:odd returned {what}"
 
 
 def no_weight(a, b):
@@ -177,12 +209,17 @@ def no_default(a, b, *, alpha, strength):
     return a
 
 
+def any_keyword(a, b, *, alpha, **more):
+    return a
+
+
 @pytest.mark.parametrize(
     ("function", "locality", "message"),
     [
         (no_weight, "element", "takes no weight: a method is f(a, b, *, alpha)"),
         (no_models, "element", "takes no models: a method is f(a, b, *, alpha)"),
         (no_default, "element", "the number strength needs a default, a whole number or a float"),
+        (any_keyword, "element", "takes any keyword (**): name each number, with its default"),
         (no_weight, "model", r"unknown locality 'model' (element, row, tensor)"),
     ],
 )
@@ -191,3 +228,31 @@ def test_functions_that_are_no_methods(function, locality, message):
         blockmerge.merge_method(locality=locality)(function)
     assert str(caught.value).startswith(f"{__name__}:{function.__name__}")
     assert str(caught.value).endswith(message)
+
+
+@pytest.mark.parametrize("thing", [3, max, "row"])
+def test_things_that_are_no_functions(thing):
+    for decorate in (blockmerge.merge_method, blockmerge.merge_method()):
+        with pytest.raises(RecipeError) as caught:
+            decorate(thing)
+        assert str(caught.value) == f"{thing} is no Python function: a method is f(a, b, *, alpha)"
+
+
+@pytest.mark.parametrize("what", ["formula", "source"])
+def test_what_is_told_of_a_method_is_text(what):
+    with pytest.raises(RecipeError, match=rf":no_weight: {what} is a text; int given$"):
+        blockmerge.merge_method(**{what: 3})(no_weight)
+
+
+def test_no_number_is_called_as_an_argument_of_merging():
+    taken = {
+        parameter.name
+        for function in (blockmerge.merge, blockmerge.merge_state_dicts, blockmerge.LiveMerge)
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    }
+    for name in taken - {"a", "b", "c", "seed"} | {"out"}:
+        scope = {}
+        exec(f"def f(a, b, *, alpha, {name}=1): return a", scope)
+        with pytest.raises(RecipeError, match=rf"a number cannot be called {name}, which is an argument of merging itself$"):
+            blockmerge.merge_method(scope["f"])
