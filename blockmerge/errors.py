@@ -99,8 +99,10 @@ def reason(error: OSError) -> str:
     return text[:1].lower() + text[1:]
 
 
-def did_you_mean(word: str, known: Collection[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the known name nearest to `word`, or nothing when none is near."""
+def did_you_mean(word: object, known: Collection[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the known name nearest to `word`, or nothing when none is near or it is no text."""
+    if not isinstance(word, str):
+        return ""
     by_fold = {name.casefold(): name for name in known}
-    near = difflib.get_close_matches(word.casefold(), by_fold, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word.casefold(), by_fold, n=1, cutoff=0.6)
     return f"; did you mean '{by_fold[near[0]]}'?" if near else ""

@@ -149,6 +149,12 @@ def test_matching_and_the_way_back_to_text(rules, data):
         ("IN00-:x:1", "element rule 1, '>>IN00-<<:x:1': 'IN00-' is half a range: write both ends, as in IN00-IN05"),
         ("NOT:attn:1", "element rule 1, '>>NOT<<:attn:1': expected names after NOT"),
         ("IN01:NOT:1", "element rule 1, 'IN01:>>NOT<<:1': expected names after NOT"),
+        ("NOT NOT OUT05:attn:0.5", "element rule 1, 'NOT >>NOT<< OUT05:attn:0.5': NOT stands in front of the whole field, once"),
+        (
+            "OUT05  not OUT06:attn:0.5",
+            "element rule 1, 'OUT05 >>NOT<< OUT06:attn:0.5': NOT stands in front of the whole field, once",
+        ),
+        ("M00:attn NOT proj:1", "element rule 1, 'M00:attn >>NOT<< proj:1': NOT stands in front of the whole field, once"),
         ("\n\nM00::1\nIN01:much:much", "element rule 2, 'IN01:much:>>much<<': expected a number or skip"),
         ("IN01::", "element rule 1, 'IN01::>><<': expected a number or skip"),
         ("IN01::nan", "element rule 1, 'IN01::>>nan<<': expected a number or skip"),

@@ -490,7 +490,7 @@ def test_what_is_refused_and_how(dicts, tmp_path):
         ((a,), {}, "RecipeError", "weighted_sum merges 2 models; 1 given"),
         ((a, b, b), {}, "RecipeError", "weighted_sum merges 2 models; 3 given"),
         ((a, None, b), {"method": "add_difference"}, "CheckpointError", "a NoneType is no model"),
-        ((a, b), {"gamma": 1}, "RecipeError", "weighted_sum takes no 'gamma'"),
+        ((a, b), {"gamma": 1}, "RecipeError", "unknown argument 'gamma': weighted_sum has no such number"),
         ((a, b), {"method": "weighted"}, "RecipeError", "unknown method 'weighted'; did you mean 'weighted_sum'?"),
         ((a, tmp_path / "x.safetensors"), {}, "UnknownFamilyError", "x.safetensors holds no Stable Diffusion U-Net"),
         ((a, lacking), {}, "IncompatibleModelsError", f"state dict B lacks 1 tensor of the module ({OUT05})"),

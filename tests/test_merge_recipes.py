@@ -114,16 +114,16 @@ def test_copies_of_c_are_counted(models, capsys, tmp_path, monkeypatch):
         (f"{A} {B} -m wieghted_sum -w 1", "unknown method 'wieghted_sum'; did you mean 'weighted_sum'? ('blockmerge methods' lists them)"),
         (f"{A} {B} -w 1 --weights-beta 0.5", "weighted_sum takes no 'beta'"),
         (f"{A} {B} -w 1 --set-beta IN01=1", "weighted_sum takes no 'beta'"),
-        (f"{A} {B} -w 1 --gamma 2", "weighted_sum takes no 'gamma'"),
+        (f"{A} {B} -w 1 --gamma 2", "unknown argument 'gamma': weighted_sum has no such number"),
         (f"{A} {B} {C} -m extract -w 1 --gamma=-1", "extract needs a number of at least 0 as gamma: found -1"),
         (f"{A} {B} {C} -m extract -w 1 --gamma nan", "extract needs a number of at least 0 as gamma: found nan"),
         (f"{A} {B} -m dare -w 1 --drop-rate 1", "dare needs a number from 0 to below 1 as drop_rate: found 1"),
         (f"{A} {B} -m ties -w 1 --density 1.5", "ties needs a number from 0 to 1 as density: found 1.5"),
-        (f"{A} {B} {C} -m average --ratios 2,1", "average needs numbers, one for each model, whose sum is not 0 as ratios: 2 numbers for 3 models"),
-        (f"{A} {B} -m average --ratios 1e308,1e308", "as ratios: the sum of [1e+308, 1e+308] is too large"),
-        (f"{A} {B} -m average --ratios 1,inf", "as ratios: [1.0, inf] are not all finite"),
-        (f"{A} {B} -m average --ratios 1,-1", "whose sum is not 0 as ratios: the sum of [1.0, -1.0] is 0"),
-        (f"{A} {B} -m average --ratios 1,x", "as ratios: 'x' is not a number"),
+        (f"{A} {B} {C} -m average --ratios 2,1", "average: ratios are numbers, one for each model, whose sum is not 0; 2 numbers for 3 models"),
+        (f"{A} {B} -m average --ratios 1e308,1e308", "whose sum is not 0; the sum of [1e+308, 1e+308] is too large"),
+        (f"{A} {B} -m average --ratios 1,inf", "whose sum is not 0; [1.0, inf] are not all finite"),
+        (f"{A} {B} -m average --ratios 1,-1", "whose sum is not 0; the sum of [1.0, -1.0] is 0"),
+        (f"{A} {B} -m average --ratios 1,x", "whose sum is not 0; 'x' is not a number"),
         (f"{A} {B} {C} -m triple_sum -w 1 --weights-beta IN12=1", ["--weights-beta", "IN12"]),
         (f"{A} {B} {C} -m triple_sum -w 1 --preset-beta nothing", "nothing"),
         (f"{A} {B} {C} -m triple_sum -w 1 --preset-beta high_res --weights-beta 1", ["both a preset and weights are given for beta"]),
@@ -134,7 +134,7 @@ def test_copies_of_c_are_counted(models, capsys, tmp_path, monkeypatch):
         (f"{A} {B} -w 1 --adjust 1,2,3,4,5,6,7,8,9", "9 numbers given; there are eight"),
         (f"{A} -m scale -w 0.5 --clip", "scale merges 1 model: there is no B to clip to"),
         (f"{A} {B} -w 1 --number limit", "cannot read --number 'limit': write NAME=VALUE"),
-        (f"{A} {B} -w 1 --number limit=2", "weighted_sum takes no 'limit'"),
+        (f"{A} {B} -w 1 --number limit=2", "unknown argument 'limit': weighted_sum has no such number"),
         (f"{A} {B} -p high_res@x", "high_res@x"),
     ],
 )  # fmt: skip
@@ -353,7 +353,7 @@ def test_a_method_of_ones_own_merges_files(models, own, capsys, tmp_path, monkey
         ("raising -w 0.5", "raising failed: OSError: no such luck (at "),
         ("dividing -w 0.5", ["would hold NaN or infinity", "dividing makes NaN of finite values, or some too large for F16"]),
         ("element -w 0.5 --number share=much", "element needs a number as share: found much"),
-        ("element -w 0.5 --number shore=1", "element takes no 'shore'; did you mean 'share'?"),
+        ("element -w 0.5 --number shore=1", ["unknown argument 'shore': ", "element has no such number; did you mean 'share'?"]),
         ("element", "how much of B?"),
         ("missing -w 0.5", "has no 'missing'"),
     ],
@@ -363,10 +363,24 @@ def test_methods_of_ones_own_that_fail_leave_nothing(models, own, capsys, tmp_pa
     assert_refused(capsys, tmp_path, A, B, "-o", "out.safetensors", "-m", *f"{own}:{text}".split(), says=says)
 
 
-@pytest.mark.parametrize("name", ["rules", "adjust"])
-def test_what_is_no_text_is_named(models, name):
-    with pytest.raises(blockmerge.RecipeError, match=f"^{name} is a text; int given$"):
-        blockmerge.merge_state_dicts(*models[:2], weights=0.5, **{name: 5})
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"rules": 5}, "rules is a text, as in 'OUT03-OUT05:attn2:0.5'; int given"),
+        ({"adjust": [0, 0, 0, 1]}, "adjust is a text, as in '0,0,0,1'; list given"),
+        ({"clip": "yes"}, "clip is True or False; str given"),
+        ({"wide": 1}, "unknown argument 'wide': weighted_sum has no such number"),
+        ({"methd": "ties"}, "unknown argument 'methd': weighted_sum has no such number; did you mean 'method'?"),
+        ({"method": "ties", "densty": 1}, "unknown argument 'densty': ties has no such number; did you mean 'density'?"),
+        ({"method": None}, "unknown method 'None' ('blockmerge methods' lists them)"),
+        ({"method": "nosuch"}, "unknown method 'nosuch' ('blockmerge methods' lists them)"),
+    ],
+)
+def test_arguments_that_are_wrong_are_named(models, tmp_path, given, says):
+    for merge, output in ((blockmerge.merge_state_dicts, {}), (blockmerge.merge, {"output": tmp_path / "out.safetensors"})):
+        with pytest.raises(blockmerge.RecipeError) as caught:
+            merge(*models[:2], weights=0.5, **given, **output)
+        assert str(caught.value) == says
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

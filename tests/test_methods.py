@@ -339,12 +339,12 @@ def test_clip(data):
         ("dare", {"drop_rate": 1.0}, "dare needs a number from 0 to below 1 as drop_rate: found 1.0"),
         ("dare", {"drop_rate": float("nan")}, "dare needs a number from 0 to below 1 as drop_rate: found nan"),
         ("dare", {"seed": 1.5}, "dare needs a whole number as seed: found 1.5"),
-        ("dare", {"drop": 0.5}, "dare takes no 'drop'; did you mean 'drop_rate'?"),
+        ("dare", {"drop": 0.5}, "unknown argument 'drop': dare has no such number; did you mean 'drop_rate'?"),
         ("extract", {"gamma": -1}, "extract needs a number of at least 0 as gamma: found -1"),
         ("ties", {"density": "much"}, "ties needs a number from 0 to 1 as density: found much"),
-        ("average", {"ratios": (1, 1)}, "average needs numbers, one for each model, whose sum is not 0 as ratios: 2 numbers for 3 models"),
-        ("average", {"ratios": (1, -2, 1)}, "average needs numbers, one for each model, whose sum is not 0 as ratios: the sum of [1.0, -2.0, 1.0] is 0"),
-        ("weighted_sum", {"gamma": 1}, "weighted_sum takes no 'gamma'"),
+        ("average", {"ratios": (1, 1)}, "average: ratios are numbers, one for each model, whose sum is not 0; 2 numbers for 3 models"),
+        ("average", {"ratios": (1, -2, 1)}, "average: ratios are numbers, one for each model, whose sum is not 0; the sum of [1.0, -2.0, 1.0] is 0"),
+        ("weighted_sum", {"gamma": 1}, "unknown argument 'gamma': weighted_sum has no such number"),
     ],
 )  # fmt: skip
 def test_numbers_out_of_range(name, given, message):

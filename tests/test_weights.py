@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,22 @@ def test_arithmetic_keeps_skipped_blocks_and_refuses_mixed_families():
         BlockWeights({"BASE": 1})
     with pytest.raises(WeightsError, match="unknown SDXL mapping 'size'"):
         a.for_sdxl("size")
+
+
+@pytest.mark.parametrize("wrong", ["x", None, math.nan, True, [0.5]])
+def test_arithmetic_refuses_what_is_no_number(wrong):
+    a = BlockWeights.flat(0.5)
+    with pytest.raises(WeightsError, match="the factor is not a number"):
+        a.scale(wrong)
+    with pytest.raises(WeightsError, match="the ratio is not a number"):
+        a.interpolate(a, wrong)
+
+
+def test_arithmetic_refuses_what_is_no_block_weights():
+    a = BlockWeights.flat(0.5)
+    for refused in (lambda: a.add("low_res"), lambda: a.interpolate("low_res", 0.5)):
+        with pytest.raises(WeightsError, match="BlockWeights are needed; str given"):
+            refused()
 
 
 def test_the_two_presets_the_project_is_named_for():

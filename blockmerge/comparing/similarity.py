@@ -246,7 +246,7 @@ def _not_compared(base: Model, model: Model, sums: Sums, compared: Sequence[int]
 
 def _check_method(method: str, common_base: object) -> None:
     if method not in METHODS:
-        raise RecipeError(f"unknown method '{shown(method)}'{did_you_mean(str(method), METHODS)} (attention or weights)")
+        raise RecipeError(f"unknown method '{shown(method)}'{did_you_mean(method, METHODS)} (attention or weights)")
     if common_base is not None and method != "weights":
         raise RecipeError("a common base is for the method weights: attention similarity has no differences to take")
 

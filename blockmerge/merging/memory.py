@@ -63,6 +63,7 @@ def merge_state_dicts(
         rules=rules,
         adjust=adjust,
         clip=clip,
+        arguments=merge_state_dicts.__kwdefaults__,
         vae=vae,
     )
     recipe.check_model_count(len(state_dicts))

@@ -100,6 +100,7 @@ def merge(
         rules=rules,
         adjust=adjust,
         clip=clip,
+        arguments=merge.__kwdefaults__,
     )
     return run(
         recipe,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -55,7 +55,7 @@ class Number:
                 return self._check_all(value.split(",") if isinstance(value, str) else list(value), models)
             except (TypeError, ValueError) as error:
                 why = f"found {shown(value)}" if isinstance(error, TypeError) else str(error)
-                raise RecipeError(f"{shown(method)} needs {self.range} as {self.name}: {why}") from None
+                raise RecipeError(f"{shown(method)}: {self.name} are {self.range}; {why}") from None
         try:
             number = int(str(value)) if self.kind == "whole number" else float(value)
             if math.isfinite(number) and self.low <= number <= self.high and not (self.open_above and number == self.high):
@@ -144,6 +144,14 @@ class Method:
         if count != self.models if self.models is not None else count < self.least:
             raise RecipeError(f"{shown(self.name)} merges {self.count}; {count} given")
 
+    def check_names(self, given: Iterable[str], others: Iterable[str] = ()) -> None:
+        """Raise RecipeError for a name that none of its numbers has; `others` could have been meant as well."""
+        known = [number.name for number in self.numbers]
+        for name in given:
+            if name not in known:
+                near = did_you_mean(name, [*known, *others])
+                raise RecipeError(f"unknown argument '{shown(name)}': {shown(self.name)} has no such number{near}")
+
     def check_numbers(self, given: Mapping[str, Any], models: int) -> dict[str, Value]:
         """Return all its numbers, for so many models: those that are given, checked, and the others as they are by default.
 
@@ -152,10 +160,9 @@ class Method:
         values: dict[str, Value] = {
             number.name: (1.0,) * models if number.default is None else number.default for number in self.numbers
         }
+        self.check_names(given)
         known = {number.name: number for number in self.numbers}
         for name, value in given.items():
-            if name not in known:
-                raise RecipeError(f"{shown(self.name)} takes no '{shown(name)}'{did_you_mean(name, known)}")
             values[name] = known[name].check(self.name, value, models)
         return values
 
@@ -372,5 +379,5 @@ def find_method(method: object) -> Method:
         return METHODS[method]  # type: ignore[index]
     except (KeyError, TypeError):
         raise RecipeError(
-            f"unknown method '{shown(method)}'{did_you_mean(str(method), METHODS)} ('blockmerge methods' lists them)"
+            f"unknown method '{shown(method)}'{did_you_mean(method, METHODS)} ('blockmerge methods' lists them)"
         ) from None

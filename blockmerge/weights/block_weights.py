@@ -75,7 +75,8 @@ class BlockWeights(Mapping[str, float | None]):
         return tuple(self._weights)
 
     def scale(self, factor: float) -> BlockWeights:
-        """Every weight times `factor`."""
+        """Every weight times `factor`. Raises WeightsError when that is no number."""
+        factor = _checked_number(factor, "the factor")
         return self._map(lambda weight: weight * factor)
 
     def complement(self) -> BlockWeights:
@@ -85,16 +86,17 @@ class BlockWeights(Mapping[str, float | None]):
     def add(self, other: BlockWeights) -> BlockWeights:
         """The sum, block by block; a block that either skips is skipped.
 
-        Raises WeightsError when the two are not of the same family's blocks.
+        Raises WeightsError when the two are not of the same family's blocks, or `other` is no BlockWeights.
         """
-        if self.blocks != other.blocks:
+        if self.blocks != _checked_other(other).blocks:
             raise WeightsError(f"weights of {len(self)} and of {len(other)} blocks cannot be added")
         pairs = ((block, mine, other[block]) for block, mine in self.items())
         return BlockWeights({block: None if a is None or b is None else a + b for block, a, b in pairs})
 
     def interpolate(self, other: BlockWeights, ratio: float) -> BlockWeights:
-        """`(1 − ratio)·self + ratio·other`. Raises WeightsError as `add` does."""
-        return self.scale(1.0 - ratio).add(other.scale(ratio))
+        """`(1 − ratio)·self + ratio·other`. Raises WeightsError as `add` and `scale` do."""
+        ratio = _checked_number(ratio, "the ratio")
+        return self.scale(1.0 - ratio).add(_checked_other(other).scale(ratio))
 
     def replace(self, changes: Mapping[str, float | None]) -> BlockWeights:
         """The same with the weights of some blocks changed. Raises WeightsError for a block that is not there."""
@@ -133,7 +135,7 @@ def unknown_block(block: object, blocks: Sequence[str]) -> WeightsError:
     """The error for a block that is none of `blocks`; it tells which there are."""
     is_sdxl = len(blocks) == len(SDXL_BLOCKS)
     # A block that only SD1 and SD2 have is no slip of the pen: another one would not be meant.
-    near = "" if is_sdxl and block in SD_BLOCKS else did_you_mean(str(block), blocks)
+    near = "" if is_sdxl and block in SD_BLOCKS else did_you_mean(block, blocks)
     whose, last = ("SDXL has", SDXL_BLOCKS[-1]) if is_sdxl else ("SD1 and SD2 have", SD_BLOCKS[-1])
     existing = f"BASE, IN00-IN{last[3:]}, M00, OUT00-{last}"
     return WeightsError(f"unknown block '{shown(block)}'{near or ':'} {whose} {existing}")
@@ -143,12 +145,23 @@ def checked_weight(weight: object, block: str) -> float | None:
     """A weight as a float, None for "skip". Raises WeightsError, naming the block, when it is none or too large."""
     if weight is None or (isinstance(weight, str) and weight.casefold() == "skip"):
         return None
-    try:
-        number = float(weight)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if isinstance(weight, (str, bool)) or not math.isfinite(number):
-        raise WeightsError(f"weight of {block} is not a number: '{shown(weight)}'")
+    number = _checked_number(weight, f"weight of {block}")
     if abs(number) > _LARGEST:
         raise WeightsError(f"weight of {block} is {number:.12g}: at most {_LARGEST:,.0f} is allowed, and 0 to 1 is usual")
     return number + 0.0  # -0.0 becomes 0.0
+
+
+def _checked_number(value: object, what: str) -> float:
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if isinstance(value, (str, bool)) or not math.isfinite(number):
+        raise WeightsError(f"{what} is not a number: '{shown(value)}'")
+    return number
+
+
+def _checked_other(other: object) -> BlockWeights:
+    if not isinstance(other, BlockWeights):
+        raise WeightsError(f"BlockWeights are needed; {type(other).__name__} given (load_preset gives those of a preset)")
+    return other

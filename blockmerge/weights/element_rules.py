@@ -111,14 +111,17 @@ def _takes(rule: ElementRule, name: str) -> bool:
 
 
 def _parse_rule(text: str, number: int) -> ElementRule:
-    fields = [field.strip() for field in text.split(":")]
+    fields = [" ".join(field.split()) for field in text.split(":")]
     if len(fields) != 3:
         raise _error(number, [text], 0, f"expected {_FORM}")
     # A dash belongs to a range whatever blanks people put around it.
     fields[0] = re.sub(r"\s*-\s*", "-", fields[0].upper())
     for index, field in enumerate(fields[:2]):
-        if field.upper() == "NOT":
+        words = field.upper().split()
+        if words == ["NOT"]:
             raise _error(number, fields, index, "expected names after NOT")
+        if "NOT" in words[1:]:
+            raise _error(number, fields, index, "NOT stands in front of the whole field, once", words.index("NOT", 1))
     skip = fields[2].casefold() == "skip"
     ratio = None if skip else finite_number(fields[2])
     if ratio is None and not skip:

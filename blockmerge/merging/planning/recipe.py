@@ -62,13 +62,16 @@ class Recipe:
         object.__setattr__(self, "dtype", _TORCH_DTYPES.get(self.dtype, self.dtype))
         if self.dtype != "keep" and self.dtype not in DTYPES:
             known = ["keep", *DTYPES]
-            raise RecipeError(f"unknown dtype '{shown(self.dtype)}'{did_you_mean(str(self.dtype), known)} ({', '.join(known)})")
+            raise RecipeError(f"unknown dtype '{shown(self.dtype)}'{did_you_mean(self.dtype, known)} ({', '.join(known)})")
         if self.weights.sdxl_map not in (None, *SDXL_MAPS):
             raise RecipeError(f"unknown SDXL mapping '{shown(self.weights.sdxl_map)}': {' or '.join(SDXL_MAPS)}")
         if self.ema not in EMA_CHOICES:
             raise RecipeError(f"unknown choice '{shown(self.ema)}' for EMA copies: {', '.join(EMA_CHOICES)}")
         if self.naming not in (None, *NAMINGS):
             raise RecipeError(f"unknown naming '{shown(self.naming)}': {' or '.join(NAMINGS)}")
+        for name in ("clip", "prune", "allow_nonfinite"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise RecipeError(f"{name} is True or False; {type(value).__name__} given")
 
     def _fit_to(self, method: Method) -> None:
         """Take the method's defaults where nothing is said, and refuse what it does not take."""
@@ -79,9 +82,6 @@ class Recipe:
             request: WeightsRequest = getattr(self, name)
             if request.default is None and default is not None:
                 object.__setattr__(self, name, replace(request, default=default))
-        known = {number.name for number in method.numbers}
-        for number in self.numbers.keys() - known:
-            raise RecipeError(f"{shown(method.name)} takes no '{shown(number)}'{did_you_mean(number, known)}")
         if self.clip and method.models == 1:
             raise RecipeError(f"{shown(method.name)} merges 1 model: there is no B to clip to")
 
@@ -149,16 +149,19 @@ def make_recipe(
     *,
     rules: str = "",
     adjust: str = "",
+    arguments: Mapping[str, object] | None = None,
     **options: Any,
 ) -> Recipe:
     """Read what was given as text. The seed of the weights is that of the method as well, where it has one.
 
-    Raises RecipeError, naming the argument, for what is no text.
+    Raises RecipeError, naming the argument, for what is no text, and for a number that the method does not have: one of
+    the caller's own `arguments` may have been meant.
     """
-    for name, text in (("rules", rules), ("adjust", adjust)):
+    for name, text, example in (("rules", rules, "OUT03-OUT05:attn2:0.5"), ("adjust", adjust, "0,0,0,1")):
         if not isinstance(text, str):
-            raise RecipeError(f"{name} is a text; {type(text).__name__} given")
+            raise RecipeError(f"{name} is a text, as in '{example}'; {type(text).__name__} given")
     found = find_method(method)
+    found.check_names(numbers, others=arguments or ())
     if "seed" not in numbers and any(number.name == "seed" for number in found.numbers):
         numbers = {**numbers, "seed": weights.seed}
     return Recipe(
