@@ -383,6 +383,16 @@ def test_arguments_that_are_wrong_are_named(models, tmp_path, given, says):
         assert str(caught.value) == says
 
 
+def test_flags_are_no_texts(models, tmp_path):
+    output = tmp_path / "out.safetensors"
+    output.write_bytes(b"kept")
+    with pytest.raises(blockmerge.RecipeError, match=r"^overwrite is True or False; str given$"):
+        blockmerge.merge(*models[:2], weights=0.5, output=output, overwrite="no")
+    assert output.read_bytes() == b"kept"
+    with pytest.raises(blockmerge.RecipeError, match=r"^check_finite is True or False; str given$"):
+        blockmerge.merge_state_dicts(*models[:2], weights=0.5, check_finite="no")
+
+
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 

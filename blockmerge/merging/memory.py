@@ -11,7 +11,7 @@ from blockmerge.checkpoints import Model, StateDict, state_dict_name
 from blockmerge.errors import CheckpointError, NonFiniteError, RecipeError, counted, listing, shown
 from blockmerge.merging.planning.decisions import Decision, Decisions, check_vae_option, decide
 from blockmerge.merging.planning.plan import Drafter, Work
-from blockmerge.merging.planning.recipe import Recipe, make_recipe
+from blockmerge.merging.planning.recipe import Recipe, check_flag, make_recipe
 from blockmerge.weights import WeightsLike, WeightsRequest
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def merge_state_dicts(
     Raises a BlockmergeError: NonFiniteError with `check_finite`, else as `merge` does before it reads a weight.
     """
     check_vae_option(vae)
+    check_flag("check_finite", check_finite)
     recipe = make_recipe(
         method,
         numbers,

@@ -26,7 +26,7 @@ from blockmerge.checkpoints import (
 from blockmerge.errors import OutputError, RecipeError, shown
 from blockmerge.merging.execute import Pace, execute
 from blockmerge.merging.planning.plan import Form, Plan, make_plan
-from blockmerge.merging.planning.recipe import Recipe, make_recipe
+from blockmerge.merging.planning.recipe import Recipe, check_flag, make_recipe
 from blockmerge.merging.result import MergeResult
 from blockmerge.streaming import Progress
 from blockmerge.weights import WeightsLike, WeightsRequest
@@ -184,6 +184,7 @@ def _prepare(
     overwrite: bool,
     variant: str | None,
 ) -> tuple[Plan, Path]:
+    check_flag("overwrite", overwrite)
     recipe.check_model_count(len(models))
     checkpoints = _open(models, variant)
     labels = told_apart(checkpoints)

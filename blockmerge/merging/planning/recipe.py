@@ -70,8 +70,7 @@ class Recipe:
         if self.naming not in (None, *NAMINGS):
             raise RecipeError(f"unknown naming '{shown(self.naming)}': {' or '.join(NAMINGS)}")
         for name in ("clip", "prune", "allow_nonfinite"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise RecipeError(f"{name} is True or False; {type(value).__name__} given")
+            check_flag(name, getattr(self, name))
 
     def _fit_to(self, method: Method) -> None:
         """Take the method's defaults where nothing is said, and refuse what it does not take."""
@@ -139,6 +138,12 @@ class Recipe:
         if isinstance(self.vae, (str, os.PathLike)):
             return os.path.basename(os.fspath(self.vae))
         return self.vae.name if isinstance(self.vae, Checkpoint) else "state dict"
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise RecipeError for an argument that is neither True nor False: any text would count as True, "no" as well."""
+    if not isinstance(value, bool):
+        raise RecipeError(f"{name} is True or False; {type(value).__name__} given")
 
 
 def make_recipe(
