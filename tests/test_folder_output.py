@@ -1,4 +1,7 @@
-"""An output folder: complete or not there at all, on every system; what it replaces is never lost."""
+"""An output folder: complete or not there at all, on every system; what it replaces is never lost.
+
+Over 500 lines: the ways in which a swap can be interrupted share their helpers.
+"""
 
 from __future__ import annotations
 

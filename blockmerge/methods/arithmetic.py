@@ -69,7 +69,7 @@ def scratch(place: str, count: int, dtype: torch.dtype, device: torch.device) ->
         with torch.inference_mode(False):  # what is made in that mode could not be used after it
             if place not in _scratch.memory or _scratch.memory[place].numel() < nbytes:
                 views.clear()
-                _scratch.memory[place] = torch.empty(1 << nbytes.bit_length(), dtype=torch.uint8, device=device)
+                _scratch.memory[place] = torch.empty(1 << (nbytes - 1).bit_length(), dtype=torch.uint8, device=device)
             view = views[dtype] = _scratch.memory[place][:nbytes].view(dtype)
     return view
 
