@@ -199,9 +199,11 @@ def random_bits(key, count):
 
 
 def normals(key, count):
-    """Quantiles of the normal distribution, scaled to variance 1."""
+    """Quantiles of the normal distribution, scaled to variance 1: of 16 bits, and of the same in reverse order, every other one flipped; rounded to float32, then to float16."""
     values = special.ndtri((np.arange(65536) + 0.5) / 65536)
-    return (values / values.std())[random_bits(key, count).astype(np.uint16)]
+    bits = random_bits(key, -(-count // 2)).astype(np.uint16)
+    reverse = [int(f"{number:016b}"[::-1], 2) ^ 0b0101010101010101 for number in bits]
+    return (values / values.std()).astype(np.float32).astype(np.float16).astype(float)[np.stack([bits, reverse], axis=-1).astype(int)].reshape(-1)[:count]
 
 
 def add_noise(a, *, alpha, key):
