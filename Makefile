@@ -21,10 +21,11 @@ check: .venv/test
 	$(BIN)/mypy
 
 # Full-size files in a temp folder (some 15 GB free needed); prints ratios to `cp` and to load-everything-and-save.
-bench: .venv/run
+bench: .venv/test
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/compare.py
 	$(BIN)/python benchmarks/methods.py
+	$(BIN)/python benchmarks/smoothing.py
 	$(BIN)/python benchmarks/live.py
 	$(BIN)/python benchmarks/overlap.py
 

@@ -37,6 +37,19 @@ def test_it_is_scipys(shape, dtype, small, monkeypatch):
     assert np.abs(out.double().numpy() - wanted).max() <= 1e-6 * np.abs(delta).max()
 
 
+@pytest.mark.parametrize("shape", [(320, 320, 3, 3), (320, 1280), (320, 4, 3, 3)], ids=str)
+def test_whole_layers_of_a_fine_tune(shape):
+    # Of real sizes and magnitudes, in float32, as for models in half precision.
+    generator = torch.Generator().manual_seed(0)
+    c = torch.randn(shape, generator=generator).mul_(0.02).half()
+    b = torch.randn(shape, generator=generator).mul_(0.001).add_(c).half()
+    found = torch.empty(shape)
+    for rows, values in smoothing.smoothed_slabs(b, c, torch.float32):
+        found[rows] = values
+    delta = b.double().numpy() - c.double().numpy()
+    assert np.abs(found.numpy() - smoothed(delta)).max() <= 1e-6 * np.abs(delta).max()
+
+
 @pytest.mark.parametrize("length", [1, 3, 9, 27])
 def test_the_networks_merge(length):
     # By the 0-1 principle, three sorted lists of zeros and ones are all that there is to try.
