@@ -203,7 +203,13 @@ def normals(key, count):
     values = special.ndtri((np.arange(65536) + 0.5) / 65536)
     bits = random_bits(key, -(-count // 2)).astype(np.uint16)
     reverse = [int(f"{number:016b}"[::-1], 2) ^ 0b0101010101010101 for number in bits]
-    return (values / values.std()).astype(np.float32).astype(np.float16).astype(float)[np.stack([bits, reverse], axis=-1).astype(int)].reshape(-1)[:count]
+    return (
+        (values / values.std())
+        .astype(np.float32)
+        .astype(np.float16)
+        .astype(float)[np.stack([bits, reverse], axis=-1).astype(int)]
+        .reshape(-1)[:count]
+    )
 
 
 def add_noise(a, *, alpha, key):
