@@ -163,7 +163,10 @@ def test_finite_in_finite_out(name, data):
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.locality == "element"])
 @settings(max_examples=8)
-@given(cuts=st.sets(st.integers(0, 9001), max_size=4), dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
+@given(
+    cuts=st.sets(st.integers(0, 9001), max_size=4),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+)
 def test_it_may_be_cut_anywhere(name, cuts, dtype):
     method = METHODS[name]
     models = next(inputs((9001,), dtype, count_of(method), seed=5))
@@ -212,6 +215,24 @@ def test_extract_may_be_cut_where_it_is_ill_conditioned(shape, dtype):
             for part in (slice(cut), slice(cut, None))
         ]
         assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 0.5, 1.0, 2.0, 2.5])
+@pytest.mark.parametrize("length", [3, 7])
+def test_extract_may_be_cut_at_any_row(length, gamma):
+    """In float64, A being 0, it would show if the last rows were not computed as the others are: torch's power is not."""
+    generator = torch.Generator().manual_seed(6)
+    models = [
+        torch.zeros(400, length, dtype=torch.float64),
+        *torch.randn(2, 400, length, dtype=torch.float64, generator=generator),
+    ]
+    whole = apply(METHODS["extract"], models, alpha=0.2, gamma=gamma)
+    for height in range(1, 20):
+        parts = [
+            apply(METHODS["extract"], list(part), alpha=0.2, gamma=gamma)
+            for part in zip(*(model.split(height) for model in models), strict=True)
+        ]
+        assert torch.equal(torch.cat(parts), whole), height
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from blockmerge.methods.arithmetic import exactly, round_into, scratch_like, slabs
+from blockmerge.methods.arithmetic import exactly, round_into, scratch, scratch_like, slabs
 from blockmerge.methods.planning import Rows, swapped_rows
 
-_SHORT = 8  # entries of an axis that are faster added one after the other: torch's own sum takes ten times as long for three
+_SHORT = 4  # entries of a row: along so short an axis torch takes several times as long as from column to column
 
 
 def tensor_sum(a: torch.Tensor, b: torch.Tensor, *, alpha: float, beta: float = 0.0, out: torch.Tensor) -> torch.Tensor:
@@ -45,29 +45,48 @@ def extract(
     small errors of κ are large ones of d.
     """
     alpha, beta = (min(1.0, max(0.0, weight)) for weight in (alpha, beta))
-    rows = [tensor if tensor.dim() > 1 else tensor.reshape(1, -1) for tensor in (a, b, c, out)]
+    length = max(1, out.shape[-1] if out.dim() > 1 else out.numel())
+    rows = [tensor.view(-1, length) for tensor in (a, b, c, out)]
     for part in slabs(rows[0]):
         wide_a, b_delta, c_delta = (exactly(place, tensor[part]) for place, tensor in zip("abc", rows, strict=False))
         b_delta -= wide_a
         c_delta -= wide_a
-        product = scratch_like("product", wide_a)
         dots, b_square, c_square = (
-            _sums(torch.mul(one, other, out=product))
-            for one, other in ((b_delta, c_delta), (b_delta, b_delta), (c_delta, c_delta))
+            _dots(place, one, other)
+            for place, one, other in (("dots", b_delta, c_delta), ("bb", b_delta, b_delta), ("cc", c_delta, c_delta))
         )
-        norms = b_square.sqrt_() * c_square.sqrt_()
-        cosine = torch.where(norms > 0, dots / norms, 0).clamp_(-1, 1)
-        likeness = cosine.add_(1).div_(2).pow_(gamma)
-        amount = (1 - beta) * likeness + beta * (1 - likeness)
-        round_into(rows[3][part], wide_a.add_(b_delta.lerp_(c_delta, alpha).mul_(amount)))
+        for square in (b_square, c_square):  # where it is 0, so are the dots, and stay
+            dots *= square.clamp_(min=torch.finfo(square.dtype).tiny).rsqrt_()
+        likeness = _power(dots.clamp_(-1, 1).add_(1).div_(2), gamma)
+        amounts = likeness.mul_(1 - 2 * beta).add_(beta)  # (1 − β)·d + β·(1 − d)
+        round_into(rows[3][part], wide_a.add_(_scaled(b_delta.lerp_(c_delta, alpha), amounts)))
     return out
 
 
-def _sums(values: torch.Tensor) -> torch.Tensor:
-    """Return the sums along the last axis, which stays; of the same values the same, wherever in a tensor they stand."""
-    if values.shape[-1] > _SHORT:
-        return values.sum(-1, keepdim=True)
-    total = values[..., :1].clone()
-    for place in range(1, values.shape[-1]):
-        total += values[..., place : place + 1]
-    return total
+def _dots(place: str, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return the dot product of each row with its other, in the scratch memory of that `place`: the same wherever it stands."""
+    dots = scratch(place, len(one), one.dtype, one.device)
+    if one.shape[1] > _SHORT:
+        return torch.sum(torch.mul(one, other, out=scratch_like("product", one)), 1, out=dots)
+    pairs = zip(one.unbind(1), other.unbind(1), strict=True)
+    torch.mul(*next(pairs), out=dots)
+    for pair in pairs:
+        dots += torch.mul(*pair, out=scratch_like("product", dots))
+    return dots
+
+
+def _scaled(rows: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Multiply each row by its factor, in place."""
+    if rows.shape[1] > _SHORT:
+        return rows.mul_(factors.unsqueeze(1))
+    for column in rows.unbind(1):
+        column *= factors
+    return rows
+
+
+def _power(base: torch.Tensor, exponent: float) -> torch.Tensor:
+    """Return base^exponent in place of the base, both at least 0, and 0^0 = 1; of a value the same wherever it stands.
+
+    torch's own power is not: it takes the last few elements of a tensor by another way than the others.
+    """
+    return base if exponent == 1 else torch.xlogy(exponent, base, out=base).exp_()
