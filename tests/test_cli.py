@@ -12,6 +12,7 @@ import sys
 import time
 
 import pytest
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import blockmerge
@@ -63,13 +64,85 @@ def test_merge_may_be_said_or_not_and_options_stand_anywhere(pairs, here, capsys
         (("-p", "low-res_replace"), "a+b-low_res.safetensors"),
         (("-w", "0.5"), "a+b-0.5.safetensors"),
         (("-w", ".50"), "a+b-0.5.safetensors"),
-        (("-w", "IN00=1,M00=2"), "a+b-weights.safetensors"),
+        (("-w", "IN00=1,M00=2"), "a+b-IN00_1_M00_2.safetensors"),
         (("-p", "SMOOTHSTEP*2"), "a+b-SMOOTHSTEP_2.safetensors"),
+        (("-p", "SMOOTHSTEP/2"), "a+b-SMOOTHSTEP_div2.safetensors"),
+        (("-p", "GRAD_V@0.5", "-p", "high_res@0.5"), "a+b-GRAD_V@0.5+high_res@0.5.safetensors"),
+        (("-m", "average"), "a+b-average.safetensors"),
+        (("-m", "average", "-w", "0.5", "--ratios", "2,1"), "a+b-average-0.5-ratios_2_1.safetensors"),
+        (("-m", "tensor_sum", "-w", "0.5", "--weights-beta", "0.2"), "a+b-tensor_sum-0.5-beta_0.2.safetensors"),
+        (("-w", "0.5", "--adjust", "0,0,0,1", "--clip"), "a+b-0.5-adjust_0_0_0_1_0_0_0_0-clip.safetensors"),
+        (("-w", "random", "--seed", "7", "--set", "BASE=0"), "a+b-random-set_BASE_0-seed_7.safetensors"),
+        (("-m", "dare", "-w", "1", "--drop-rate", "0.3", "--seed", "7"), "a+b-dare-1-seed_7-drop_rate_0.3.safetensors"),
+        (("-w", "0.5", "--rules", "OUT05:attn2:0.8"), "a+b-0.5-rules_OUT05_attn2_0.8.safetensors"),
     ],
 )
 def test_default_output_names(pairs, here, capsys, arguments, name):
     ok(capsys, *pairs(), *arguments, "-q")
     assert [path.name for path in here.iterdir()] == [name]
+
+
+def test_default_output_names_that_would_be_long(pairs, here, capsys):
+    a, b = pairs()
+    long = [here / f"{'x' * 60}{letter}:?.safetensors" for letter in "ab"]
+    for path, copy in zip((a, b), long, strict=True):
+        shutil.copy(path, copy)
+    rules, other_rules = (f"OUT03-OUT05:attn2 norm ff proj_in:{ratio}, NOT BASE:norm:0" for ratio in (0.8, 0.9))
+    lists = [f"{'0.25,' * 25}{last}" for last in (0, 1)]
+    changes = "IN00=0.125,IN01=0.125,IN02=0.125"
+    names = []
+    for arguments in (
+        [a, b, "-w", lists[0]],
+        [a, b, "-w", lists[1]],
+        [a, b, *(word for name in ("high_res", "low_res", "GRAD_V", "GRAD_A", "COSINE") for word in ("-p", f"{name}@0.2"))],
+        [a, b, "-w", "0.5", "--rules", rules],
+        [a, b, "-w", "0.5", "--rules", other_rules],
+        [a, b, "-w", lists[0], "-m", "dare", "--rules", rules, "--set", changes, "--adjust", "1,2,3,4"],
+        [*long, "-p", "high_res"],
+        [long[0], long[0], "-p", "high_res"],
+    ):
+        found = json.loads(ok(capsys, *arguments, "--dry-run", "--json"))
+        names.append(os.path.basename(found["output"]))
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"[\w.+@-]{1,100}\.safetensors", name) and len(name) <= 100 for name in names), names
+    assert re.fullmatch(r"a\+b-weights_[0-9a-f]{6}\.safetensors", names[0])
+    assert re.fullmatch(r"a\+b-presets_[0-9a-f]{6}\.safetensors", names[2])
+    assert re.fullmatch(r"a\+b-0\.5-rules_[0-9a-f]{6}\.safetensors", names[3])
+    assert names[6].startswith("x" * 60)
+    assert names[6].endswith("-high_res.safetensors")
+
+
+def test_what_is_without_effect_is_said(pairs, here, capsys):
+    seed = "seed (--seed) without effect, since nothing is left to chance"
+    mapping = "sdxl_map (--sdxl-map) without effect, since these weights are the same with any"
+
+    def notes(*arguments, family="sd1"):
+        found = json.loads(ok(capsys, *pairs(family), *arguments, "--dry-run", "--json"))["notes"]
+        return [note for note in found if "without effect" in note]
+
+    assert notes("-w", "0.5", "--seed", "7") == [seed]
+    assert notes("-p", "high_res", "--seed", "7", "--sdxl-map", "name") == [seed, mapping]
+    for chance in (("-w", "random"), ("-w", "0.5", "--set", "M00=random"), ("-w", "0.5", "-m", "dare")):
+        assert notes(*chance, "--seed", "7") == []
+    assert notes("-w", "0.5", "-m", "tensor_sum", "--weights-beta", "random", "--seed", "7") == []
+    assert notes("-w", "0.5", "--sdxl-map", "name", family="sdxl") == [mapping]
+    assert notes("-p", "high_res", "--sdxl-map", "name", family="sdxl") == []
+    assert notes("-w", "0.5") == []
+
+
+def test_a_dry_run_tells_the_recipe_that_the_output_would_have(pairs, here, capsys):
+    arguments = [
+        *pairs(), "-m", "dare", "-w", "random", "--seed", "7", "--drop-rate", "0.3", "--clip", "--adjust", "0,0,0,1",
+        "--rules", "OUT05:attn2:0.8", "--dtype", "bf16", "--vae", "b", "-o", "o.safetensors", "--json",
+    ]  # fmt: skip
+    planned = json.loads(ok(capsys, *arguments, "--dry-run"))["recipe"]
+    assert planned == json.loads(ok(capsys, *arguments))["recipe"]
+    with safe_open("o.safetensors", "pt") as file:
+        assert planned == json.loads(file.metadata()["blockmerge.recipe"])
+    assert planned["numbers"] == {"drop_rate": 0.3, "seed": 7}
+    assert (planned["rules"], planned["adjust"], planned["clip"]) == ("OUT05:attn2:0.8", "0,0,0,1,0,0,0,0", True)
+    assert (planned["method"], planned["dtype"], planned["vae"]) == ("dare", "bf16", "b")
+    assert set(planned["weights"]) == set(oracle.SD)
 
 
 def test_json_is_one_object_with_the_promised_keys(pairs, here, capsys):
@@ -140,10 +213,18 @@ def test_quiet_prints_nothing(pairs, here, capsys):
         (("-w", "0.5", "--threads", "0"), "'0' is no number of threads"),
         (("-w", "0.5", "--device", "toaster"), "unknown device 'toaster'"),
         (("-w", "0.5", "--device", "meta"), "unknown device 'meta'"),
+        (("-w", "0.5", "-m", "dare", "--number", "drop_rate=0", "--number", "drop_rate=1"), "drop_rate is given twice: 0 and 1"),
+        (("-w", "0.5", "-m", "dare", "--drop-rate", "0", "--number", "drop_rate=1"), "drop_rate is given twice: 0 and 1"),
     ],
 )
 def test_refused_arguments(pairs, here, capsys, arguments, says):
-    assert_refused(capsys, here, *pairs(), *arguments, says=says)
+    (here / "taken.safetensors").write_text("what is asked for is looked at before the output's place")
+    assert_refused(capsys, here, *pairs(), *arguments, "-o", "taken.safetensors", says=says)
+
+
+def test_an_unknown_method_is_refused_before_the_place_of_a_report(pairs, here, capsys):
+    (here / "taken.html").write_text("")
+    assert_refused(capsys, here, "similarity", *pairs(), "--method", "waits", "-o", "taken.html", says="did you mean 'weights'?")
 
 
 def test_refusals_without_a_gpu(pairs, here, capsys):

@@ -102,7 +102,7 @@ def test_ema_copies_that_are_not_there_cannot_be_used(states, tmp_path, capsys):
     for side, name in ((0, "a"), (1, "b")):
         write(states(side), tmp_path / name, "safetensors")
     write_folder(in_diffusers(states(), "sd1"), tmp_path / "folder")
-    says = "no EMA copies to use in a.safetensors and b.safetensors: leave out --ema use"
+    says = "no EMA copies to use in a.safetensors and b.safetensors: leave out ema='use' (--ema use)"
     assert_refused(capsys, tmp_path, "a.safetensors", "b.safetensors", "-w", "0.5", "--ema", "use", says=says)
     assert_refused(capsys, tmp_path, "convert", "folder", "o.safetensors", "--ema", "use", says="no EMA copies to use in folder")
     assert_refused(capsys, tmp_path, "convert", "folder", "o.safetensors", "--ema", "yes", says="unknown choice 'yes' for EMA")
@@ -349,7 +349,7 @@ def places(states, tmp_path_factory):
 @pytest.mark.parametrize(("line", "says"), [
     ("m.ckpt o.ckpt", "o.ckpt: the output is a .safetensors file; end its name so"),
     ("m.ckpt o", "o: the output is a .safetensors file"),
-    ("m.ckpt o/", "o/ is a folder: give the output a file name, or --to diffusers"),
+    ("m.ckpt o/", "o/ is a folder: give the output a file name, or naming='diffusers' (--to diffusers)"),
     ("folder o --to ldm", "o: the output is a .safetensors file"),
     ("m.ckpt o.safetensors --to diffusers", "a whole model under diffusers' names is a folder"),
     ("m.ckpt o.safetensors --to sgm", "unknown naming 'sgm': ldm or diffusers"),
@@ -361,11 +361,11 @@ def places(states, tmp_path_factory):
     ("plain.safetensors plain.safetensors --overwrite", "is the input plain.safetensors"),
     ("folder folder --overwrite", "is, holds or lies in the input"),
     ("folder folder/unet/o --overwrite", "is, holds or lies in the input"),
-    ("m.ckpt plain.safetensors", "plain.safetensors exists: give another name, or --overwrite"),
+    ("m.ckpt plain.safetensors", "plain.safetensors exists: give another name, or overwrite (--overwrite)"),
     ("m.ckpt folder --to diffusers", "folder exists"),
     ("m.ckpt plain.safetensors/o --to diffusers", "does not exist"),
     ("m.ckpt nowhere/o.safetensors", "nowhere does not exist"),
-    ("m.ckpt o.safetensors --vae b", "(--vae takes a file or a folder)"),
+    ("m.ckpt o.safetensors --vae b", "; vae (--vae) takes a file or a folder"),
     ("m.ckpt o.safetensors --threads 0", "threads"),
 ])  # fmt: skip
 def test_refused_conversions(places, capsys, line, says):

@@ -229,9 +229,9 @@ def test_the_text_of_adjust():
     assert str(Adjust.parse("0,0,0,1,0,0.1,-0,-5")) == "0,0,0,1,0,0.1,0,-5"
     assert Adjust.parse(str(Adjust.parse(".1,2e-9,3"))) == Adjust(0.1, 2e-9, 3.0)
     for text, says in {
-        "1,2,3,4,5,6,7,8,9": "--adjust '1,2,3,4,5,6,7,8,9': 9 numbers given; there are eight: IN,OUT,OUT2,CONT,BRI,COL1,COL2,COL3",
-        "1,,2": "--adjust '1,,2': OUT is '', which is not a number",
-        "0,0,0,much": "--adjust '0,0,0,much': CONT is 'much', which is not a number",
+        "1,2,3,4,5,6,7,8,9": "adjust '1,2,3,4,5,6,7,8,9': 9 numbers given; there are eight: IN,OUT,OUT2,CONT,BRI,COL1,COL2,COL3",
+        "1,,2": "adjust '1,,2': OUT is '', which is not a number",
+        "0,0,0,much": "adjust '0,0,0,much': CONT is 'much', which is not a number",
         "nan": "IN is 'nan', which is not a number",
         "0,0,0,0,0,0,0,inf": "COL3 is 'inf', which is not a number",
     }.items():

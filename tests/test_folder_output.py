@@ -202,7 +202,7 @@ def snapshot_without_pipes(folder):
 
 
 def test_an_existing_folder_is_kept_unless_asked(places):
-    with pytest.raises(OutputError, match="in exists: give another name, or --overwrite"):
+    with pytest.raises(OutputError, match=r"in exists: give another name, or overwrite \(--overwrite\)"):
         check_output_folder(places / "in")
     write(places / "in", {".DS_Store": b"x", "unet/Thumbs.db": b"x"})
     assert check_output_folder(places / "in", [places / "above", places / "file"], overwrite=True) == places / "in"

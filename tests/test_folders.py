@@ -216,7 +216,9 @@ def test_variants(pipeline):
     assert_holds(open_checkpoint(pipeline, variant="non_ema"), unet=tensors(12), vae=tensors(2), text_encoder=tensors(3))
     refused(pipeline, "no weights of the variant 'fp61': it has fp16, non_ema; did you mean 'fp16'?", variant="fp61")
     (pipeline / "unet" / f"{UNET}.safetensors").unlink()
-    refused(pipeline, "unet has no plain weights, only the variant fp16, non_ema: ask for it with --variant fp16")
+    refused(
+        pipeline, "unet has no plain weights, only the variant fp16, non_ema: ask for it with variant='fp16' (--variant fp16)"
+    )
     (pipeline / "vae" / f"{UNET}.safetensors").rename(pipeline / "vae" / f"{UNET}.bf16.safetensors")
     refused(pipeline, "vae has no plain weights, only the variant bf16", variant="fp16")
 

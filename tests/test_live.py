@@ -341,6 +341,16 @@ def test_the_module_gets_its_own_memory_back(dicts, device):
     live.close()
     with pytest.raises(blockmerge.RecipeError, match="this LiveMerge is closed, and the module has its own weights again"):
         live.apply(weights=0.5)
+    with pytest.raises(blockmerge.RecipeError, match="this LiveMerge is closed"), live:
+        pass
+    assert repr(live) == f"<LiveMerge: weighted_sum in a {type(module).__name__}, closed>"
+
+
+def test_its_repr_is_one_line_of_what_it_is(dicts):
+    module = module_of(dicts[0])
+    dtype = module.get_parameter(OUT05).dtype
+    with LiveMerge(module, *dicts, dicts[0], method="add_difference") as live:
+        assert repr(live) == f"<LiveMerge: add_difference of 3 models in a {type(module).__name__}, {dtype} on cpu>"
 
 
 def test_parameters_lie_block_after_block_and_aligned(dicts):
@@ -494,6 +504,8 @@ def test_what_is_refused_and_how(dicts, tmp_path):
         ((a, b, b), {}, "RecipeError", "weighted_sum merges 2 models; 3 given"),
         ((a, None, b), {"method": "add_difference"}, "CheckpointError", "a NoneType is no model"),
         ((a, b), {"gamma": 1}, "RecipeError", "unknown argument 'gamma': weighted_sum has no such number"),
+        ((a, b), {"methd": "dare"}, "RecipeError", "weighted_sum has no such number; did you mean 'method'?"),
+        ((a, b, None, "dare"), {"droprate": 0}, "RecipeError", "dare has no such number; did you mean 'drop_rate'?"),
         ((a, b), {"method": "weighted"}, "RecipeError", "unknown method 'weighted'; did you mean 'weighted_sum'?"),
         ((a, tmp_path / "x.safetensors"), {}, "UnknownFamilyError", "x.safetensors holds no Stable Diffusion U-Net"),
         ((a, lacking), {}, "IncompatibleModelsError", f"state dict B lacks 1 tensor of the module ({OUT05})"),

@@ -130,7 +130,7 @@ def test_copies_of_c_are_counted(models, capsys, tmp_path, monkeypatch):
         (f"{A} {B} -w 1 --rules OUT03:attn", ["element rule 1", ">>OUT03:attn<<"]),
         (f"{A} {B} -w 1 --rules OUT03:attn:much", ["element rule 1", ">>much<<"]),
         (f"{A} {B} -w 1 --rules OUT12::1", ["element rule 1", ">>OUT12<<"]),
-        (f"{A} {B} -w 1 --adjust 1,2,x", ["--adjust '1,2,x'", "OUT2 is 'x'"]),
+        (f"{A} {B} -w 1 --adjust 1,2,x", ["adjust '1,2,x'", "OUT2 is 'x'"]),
         (f"{A} {B} -w 1 --adjust 1,2,3,4,5,6,7,8,9", "9 numbers given; there are eight"),
         (f"{A} -m scale -w 0.5 --clip", "scale merges 1 model: there is no B to clip to"),
         (f"{A} {B} -w 1 --number limit", "cannot read --number 'limit': write NAME=VALUE"),
@@ -229,7 +229,7 @@ def test_adjust_is_its_definition_and_rounds_once(tmp_path_factory, numbers, fam
 def test_adjust_needs_four_output_channels(models, capsys, tmp_path):
     for letter, model in zip("ab", models, strict=False):
         save_file({**model, f"{U}out.2.bias": torch.zeros(8)}, tmp_path / f"{letter}.safetensors")
-    says = [f"{U}out.2.bias (shape [8]: --adjust sets the colours of 4 channels)"]
+    says = [f"{U}out.2.bias (shape [8]: adjust sets the colours of 4 channels)"]
     assert_refused(capsys, tmp_path, A, B, "-w", "0.5", "--adjust", "0,0,0,1", "-o", "out.safetensors", says=says)
 
 

@@ -209,6 +209,14 @@ def no_default(a, b, *, alpha, strength):
     return a
 
 
+def text_for_weight(a, b, *, alpha="x"):
+    return a
+
+
+def nothing_for_weight(a, b, *, alpha, beta=None):
+    return a
+
+
 def any_keyword(a, b, *, alpha, **more):
     return a
 
@@ -219,6 +227,8 @@ def any_keyword(a, b, *, alpha, **more):
         (no_weight, "element", "takes no weight: a method is f(a, b, *, alpha)"),
         (no_models, "element", "takes no models: a method is f(a, b, *, alpha)"),
         (no_default, "element", "the number strength needs a default, a whole number or a float"),
+        (text_for_weight, "element", "the weight alpha needs a number as its default, or none"),
+        (nothing_for_weight, "element", "the weight beta needs a number as its default, or none"),
         (any_keyword, "element", "takes any keyword (**): name each number, with its default"),
         (no_weight, "model", r"unknown locality 'model' (element, row, tensor)"),
     ],
@@ -236,6 +246,15 @@ def test_things_that_are_no_functions(thing):
         with pytest.raises(RecipeError) as caught:
             decorate(thing)
         assert str(caught.value) == f"{thing} is no Python function: a method is f(a, b, *, alpha)"
+
+
+def test_a_method_of_an_object_is_told_apart():
+    class Mixer:
+        def mix(self, a, b, *, alpha):
+            return a
+
+    with pytest.raises(RecipeError, match=r":mix is a method of an object: decorate a function of its own$"):
+        blockmerge.merge_method(Mixer().mix)
 
 
 @pytest.mark.parametrize("what", ["formula", "source"])

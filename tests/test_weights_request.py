@@ -111,14 +111,18 @@ def test_labels():
     assert WeightsRequest("high-res_replace").label == "high_res"
     assert WeightsRequest("grad_v@0.60").label == "GRAD_V@0.6"
     assert WeightsRequest(["high_res@0.6", "GRAD_A"]).label == "high_res@0.6+GRAD_A"
-    assert WeightsRequest(["TRUE_REVERSE_CUBIC_HERMITE@0.25"] * 4).label == "4_presets"
+    assert WeightsRequest(["grad_v@0.25"] * 9).label == "+".join(["GRAD_V@0.25"] * 9)
     assert WeightsRequest((), "0.5").label == "0.5"
     assert WeightsRequest(weights="random").label == "random"
+    assert WeightsRequest(weights=" IN00=1,M00=2 ").label == "IN00=1,M00=2"
     assert WeightsRequest(default=1.0).label == "1"
 
 
 def test_several_presets_still_exclude_weights():
-    with pytest.raises(WeightsError, match="both a preset and weights are given: say one of them"):
+    with pytest.raises(
+        WeightsError,
+        match=r"both a preset and weights are given: give preset \(--preset\) or weights \(--weights\); changes \(--set\) go on top",
+    ):
         WeightsRequest(["high_res", "low_res"], 0.5).check()
     with pytest.raises(WeightsError, match="how much of B"):
         WeightsRequest([]).check()
@@ -132,16 +136,43 @@ def test_beta_is_0_unless_asked_for():
     assert WeightsRequest(weights="IN00-M00=0.2", beta=True).resolve("sd1")["IN03"] == 0.2
     assert WeightsRequest(default=1.0).resolve("sd1") == BlockWeights.flat(1.0)
     for request, says in {
-        WeightsRequest(weights="x", beta=True): "--weights-beta: 'x' is not a number",
-        WeightsRequest(changes="M07=1", beta=True): "--set-beta: unknown block 'M07'",
-        WeightsRequest("hihi", beta=True): "--preset-beta: unknown preset 'hihi'",
+        WeightsRequest(weights="x", beta=True): "weights_beta (--weights-beta): 'x' is not a number",
+        WeightsRequest(changes="M07=1", beta=True): "changes_beta (--set-beta): unknown block 'M07'",
+        WeightsRequest("hihi", beta=True): "preset_beta (--preset-beta): unknown preset 'hihi'",
         WeightsRequest(
             "high_res", 0.5, beta=True
-        ): "both a preset and weights are given for beta: say --preset-beta or --weights-beta",
+        ): "both a preset and weights are given for beta: give preset_beta (--preset-beta) or weights_beta (--weights-beta)",
     }.items():
         with pytest.raises(WeightsError) as caught:
             request.resolve("sd1")
         assert says in str(caught.value)
+
+
+def test_a_comma_for_a_decimal_point():
+    hint = "; decimals are written with a point, as in 0.5"
+    for text in ("0,5", "BASE=0,5", "IN00-IN05=0,25,M00=1"):
+        with pytest.raises(WeightsError, match=f"{hint}$"):
+            parse_weights(text)
+    for text in ("1,2,3", "BASE=0,half"):
+        with pytest.raises(WeightsError) as caught:
+            parse_weights(text)
+        assert hint not in str(caught.value)
+
+
+def test_what_the_sdxl_mapping_is_of_use_for():
+    for request, wanted in {
+        WeightsRequest("high_res"): True,  # a table of its own
+        WeightsRequest("GRAD_V"): True,
+        WeightsRequest("FLAT_25"): False,
+        WeightsRequest(weights=oracle.HIGH_RES): True,
+        WeightsRequest(weights="0.5", changes="OUT05=1"): False,
+        WeightsRequest(weights="OUT05=1"): False,
+        WeightsRequest(weights=",".join(["0.5"] * 20)): False,
+    }.items():
+        assert request.heeds_map("sdxl") == wanted, request
+        assert len(request.resolve("sdxl")) == 20
+        if request.preset:
+            assert not request.heeds_map("sd1")
 
 
 @given(st.integers(), st.floats(-5, 5), st.floats(0, 5), st.integers(0, 12))

@@ -72,7 +72,7 @@ def identify(shapes: Mapping[str, tuple[int, ...]]) -> Anatomy:
 def _instead_of_a_unet(names: Iterable[str]) -> str:
     match lone_component(names):
         case "vae", naming, count:
-            return f"is a VAE alone, {counted(count, 'tensor')} in {naming} names: give it to --vae"
+            return f"is a VAE alone, {counted(count, 'tensor')} in {naming} names: give it as vae (--vae)"
         case _, naming, count:
             return f"is a text encoder alone, {counted(count, 'tensor')} in {naming} names: give a model with a U-Net"
     return "holds no Stable Diffusion U-Net (no tensor input_blocks.0.0.weight)"

@@ -45,7 +45,7 @@ variant_option = click.option(
 
 @click.command(short_help="Merge models into a new file.")
 @click.argument("models", metavar="A B [C …]", nargs=-1, required=True)
-@click.option("-o", "--output", metavar="PATH", help="Where the merge goes. [default: <A>+<B>-<preset|weight>.safetensors, here]")
+@click.option("-o", "--output", metavar="PATH", help="Where the merge goes. [default: <A>+<B>-<what is done>.safetensors, here]")
 @click.option(
     "-p",
     "--preset",
@@ -145,16 +145,11 @@ def merge(
     from blockmerge.merging.planning.recipe import make_recipe
     from blockmerge.weights import WeightsRequest
 
-    numbers = {
-        "ratios": ratios,
-        "density": density,
-        "drop_rate": drop_rate,
-        "gamma": gamma,
-        **_own_numbers(own_numbers),
-    }
+    options_of_methods = {"ratios": ratios, "density": density, "drop_rate": drop_rate, "gamma": gamma}
+    numbers = {name: value for name, value in options_of_methods.items() if value is not None}
     recipe = make_recipe(
         method,
-        {name: value for name, value in numbers.items() if value is not None},
+        _with_own(numbers, own_numbers),
         WeightsRequest(presets, weights, ",".join(changes) or None, sdxl_map, seed=seed),
         WeightsRequest(presets_beta, weights_beta, ",".join(changes_beta) or None, sdxl_map, seed=seed, beta=True),
         **options,
@@ -179,15 +174,16 @@ def merge(
         print_merge(stdout_console(), result)
 
 
-def _own_numbers(texts: tuple[str, ...]) -> dict[str, str]:
+def _with_own(numbers: dict[str, str], texts: tuple[str, ...]) -> dict[str, str]:
     from blockmerge.errors import RecipeError, shown
 
-    numbers = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not (name.isidentifier() and equals and value):
             raise RecipeError(f"cannot read --number '{shown(text)}': write NAME=VALUE, as in limit=0.02")
-        numbers[name] = value
+        if name in numbers:
+            raise RecipeError(f"the number {shown(name)} is given twice: {shown(numbers[name])} and {shown(value)}")
+        numbers = {**numbers, name: value}
     return numbers
 
 

@@ -44,10 +44,11 @@ def similarity(
     The attention similarity is that of ASimilarityCalculator, the same numbers; it reads a few percent of the files. A
     file that cannot be compared gets a line that says why, the others go on, and the exit code is 1.
     """
+    from blockmerge.comparing import check_method, similarity_matrix
     from blockmerge.comparing import similarity as compare
-    from blockmerge.comparing import similarity_matrix
     from blockmerge.errors import CheckpointError, RecipeError, listing, shown
 
+    check_method(method, common_base)
     target = ReportTarget.of(form, as_json, output, overwrite, (*models, *([common_base] if common_base else [])))
     if matrix:
         if common_base is not None or blocks:

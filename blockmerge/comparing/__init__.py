@@ -1,7 +1,7 @@
 """How alike checkpoints are."""
 
 from blockmerge.comparing.results import Comparison, Differences, SimilarityMatrix, SimilarityResult
-from blockmerge.comparing.similarity import METHODS, similarity, similarity_matrix
+from blockmerge.comparing.similarity import METHODS, check_method, similarity, similarity_matrix
 
 __all__ = [
     "METHODS",
@@ -9,6 +9,7 @@ __all__ = [
     "Differences",
     "SimilarityMatrix",
     "SimilarityResult",
+    "check_method",
     "similarity",
     "similarity_matrix",
 ]

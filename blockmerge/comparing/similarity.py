@@ -55,7 +55,7 @@ def similarity(
     Raises RecipeError for an unknown method and when there is no reference, and what is wrong with the base itself
     (CheckpointError, UnknownFamilyError, NonFiniteError).
     """
-    _check_method(method, common_base)
+    check_method(method, common_base)
     thread_count(threads)
     model = open_model(base, "base")
     common = None if common_base is None else open_model(common_base, "common base")
@@ -98,7 +98,7 @@ def similarity_matrix(
     The family is that of the first model that can be read. A model that cannot be compared gets a row of None and an
     entry in `errors`. Raises RecipeError for an unknown method and for fewer than two models.
     """
-    _check_method(method, None)
+    check_method(method)
     thread_count(threads)
     sources = open_sources(models)
     if len(sources) < 2:
@@ -244,7 +244,8 @@ def _not_compared(base: Model, model: Model, sums: Sums, compared: Sequence[int]
 # -- both -----------------------------------------------------------------------------------------------------------
 
 
-def _check_method(method: str, common_base: object) -> None:
+def check_method(method: str, common_base: object = None) -> None:
+    """Raise RecipeError for an unknown method, and for a common base where it is of no use."""
     if method not in METHODS:
         raise RecipeError(f"unknown method '{shown(method)}'{did_you_mean(method, METHODS)} (attention or weights)")
     if common_base is not None and method != "weights":

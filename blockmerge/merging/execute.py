@@ -232,5 +232,5 @@ def _explain_nonfinite(plan: Plan, names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return (
         f"{len(names)} {verb} {what} would hold NaN or infinity: {', '.join(why)}{more}; "
-        "nothing was written (--allow-nonfinite keeps them)"
+        "nothing was written; allow_nonfinite (--allow-nonfinite) keeps them"
     )

@@ -68,7 +68,9 @@ class Kernel:
                 if self._device.type == "cpu":
                     raise
                 why = shown(str(error).splitlines()[0], 200)
-                raise RecipeError(f"{self._device} cannot do this merge: {why} (fewer --threads, or --device cpu)") from error
+                raise RecipeError(
+                    f"{self._device} cannot do this merge: {why} (fewer threads, or the device cpu, can)"
+                ) from error
             if not finite:
                 start = low + at * size
                 yield start, start + len(part), _part_is_finite(out, start, size)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
 
 from blockmerge.checkpoints import CheckpointLike, Model, open_checkpoint
-from blockmerge.errors import RecipeError, listing
+from blockmerge.errors import RecipeError, counted, listing
 from blockmerge.methods import Method, find_method, key_of
 from blockmerge.weights import BlockWeights, WeightsLike, WeightsRequest
 
@@ -60,6 +60,7 @@ class LiveMerge:
         from blockmerge.merging.flat_unet import FlatUNet
 
         self._method = find_method(method)
+        self._method.check_names(numbers, others=("method",))
         sources = [a, b, c]
         while len(sources) > 1 and sources[-1] is None:
             sources.pop()
@@ -67,6 +68,7 @@ class LiveMerge:
         self._numbers: dict[str, Any] = dict(self._method.check_numbers(numbers, len(sources)))
         self._seed = self._numbers.pop("seed", 0) if self._method.random else 0
         self._gathered: dict[str, object] = {}
+        self._module_class = type(module).__name__
         models = [
             Model.of(open_checkpoint(source, f"state dict {letter}"))  # type: ignore[arg-type]  # it refuses None
             for source, letter in zip(sources, "ABC", strict=False)
@@ -122,8 +124,7 @@ class LiveMerge:
         """
         import torch
 
-        if not self._flats:
-            raise RecipeError("this LiveMerge is closed, and the module has its own weights again: make a new one")
+        self._check_open()
         if "beta" not in self._method.weights and (preset_beta is not None or weights_beta is not None):
             raise RecipeError(f"{self._method.name} takes no 'beta'")
         seed = self._seed if seed is None else seed
@@ -155,10 +156,23 @@ class LiveMerge:
         _OPEN.discard(self)
 
     def __enter__(self) -> Self:
+        """Raises RecipeError after `close`."""
+        self._check_open()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        if not self._flats:
+            return f"<LiveMerge: {self._method.name} in a {self._module_class}, closed>"
+        *models, held = self._flats
+        what = f"{self._method.name} of {counted(len(models), 'model')} in a {self._module_class}"
+        return f"<LiveMerge: {what}, {held.dtype} on {held.device}>"
+
+    def _check_open(self) -> None:
+        if not self._flats:
+            raise RecipeError("this LiveMerge is closed, and the module has its own weights again: make a new one")
 
     def _treatment(self, alpha: float | None, beta: float | None) -> _Treatment:
         if alpha is None or beta is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from blockmerge.checkpoints import (
 from blockmerge.errors import OutputError, RecipeError, shown
 from blockmerge.merging.execute import Pace, execute
 from blockmerge.merging.planning.plan import Form, Plan, make_plan
-from blockmerge.merging.planning.recipe import Recipe, check_flag, make_recipe
+from blockmerge.merging.planning.recipe import Recipe, check_flag, make_recipe, short
 from blockmerge.merging.result import MergeResult
 from blockmerge.streaming import Progress
 from blockmerge.weights import WeightsLike, WeightsRequest
@@ -127,8 +128,8 @@ def run(
 ) -> MergeResult:
     """Carry out a recipe: plan, reserve, execute, commit."""
     started = time.perf_counter()
-    plan, target = _prepare(recipe, models, output, overwrite, variant)
     device, pace = _choose_pace(recipe, str(device), threads)
+    plan, target = _prepare(recipe, models, output, overwrite, variant)
     with _reserved(plan, target, overwrite) as reserved:
         execute(plan, reserved.path_of, pace, device, progress, shown_as=target)
         reserved.commit()
@@ -151,8 +152,8 @@ def dry_run(
     Raises what `run` would raise before it reads a weight.
     """
     started = time.perf_counter()
-    plan, target = _prepare(recipe, models, output, overwrite, variant)
     _choose_pace(recipe, str(device), threads)
+    plan, target = _prepare(recipe, models, output, overwrite, variant)
     check_space(target, plan.size)
     return _result(plan, target, time.perf_counter() - started, (), dry=True)
 
@@ -192,7 +193,7 @@ def _prepare(
     form = _form(recipe, opened[0], output)
     if recipe.configs is not None and not form.folder:
         raise RecipeError(
-            f"configs go into a diffusers folder only, and {shown(os.fspath(output))} is a single file: leave out --configs"
+            f"configs go into a diffusers folder only, and {shown(os.fspath(output))} is a single file: leave them out"
         )
     plan = make_plan(opened, recipe, form)
     inputs = [file for checkpoint in plan.checkpoints.values() for file in checkpoint.files]
@@ -222,21 +223,26 @@ def _form(recipe: Recipe, a: Model, output: object) -> Form:
     if name.lower().endswith(".safetensors") and not os.path.isdir(name):
         naming = recipe.naming or ("ldm" if from_folder else a.anatomy.naming)
         if naming == "diffusers" and a.components != {"unet"}:
-            raise OutputError(f"{shown(name)}: a whole model under diffusers' names is a folder; give a folder, or --to ldm")
+            raise OutputError(
+                f"{shown(name)}: a whole model under diffusers' names is a folder; give a folder, or naming='ldm' (--to ldm)"
+            )
         return Form(naming)
     is_folder = name.endswith(("/", os.sep)) or os.path.isdir(name)
     if recipe.naming == "diffusers" or (from_folder and recipe.naming is None):
         return Form("diffusers", folder=True)
     if is_folder:
-        raise OutputError(f"{shown(name)} is a folder: give the output a file name, or --to diffusers")
+        raise OutputError(f"{shown(name)} is a folder: give the output a file name, or naming='diffusers' (--to diffusers)")
     raise OutputError(f"{shown(name)}: the output is a .safetensors file; end its name so")
 
 
 def default_output(recipe: Recipe, models: tuple[str, ...]) -> Path:
-    """Return where a merge goes when nobody says: `<A>+<B>-<preset or weight>.safetensors` in the current folder."""
+    """Return where a merge goes when nobody says: `<A>+<B>-<what is done>.safetensors` in the current folder.
+
+    It suits every system, and has 100 characters at most; what does not fit is a hash.
+    """
     names = "+".join(Path(model).name if os.path.isdir(model) else Path(model).stem for model in models)
-    label = recipe.weights.label if recipe.weights.is_asked_for else recipe.method_name
-    label = "".join(char if char.isalnum() or char in "._-+@" else "_" for char in label)
+    label = recipe.label
+    names = re.sub(r'[<>:"|?*\\\0-\x1f]', "_", short(names, 87 - len(label)))
     folder = recipe.naming == "diffusers" or (recipe.naming is None and is_diffusers_folder(models[0]))
     return Path(f"{names}-{label}{'' if folder else '.safetensors'}")
 
@@ -258,5 +264,6 @@ def _result(plan: Plan, target: Path, seconds: float, swept: tuple[str, ...], *,
         seconds=seconds,
         notes=(*plan.decided.notes, *swept),
         runs=sum(len(file.runs) for file in plan.files),
+        recipe=recipe.described(plan.models, plan.weights, plan.beta),
         dry_run=dry,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class MergeResult:
     """A finished merge, or with `dry_run` the plan for one.
 
     `weights` is what each block took (None: left out of the merge); `bytes` is the output's size; `notes` are texts for
-    the user about everything that was decided for them. `preset` is the preset's name, if one was asked for, and
-    `label` what the weights are called in a file name.
+    the user about everything that was decided for them. `preset` is the preset's name, if one was asked for. `recipe` is
+    all that is needed to do it again, as the output's metadata has it.
     """
 
     output: Path
@@ -48,4 +49,5 @@ class MergeResult:
     seconds: float
     notes: tuple[str, ...]
     runs: int
+    recipe: Mapping[str, Any]
     dry_run: bool = False

@@ -58,7 +58,11 @@ def merge_method(function: Any = None, /, *, locality: str = "element", formula:
     """
 
     def decorate(function: _Function) -> _Function:
-        function.blockmerge_method = _method_of(function, locality, formula, source)  # type: ignore[attr-defined]
+        method = _method_of(function, locality, formula, source)
+        try:
+            function.blockmerge_method = method  # type: ignore[attr-defined]
+        except AttributeError:
+            raise RecipeError(f"{shown(method.name)} is a method of an object: decorate a function of its own") from None
         return function
 
     return decorate if function is None else decorate(function)
@@ -135,7 +139,7 @@ def _method_of(function: Callable[..., Any], locality: str, formula: str, source
     if any(one.kind == one.VAR_KEYWORD for one in parameters):
         raise RecipeError(f"{shown(name)} takes any keyword (**): name each number, with its default")
     keywords = [one for one in parameters if one.kind == one.KEYWORD_ONLY]
-    weights = {one.name: None if one.default is one.empty else float(one.default) for one in keywords if one.name in _WEIGHTS}
+    weights = {one.name: _usual_weight(name, one) for one in keywords if one.name in _WEIGHTS}
     if "alpha" not in weights:
         raise RecipeError(f"{shown(name)} takes no weight: a method is f(a, b, *, alpha)")
     return Method(
@@ -150,6 +154,14 @@ def _method_of(function: Callable[..., Any], locality: str, formula: str, source
         numbers=tuple(_number(name, one) for one in keywords if one.name not in _WEIGHTS),
         own=_rounding(name, function),
     )
+
+
+def _usual_weight(method: str, parameter: inspect.Parameter) -> float | None:
+    if parameter.default is parameter.empty:
+        return None
+    if type(parameter.default) not in (int, float):
+        raise RecipeError(f"{shown(method)}: the weight {parameter.name} needs a number as its default, or none")
+    return float(parameter.default)
 
 
 def _number(method: str, parameter: inspect.Parameter) -> Number:

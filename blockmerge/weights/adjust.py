@@ -48,12 +48,12 @@ class Adjust:
         """
         words = [word.strip() for word in text.split(",")] if text.strip() else []
         if len(words) > 8:
-            raise WeightsError(f"--adjust '{shown(text)}': {counted(len(words), 'number')} given; there are eight: {_NAMES}")
+            raise WeightsError(f"adjust '{shown(text)}': {counted(len(words), 'number')} given; there are eight: {_NAMES}")
         numbers = []
         for name, word in zip(_NAMES.split(","), words, strict=False):
             number = finite_number(word)
             if number is None:
-                raise WeightsError(f"--adjust '{shown(text)}': {name} is '{shown(word)}', which is not a number ({_NAMES})")
+                raise WeightsError(f"adjust '{shown(text)}': {name} is '{shown(word)}', which is not a number ({_NAMES})")
             numbers.append(number)
         return cls(*numbers)
 

@@ -8,6 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from blockmerge.anatomy import SD_BLOCKS, SDXL_BLOCKS
 from blockmerge.errors import WeightsError, counted, did_you_mean, shown
 
+SDXL_MAPS = ("name", "resolution")
+"""The ways in which 26 weights go to SDXL's 20 blocks."""
+
+DECIMALS = "; decimals are written with a point, as in 0.5"
+"""Said where a comma seems to stand for one."""
+
 _LARGEST = 1e6
 """Larger weights are refused: they are slips of the pen, and the largest floats do not fit torch's float32."""
 
@@ -113,8 +119,8 @@ class BlockWeights(Mapping[str, float | None]):
         """
         if len(self) == len(SDXL_BLOCKS):
             return self
-        if by not in ("name", "resolution"):
-            raise WeightsError(f"unknown SDXL mapping '{shown(by)}': name or resolution")
+        if by not in SDXL_MAPS:
+            raise WeightsError(f"unknown SDXL mapping '{shown(by)}': {' or '.join(SDXL_MAPS)}")
         shift = 3 if by == "resolution" else 0
         source = {f"OUT{k:02}": f"OUT{k + shift:02}" for k in range(9)}
         return BlockWeights({block: self._weights[source.get(block, block)] for block in SDXL_BLOCKS})
@@ -128,7 +134,10 @@ def blocks_of_list(count: int) -> tuple[str, ...]:
     for blocks in (SD_BLOCKS, SDXL_BLOCKS):
         if count in (len(blocks), len(blocks) - 1):
             return blocks[-count:]
-    raise WeightsError(f"{counted(count, 'weight')} given; 26 are needed (25 without BASE), or 20 for SDXL (19 without BASE)")
+    hint = DECIMALS if count == 2 else ""  # 0,5
+    raise WeightsError(
+        f"{counted(count, 'weight')} given; 26 are needed (25 without BASE), or 20 for SDXL (19 without BASE){hint}"
+    )
 
 
 def unknown_block(block: object, blocks: Sequence[str]) -> WeightsError:

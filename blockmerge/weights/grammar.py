@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 
 from blockmerge.anatomy import SD_BLOCKS, SDXL_BLOCKS
 from blockmerge.errors import WeightsError, shown
-from blockmerge.weights.block_weights import BlockWeights, blocks_of_list, checked_weight, unknown_block
+from blockmerge.weights.block_weights import DECIMALS, BlockWeights, blocks_of_list, checked_weight, unknown_block
 from blockmerge.weights.random_weights import random_weight
 
 _FORM = "write BLOCK=NUMBER, as in IN00-IN05=0.3"
@@ -56,7 +56,7 @@ def parse_assignments(
     for entry in _entries(value):
         names, equals, number = entry.partition("=")
         if not (equals and number and all(names.split("-", 1))):
-            raise WeightsError(f"cannot read '{shown(entry)}' in the weights: {_FORM}")
+            raise WeightsError(f"cannot read '{shown(entry)}' in the weights: {_FORM}{DECIMALS if entry.isdigit() else ''}")
         for block in block_range(names, blocks):
             weights[block] = _number(number, block, seed)
     return weights

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 from blockmerge.anatomy import FAMILIES
 from blockmerge.errors import WeightsError
-from blockmerge.weights.block_weights import BlockWeights
+from blockmerge.weights.block_weights import SDXL_MAPS, BlockWeights
 from blockmerge.weights.grammar import WeightsLike, finite_number, parse_assignments, parse_weights
 from blockmerge.weights.preset_files import Preset
 from blockmerge.weights.presets import find_share
+from blockmerge.weights.random_weights import is_random
 
-_LONGEST_LABEL = 60
-"""Characters: a label goes into a file's name, beside those of the models."""
+_OPTIONS = {"preset": "--preset", "weights": "--weights", "changes": "--set"}
+"""The arguments, and what the command line calls them: messages are for both."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class WeightsRequest:
     `preset` is one text or several, each a name, a file, or one of them scaled (``high_res@0.6``); several are added up,
     and a block that one of them skips is skipped. `seed` is for random weights. `default` is the weight of all blocks
     when nothing is said; without one, something must be. With `beta`, the request is for the second weight: its default
-    is 0, its random numbers are others than alpha's, and messages speak of ``--weights-beta``.
+    is 0, its random numbers are others than alpha's, and messages speak of `weights_beta`.
     """
 
     preset: str | Sequence[str] | None = None
@@ -50,13 +51,13 @@ class WeightsRequest:
     def check(self) -> None:
         """Raise WeightsError when neither or both of preset and weights are given, PresetError for no known preset."""
         if self.preset is None and self.weights is None and self.default is None:
-            raise WeightsError("how much of B? say --preset high_res or --weights 0.5 ('blockmerge presets' lists the presets)")
-        if self.preset is not None and self.weights is not None:
-            options = f"{self._option('--preset')} or {self._option('--weights')}" if self.beta else "one of them"
-            whose = " for beta" if self.beta else ""
             raise WeightsError(
-                f"both a preset and weights are given{whose}: say {options} ({self._option('--set')} changes single blocks)"
+                "how much of B? give a preset (--preset high_res) or weights (--weights 0.5); 'blockmerge presets' lists them"
             )
+        if self.preset is not None and self.weights is not None:
+            whose = " for beta" if self.beta else ""
+            options = f"{self._option('preset')} or {self._option('weights')}"
+            raise WeightsError(f"both a preset and weights are given{whose}: give {options}; {self._option('changes')} go on top")
         self._shares()
 
     def resolve(self, family: str) -> BlockWeights:
@@ -69,10 +70,10 @@ class WeightsRequest:
         else:
             asked = self.default if self.weights is None else self.weights
             assert asked is not None
-            with self._blamed_on("--weights"):
+            with self._blamed_on("weights"):
                 weights = parse_weights(asked, family, self.sdxl_map, seed)
         if self.changes is not None:
-            with self._blamed_on("--set"):
+            with self._blamed_on("changes"):
                 weights = weights.replace(parse_assignments(self.changes, FAMILIES[family].blocks, seed))
         return weights
 
@@ -84,45 +85,51 @@ class WeightsRequest:
         if self.preset is not None or not isinstance(self.weights, (str, Mapping, type(None))):
             raise WeightsError("only weights that name blocks keep the others: OUT05=0.7, or a mapping")
         seed = f"beta {self.seed}" if self.beta else self.seed
-        for option, named in (("--weights", self.weights), ("--set", self.changes)):
+        for argument, named in (("weights", self.weights), ("changes", self.changes)):
             if named is not None:
-                with self._blamed_on(option):
+                with self._blamed_on(argument):
                     held = held.replace(parse_assignments(named, held.blocks, seed))
         return held
 
     @property
     def label(self) -> str:
-        """A few words for results and file names.
+        """What is asked for, for results and file names.
 
-        The presets' names with their ratios (``"high_res@0.6+GRAD_A@0.4"``, or their number when that grows long), the
-        weight when one number is given for all blocks, or ``"weights"``.
+        The presets' names with their ratios (``"high_res@0.6+GRAD_A@0.4"``), the weight when one number is given for all
+        blocks, or the text of the weights, which may be long.
         """
         if shares := self._shares():
-            names = "+".join(preset.name if ratio == 1 else f"{preset.name}@{ratio:g}" for preset, ratio in shares)
-            return names if len(shares) == 1 or len(names) <= _LONGEST_LABEL else f"{len(shares)}_presets"
+            return "+".join(preset.name if ratio == 1 else f"{preset.name}@{ratio:g}" for preset, ratio in shares)
         value = self.default if self.weights is None else self.weights
         if isinstance(value, (int, float)):
             return f"{value:g}"
-        text = value if isinstance(value, str) else ""
-        if (number := finite_number(text)) is not None:
-            return repr(number).removesuffix(".0")
-        return text.strip() if text.strip() and not set(text) & set("=,; \n\t") else "weights"
+        number = finite_number(text := str(value).strip())
+        return text if number is None else repr(number).removesuffix(".0")
+
+    @property
+    def is_random(self) -> bool:
+        """Whether any weight is left to chance, and so to the seed."""
+        return is_random((self.weights, self.changes)) or any(preset.is_random for preset, _ in self._shares())
+
+    def heeds_map(self, family: str) -> bool:
+        """Whether a family's weights depend on `sdxl_map`. Raises WeightsError as `resolve` does."""
+        return len({replace(self, sdxl_map=way).resolve(family) for way in (None, *SDXL_MAPS)}) > 1
 
     def _shares(self) -> list[tuple[Preset, float]]:
         if self.preset is None:
             return []
-        with self._blamed_on("--preset"):
+        with self._blamed_on("preset"):
             return [find_share(text) for text in (self.preset if isinstance(self.preset, tuple) else (self.preset,))]
 
     def _option(self, name: str) -> str:
-        return f"{name}-beta" if self.beta else name
+        return f"{name}_beta ({_OPTIONS[name]}-beta)" if self.beta else f"{name} ({_OPTIONS[name]})"
 
     @contextmanager
-    def _blamed_on(self, option: str) -> Iterator[None]:
+    def _blamed_on(self, name: str) -> Iterator[None]:
         """Say of an error in beta's texts that it is there: alpha's may look the same."""
         try:
             yield
         except WeightsError as error:
             if not self.beta:
                 raise
-            raise type(error)(f"{self._option(option)}: {error}") from error
+            raise type(error)(f"{self._option(name)}: {error}") from error

@@ -215,7 +215,7 @@ def _choose(folder: Path, folders: Mapping[str, list[_Weights]], variant: str | 
             others = sorted({weights.variant for weights in found if weights.variant})
             raise CheckpointError(
                 f"{shown(folder / component)} has no plain weights, only the variant {listing(others)}: "
-                f"ask for it with --variant {shown(others[0])}"
+                f"ask for it with variant='{shown(others[0])}' (--variant {shown(others[0])})"
             )
         chosen[component] = best
     return chosen

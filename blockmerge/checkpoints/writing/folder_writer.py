@@ -38,7 +38,7 @@ def check_output_folder(path: str | os.PathLike[str], inputs: Iterable[Path] = (
             if not stat.S_ISDIR(status.st_mode):
                 raise OutputError(f"{shown(path)} is a file: give the output folder another name")
             if not overwrite:
-                raise OutputError(f"{shown(path)} exists: give another name, or --overwrite")
+                raise OutputError(f"{shown(path)} exists: give another name, or overwrite (--overwrite)")
             _check_replaceable(target)
     except (OSError, ValueError) as error:
         why = reason(error) if isinstance(error, OSError) else str(error)
@@ -189,7 +189,7 @@ class AtomicFolder:
 
     def _failed(self, error: OSError) -> OutputError:
         if isinstance(error, FileExistsError) or error.errno in (errno.ENOTEMPTY, errno.ENOTDIR):
-            return OutputError(f"{shown(self.target)} has appeared meanwhile: give another name, or --overwrite")
+            return OutputError(f"{shown(self.target)} has appeared meanwhile: give another name, or overwrite (--overwrite)")
         return OutputError(f"cannot write {shown(self.target)}: {reason(error)}")
 
 

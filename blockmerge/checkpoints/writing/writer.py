@@ -40,7 +40,7 @@ def check_output(path: str | os.PathLike[str], inputs: Iterable[Path] = (), *, o
             if os.path.exists(model) and os.path.samefile(model, target):
                 raise OutputError(f"the output {shown(path)} is the input {shown(model)}: give another name")
         if not overwrite:
-            raise OutputError(f"{shown(path)} exists: give another name, or --overwrite")
+            raise OutputError(f"{shown(path)} exists: give another name, or overwrite (--overwrite)")
     if not folder_exists:
         raise OutputError(f"cannot write {shown(path)}: the folder {shown(target.parent)} does not exist")
     return target
@@ -130,5 +130,5 @@ class AtomicFile:
 
     def _failed(self, error: OSError) -> OutputError:
         if isinstance(error, FileExistsError):
-            return OutputError(f"{shown(self.target)} has appeared meanwhile: give another name, or --overwrite")
+            return OutputError(f"{shown(self.target)} has appeared meanwhile: give another name, or overwrite (--overwrite)")
         return OutputError(f"cannot write {shown(self.target)}: {reason(error)}")

@@ -141,7 +141,7 @@ class _Judge:
     def decide(self) -> Decisions:
         _check_kinds(self.models)
         if self.recipe.ema == "use" and not any(plain_names_of_ema(model.source.tensors) for model in self.models):
-            raise IncompatibleModelsError(f"no EMA copies to use in {self._names()}: leave out --ema use")
+            raise IncompatibleModelsError(f"no EMA copies to use in {self._names()}: leave out ema='use' (--ema use)")
         self.family = self.models[0].anatomy.family.name
         self.views: dict[int, View] = {number: model.ldm for number, model in enumerate(self.models)}
         self.notes += _same_files(self.models)
@@ -223,7 +223,7 @@ class _Judge:
             return decision
         change = self.recipe.adjust.for_tensor(decision.ldm, self.family)
         if change and change.shift and decision.shape != (len(change.shift),):
-            self.faults.append(f"{shown(decision.ldm)} (shape {list(decision.shape)}: --adjust sets the colours of 4 channels)")
+            self.faults.append(f"{shown(decision.ldm)} (shape {list(decision.shape)}: adjust sets the colours of 4 channels)")
         return replace(decision, change=change)
 
     def _take(self, name: str, source: int, *, fixed_dtype: bool = False) -> Decision:
@@ -280,7 +280,7 @@ class _Judge:
         if isinstance(vae, str) and vae in _letters(self.models):
             number = _letters(self.models).index(vae)
             if number not in has_vae:
-                raise IncompatibleModelsError(f"{shown(self.models[number].name)} has no VAE: take another with --vae")
+                raise IncompatibleModelsError(f"{shown(self.models[number].name)} has no VAE: give another as vae (--vae)")
             return number
         if vae == "blend" or vae == "auto":
             if len(has_vae) < 2:
@@ -299,7 +299,7 @@ class _Judge:
             checkpoint = open_checkpoint(self.recipe.vae)
         except CheckpointError as error:
             choices = "" if self.recipe.method is None else ", ".join(("auto", *_letters(self.models), "blend", ""))
-            raise CheckpointError(f"{error} (--vae takes {choices}a file or a folder)") from error
+            raise CheckpointError(f"{error}; vae (--vae) takes {choices}a file or a folder") from error
         view = vae_view(checkpoint)
         shapes = {name: info.shape for name, info in view.tensors.items()}
         gaps = layout_gaps(shapes, self.family, "vae")

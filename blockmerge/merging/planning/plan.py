@@ -7,6 +7,7 @@ thousand small tensors.
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -218,7 +219,9 @@ def make_plan(models: Sequence[Model], recipe: Recipe, form: Form) -> Plan:
     numbers = recipe.resolve_numbers(len(models))
     decided = decide(models, recipe, weights, beta, naming=form.naming, folder=form.folder)
     sources = [model.source for model in models]
-    metadata = output_metadata(sources[0].metadata, recipe.as_metadata(sources, weights, beta), family)
+    decided = replace(decided, notes=(*decided.notes, *recipe.idle(family)))
+    described = recipe.described([source.name for source in sources], weights, beta)
+    metadata = output_metadata(sources[0].metadata, json.dumps(described, ensure_ascii=False), family)
     drafter = Drafter(recipe, decided, numbers, family)
     anatomy = identify({d.key: d.shape for d in decided.tensors if component_of(d.ldm) != "ema"})  # B may have widened it
     small_files: dict[str, bytes] = {}

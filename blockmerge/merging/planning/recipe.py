@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from typing import Any
 
 from blockmerge.checkpoints import EMA_CHOICES, Checkpoint, CheckpointLike
 from blockmerge.errors import RecipeError, did_you_mean, shown
 from blockmerge.methods import Method, find_method
 from blockmerge.version import __version__
-from blockmerge.weights import Adjust, BlockWeights, ElementRules, WeightsRequest
+from blockmerge.weights import SDXL_MAPS, Adjust, BlockWeights, ElementRules, WeightsRequest
 
 DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32", "fp8_e4m3fn": "F8_E4M3", "fp8_e5m2": "F8_E5M2"}
 """The output dtypes that can be asked for, with their names in safetensors headers; ``"keep"`` keeps A's."""
@@ -22,7 +22,6 @@ _TORCH_DTYPES = {
     "torch.float8_e4m3fn": "fp8_e4m3fn", "torch.float8_e5m2": "fp8_e5m2",
 }  # fmt: skip
 
-SDXL_MAPS = ("name", "resolution")
 NAMINGS = ("ldm", "diffusers")
 
 _NO_BETA, _NO_RULES, _NO_CHANGE = WeightsRequest(beta=True), ElementRules(), Adjust()
@@ -111,28 +110,58 @@ class Recipe:
         """Return all numbers that the method takes for so many models. Raises RecipeError for one out of range."""
         return {} if self._method is None else self._method.check_numbers(self.numbers, models)
 
-    def as_metadata(self, models: Sequence[Checkpoint], weights: BlockWeights, beta: BlockWeights) -> str:
-        """The recipe as the JSON text that goes into the output's metadata; file names without folders."""
-        return json.dumps(
-            {
-                "version": __version__,
-                "method": self.method_name,
-                "models": [model.name.encode("utf-8", "replace").decode() for model in models],
-                "preset": self.weights.label if self.weights.preset else None,
-                "weights": dict(weights) if self._method is not None else None,
-                "weights_beta": dict(beta) if self._method is not None and "beta" in self._method.weights else None,
-                "numbers": self.resolve_numbers(len(models)),
-                "rules": str(self.rules),
-                "adjust": str(self.adjust) if self.adjust else "",
-                "clip": self.clip,
-                "vae": self._vae_name(),
-                "dtype": self.dtype,
-                "ema": self.ema,
-                "prune": self.prune,
-                "allow_nonfinite": self.allow_nonfinite,
-            },
-            ensure_ascii=False,
-        )
+    @property
+    def is_random(self) -> bool:
+        """Whether chance, and so the seed, has a part in it."""
+        has_seed = self._method is not None and any(number.name == "seed" for number in self._method.numbers)
+        return has_seed or self.weights.is_random or self.beta.is_random
+
+    @property
+    def label(self) -> str:
+        """What is done, for a file's name: the method unless it is the usual one, the weights, and all else that was said."""
+        words = [] if self.method_name == "weighted_sum" else [self.method_name]
+        if self.weights.is_asked_for:
+            words.append(short(self.weights.label, 40, "presets" if self.weights.preset else "weights"))
+        texts = {
+            "set": self.weights.changes,
+            "beta": self.beta.label if self.beta.is_asked_for else None,
+            "set-beta": self.beta.changes,
+            "seed": self.weights.seed if self.is_random else None,
+            **self.numbers,
+            "map": self.weights.sdxl_map,
+            "rules": str(self.rules),
+            "adjust": str(self.adjust) if self.adjust else None,
+        }
+        words += [short(f"{name}_{text}", 24, name) for name, text in texts.items() if text]
+        told = short("-".join([*words, *(["clip"] if self.clip else [])]), 60).replace("/", "_div")  # SMOOTHSTEP/2 is not *2
+        return "".join(char if char.isalnum() or char in "._-+@" else "_" for char in told).strip(".")
+
+    def idle(self, family: str) -> Iterator[str]:
+        """Say which arguments are without effect on models of a family. Raises WeightsError for weights that cannot be used."""
+        if self.weights.seed and not self.is_random:
+            yield "seed (--seed) without effect, since nothing is left to chance"
+        if self.weights.sdxl_map and not (self.weights.heeds_map(family) or self.beta.heeds_map(family)):
+            yield "sdxl_map (--sdxl-map) without effect, since these weights are the same with any"
+
+    def described(self, models: Sequence[str], weights: BlockWeights, beta: BlockWeights) -> dict[str, Any]:
+        """All that is needed to do it again, as plain data for results and the output's metadata; `models` are their names."""
+        return {
+            "version": __version__,
+            "method": self.method_name,
+            "models": [model.encode("utf-8", "replace").decode() for model in models],
+            "preset": self.weights.label if self.weights.preset else None,
+            "weights": dict(weights) if self._method is not None else None,
+            "weights_beta": dict(beta) if self._method is not None and "beta" in self._method.weights else None,
+            "numbers": self.resolve_numbers(len(models)),
+            "rules": str(self.rules),
+            "adjust": str(self.adjust) if self.adjust else "",
+            "clip": self.clip,
+            "vae": self._vae_name(),
+            "dtype": self.dtype,
+            "ema": self.ema,
+            "prune": self.prune,
+            "allow_nonfinite": self.allow_nonfinite,
+        }
 
     def _vae_name(self) -> str:
         if isinstance(self.vae, (str, os.PathLike)):
@@ -144,6 +173,13 @@ def check_flag(name: str, value: object) -> None:
     """Raise RecipeError for an argument that is neither True nor False: any text would count as True, "no" as well."""
     if not isinstance(value, bool):
         raise RecipeError(f"{name} is True or False; {type(value).__name__} given")
+
+
+def short(text: str, limit: int, name: str = "") -> str:
+    """Return `text`, or in `limit` characters its `name`, or else its beginning, and six of its hash, BLAKE2b's."""
+    if len(text) <= limit:
+        return text
+    return f"{(name or text)[: limit - 7]}_{blake2b(text.encode('utf-8', 'replace'), digest_size=3).hexdigest()}"
 
 
 def make_recipe(
