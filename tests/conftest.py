@@ -104,8 +104,8 @@ def unchanged(*paths):
 
 @pytest.fixture(scope="session")
 def big_pair(tmp_path_factory):
-    """Paths of two models of 256 MB, of which one tensor makes up nearly all."""
+    """Paths of two models of 96 MB, of which one tensor makes up nearly all."""
     folder = tmp_path_factory.mktemp("big")
     for name, value in (("a", b"\x00\x3c"), ("b", b"\x00\x40")):  # 1.0 and 2.0
-        write_big(folder / f"{name}.safetensors", value)
+        write_big(folder / f"{name}.safetensors", value, megabytes=96)
     return folder / "a.safetensors", folder / "b.safetensors"

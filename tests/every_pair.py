@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import cache
 
 
 def every_pair(*axes):
@@ -10,15 +11,16 @@ def every_pair(*axes):
 
     A fault that shows with two particular values is found as by the full product, in far fewer rows.
     """
-    sizes = [range(len(axis)) for axis in axes]
-    rows = list(itertools.product(*sizes))
-    missing = {pair for row in rows for pair in _pairs(row)}
+    places = _places(tuple(map(len, axes)))
+    return [tuple(axis[at] for axis, at in zip(axes, row, strict=True)) for row in places]
+
+
+@cache
+def _places(sizes):
+    pairs_of = {row: set(itertools.combinations(enumerate(row), 2)) for row in itertools.product(*map(range, sizes))}
+    missing = set().union(*pairs_of.values())
     chosen = []
     while missing:
-        chosen.append(max(rows, key=lambda row: len(missing & _pairs(row))))
-        missing -= _pairs(chosen[-1])
-    return [tuple(axis[at] for axis, at in zip(axes, row, strict=True)) for row in sorted(chosen)]
-
-
-def _pairs(row):
-    return set(itertools.combinations(enumerate(row), 2))
+        chosen.append(max(pairs_of, key=lambda row: len(missing & pairs_of[row])))
+        missing -= pairs_of[chosen[-1]]
+    return sorted(chosen)

@@ -12,7 +12,8 @@ from blockmerge.demo import demo_layout
 from tests.refusals import assert_refused
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-WIDTHS = {3: 1280, 4: 1280, 5: 1280, 6: 640, 7: 640, 8: 640, 9: 320, 10: 320}
+WIDTHS = {3: 1280, 4: 1280, 5: 1280, 6: 640, 7: 640, 8: 640, 9: 320, 10: 320}  # SD1.5's
+NARROWER = {"fp16": 1, "bf16": 4, "fp32": 4}  # one dtype at full width
 
 
 def name_of(block, letter):
@@ -21,27 +22,25 @@ def name_of(block, letter):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """Models whose self-attention has SD1.5's full width, in three dtypes; everything else is thin."""
+    """Models in three dtypes whose self-attention has SD1.5's width, or a quarter of it; everything else is thin."""
     folder = tmp_path_factory.mktemp("wide")
     generator = torch.Generator().manual_seed(3)
-    a = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in demo_layout("sd1").items()}
-    for block, width in WIDTHS.items():
-        for letter in "qkv":
-            a[name_of(block, letter)] = torch.randn(width, width, generator=generator) * width**-0.5
-    models = {"a": a}
-    for number, model in enumerate(("b", "c"), 1):
-        models[model] = {
-            name: tensor + 0.05 * number * tensor.std() * torch.randn(tensor.shape, generator=generator)
-            if tensor.dtype == torch.float32
-            else tensor
-            for name, tensor in a.items()
-        }
-    for dtype, wanted in DTYPES.items():
-        for model, tensors in models.items():
-            save_file(
-                {n: t.to(wanted) if t.dtype == torch.float32 else t for n, t in tensors.items()},
-                folder / f"{model}-{dtype}.safetensors",
-            )
+    rest = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in demo_layout("sd1").items()}
+    for dtype, narrower in NARROWER.items():
+        a = {}
+        for block, width in WIDTHS.items():
+            width //= narrower
+            for letter in "qkv":
+                a[name_of(block, letter)] = torch.randn(width, width, generator=generator) * width**-0.5
+        for number, model in enumerate("abc"):
+            tensors = {
+                name: tensor + 0.05 * number * tensor.std() * torch.randn(tensor.shape, generator=generator)
+                for name, tensor in a.items()
+            }
+            as_dtype = {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
+            save_file(rest | as_dtype, folder / f"{model}-{dtype}.safetensors")
+            if dtype == "fp32":
+                save_file(rest | {n: t.half() for n, t in tensors.items()}, folder / f"{model}-fp32-halved.safetensors")
     return folder
 
 
@@ -86,7 +85,7 @@ def test_it_is_the_published_number(wide, dtype):
 
 
 def test_the_order_of_references_changes_nothing(wide):
-    a, b, c = (wide / f"{model}-fp16.safetensors" for model in "abc")
+    a, b, c = (wide / f"{model}-bf16.safetensors" for model in "abc")
     one, two = blockmerge.similarity(a, [b, c]), blockmerge.similarity(a, [c, b, a])
     assert one.references == two.references[1:]
     assert [found.name for found in one.references] == [b.name, c.name]  # the best first
@@ -94,7 +93,7 @@ def test_the_order_of_references_changes_nothing(wide):
 
 
 def test_a_model_in_another_dtype_is_the_same_model(wide):
-    (found,) = blockmerge.similarity(wide / "a-fp32.safetensors", wide / "a-fp16.safetensors").references
+    (found,) = blockmerge.similarity(wide / "a-fp32.safetensors", wide / "a-fp32-halved.safetensors").references
     assert found.similarity == pytest.approx(100, abs=0.05)
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from blockmerge import CheckpointError, open_checkpoint
 from blockmerge.cli.main import run
+from tests.every_pair import every_pair
 from tests.refusals import assert_refused
 
 PROJ = "model.diffusion_model.input_blocks.4.1.proj_in.weight"
@@ -235,8 +236,15 @@ def test_families_names_and_shapes_that_do_not_fit(pairs, tmp_path, capsys):
     assert_refused(capsys, tmp_path, a, "tokens.safetensors", "-w", "0.5", says=["shapes differ", name])
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("dtypes", [("F16", "F16"), ("BF16", "BF16"), ("F32", "F32"), ("F16", "F32")])
+@pytest.mark.parametrize(
+    ("value", "dtypes", "system"),
+    every_pair(
+        [float("nan"), float("inf"), float("-inf")],
+        [("F16", "F16"), ("BF16", "BF16"), ("F32", "F32"), ("F16", "F32")],
+        ["native", "bare", "tmpfs"],
+    ),
+    indirect=["system"],
+)
 def test_nan_and_infinity_are_refused_by_name(pairs, system, capsys, value, dtypes):
     a, b = pairs("sd1", dtypes)
     bad = load_file(b)

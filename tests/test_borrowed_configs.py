@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import blockmerge
 from blockmerge import CheckpointError, IncompatibleModelsError
@@ -48,8 +48,7 @@ def noted(result):
 
 
 def marked(home, tmp_path, family, markers=MARKERS):
-    state = make_state_dicts(family)[0]
-    save_file({**state, **markers}, tmp_path / "marked.safetensors")
+    save_file({**load_file(home / f"{family}-a.safetensors"), **markers}, tmp_path / "marked.safetensors")
     return tmp_path / "marked.safetensors"
 
 
@@ -87,7 +86,7 @@ def test_only_the_prediction_where_only_that_is_marked(home, tmp_path):
 def test_metadata_of_sd2_tell_its_prediction(home, tmp_path):
     path = tmp_path / "m.safetensors"
     for architecture, prediction in (("stable-diffusion-v2-768-v", "v_prediction"), ("stable-diffusion-v2-512", "epsilon")):
-        save_file(make_state_dicts("sd2")[0], path, {"modelspec.architecture": architecture})
+        save_file(load_file(home / "sd2-a.safetensors"), path, {"modelspec.architecture": architecture})
         result = blockmerge.convert(path, tmp_path / prediction, naming="diffusers", configs=home / "sd2")
         assert parsed(tmp_path / prediction / SCHEDULER)["prediction_type"] == prediction
         assert len(noted(result)) == (prediction == "v_prediction")
