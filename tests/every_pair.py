@@ -7,7 +7,7 @@ from functools import cache
 
 
 def every_pair(*axes):
-    """Rows with one value of each axis, so that any two values of two axes are together in some row.
+    """Rows with one value of each of two axes or more, so that any two values of two axes are together in some row.
 
     A fault that shows with two particular values is found as by the full product, in far fewer rows.
     """

@@ -121,7 +121,9 @@ def test_ema_copies_that_are_not_there_cannot_be_used(states, tmp_path, capsys):
 def test_a_folder_has_no_place_for_ema(small, tmp_path):
     out, result = converted({**small(), **ema_of(small())}, tmp_path, ema="keep", naming="diffusers")
     assert_same(out, in_diffusers(small(), "sd1"))
-    assert any(f"{len(ema_of(small()))} tensors left out, which a diffusers folder has no place for" in note for note in result.notes)
+    assert any(
+        f"{len(ema_of(small()))} tensors left out, which a diffusers folder has no place for" in note for note in result.notes
+    )
 
 
 # -- the VAE ----------------------------------------------------------------------------------------------------------

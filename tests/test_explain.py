@@ -113,9 +113,7 @@ def assert_weights(found, shares, within):
             assert error <= (origin.uncertainty if within is None else within), (block, name, weight, shares[block])
 
 
-@pytest.mark.parametrize(
-    ("family", "parents", "difference"), every_pair(["sd1", "sd2", "sdxl"], [2, 3, 4], [0.05, 0.01, 0.002])
-)
+@pytest.mark.parametrize(("family", "parents", "difference"), every_pair(["sd1", "sd2", "sdxl"], [2, 3, 4], [0.05, 0.01, 0.002]))
 def test_weights_are_recovered(tmp_path, family, parents, difference):
     models = relatives(parents, difference, family)
     shares = random_shares(list(models), seed=parents, family=family)
