@@ -129,6 +129,12 @@ def test_a_folder_has_no_place_for_ema(small, tmp_path):
 # -- the VAE ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def whole_vae(states, small):
+    """Small models with all of a VAE."""
+    return lambda side: {**small(side), **{name: tensor for name, tensor in states(side).items() if name.startswith(VAE)}}
+
+
 def vae_files(states, folder):
     """{how it comes: path} of B's VAE."""
     vae = {name.removeprefix(VAE): tensor for name, tensor in states(1).items() if name.startswith(VAE)}
@@ -159,12 +165,12 @@ def vae_files(states, folder):
 
 
 @pytest.mark.parametrize("naming", ["ldm", "diffusers"])
-def test_any_vae_is_baked_in(states, tmp_path, naming):
-    a, b = states(0), states(1)
+def test_any_vae_is_baked_in(whole_vae, tmp_path, naming):
+    a, b = whole_vae(0), whole_vae(1)
     lacking = {name: tensor for name, tensor in a.items() if not name.startswith(VAE)}
     wanted = {**a, **{name: tensor for name, tensor in b.items() if name.startswith(VAE)}}
     wanted = in_diffusers(wanted, "sd1") if naming == "diffusers" else wanted
-    for number, path in enumerate(vae_files(states, tmp_path)):
+    for number, path in enumerate(vae_files(whole_vae, tmp_path)):
         out, result = converted(lacking if number % 2 else a, tmp_path, vae=path, naming=naming)
         assert_same(out, wanted)
         assert any(note.startswith("the VAE is ") and note.endswith(path.name) for note in result.notes)
