@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import itertools
 import os
 import shutil
 import tempfile
@@ -24,10 +25,18 @@ settings.load_profile("default")
 FAMILIES = ("sd1", "sd2", "sdxl")
 
 
+@pytest.fixture(scope="session")
+def homes(tmp_path_factory):
+    """Folders that are not there yet; `mktemp` would look through all former ones for each of thousands of tests."""
+    folder = tmp_path_factory.mktemp("homes")
+    return (folder / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def own_config_folder(tmp_path_factory, monkeypatch):
+def own_config_folder(homes, monkeypatch):
     """No test sees the presets of whoever runs it."""
-    home = tmp_path_factory.mktemp("home")
+    home = next(homes)
+    home.mkdir()
     monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "config"))
     monkeypatch.setenv("APPDATA", str(home / "config"))
     monkeypatch.setenv("HOME", str(home))
@@ -104,8 +113,8 @@ def unchanged(*paths):
 
 @pytest.fixture(scope="session")
 def big_pair(tmp_path_factory):
-    """Paths of two models of 256 MB, of which one tensor makes up nearly all."""
+    """Paths of two models of 96 MB, of which one tensor makes up nearly all."""
     folder = tmp_path_factory.mktemp("big")
     for name, value in (("a", b"\x00\x3c"), ("b", b"\x00\x40")):  # 1.0 and 2.0
-        write_big(folder / f"{name}.safetensors", value)
+        write_big(folder / f"{name}.safetensors", value, megabytes=96)
     return folder / "a.safetensors", folder / "b.safetensors"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 
 import torch
 from safetensors.torch import save_file
 
-from blockmerge.anatomy import origins_in_diffusers
+from blockmerge.anatomy import is_position_ids, origins_in_diffusers
 from blockmerge.demo import demo_layout
 
 _KEPT = re.compile(
@@ -17,12 +18,34 @@ _KEPT = re.compile(
     r"|first_stage_model\.encoder\.(mid\.attn_1|conv_in)\..*"
 )
 
+_FOR_A_FOLDER = re.compile(
+    r"transformer_blocks\.0\.attn2\.to_k|token_embedding|position(al)?_(embedding|ids)|layers\.0\.mlp\.fc1|resblocks\.(0\.mlp\.c_fc|23\.)"
+    r"|input_blocks\.4\.1\.proj_in|decoder\.conv_(in|out)|output_blocks\.\d+\.1\.transformer_blocks\.0\.attn1\.to_[qkv]"
+)
 
-def small_model(family="sd1", dtype=torch.float16, seed=0):
-    """A model in LDM names with few, thin tensors: what tells the family, convolutions, matrices, joined and transposed ones."""
+
+@cache
+def _shapes(family, for_a_folder):
+    def kept(name):
+        return _KEPT.fullmatch(name) or (for_a_folder and _FOR_A_FOLDER.search(name))
+
+    return {name: shape for name, shape in demo_layout(family).items() if kept(name)}
+
+
+def small_model(family="sd1", dtype=torch.float16, seed=0, *, for_a_folder=False):
+    """A model in LDM names with few, thin tensors: what tells the family, convolutions, matrices, joined and transposed ones.
+
+    With what the configs of a folder are made from, and the attention that is compared, where it is to be one.
+    """
     generator = torch.Generator().manual_seed(seed)
-    shapes = {name: shape for name, shape in demo_layout(family).items() if _KEPT.fullmatch(name)}
-    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    shapes = _shapes(family, for_a_folder)
+
+    def made(name, shape):
+        if is_position_ids(name):
+            return torch.arange(shape[-1]).expand(shape).contiguous()
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    return {name: made(name, shape) for name, shape in shapes.items()}
 
 
 def in_diffusers(model, family):

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from blockmerge import CheckpointError, open_checkpoint
 from blockmerge.cli.main import run
+from tests.every_pair import every_pair
 from tests.refusals import assert_refused
+from tests.small_models import small_model
 
 PROJ = "model.diffusion_model.input_blocks.4.1.proj_in.weight"
 
@@ -102,14 +104,24 @@ def test_a_damaged_file_is_refused(pairs, tmp_path, capsys, case, side):
         assert_refused(capsys, tmp_path, "inspect", bad, says=["bad.safetensors", *says])
 
 
+@pytest.fixture(scope="module")
+def alike(tmp_path_factory):
+    """The paths of two small models that differ a little."""
+    folder, (model, other) = tmp_path_factory.mktemp("alike"), (small_model(seed=seed, for_a_folder=True) for seed in (0, 1))
+    near = {name: tensor + other[name] / 20 if tensor.is_floating_point() else tensor for name, tensor in model.items()}
+    for name, tensors in (("a", model), ("b", near)):
+        save_file(tensors, folder / f"{name}.safetensors")
+    return folder / "a.safetensors", folder / "b.safetensors"
+
+
 @pytest.mark.parametrize("case", BAD)
-def test_a_damaged_file_is_refused_by_comparisons(pairs, tmp_path, capsys, case):
+def test_a_damaged_file_is_refused_by_comparisons(alike, tmp_path, capsys, case):
     """As the model that is asked about it is an error; among many others it is a row, and the others go on."""
     data, says = BAD[case]
     says = [says] if isinstance(says, str) else list(says)
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(data)
-    a, b = pairs()
+    a, b = alike
     assert_refused(capsys, tmp_path, "similarity", bad, a, says=["bad.safetensors", *says])
     assert_refused(capsys, tmp_path, "explain", bad, a, b, says=["bad.safetensors", *says])
     assert_refused(capsys, tmp_path, "explain", a, bad, says=["bad.safetensors", *says])
@@ -235,8 +247,15 @@ def test_families_names_and_shapes_that_do_not_fit(pairs, tmp_path, capsys):
     assert_refused(capsys, tmp_path, a, "tokens.safetensors", "-w", "0.5", says=["shapes differ", name])
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("dtypes", [("F16", "F16"), ("BF16", "BF16"), ("F32", "F32"), ("F16", "F32")])
+@pytest.mark.parametrize(
+    ("value", "dtypes", "system"),
+    every_pair(
+        [float("nan"), float("inf"), float("-inf")],
+        [("F16", "F16"), ("BF16", "BF16"), ("F32", "F32"), ("F16", "F32")],
+        ["native", "bare", "tmpfs"],
+    ),
+    indirect=["system"],
+)
 def test_nan_and_infinity_are_refused_by_name(pairs, system, capsys, value, dtypes):
     a, b = pairs("sd1", dtypes)
     bad = load_file(b)

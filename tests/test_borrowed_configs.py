@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import blockmerge
 from blockmerge import CheckpointError, IncompatibleModelsError
-from blockmerge.demo import make_state_dicts
 from blockmerge.merging.planning import folder_files
 from tests.refusals import assert_refused
+from tests.small_models import small_model
 
 SCHEDULER = "scheduler/scheduler_config.json"
 UNET = "unet/config.json"
@@ -23,10 +23,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Two models of each family as files, and the second as a folder that predicts noise."""
+    """Two small models of each family as files, and the second as a folder that predicts noise."""
     folder = tmp_path_factory.mktemp("models")
     for family in ("sd1", "sd2", "sdxl"):
-        for name, state in zip("ab", make_state_dicts(family), strict=True):
+        for seed, name in enumerate("ab"):
+            state = small_model(family, torch.float32, seed, for_a_folder=True)
             save_file(state, folder / f"{family}-{name}.safetensors")
         metadata = {"modelspec.architecture": "stable-diffusion-v2-512"} if family == "sd2" else None
         save_file(state, folder / "epsilon.safetensors", metadata)
@@ -48,8 +49,7 @@ def noted(result):
 
 
 def marked(home, tmp_path, family, markers=MARKERS):
-    state = make_state_dicts(family)[0]
-    save_file({**state, **markers}, tmp_path / "marked.safetensors")
+    save_file({**load_file(home / f"{family}-a.safetensors"), **markers}, tmp_path / "marked.safetensors")
     return tmp_path / "marked.safetensors"
 
 
@@ -87,7 +87,7 @@ def test_only_the_prediction_where_only_that_is_marked(home, tmp_path):
 def test_metadata_of_sd2_tell_its_prediction(home, tmp_path):
     path = tmp_path / "m.safetensors"
     for architecture, prediction in (("stable-diffusion-v2-768-v", "v_prediction"), ("stable-diffusion-v2-512", "epsilon")):
-        save_file(make_state_dicts("sd2")[0], path, {"modelspec.architecture": architecture})
+        save_file(load_file(home / "sd2-a.safetensors"), path, {"modelspec.architecture": architecture})
         result = blockmerge.convert(path, tmp_path / prediction, naming="diffusers", configs=home / "sd2")
         assert parsed(tmp_path / prediction / SCHEDULER)["prediction_type"] == prediction
         assert len(noted(result)) == (prediction == "v_prediction")
@@ -141,10 +141,10 @@ def test_configs_that_do_not_fit(home, folder, tmp_path):
     edit(folder / "text_encoder/config.json", num_hidden_layers=3)
     blockmerge.convert(folder, tmp_path / "out")
     assert (parsed(tmp_path / "out" / UNET), parsed(tmp_path / "out" / "text_encoder/config.json")) == before
-    with pytest.raises(IncompatibleModelsError, match=r"text_encoder/config.json says num_hidden_layers 3, not 12"):
+    with pytest.raises(IncompatibleModelsError, match=r"text_encoder/config.json says num_hidden_layers 3, not 1"):
         blockmerge.convert(home / "sd1-a.safetensors", tmp_path / "no", naming="diffusers", configs=folder)
     edit(folder / UNET, in_channels=9, block_out_channels=before[0]["block_out_channels"])
-    edit(folder / "text_encoder/config.json", num_hidden_layers=12)
+    edit(folder / "text_encoder/config.json", num_hidden_layers=1)
     blockmerge.convert(home / "sd1-a.safetensors", tmp_path / "yes", naming="diffusers", configs=folder)
     assert parsed(tmp_path / "yes" / UNET) == before[0]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from functools import cache
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tests.conftest import unchanged
 from tests.forms import FORMS, UNET, as_dtype, assert_same, ema_of, in_diffusers, is_unet, read, write, write_folder
 from tests.oracle import bits
 from tests.refusals import assert_refused
+from tests.small_models import small_model
 
 VAE = "first_stage_model."
 FIRST = UNET + "input_blocks.0.0.weight"
@@ -40,6 +42,13 @@ def states():
         return dict(made[family][side])
 
     return state
+
+
+@pytest.fixture(scope="module")
+def small():
+    """As `states`, with a few tensors of each kind: for what does not depend on how many there are."""
+    made = cache(lambda side, family: small_model(family, torch.float32, side, for_a_folder=True))
+    return lambda side=0, family="sd1": dict(made(side, family))
 
 
 def merged(a, b, folder, **options):
@@ -65,8 +74,8 @@ def ema_in(tensors):
 
 
 @pytest.mark.parametrize("who", ["a", "b", "both"])
-def test_ema_copies_are_dropped_kept_or_used(states, tmp_path, who):
-    a, b = states(0), states(1)
+def test_ema_copies_are_dropped_kept_or_used(small, tmp_path, who):
+    a, b = small(0), small(1)
     with_ema = {**a, **ema_of(a)} if who != "b" else a, {**b, **ema_of(b)} if who != "a" else b
     out, result = merged(*with_ema, tmp_path)
     plain, _ = merged(a, b, tmp_path)
@@ -78,7 +87,7 @@ def test_ema_copies_are_dropped_kept_or_used(states, tmp_path, who):
     out, result = merged(*with_ema, tmp_path, ema="keep")
     assert_same({name: tensor for name, tensor in out.items() if component_of(name) != "ema"}, plain)
     # A copy that both have is merged as the U-Net is, to the half of it that it was; else it is as it was.
-    wanted = ema_of({name: tensor for name, tensor in plain.items() if is_unet(name)} if who == "both" else states(who == "b"))
+    wanted = ema_of({name: tensor for name, tensor in plain.items() if is_unet(name)} if who == "both" else small(who == "b"))
     assert_same(ema_in(out), wanted)
     assert any("it does not follow the merge" in note for note in result.notes) == (who != "both")
 
@@ -86,14 +95,15 @@ def test_ema_copies_are_dropped_kept_or_used(states, tmp_path, who):
     halves = [{n: t / 2 if is_unet(n) else t for n, t in state.items()} for state in (a, b)]
     wanted, _ = merged(halves[0] if who != "b" else a, halves[1] if who != "a" else b, tmp_path)
     assert_same(out, wanted)
-    assert sum("is its EMA copy (686 tensors)" in note for note in result.notes) == (2 if who == "both" else 1)
+    copies = sum(map(is_unet, a))
+    assert sum(f"is its EMA copy ({copies} tensors)" in note for note in result.notes) == (2 if who == "both" else 1)
 
 
-def test_ema_weights_alone_are_the_unet(states, tmp_path):
-    alone = ema_of(states())
+def test_ema_weights_alone_are_the_unet(small, tmp_path):
+    alone = ema_of(small())
     for ema, naming in itertools.product(("drop", "keep", "use"), ("ldm", "diffusers")):
         out, result = converted(alone, tmp_path, ema=ema, naming=naming)
-        wanted = {name: tensor / 2 for name, tensor in states().items() if is_unet(name)}
+        wanted = {name: tensor / 2 for name, tensor in small().items() if is_unet(name)}
         assert_same(out, in_diffusers(wanted, "sd1") if naming == "diffusers" else wanted)
         assert any("has only EMA weights for its U-Net: they are used as the U-Net" in note for note in result.notes)
 
@@ -108,13 +118,21 @@ def test_ema_copies_that_are_not_there_cannot_be_used(states, tmp_path, capsys):
     assert_refused(capsys, tmp_path, "convert", "folder", "o.safetensors", "--ema", "yes", says="unknown choice 'yes' for EMA")
 
 
-def test_a_folder_has_no_place_for_ema(states, tmp_path):
-    out, result = converted({**states(), **ema_of(states())}, tmp_path, ema="keep", naming="diffusers")
-    assert_same(out, in_diffusers(states(), "sd1"))
-    assert any("688 tensors left out, which a diffusers folder has no place for" in note for note in result.notes)
+def test_a_folder_has_no_place_for_ema(small, tmp_path):
+    out, result = converted({**small(), **ema_of(small())}, tmp_path, ema="keep", naming="diffusers")
+    assert_same(out, in_diffusers(small(), "sd1"))
+    assert any(
+        f"{len(ema_of(small()))} tensors left out, which a diffusers folder has no place for" in note for note in result.notes
+    )
 
 
 # -- the VAE ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole_vae(states, small):
+    """Small models with all of a VAE."""
+    return lambda side: {**small(side), **{name: tensor for name, tensor in states(side).items() if name.startswith(VAE)}}
 
 
 def vae_files(states, folder):
@@ -147,12 +165,12 @@ def vae_files(states, folder):
 
 
 @pytest.mark.parametrize("naming", ["ldm", "diffusers"])
-def test_any_vae_is_baked_in(states, tmp_path, naming):
-    a, b = states(0), states(1)
+def test_any_vae_is_baked_in(whole_vae, tmp_path, naming):
+    a, b = whole_vae(0), whole_vae(1)
     lacking = {name: tensor for name, tensor in a.items() if not name.startswith(VAE)}
     wanted = {**a, **{name: tensor for name, tensor in b.items() if name.startswith(VAE)}}
     wanted = in_diffusers(wanted, "sd1") if naming == "diffusers" else wanted
-    for number, path in enumerate(vae_files(states, tmp_path)):
+    for number, path in enumerate(vae_files(whole_vae, tmp_path)):
         out, result = converted(lacking if number % 2 else a, tmp_path, vae=path, naming=naming)
         assert_same(out, wanted)
         assert any(note.startswith("the VAE is ") and note.endswith(path.name) for note in result.notes)
@@ -198,8 +216,8 @@ def widened(state, channels):
 @pytest.mark.parametrize(("family", "channels", "variant"), [
     ("sd1", 9, "inpainting"), ("sd1", 8, "pix2pix"), ("sd2", 9, "inpainting"), ("sd2", 5, "depth"), ("sdxl", 9, "inpainting"),
 ])  # fmt: skip
-def test_variants_merge_with_normal_models_either_side_in_any_form(states, tmp_path, family, channels, variant):
-    a, b = states(0, family), states(1, family)
+def test_variants_merge_with_normal_models_either_side_in_any_form(small, tmp_path, family, channels, variant):
+    a, b = small(0, family), small(1, family)
     wide = widened(b, channels)
     wanted_first = torch.cat([torch.lerp(a[FIRST], b[FIRST], 0.5), wide[FIRST][:, 4:]], 1)
     forms = {form: (write(a, tmp_path / f"a-{form}", form, family), write(wide, tmp_path / f"wide-{form}", form, family))
@@ -216,21 +234,21 @@ def test_variants_merge_with_normal_models_either_side_in_any_form(states, tmp_p
             assert torch.equal(first[:, 4:], wide[FIRST][:, 4:])
 
 
-def test_an_ema_copy_of_the_first_convolution_has_its_channels_too(states, tmp_path):
-    a, wide = states(0), widened(states(1), 9)
+def test_an_ema_copy_of_the_first_convolution_has_its_channels_too(small, tmp_path):
+    a, wide = small(0), widened(small(1), 9)
     out, _ = merged({**a, **ema_of(a)}, {**wide, **ema_of(wide)}, tmp_path, ema="keep")
     assert torch.equal(out["model_ema.diffusion_modelinput_blocks00weight"], out[FIRST] / 2)
 
 
-def test_markers_of_v_prediction_are_kept(states, tmp_path):
-    marked = {**states(), "v_pred": torch.ones(()), "ztsnr": torch.ones(()), "edm_vpred.sigma_max": torch.tensor(120.0)}
+def test_markers_of_v_prediction_are_kept(small, tmp_path):
+    marked = {**small(), "v_pred": torch.ones(()), "ztsnr": torch.ones(()), "edm_vpred.sigma_max": torch.tensor(120.0)}
     markers = {"v_pred", "ztsnr", "edm_vpred.sigma_max"}
     for options in ({}, {"prune": True}, {"dtype": "fp16"}):
         out, _ = converted(marked, tmp_path, **options)
         assert {name: out[name] for name in markers} == {name: marked[name] for name in markers}
     _, result = converted(marked, tmp_path, naming="diffusers")
     assert any("no place for (" in note and "v_pred" in note for note in result.notes)
-    out, result = merged(marked, states(1), tmp_path)
+    out, result = merged(marked, small(1), tmp_path)
     assert out.keys() == marked.keys()
     assert any(note.startswith("warning: prediction markers differ") for note in result.notes)
 
@@ -255,8 +273,8 @@ def test_the_refiner_merges_only_with_refiners(states, tmp_path, capsys):
 
 @pytest.mark.parametrize("given", DTYPES)
 @pytest.mark.parametrize("wanted", DTYPES)
-def test_converting_is_torchs_own_cast(states, tmp_path, given, wanted):
-    state = as_dtype(states(), DTYPES[given])
+def test_converting_is_torchs_own_cast(small, tmp_path, given, wanted):
+    state = as_dtype(small(), DTYPES[given])
     form = FORMS[list(DTYPES).index(wanted) % 3]
     out, _ = converted(write(state, tmp_path / "in", form), tmp_path, dtype=wanted)
     assert_same(out, as_dtype(state, DTYPES[wanted]))
@@ -310,10 +328,10 @@ def test_pruning_leaves_what_a_loader_needs(states, tmp_path):
     assert "safety_checker/concept_embeds" in pruned  # model_index.json names it, and a loader wants it then
 
 
-def test_position_ids_are_converted_to_what_they_should_be(states, tmp_path):
-    name = next(filter(is_position_ids, states()))
+def test_position_ids_are_converted_to_what_they_should_be(small, tmp_path):
+    name = next(filter(is_position_ids, small()))
     for ids in (torch.arange(77.0)[None], torch.arange(77.0)[None].half(), torch.arange(77.0)[None] * 1.1, torch.zeros(77)):
-        out, _ = converted({**states(), name: ids}, tmp_path, dtype="bf16")
+        out, _ = converted({**small(), name: ids}, tmp_path, dtype="bf16")
         assert torch.equal(out[name], torch.arange(77)[None])
 
 
@@ -381,14 +399,14 @@ def test_a_component_becomes_a_folder_without_strays(places, states, tmp_path):
     assert_same(read(tmp_path / "whole"), in_diffusers(states(), "sd1"))
 
 
-def test_sources_in_memory_and_opened(states, tmp_path):
-    path = write(states(), tmp_path / "m", "legacy")
+def test_sources_in_memory_and_opened(small, tmp_path):
+    path = write(small(), tmp_path / "m", "legacy")
     with unchanged(path):
-        for source in (path, str(path), blockmerge.open_checkpoint(path), states()):
+        for source in (path, str(path), blockmerge.open_checkpoint(path), small()):
             out, _ = converted(source, tmp_path)
-            assert_same(out, states())
+            assert_same(out, small())
     with pytest.raises(BlockmergeError, match="is no model"):
         blockmerge.convert(3, tmp_path / "o.safetensors")
     with pytest.raises(IncompatibleModelsError, match="no EMA copies to use in state dict A"):
-        blockmerge.convert(states(), tmp_path / "o.safetensors", ema="use")
+        blockmerge.convert(small(), tmp_path / "o.safetensors", ema="use")
     assert "o.safetensors" not in os.listdir(tmp_path)

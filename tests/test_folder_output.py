@@ -486,6 +486,11 @@ def test_killed_between_the_renames(system, old, monkeypatch, step):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    ("system", "exchanging"),
+    [("native", True), ("native", False), ("tmpfs", True), ("bare", False)],  # what is bare cannot exchange
+    indirect=True,
+)
 def test_killed_at_random_moments(system, exchanging):
     """No folder, the old one or the new one under the name, whole; never neither where there was one; all is swept."""
     target = system / "out"

@@ -19,7 +19,7 @@ from safetensors.torch import load as load_bytes
 import blockmerge
 from tests.oracle import step_at
 
-CASES = 12_000
+CASES = 10_000
 PREFIX = "model.diffusion_model."
 SHAPES = {
     PREFIX + "input_blocks.0.0.weight": ("F16", [4, 4, 3, 3]),

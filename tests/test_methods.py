@@ -19,6 +19,7 @@ from blockmerge.cli.main import run
 from blockmerge.errors import RecipeError
 from blockmerge.methods import METHODS, arithmetic, find_method, key_of
 from tests import method_oracle as oracle
+from tests.every_pair import every_pair
 from tests.oracle import step_at
 
 SHAPES = [(), (7,), (5, 3), (4, 3, 3, 3), (0,), (3, 0, 2), (1, 1), (6, 4, 1, 1)]
@@ -107,15 +108,16 @@ def inputs(shape, dtype, count, seed):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_it_is_its_definition(name, dtype):
     method = METHODS[name]
-    for shape in SHAPES:
-        for models in inputs(shape, dtype, count_of(method), seed=zlib.crc32(name.encode())):
-            for number in NUMBERS.get(name, [{}]):
-                for weights in weights_of(method):
-                    out = apply(method, models, **weights, **number)
-                    wanted = exact(method, models, **weights, **number)
-                    where = (shape, weights, number)
-                    assert torch.isfinite(out).all(), where
-                    assert ((out.double() - wanted).abs() <= tolerance(method, models, wanted, dtype, weights)).all(), where
+    made = {shape: list(inputs(shape, dtype, count_of(method), seed=zlib.crc32(name.encode()))) for shape in SHAPES}
+    kinds = range(len(made[SHAPES[0]]))
+    numbers = list(itertools.product(NUMBERS.get(name, [{}]), weights_of(method)))
+    for shape, kind, (number, weights) in every_pair(SHAPES, kinds, numbers):
+        models = made[shape][kind]
+        out = apply(method, models, **weights, **number)
+        wanted = exact(method, models, **weights, **number)
+        where = (shape, kind, weights, number)
+        assert torch.isfinite(out).all(), where
+        assert ((out.double() - wanted).abs() <= tolerance(method, models, wanted, dtype, weights)).all(), where
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -22,6 +22,7 @@ from blockmerge.checkpoints import TorchFile
 from blockmerge.cli.main import run
 from blockmerge.demo import demo_layout
 from tests.refusals import assert_refused
+from tests.small_models import small_model
 
 SAVED = {
     "zip, protocol 2": {},
@@ -177,18 +178,18 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def dressed_pair(pairs, tmp_path_factory):
-    """A function that gives a thin model (0: A, 1: B) as a file of a kind and dressing, each made once."""
+def dressed_pair(tmp_path_factory):
+    """A function that gives a small model (0: A, 1: B) as a file of a kind and dressing, each made once."""
     folder = tmp_path_factory.mktemp("dressed")
 
-    def model(side, kind, dressed="bare", dtypes=("F16", "F32")):
-        plain = pairs("sd1", dtypes)[side]
+    def model(side, kind, dressed="bare"):
         path = folder / f"{side} {kind} {dressed}.{'safetensors' if kind == 'safetensors' else 'ckpt'}"
         if not path.exists():
+            tensors = small_model("sd1", (torch.float16, torch.float32)[side], side, for_a_folder=True)
             if KINDS[kind] is None:
-                shutil.copy(plain, path)
+                save_file(tensors, path)
             else:
-                save(path, load_file(plain), dressed, KINDS[kind])
+                save(path, tensors, dressed, KINDS[kind])
         return path
 
     return model

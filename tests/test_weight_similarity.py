@@ -41,8 +41,16 @@ def assert_matches(found, expected):
     assert found.parts == {block: one.cosine for block, one in found.blocks.items()}
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
-@pytest.mark.parametrize("dtypes", [("F16", "F16"), ("BF16", "F32"), ("F64", "F16")])
+@pytest.mark.parametrize(
+    ("family", "dtypes"),
+    [
+        ("sd1", ("F16", "F16")),
+        ("sd1", ("BF16", "F32")),
+        ("sd1", ("F64", "F16")),
+        ("sd2", ("BF16", "F32")),
+        ("sdxl", ("F16", "F16")),
+    ],
+)
 def test_it_equals_float64(pairs, family, dtypes):
     paths = pairs(family, dtypes)
     (found,) = blockmerge.similarity(paths[0], [paths[1]], method="weights").references
@@ -85,9 +93,10 @@ def test_the_cosine_of_differences(pairs, tmp_path):
         assert one.difference_cosine == pytest.approx(cosine, abs=1e-6), group
 
 
-def test_a_hundred_million_halves_are_exactly_themselves(pairs):
+def test_thirty_million_halves_are_exactly_themselves(pairs):
+    """More than 2^24, where a sum of ones in float32 stops."""
     tensors = load_file(pairs()[0])
-    tensors["extra.weight"] = torch.randn(10**8, generator=torch.Generator().manual_seed(1)).half()
+    tensors["extra.weight"] = torch.randn(3 * 10**7, generator=torch.Generator().manual_seed(1)).half()
     copy = {name: tensor.clone() for name, tensor in tensors.items()}
     (found,) = blockmerge.similarity(tensors, [copy], method="weights").references
     assert found.components["other"].cosine == pytest.approx(1, abs=1e-9)
