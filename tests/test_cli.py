@@ -65,8 +65,6 @@ def test_merge_may_be_said_or_not_and_options_stand_anywhere(pairs, here, capsys
         (("-w", "0.5"), "a+b-0.5.safetensors"),
         (("-w", ".50"), "a+b-0.5.safetensors"),
         (("-w", "IN00=1,M00=2"), "a+b-IN00_1_M00_2.safetensors"),
-        (("-p", "SMOOTHSTEP*2"), "a+b-SMOOTHSTEP_2.safetensors"),
-        (("-p", "SMOOTHSTEP/2"), "a+b-SMOOTHSTEP_div2.safetensors"),
         (("-p", "GRAD_V@0.5", "-p", "high_res@0.5"), "a+b-GRAD_V@0.5+high_res@0.5.safetensors"),
         (("-m", "average"), "a+b-average.safetensors"),
         (("-m", "average", "-w", "0.5", "--ratios", "2,1"), "a+b-average-0.5-ratios_2_1.safetensors"),
@@ -75,6 +73,7 @@ def test_merge_may_be_said_or_not_and_options_stand_anywhere(pairs, here, capsys
         (("-w", "random", "--seed", "7", "--set", "BASE=0"), "a+b-random-set_BASE_0-seed_7.safetensors"),
         (("-m", "dare", "-w", "1", "--drop-rate", "0.3", "--seed", "7"), "a+b-dare-1-seed_7-drop_rate_0.3.safetensors"),
         (("-w", "0.5", "--rules", "OUT05:attn2:0.8"), "a+b-0.5-rules_OUT05_attn2_0.8.safetensors"),
+        (("-w", "0.5", "--vae", "b", "--dtype", "bf16"), "a+b-0.5-vae_b-bf16.safetensors"),
     ],
 )
 def test_default_output_names(pairs, here, capsys, arguments, name):
@@ -85,7 +84,8 @@ def test_default_output_names(pairs, here, capsys, arguments, name):
 def test_default_output_names_that_would_be_long(pairs, here, capsys):
     a, b = pairs()
     long = [here / f"{'x' * 60}{letter}:?.safetensors" for letter in "ab"]
-    for path, copy in zip((a, b), long, strict=True):
+    wide = [here / f"{char * 80}.safetensors" for char in "模型"]
+    for path, copy in zip((a, b, a, b), (*long, *wide), strict=True):
         shutil.copy(path, copy)
     rules, other_rules = (f"OUT03-OUT05:attn2 norm ff proj_in:{ratio}, NOT BASE:norm:0" for ratio in (0.8, 0.9))
     lists = [f"{'0.25,' * 25}{last}" for last in (0, 1)]
@@ -99,12 +99,14 @@ def test_default_output_names_that_would_be_long(pairs, here, capsys):
         [a, b, "-w", "0.5", "--rules", other_rules],
         [a, b, "-w", lists[0], "-m", "dare", "--rules", rules, "--set", changes, "--adjust", "1,2,3,4"],
         [*long, "-p", "high_res"],
+        *([a, b, "-p", f"SMOOTHSTEP{times}2"] for times in "*/"),
+        [*wide, "-w", "0.5"],
         [long[0], long[0], "-p", "high_res"],
     ):
         found = json.loads(ok(capsys, *arguments, "--dry-run", "--json"))
         names.append(os.path.basename(found["output"]))
     assert len(set(names)) == len(names)
-    assert all(re.fullmatch(r"[\w.+@-]{1,100}\.safetensors", name) and len(name) <= 100 for name in names), names
+    assert all(re.fullmatch(r"[\w.+@-]+\.safetensors", name) and len(name.encode()) <= 100 for name in names), names
     assert re.fullmatch(r"a\+b-weights_[0-9a-f]{6}\.safetensors", names[0])
     assert re.fullmatch(r"a\+b-presets_[0-9a-f]{6}\.safetensors", names[2])
     assert re.fullmatch(r"a\+b-0\.5-rules_[0-9a-f]{6}\.safetensors", names[3])

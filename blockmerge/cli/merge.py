@@ -140,8 +140,9 @@ def merge(
     A weight says how much of B a block takes: 0 is all A, 1 is all B. Say it with --preset or with --weights.
     The inputs are never changed, and the output appears complete or not at all.
     """
-    from blockmerge.merging.merge import default_output, run
+    from blockmerge.merging.default_name import default_output
     from blockmerge.merging.merge import dry_run as plan_only
+    from blockmerge.merging.merge import run
     from blockmerge.merging.planning.recipe import make_recipe
     from blockmerge.weights import WeightsRequest
 

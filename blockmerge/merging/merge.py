@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from blockmerge.checkpoints import (
     check_output,
     check_output_folder,
     check_space,
-    is_diffusers_folder,
     open_checkpoint,
     state_dict_name,
     told_apart,
@@ -27,7 +25,7 @@ from blockmerge.checkpoints import (
 from blockmerge.errors import OutputError, RecipeError, shown
 from blockmerge.merging.execute import Pace, execute
 from blockmerge.merging.planning.plan import Form, Plan, make_plan
-from blockmerge.merging.planning.recipe import Recipe, check_flag, make_recipe, short
+from blockmerge.merging.planning.recipe import Recipe, check_flag, make_recipe
 from blockmerge.merging.result import MergeResult
 from blockmerge.streaming import Progress
 from blockmerge.weights import WeightsLike, WeightsRequest
@@ -233,18 +231,6 @@ def _form(recipe: Recipe, a: Model, output: object) -> Form:
     if is_folder:
         raise OutputError(f"{shown(name)} is a folder: give the output a file name, or naming='diffusers' (--to diffusers)")
     raise OutputError(f"{shown(name)}: the output is a .safetensors file; end its name so")
-
-
-def default_output(recipe: Recipe, models: tuple[str, ...]) -> Path:
-    """Return where a merge goes when nobody says: `<A>+<B>-<what is done>.safetensors` in the current folder.
-
-    It suits every system, and has 100 characters at most; what does not fit is a hash.
-    """
-    names = "+".join(Path(model).name if os.path.isdir(model) else Path(model).stem for model in models)
-    label = recipe.label
-    names = re.sub(r'[<>:"|?*\\\0-\x1f]', "_", short(names, 87 - len(label)))
-    folder = recipe.naming == "diffusers" or (recipe.naming is None and is_diffusers_folder(models[0]))
-    return Path(f"{names}-{label}{'' if folder else '.safetensors'}")
 
 
 def _result(plan: Plan, target: Path, seconds: float, swept: tuple[str, ...], *, dry: bool = False) -> MergeResult:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
 from typing import Any
 
 from blockmerge.checkpoints import EMA_CHOICES, Checkpoint, CheckpointLike
@@ -116,26 +115,6 @@ class Recipe:
         has_seed = self._method is not None and any(number.name == "seed" for number in self._method.numbers)
         return has_seed or self.weights.is_random or self.beta.is_random
 
-    @property
-    def label(self) -> str:
-        """What is done, for a file's name: the method unless it is the usual one, the weights, and all else that was said."""
-        words = [] if self.method_name == "weighted_sum" else [self.method_name]
-        if self.weights.is_asked_for:
-            words.append(short(self.weights.label, 40, "presets" if self.weights.preset else "weights"))
-        texts = {
-            "set": self.weights.changes,
-            "beta": self.beta.label if self.beta.is_asked_for else None,
-            "set-beta": self.beta.changes,
-            "seed": self.weights.seed if self.is_random else None,
-            **self.numbers,
-            "map": self.weights.sdxl_map,
-            "rules": str(self.rules),
-            "adjust": str(self.adjust) if self.adjust else None,
-        }
-        words += [short(f"{name}_{text}", 24, name) for name, text in texts.items() if text]
-        told = short("-".join([*words, *(["clip"] if self.clip else [])]), 60).replace("/", "_div")  # SMOOTHSTEP/2 is not *2
-        return "".join(char if char.isalnum() or char in "._-+@" else "_" for char in told).strip(".")
-
     def idle(self, family: str) -> Iterator[str]:
         """Say which arguments are without effect on models of a family. Raises WeightsError for weights that cannot be used."""
         if self.weights.seed and not self.is_random:
@@ -156,14 +135,16 @@ class Recipe:
             "rules": str(self.rules),
             "adjust": str(self.adjust) if self.adjust else "",
             "clip": self.clip,
-            "vae": self._vae_name(),
+            "vae": self.vae_name,
             "dtype": self.dtype,
             "ema": self.ema,
             "prune": self.prune,
             "allow_nonfinite": self.allow_nonfinite,
         }
 
-    def _vae_name(self) -> str:
+    @property
+    def vae_name(self) -> str:
+        """The policy of the VAE, or the name of the file or folder it is from."""
         if isinstance(self.vae, (str, os.PathLike)):
             return os.path.basename(os.fspath(self.vae))
         return self.vae.name if isinstance(self.vae, Checkpoint) else "state dict"
@@ -173,13 +154,6 @@ def check_flag(name: str, value: object) -> None:
     """Raise RecipeError for an argument that is neither True nor False: any text would count as True, "no" as well."""
     if not isinstance(value, bool):
         raise RecipeError(f"{name} is True or False; {type(value).__name__} given")
-
-
-def short(text: str, limit: int, name: str = "") -> str:
-    """Return `text`, or in `limit` characters its `name`, or else its beginning, and six of its hash, BLAKE2b's."""
-    if len(text) <= limit:
-        return text
-    return f"{(name or text)[: limit - 7]}_{blake2b(text.encode('utf-8', 'replace'), digest_size=3).hexdigest()}"
 
 
 def make_recipe(

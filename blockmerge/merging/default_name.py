@@ -1,0 +1,68 @@
+"""Where a merge goes when nobody says."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+from blockmerge.checkpoints import is_diffusers_folder
+from blockmerge.merging.planning.recipe import Recipe
+
+_NAME, _TOLD, _WEIGHTS, _WORD = 87, 60, 40, 24
+"""The most bytes of UTF-8 that a name has without its ending, what is told of the merge, its weights, and any other word."""
+
+_REFUSED = '<>:"|?*\\/'  # in file names, by Windows
+
+
+def default_output(recipe: Recipe, models: Sequence[str]) -> Path:
+    """Return `<A>+<B>-<what is done>.safetensors`, in the current folder, for the paths of models.
+
+    Every file system takes its characters and its length, 100 bytes at most. Words that do not fit, or hold other characters,
+    end in a hash instead, so that different merges have different names.
+    """
+    names = "+".join(Path(model).name if os.path.isdir(model) else Path(model).stem for model in models)
+    told = _portable("-".join(_words(recipe)), _TOLD)
+    folder = recipe.naming == "diffusers" or (recipe.naming is None and is_diffusers_folder(models[0]))
+    name = f"{_portable(names, _NAME - len(told.encode()))}-{told}"
+    return Path(name.rstrip(".") if folder else f"{name}.safetensors")
+
+
+def _words(recipe: Recipe) -> Iterator[str]:
+    """The method unless it is the usual one, the weights, and all else that was asked for."""
+    if recipe.method_name != "weighted_sum":
+        yield recipe.method_name
+    weights, beta = recipe.weights, recipe.beta
+    if weights.is_asked_for:
+        yield _portable(_plain(weights.label), _WEIGHTS, "presets" if weights.preset else "weights")
+    asked_for = [
+        ("set", weights.changes),
+        ("beta", beta.label if beta.is_asked_for else None),
+        ("set-beta", beta.changes),
+        *{"seed": weights.seed if recipe.is_random else None, **recipe.numbers}.items(),
+        ("map", weights.sdxl_map),
+        ("rules", str(recipe.rules)),
+        ("adjust", str(recipe.adjust) if recipe.adjust else None),
+        ("vae", None if recipe.vae == Recipe.vae else recipe.vae_name),
+        ("ema", None if recipe.ema == Recipe.ema else recipe.ema),
+    ]
+    yield from (_portable(_plain(f"{name}_{said}"), _WORD, name) for name, said in asked_for if said)
+    if recipe.dtype != Recipe.dtype:
+        yield recipe.dtype
+    if recipe.clip:
+        yield "clip"
+
+
+def _plain(text: str) -> str:
+    return re.sub("[=,:]", "_", text)
+
+
+def _portable(text: str, most_bytes: int, instead: str = "") -> str:
+    """Return a text as it is, or its beginning (or what is said `instead`) and six digits of its hash."""
+    allowed = "".join(char if char.isprintable() and char not in _REFUSED else "_" for char in text)
+    if allowed == text and len(text.encode()) <= most_bytes:
+        return text
+    digits = blake2b(text.encode(errors="surrogatepass"), digest_size=3).hexdigest()
+    return f"{(instead or allowed).encode()[: most_bytes - 7].decode(errors='ignore')}_{digits}"
