@@ -56,61 +56,77 @@ def for_each(
     or raises, no thread is running any more.
     """
     pool = _Pool(iter(tasks), worker)
-    running = [threading.Thread(target=pool.run, name=f"blockmerge-{n}", daemon=True) for n in range(threads)]
     try:
-        for thread in running:
-            thread.start()
-        # Waits in short steps: an unlimited wait cannot be interrupted on every system, and the progress moves on.
-        for thread in running:
-            while thread.is_alive():
-                thread.join(_POLL)
-                if progress:
-                    progress(pool.done, total)
+        for number in range(threads):
+            threading.Thread(target=pool.run, name=f"blockmerge-{number}", daemon=True).start()
+        while pool.running or not pool.over:
+            pool.sleep()
+            if progress:
+                progress(pool.done, total)
     finally:
-        pool.stop.set()
-        _join_all(running)
+        pool.end()
     if pool.errors:
         raise pool.errors[0]
     if progress:
         progress(total, total)
 
 
-def _join_all(threads: list[threading.Thread]) -> None:
-    """Wait for all threads, whatever happens meanwhile: a second Ctrl-C is raised when they have ended."""
-    interrupted: KeyboardInterrupt | None = None
-    for thread in threads:
-        while thread.ident is not None and thread.is_alive():
-            try:
-                thread.join(_POLL)
-            except KeyboardInterrupt as error:
-                interrupted = error
-    if interrupted is not None:
-        raise interrupted
-
-
 class _Pool(Generic[Task]):
+    """What the threads share. They are counted here, as Python takes a thread whose `join` Ctrl-C interrupts for ended."""
+
     def __init__(self, tasks: Iterator[Task], worker: Callable[[], AbstractContextManager[Callable[[Task], int]]]) -> None:
         self.tasks = tasks
         self.worker = worker
-        self.lock = threading.Lock()
-        self.stop = threading.Event()
+        self.lock = threading.Lock()  # not a Condition or an Event: Ctrl-C can leave theirs locked
+        self.last_ended = threading.Lock()
+        self.last_ended.acquire()
+        self.over = False  # no task is to be begun any more
+        self.running = 0
         self.errors: list[BaseException] = []
         self.done = 0
 
     def run(self) -> None:
+        with self.lock:
+            if self.over:
+                return
+            self.running += 1
         try:
             with self.worker() as work:
-                while not self.stop.is_set():
-                    with self.lock:
-                        task = next(self.tasks, _END)
-                    if task is _END:
-                        return
+                while (task := self._next()) is not _END:
                     count = work(task)  # type: ignore[arg-type]
                     with self.lock:
                         self.done += count
         except BaseException as error:
             self.errors.append(error)
-            self.stop.set()
+        finally:
+            with self.lock:
+                self.over = True
+                self.running -= 1
+                if not self.running and self.last_ended.locked():
+                    self.last_ended.release()
+
+    def _next(self) -> Task | object:
+        with self.lock:
+            return _END if self.over else next(self.tasks, _END)
+
+    def sleep(self) -> None:
+        """Wait for a moment, or until no thread runs: an unlimited wait cannot be interrupted on every system."""
+        self.last_ended.acquire(timeout=_POLL)
+
+    def end(self) -> None:
+        """Wait for all threads, whatever happens meanwhile: a second Ctrl-C is raised when they have ended."""
+        interrupted: KeyboardInterrupt | None = None
+        while True:
+            try:
+                with self.lock:
+                    self.over = True
+                    if not self.running:
+                        break
+                self.sleep()
+            except KeyboardInterrupt as error:
+                interrupted = error
+        if interrupted is not None:
+            raise interrupted
 
 
 _END = object()
