@@ -43,9 +43,9 @@ is a little less. `ties` keeps ⌈k·n⌉ of n values, and all that are as large
 ## Chance
 
 What `add_noise` and `dare` draw depends on the seed, the tensor's LDM name and the element's position alone: the first 64 bits
-of the SHA-256 of both are a key, and SplitMix64, started there, gives 16 bits for each position; a normal number is one of
-65,536 equally likely values, the normal quantiles, and two neighbours are one of as many pairs (a Hammersley set). So the same
-seed gives the same file with any number of threads.
+of the SHA-256 of both are a key, and SplitMix64, started there, gives 16 bits for each position. Two normal
+numbers that are neighbours are one of 65,536 equally likely pairs, a Hammersley set of as many normal quantiles, rounded to
+float16. So the same seed gives the same file with any number of threads.
 
 ## A method of your own
 

@@ -84,7 +84,10 @@ def sum_twice(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, *, alpha: float
 
 @in_blocks
 def train_difference(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, *, alpha: float, out: torch.Tensor) -> None:
-    """A + 1.8·α·(B − C)·s, s = |B − A| / (|B − C| + |B − A|), and 0 where that is 0/0: SuperMerger's trainDifference."""
+    """A + 1.8·α·(B − C)·s, s = |B − A| / (|B − C| + |B − A|), and 0 where that is 0/0: SuperMerger's trainDifference.
+
+    1.8·α·(B − C) has to be finite in the dtype of the arithmetic, which for half precision is float32.
+    """
     wide = wide_dtype(a, b, c, out)
     wide_a, wide_b, difference = widened("a", a, wide), widened("b", b, wide), widened("c", c, wide)
     torch.sub(wide_b, difference, out=difference)
