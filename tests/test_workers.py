@@ -12,7 +12,7 @@ import pytest
 from blockmerge.streaming.workers import for_each
 
 
-@pytest.mark.parametrize("threads", [1, 3, 40])
+@pytest.mark.parametrize("threads", [0, 1, 3, 40])
 @pytest.mark.parametrize("count", [0, 1, 500])
 def test_every_task_is_done_once(threads, count):
     done, seen = [], []

@@ -49,22 +49,26 @@ def for_each(
     total: int,
     progress: Progress | None = None,
 ) -> None:
-    """Do all `tasks` on `threads` threads.
+    """Do all `tasks` on `threads` threads, or one at least.
 
     `worker()` is entered once in each thread and gives the function that does one task and returns its bytes. The first
     error stops all threads and is raised here; so does an exception in this thread, such as Ctrl-C. When this returns
     or raises, no thread is running any more.
     """
     pool = _Pool(iter(tasks), worker)
+    running = [threading.Thread(target=pool.run, name=f"blockmerge-{number}", daemon=True) for number in range(max(1, threads))]
     try:
-        for number in range(threads):
-            threading.Thread(target=pool.run, name=f"blockmerge-{number}", daemon=True).start()
+        for thread in running:
+            thread.start()
         while pool.running or not pool.over:
             pool.sleep()
             if progress:
                 progress(pool.done, total)
     finally:
         pool.end()
+        for thread in running:
+            if thread.ident is not None:
+                thread.join()
     if pool.errors:
         raise pool.errors[0]
     if progress:
