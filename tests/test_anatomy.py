@@ -97,6 +97,12 @@ def test_block_of_refuses_what_a_family_does_not_have():
         block_of("x", "sd3")
 
 
+@pytest.mark.parametrize("name", [3, None, ["model.diffusion_model.out.0.bias"], b"x"])
+def test_block_of_takes_names_alone(name):
+    with pytest.raises(RecipeError, match=f"^a tensor's name is a text; {type(name).__name__} given$"):
+        block_of(name)
+
+
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "sdxl_refiner"])
 @pytest.mark.parametrize("full_size", [False, True])
 def test_families_are_told_from_names_and_shapes(family, full_size):

@@ -236,6 +236,8 @@ def test_families_names_and_shapes_that_do_not_fit(pairs, tmp_path, capsys):
     one = {name: tensor for name, tensor in whole.items() if name != PROJ}
     save_file(one, tmp_path / "one.safetensors")
     assert_refused(capsys, tmp_path, a, "one.safetensors", "-w", "0.5", says=f"lacks 1 U-Net tensor of the other ({PROJ})")
+    three = (a, b, "one.safetensors", "-m", "add_difference", "-w", "0.5")
+    assert_refused(capsys, tmp_path, *three, says=f"one.safetensors lacks 1 U-Net tensor of the others ({PROJ})")
 
     for shape in ((1, 16, 1, 1), (16, 16), (16, 8, 1, 1)):
         save_file({**whole, PROJ: torch.zeros(shape, dtype=torch.float16)}, tmp_path / "shape.safetensors")
@@ -305,6 +307,17 @@ def test_many_faults_are_one_short_line(pairs, tmp_path, capsys):
     line = assert_refused(capsys, tmp_path, a, "bad.safetensors", "-w", "0.5", says="merged tensors would hold NaN")
     assert len(line) < 1000
     assert "more" in line
+    assert line.count("each: NaN or infinity in bad.safetensors") == line.count("NaN or infinity in") == 1
+
+
+def test_faults_of_several_reasons_are_told_one_by_one(pairs, tmp_path, capsys):
+    a, b = map(load_file, pairs())
+    for model, fault in ((a, "a"), (b, "b")):
+        model[f"model.diffusion_model.{'out' if fault == 'a' else 'input_blocks.0'}.0.bias"][0] = float("nan")
+        save_file(model, tmp_path / f"{fault}.safetensors")
+    first, second = "model.diffusion_model.input_blocks.0.0.bias", "model.diffusion_model.out.0.bias"
+    says = [f"{first} (NaN or infinity in b.safetensors)", f"{second} (NaN or infinity in a.safetensors)"]
+    assert_refused(capsys, tmp_path, "a.safetensors", "b.safetensors", "-w", "0.5", says=says)
 
 
 def test_hostile_names_are_shown_harmlessly(pairs, tmp_path, capsys):

@@ -130,6 +130,8 @@ def test_what_is_without_effect_is_said(pairs, here, capsys):
     assert notes("-w", "0.5", "--sdxl-map", "name", family="sdxl") == [mapping]
     assert notes("-p", "high_res", "--sdxl-map", "name", family="sdxl") == []
     assert notes("-w", "0.5") == []
+    rule = "1 element rule without effect, since no merged tensor fits: OUT06:ATTN:0.2"
+    assert notes("-w", "0.5", "--rules", "out06:ATTN:0.2,out06:attn:0.2") == [rule]
 
 
 def test_a_dry_run_tells_the_recipe_that_the_output_would_have(pairs, here, capsys):
@@ -174,6 +176,17 @@ def test_set_may_be_said_more_than_once(pairs, here, capsys):
     assert found["weights"] == dict.fromkeys(oracle.SD, 0) | {"BASE": 1, "IN00": 0.5}
 
 
+def test_rules_may_be_said_more_than_once(pairs, here, capsys):
+    first, second = "OUT06:attn:0.5", "OUT06:attn2.to_k:0.2,M00::1"
+    common = (*pairs(), "-w", "0", "--dry-run", "--json")
+    repeated = json.loads(ok(capsys, *common, "--rules", first, "--rules", second))["recipe"]["rules"]
+    assert repeated == json.loads(ok(capsys, *common, "--rules", f"{first},{second}"))["recipe"]["rules"]
+    assert repeated == "OUT06:attn:0.5, OUT06:attn2.to_k:0.2, M00::1"
+    says = ["element rule 2", ">>OUT12<<"]
+    assert_refused(capsys, here, *common, "--rules", first, "--rules", "OUT12::1", says=says)
+    assert_refused(capsys, here, *common, "--rules", first, "--rules", " ", says="--rules is empty")
+
+
 def test_sdxl_weights(pairs, here, capsys):
     a, b = pairs("sdxl")
 
@@ -194,6 +207,24 @@ def test_dry_run_writes_nothing(pairs, here, capsys):
     assert list(here.iterdir()) == []
 
 
+def test_beta_is_drawn_where_there_is_one(pairs, here, capsys):
+    def drawn(*arguments):
+        out = ok(capsys, *pairs(), "-w", "0.25", *arguments, "-o", "o.safetensors", "--overwrite")
+        return [line.strip() for line in out.splitlines() if line.startswith("beta") or " BASE " in line or "     M00 " in line]
+
+    both = (
+        "BASE    0.25 ███░░░░░░░░░",
+        "M00    0.25 ███░░░░░░░░░",
+        "beta",
+        "BASE     0.5 ██████░░░░░░",
+        "M00    skip ------------",
+    )
+    for how in (["--dry-run"], []):
+        found = drawn("-m", "tensor_sum", "--weights-beta", "0.5", "--set-beta", "M00=skip", *how)
+        assert [" ".join(line.split()) for line in found] == [" ".join(line.split()) for line in both]
+        assert len(drawn(*how)) == 2
+
+
 def test_quiet_prints_nothing(pairs, here, capsys):
     assert ok(capsys, *pairs(), "-p", "high_res", "-q") == ""
 
@@ -207,8 +238,8 @@ def test_quiet_prints_nothing(pairs, here, capsys):
         (("-p", "nothing.toml"), "cannot read preset file nothing.toml"),
         (("-w", "IN55=1"), ["unknown block 'IN55'", "did you mean 'IN"]),
         (("-w", "1,2,3"), "3 weights given"),
-        (("-w", "half"), "'half' is not a number"),
-        (("-w", "0.5", "--set", "OUT12=1"), "unknown block 'OUT12'"),
+        (("-w", "half"), "weights (--weights): 'half' is not a number"),
+        (("-w", "0.5", "--set", "OUT12=1"), "changes (--set): unknown block 'OUT12'"),
         (("-w", "0.5", "-m", "weighted_sun"), "did you mean 'weighted_sum'"),
         (("-w", "0.5", "--dtype", "fp17"), ["unknown dtype 'fp17'", "did you mean 'fp16'"]),
         (("-w", "0.5", "--sdxl-map", "size"), "unknown SDXL mapping"),

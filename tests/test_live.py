@@ -503,6 +503,9 @@ def test_what_is_refused_and_how(dicts, tmp_path):
         ((a,), {}, "RecipeError", "weighted_sum merges 2 models; 1 given"),
         ((a, b, b), {}, "RecipeError", "weighted_sum merges 2 models; 3 given"),
         ((a, None, b), {"method": "add_difference"}, "CheckpointError", "a NoneType is no model"),
+        ((a, b, b, "D.CKPT"), {}, "RecipeError", "LiveMerge takes three models at most: D.CKPT stands where the method goes"),
+        ((a, b, b, tmp_path / "d.safetensors"), {}, "RecipeError", "d.safetensors stands where the method goes"),
+        ((a, b, b, b), {}, "RecipeError", "decorated with @blockmerge.merge_method() or a Method; dict given"),
         ((a, b), {"gamma": 1}, "RecipeError", "unknown argument 'gamma': weighted_sum has no such number"),
         ((a, b), {"methd": "dare"}, "RecipeError", "weighted_sum has no such number; did you mean 'method'?"),
         ((a, b, None, "dare"), {"droprate": 0}, "RecipeError", "dare has no such number; did you mean 'drop_rate'?"),
@@ -606,6 +609,8 @@ def test_weights_that_are_refused_change_nothing(dicts):
         ({"weights": {"OUT12": 0.5}, "keep": True}, "unknown block 'OUT12'"),
         ({"weights": {"OUT11": "much"}, "keep": True}, "weight of OUT11 is not a number: 'much'"),
         ({"weights": 0.5, "weights_beta": 0.5}, "weighted_sum takes no 'beta'"),
+        ({"weights": "random", "seed": "x"}, "a whole number is needed as seed: found x"),
+        ({"weights": {"OUT11": 0.25}, "keep": "yes"}, "keep is True or False; str given"),
     ]
     for options, says in refusals:
         with pytest.raises(blockmerge.RecipeError) as caught:

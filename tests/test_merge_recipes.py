@@ -351,7 +351,10 @@ def test_a_method_of_ones_own_merges_files(models, own, capsys, tmp_path, monkey
             ["shapeless returned shape [1] for tensors of shape [", "must return a tensor of the shape it gets (at "],
         ),
         ("raising -w 0.5", "raising failed: OSError: no such luck (at "),
-        ("dividing -w 0.5", ["would hold NaN or infinity", "dividing makes NaN of finite values, or some too large for F16"]),
+        (
+            "dividing -w 0.5",
+            ["would hold NaN or infinity", "dividing makes NaN of finite values, or some too large for F16) and "],
+        ),
         ("element -w 0.5 --number share=much", "element needs a number as share: found much"),
         ("element -w 0.5 --number shore=1", ["unknown argument 'shore': ", "element has no such number; did you mean 'share'?"]),
         ("element", "how much of B?"),
@@ -363,6 +366,9 @@ def test_methods_of_ones_own_that_fail_leave_nothing(models, own, capsys, tmp_pa
     assert_refused(capsys, tmp_path, A, B, "-o", "out.safetensors", "-m", *f"{own}:{text}".split(), says=says)
 
 
+A_METHOD = "a method is a name, a function decorated with @blockmerge.merge_method() or a Method"
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
@@ -372,7 +378,13 @@ def test_methods_of_ones_own_that_fail_leave_nothing(models, own, capsys, tmp_pa
         ({"wide": 1}, "unknown argument 'wide': weighted_sum has no such number"),
         ({"methd": "ties"}, "unknown argument 'methd': weighted_sum has no such number; did you mean 'method'?"),
         ({"method": "ties", "densty": 1}, "unknown argument 'densty': ties has no such number; did you mean 'density'?"),
-        ({"method": None}, "unknown method 'None' ('blockmerge methods' lists them)"),
+        ({"method": None}, f"{A_METHOD}; NoneType given"),
+        ({"method": {"x": 1}}, f"{A_METHOD}; dict given"),
+        ({"method": "ties", "density": True}, "ties needs a number from 0 to 1 as density: found True"),
+        (
+            {"method": "average", "ratios": [True, 1]},
+            "average: ratios are numbers, one for each model, whose sum is not 0; 'True' is not a number",
+        ),
         ({"method": "nosuch"}, "unknown method 'nosuch' ('blockmerge methods' lists them)"),
     ],
 )

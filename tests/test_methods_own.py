@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -226,9 +228,9 @@ def any_keyword(a, b, *, alpha, **more):
     [
         (no_weight, "element", "takes no weight: a method is f(a, b, *, alpha)"),
         (no_models, "element", "takes no models: a method is f(a, b, *, alpha)"),
-        (no_default, "element", "the number strength needs a default, a whole number or a float"),
-        (text_for_weight, "element", "the weight alpha needs a number as its default, or none"),
-        (nothing_for_weight, "element", "the weight beta needs a number as its default, or none"),
+        (no_default, "element", "the number strength needs a finite default, a whole number or a float"),
+        (text_for_weight, "element", "the weight alpha needs a finite number as its default, or none"),
+        (nothing_for_weight, "element", "the weight beta needs a finite number as its default, or none"),
         (any_keyword, "element", "takes any keyword (**): name each number, with its default"),
         (no_weight, "model", r"unknown locality 'model' (element, row, tensor)"),
     ],
@@ -238,6 +240,34 @@ def test_functions_that_are_no_methods(function, locality, message):
         blockmerge.merge_method(locality=locality)(function)
     assert str(caught.value).startswith(f"{__name__}:{function.__name__}")
     assert str(caught.value).endswith(message)
+
+
+@pytest.mark.parametrize("default", [math.nan, math.inf, -np.float32(math.inf), True, np.True_, 10**400])
+def test_defaults_are_finite_numbers(default):
+    def weight(a, b, *, alpha=default):
+        return a
+
+    def number(a, b, *, alpha, strength=default):
+        return a
+
+    for function, says in ((weight, "weight alpha needs a finite number"), (number, "number strength needs a finite default")):
+        with pytest.raises(RecipeError, match=says):
+            blockmerge.merge_method(function)
+
+
+def test_defaults_may_be_numpys():
+    half, quarter, three = np.float64(0.5), np.float32(0.25), np.int64(3)
+
+    @blockmerge.merge_method
+    def mix(a, b, *, alpha=half, strength=quarter, steps=three):
+        return a
+
+    method = find_method(mix)
+    assert dict(method.weights) == {"alpha": 0.5}
+    assert [(one.default, type(one.default), one.kind) for one in method.numbers] == [
+        (0.25, float, "number"),
+        (3, int, "whole number"),
+    ]
 
 
 @pytest.mark.parametrize("thing", [3, max, "row"])
@@ -255,6 +285,15 @@ def test_a_method_of_an_object_is_told_apart():
 
     with pytest.raises(RecipeError, match=r":mix is a method of an object: decorate a function of its own$"):
         blockmerge.merge_method(Mixer().mix)
+
+    class Slotted:
+        __slots__ = ()
+
+        def __call__(self, a, b, *, alpha):
+            return a
+
+    with pytest.raises(RecipeError, match=r":Slotted is no plain function: decorate a function of its own$"):
+        blockmerge.merge_method(Slotted())
 
 
 @pytest.mark.parametrize("what", ["formula", "source"])

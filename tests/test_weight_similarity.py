@@ -245,6 +245,10 @@ def test_a_file_cut_short_meanwhile_is_a_row(pairs, tmp_path):
         (["a.safetensors", "b.safetensors", "-o", "a.safetensors"], "ending of a model"),
         (["a.safetensors", "b.safetensors", "-o", "nowhere/r.html"], "does not exist"),
         (["nope.safetensors", "b.safetensors"], "nope.safetensors"),
+        (
+            ["a.safetensors", "b.safetensors", "--matrix", "--common-base", "a.safetensors"],
+            "leave out --blocks and --common-base",
+        ),
         (["a.safetensors", "b.safetensors", "--method", "weights", "--common-base", "nope.safetensors"], "nope.safetensors"),
     ],
 )

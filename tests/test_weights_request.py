@@ -232,6 +232,27 @@ def test_random_weights_that_cannot_be_read(text, says):
         parse_weights(text)
 
 
+@pytest.mark.parametrize("seed", ["x", "7", 1.5, None, True, np.True_, np.float64(1), [1]])
+def test_seeds_are_whole_numbers(seed):
+    says = f"^a whole number is needed as seed: found {re.escape(str(seed))}$"
+    for ask in (
+        lambda: WeightsRequest(weights="random", seed=seed),
+        lambda: blockmerge.merge("a", "b", weights="random", seed=seed, output="out.safetensors"),
+        lambda: blockmerge.merge_state_dicts({}, {}, weights=0.5, method="dare", seed=seed),
+    ):
+        with pytest.raises(WeightsError, match=says):
+            ask()
+
+
+def test_seeds_of_numpy_are_seeds():
+    assert WeightsRequest(weights="random", seed=np.int64(5)).resolve("sd1") == parse_weights("random", seed=5)
+
+
+def test_an_unknown_sdxl_mapping_is_refused_whatever_the_family():
+    with pytest.raises(WeightsError, match=r"^unknown SDXL mapping 'size': name or resolution$"):
+        WeightsRequest(weights=0.5, sdxl_map="size")
+
+
 def test_random_presets(tmp_path):
     lists = tmp_path / "mbwpresets.txt"
     custom = "U,0,0,0,0,0,0,0,0,0,0,0,0,R,R,R,R,R,R,R,X,R,R,R,R,0.5"

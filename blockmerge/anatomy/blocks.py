@@ -28,7 +28,6 @@ _DIFFUSERS = re.compile(
 )
 
 
-@lru_cache(1 << 13)  # the models of a merge have the same names
 def block_of(name: str, family: str | None = None) -> str:
     """Return the block that a tensor belongs to.
 
@@ -39,8 +38,15 @@ def block_of(name: str, family: str | None = None) -> str:
     naming. `family` is one of LAYOUTS; it decides where `out.` and `conv_out.` are (OUT11, or OUT08 in SDXL). Without it, SD1
     and SD2 are assumed. Everything outside the U-Net is BASE.
 
-    Raises RecipeError when the family is unknown or has no such block.
+    Raises RecipeError when the name is no text, or the family is unknown or has no such block.
     """
+    if not isinstance(name, str):
+        raise RecipeError(f"a tensor's name is a text; {type(name).__name__} given")
+    return _block_of(name, family)
+
+
+@lru_cache(1 << 13)  # the models of a merge have the same names
+def _block_of(name: str, family: str | None) -> str:
     if family not in (None, *LAYOUTS):
         raise RecipeError(f"unknown family '{shown(family)}': {', '.join(LAYOUTS)}")
     blocks = SDXL_BLOCKS if family == "sdxl" else SD_BLOCKS

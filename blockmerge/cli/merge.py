@@ -68,7 +68,11 @@ variant_option = click.option(
 @click.option("--gamma", metavar="NUMBER", help="extract: how fast likeness falls off. [default: 1]")
 @click.option("--number", "own_numbers", metavar="NAME=VALUE", multiple=True, help="A number of a method of your own.")
 @click.option(
-    "--rules", metavar="TEXT", default="", callback=not_empty, help="Element rules: OUT03-OUT05:attn2:0.8, NOT BASE:norm:0."
+    "--rules",
+    metavar="TEXT",
+    multiple=True,
+    callback=not_empty,
+    help="Element rules: OUT03-OUT05:attn2:0.8, NOT BASE:norm:0. Repeated, they add up; the last that fits counts.",
 )
 @click.option(
     "--adjust",
@@ -118,6 +122,7 @@ def merge(
     drop_rate: str | None,
     gamma: str | None,
     own_numbers: tuple[str, ...],
+    rules: tuple[str, ...],
     sdxl_map: str | None,
     seed: int,
     threads: int | None,
@@ -153,6 +158,7 @@ def merge(
         _with_own(numbers, own_numbers),
         WeightsRequest(presets, weights, ",".join(changes) or None, sdxl_map, seed=seed),
         WeightsRequest(presets_beta, weights_beta, ",".join(changes_beta) or None, sdxl_map, seed=seed, beta=True),
+        rules=", ".join(rules),
         **options,
     )
     if len(models) == 1:

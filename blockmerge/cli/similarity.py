@@ -48,11 +48,11 @@ def similarity(
     from blockmerge.comparing import similarity as compare
     from blockmerge.errors import CheckpointError, RecipeError, listing, shown
 
+    if matrix and (common_base is not None or blocks):
+        raise RecipeError("a matrix shows one number for two models: leave out --blocks and --common-base")
     check_method(method, common_base)
     target = ReportTarget.of(form, as_json, output, overwrite, (*models, *([common_base] if common_base else [])))
     if matrix:
-        if common_base is not None or blocks:
-            raise RecipeError("a matrix shows one number for two models: leave out --blocks and --common-base")
         with progress_bar("comparing", quiet=target.is_quiet) as progress:
             table = similarity_matrix(models, method, threads=threads, progress=progress)
         from blockmerge.rendering.comparison import print_matrix

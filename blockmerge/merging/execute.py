@@ -216,7 +216,7 @@ def _explain_nonfinite(plan: Plan, names: list[str]) -> str:
     """Say which tensors are not finite and, for the first few, which input is the reason."""
     from blockmerge.merging.kernel import holds_nonfinite
 
-    why = []
+    why = {}
     for name in names[:3]:
         bad = [shown(checkpoint.name) for checkpoint, info in plan.inputs_of(name) if holds_nonfinite(checkpoint, info)]
         dtype = next(file.tensors[name].dtype for file in plan.files if name in file.tensors)
@@ -226,11 +226,13 @@ def _explain_nonfinite(plan: Plan, names: list[str]) -> str:
             cause = f"NaN or infinity in {' and '.join(bad)}"
         elif method is not None and method.own and plan.decision_of(name).alpha is not None:
             cause = f"the method {shown(method.name)} makes NaN of finite values, or some too large for {dtype}"
-        why.append(f"{shown(name)} ({cause})")
+        why[shown(name)] = cause
     verb = "merged" if plan.recipe.method is not None else "converted"
     what = "tensors" if len(names) > 1 else "tensor"
+    same = len(why) > 1 and len(set(why.values())) == 1
+    named = f"{', '.join(why)} (each: {cause})" if same else ", ".join(f"{name} ({cause})" for name, cause in why.items())
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return (
-        f"{len(names)} {verb} {what} would hold NaN or infinity: {', '.join(why)}{more}; "
+        f"{len(names)} {verb} {what} would hold NaN or infinity: {named}{more}; "
         "nothing was written; allow_nonfinite (--allow-nonfinite) keeps them"
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
 
-from blockmerge.checkpoints import CheckpointLike, Model, open_checkpoint
-from blockmerge.errors import RecipeError, counted, listing
+from blockmerge.checkpoints import SUFFIXES, CheckpointLike, Model, open_checkpoint
+from blockmerge.errors import RecipeError, counted, listing, shown
+from blockmerge.merging.planning.recipe import check_flag
 from blockmerge.methods import Method, find_method, key_of
 from blockmerge.weights import BlockWeights, WeightsLike, WeightsRequest
 
@@ -59,6 +61,8 @@ class LiveMerge:
 
         from blockmerge.merging.flat_unet import FlatUNet
 
+        if isinstance(method, (str, os.PathLike)) and os.fspath(method).lower().endswith(SUFFIXES):
+            raise RecipeError(f"LiveMerge takes three models at most: {shown(method)} stands where the method goes")
         self._method = find_method(method)
         self._method.check_names(numbers, others=("method",))
         sources = [a, b, c]
@@ -125,6 +129,7 @@ class LiveMerge:
         import torch
 
         self._check_open()
+        check_flag("keep", keep)
         if "beta" not in self._method.weights and (preset_beta is not None or weights_beta is not None):
             raise RecipeError(f"{self._method.name} takes no 'beta'")
         seed = self._seed if seed is None else seed

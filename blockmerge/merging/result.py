@@ -31,8 +31,9 @@ class MergeResult:
     """A finished merge, or with `dry_run` the plan for one.
 
     `weights` is what each block took (None: left out of the merge); `bytes` is the output's size; `notes` are texts for
-    the user about everything that was decided for them. `preset` is the preset's name, if one was asked for. `recipe` is
-    all that is needed to do it again, as the output's metadata has it.
+    the user about everything that was decided for them. `preset` is the preset's name, if one was asked for. `recipe`
+    decides the values, given the models, as the output's metadata has it; the output's naming, variant and configs are not
+    in it, and models and a VAE file are there by name, without folders.
     """
 
     output: Path

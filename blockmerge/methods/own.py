@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from blockmerge.errors import BlockmergeError, RecipeError, did_you_mean, shown
@@ -62,7 +64,8 @@ def merge_method(function: Any = None, /, *, locality: str = "element", formula:
         try:
             function.blockmerge_method = method  # type: ignore[attr-defined]
         except AttributeError:
-            raise RecipeError(f"{shown(method.name)} is a method of an object: decorate a function of its own") from None
+            what = "is a method of an object" if inspect.ismethod(function) else "is no plain function"
+            raise RecipeError(f"{shown(method.name)} {what}: decorate a function of its own") from None
         return function
 
     return decorate if function is None else decorate(function)
@@ -159,17 +162,26 @@ def _method_of(function: Callable[..., Any], locality: str, formula: str, source
 def _usual_weight(method: str, parameter: inspect.Parameter) -> float | None:
     if parameter.default is parameter.empty:
         return None
-    if type(parameter.default) not in (int, float):
-        raise RecipeError(f"{shown(method)}: the weight {parameter.name} needs a number as its default, or none")
-    return float(parameter.default)
+    if (default := _finite(parameter.default)) is None:
+        raise RecipeError(f"{shown(method)}: the weight {parameter.name} needs a finite number as its default, or none")
+    return float(default)
 
 
 def _number(method: str, parameter: inspect.Parameter) -> Number:
     if parameter.name in _TAKEN:
         raise RecipeError(f"{shown(method)}: a number cannot be called {parameter.name}, which is an argument of merging itself")
-    if type(parameter.default) not in (int, float):
-        raise RecipeError(f"{shown(method)}: the number {parameter.name} needs a default, a whole number or a float")
-    return Number(parameter.name, parameter.default, kind="whole number" if isinstance(parameter.default, int) else "number")
+    if (default := _finite(parameter.default)) is None:
+        raise RecipeError(f"{shown(method)}: the number {parameter.name} needs a finite default, a whole number or a float")
+    return Number(parameter.name, default, kind="whole number" if isinstance(default, int) else "number")
+
+
+def _finite(value: Any) -> int | float | None:
+    """Return a number, of NumPy's too, as one of Python's; None for anything else, infinity and NaN among them."""
+    with suppress(OverflowError):
+        if isinstance(value, Real) and not isinstance(value, bool):
+            number = int(value) if isinstance(value, Integral) else float(value)
+            return number if math.isfinite(number) else None
+    return None
 
 
 def _rounding(name: str, function: Callable[..., Any]) -> Callable[..., torch.Tensor]:

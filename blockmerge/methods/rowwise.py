@@ -1,4 +1,4 @@
-"""Methods that need whole rows. They take tensors in their real shape and write `out`, of that shape.
+"""Methods that need whole rows. They take tensors in their real shape and write `out`, of that shape; all are contiguous.
 
 `tensor_sum` takes whole entries of the first axis from A or B, so that a plan may do it as copies (`Method.rows`). `extract`
 looks along the last axis: a tensor of two axes or more may be cut anywhere along the first.

@@ -57,7 +57,7 @@ class Number:
                 why = f"found {shown(value)}" if isinstance(error, TypeError) else str(error)
                 raise RecipeError(f"{shown(method)}: {self.name} are {self.range}; {why}") from None
         try:
-            number = int(str(value)) if self.kind == "whole number" else float(value)
+            number = int(str(value)) if self.kind == "whole number" else _as_float(value)
             if math.isfinite(number) and self.low <= number <= self.high and not (self.open_above and number == self.high):
                 return number
         except (TypeError, ValueError, ArithmeticError):
@@ -69,7 +69,7 @@ class Number:
         numbers = []
         for value in values:
             try:
-                numbers.append(float(value))
+                numbers.append(_as_float(value))
             except (TypeError, ValueError, OverflowError):
                 raise ValueError(f"'{shown(value)}' is not a number") from None
         if len(numbers) != models:
@@ -368,16 +368,24 @@ def find_method(method: object) -> Method:
     """Return the method of that name, or the user's own: ``"module:function"``, the decorated function, or a Method.
 
     A module is looked for in the current folder, then where Python looks. Raises RecipeError, with the nearest known name,
-    when there is none.
+    when there is none, and for what is nothing of the kind.
     """
     from blockmerge.methods.own import own_method
 
     found = own_method(method)
     if found is not None:
         return found
-    try:
-        return METHODS[method]  # type: ignore[index]
-    except (KeyError, TypeError):
+    if not isinstance(method, str):
         raise RecipeError(
-            f"unknown method '{shown(method)}'{did_you_mean(method, METHODS)} ('blockmerge methods' lists them)"
-        ) from None
+            f"a method is a name, a function decorated with @blockmerge.merge_method() or a Method; {type(method).__name__} given"
+        )
+    if method not in METHODS:
+        raise RecipeError(f"unknown method '{shown(method)}'{did_you_mean(method, METHODS)} ('blockmerge methods' lists them)")
+    return METHODS[method]
+
+
+def _as_float(value: Any) -> float:
+    """Return a number as a float. Raises TypeError for True and False, which Python takes for 1 and 0."""
+    if isinstance(value, bool):
+        raise TypeError
+    return float(value)

@@ -39,9 +39,9 @@ def print_merge(console: Console, result: MergeResult) -> None:
     title = f"{_FAMILY_TITLES[result.family]}{'' if result.variant == 'base' else ' ' + result.variant}"
     _line(console, Text.assemble((what, "bold"), f" of {' and '.join(map(shown, result.models))} ({title})"))
     if result.weights:
-        console.print()
-        console.print(WeightsU(result.weights))
-        console.print()
+        console.print(Group(Text(), WeightsU(result.weights), Text()))
+    if result.weights_beta is not None:
+        console.print(Group(Text("beta", "bold"), WeightsU(result.weights_beta), Text()))
     _line(console, Text(", ".join(_counts(result))))
     for note in result.notes:
         _line(console, Text(f"- {note}"))

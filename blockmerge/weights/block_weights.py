@@ -119,14 +119,19 @@ class BlockWeights(Mapping[str, float | None]):
         """
         if len(self) == len(SDXL_BLOCKS):
             return self
-        if by not in SDXL_MAPS:
-            raise WeightsError(f"unknown SDXL mapping '{shown(by)}': {' or '.join(SDXL_MAPS)}")
+        check_sdxl_map(by)
         shift = 3 if by == "resolution" else 0
         source = {f"OUT{k:02}": f"OUT{k + shift:02}" for k in range(9)}
         return BlockWeights({block: self._weights[source.get(block, block)] for block in SDXL_BLOCKS})
 
     def _map(self, function: Callable[[float], float]) -> BlockWeights:
         return BlockWeights({block: None if weight is None else function(weight) for block, weight in self._weights.items()})
+
+
+def check_sdxl_map(by: object) -> None:
+    """Raise WeightsError for what is none of SDXL_MAPS."""
+    if by not in SDXL_MAPS:
+        raise WeightsError(f"unknown SDXL mapping '{shown(by)}': {' or '.join(SDXL_MAPS)}")
 
 
 def blocks_of_list(count: int) -> tuple[str, ...]:

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
+from numbers import Integral
 
 from blockmerge.anatomy import FAMILIES
-from blockmerge.errors import WeightsError
-from blockmerge.weights.block_weights import SDXL_MAPS, BlockWeights
+from blockmerge.errors import WeightsError, shown
+from blockmerge.weights.block_weights import SDXL_MAPS, BlockWeights, check_sdxl_map
 from blockmerge.weights.grammar import WeightsLike, finite_number, parse_assignments, parse_weights
 from blockmerge.weights.preset_files import Preset
 from blockmerge.weights.presets import find_share
@@ -27,6 +28,8 @@ class WeightsRequest:
     and a block that one of them skips is skipped. `seed` is for random weights. `default` is the weight of all blocks
     when nothing is said; without one, something must be. With `beta`, the request is for the second weight: its default
     is 0, its random numbers are others than alpha's, and messages speak of `weights_beta`.
+
+    Raises WeightsError for a seed that is no whole number and for an unknown `sdxl_map`.
     """
 
     preset: str | Sequence[str] | None = None
@@ -38,6 +41,10 @@ class WeightsRequest:
     default: float | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, Integral):  # NumPy's are Integral too
+            raise WeightsError(f"a whole number is needed as seed: found {shown(self.seed)}")
+        if self.sdxl_map is not None:
+            check_sdxl_map(self.sdxl_map)
         if isinstance(self.preset, (list, tuple)):
             object.__setattr__(self, "preset", tuple(self.preset) or None)
         if self.beta and self.default is None:
@@ -126,10 +133,8 @@ class WeightsRequest:
 
     @contextmanager
     def _blamed_on(self, name: str) -> Iterator[None]:
-        """Say of an error in beta's texts that it is there: alpha's may look the same."""
+        """Say of an error in a text which of them it is in: those of alpha and beta may look the same."""
         try:
             yield
         except WeightsError as error:
-            if not self.beta:
-                raise
             raise type(error)(f"{self._option(name)}: {error}") from error

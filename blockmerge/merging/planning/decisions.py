@@ -264,8 +264,9 @@ class _Judge:
     def _check_unets(self) -> None:
         unets = [{name for name in model.tensors if component_of(name) == "unet"} for model in self.models]
         whole = set[str]().union(*unets)
+        others = "the others" if len(unets) > 2 else "the other"
         lacking = [
-            f"{shown(model.name)} lacks {counted(len(whole - unet), 'U-Net tensor')} of the other "
+            f"{shown(model.name)} lacks {counted(len(whole - unet), 'U-Net tensor')} of {others} "
             f"({listing(sorted(whole - unet))})"
             for model, unet in reversed(list(zip(self.models, unets, strict=True)))
             if whole - unet

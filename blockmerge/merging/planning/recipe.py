@@ -11,7 +11,7 @@ from blockmerge.checkpoints import EMA_CHOICES, Checkpoint, CheckpointLike
 from blockmerge.errors import RecipeError, did_you_mean, shown
 from blockmerge.methods import Method, find_method
 from blockmerge.version import __version__
-from blockmerge.weights import SDXL_MAPS, Adjust, BlockWeights, ElementRules, WeightsRequest
+from blockmerge.weights import Adjust, BlockWeights, ElementRules, WeightsRequest
 
 DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32", "fp8_e4m3fn": "F8_E4M3", "fp8_e5m2": "F8_E5M2"}
 """The output dtypes that can be asked for, with their names in safetensors headers; ``"keep"`` keeps A's."""
@@ -61,8 +61,6 @@ class Recipe:
         if self.dtype != "keep" and self.dtype not in DTYPES:
             known = ["keep", *DTYPES]
             raise RecipeError(f"unknown dtype '{shown(self.dtype)}'{did_you_mean(self.dtype, known)} ({', '.join(known)})")
-        if self.weights.sdxl_map not in (None, *SDXL_MAPS):
-            raise RecipeError(f"unknown SDXL mapping '{shown(self.weights.sdxl_map)}': {' or '.join(SDXL_MAPS)}")
         if self.ema not in EMA_CHOICES:
             raise RecipeError(f"unknown choice '{shown(self.ema)}' for EMA copies: {', '.join(EMA_CHOICES)}")
         if self.naming not in (None, *NAMINGS):
@@ -123,7 +121,10 @@ class Recipe:
             yield "sdxl_map (--sdxl-map) without effect, since these weights are the same with any"
 
     def described(self, models: Sequence[str], weights: BlockWeights, beta: BlockWeights) -> dict[str, Any]:
-        """All that is needed to do it again, as plain data for results and the output's metadata; `models` are their names."""
+        """What decides the values, as plain data for results and the output's metadata; `models` are their names.
+
+        Not in it: the output's naming, variant and configs, and the folders that models and VAE are in.
+        """
         return {
             "version": __version__,
             "method": self.method_name,
