@@ -8,6 +8,7 @@ import errno
 import itertools
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -21,6 +22,9 @@ settings.register_profile(
     "default", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 settings.load_profile("default")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a script starts with &: children would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 
