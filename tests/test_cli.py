@@ -19,6 +19,9 @@ import blockmerge
 from blockmerge.anatomy import component_of
 from blockmerge.cli.main import run
 from blockmerge.demo import make_state_dicts
+from blockmerge.merging.default_name import default_output
+from blockmerge.merging.planning.recipe import Recipe
+from blockmerge.weights import WeightsRequest
 from tests import oracle
 from tests.forms import read, write
 from tests.refusals import assert_refused, snapshot
@@ -79,6 +82,14 @@ def test_merge_may_be_said_or_not_and_options_stand_anywhere(pairs, here, capsys
 def test_default_output_names(pairs, here, capsys, arguments, name):
     ok(capsys, *pairs(), *arguments, "-q")
     assert [path.name for path in here.iterdir()] == [name]
+
+
+def test_the_default_name_of_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "model" / "unet").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "model" / "unet")
+    recipe = Recipe(WeightsRequest(weights=0.5))
+    assert str(default_output(recipe, (".", "../b.safetensors"))) == "unet+b-0.5.safetensors"
+    assert str(default_output(recipe, ("..", "."))) == "model+unet-0.5.safetensors"
 
 
 def test_default_output_names_that_would_be_long(pairs, here, capsys):

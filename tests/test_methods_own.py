@@ -242,6 +242,15 @@ def test_functions_that_are_no_methods(function, locality, message):
     assert str(caught.value).endswith(message)
 
 
+@pytest.mark.parametrize("default", [7, 0.0, 1.5])
+def test_the_seed_is_the_merges(default):
+    def chance(a, b, *, alpha, seed=default):
+        return a
+
+    with pytest.raises(RecipeError, match="the seed is the merge's own, and 0 when nobody says"):
+        blockmerge.merge_method(chance)
+
+
 @pytest.mark.parametrize("default", [math.nan, math.inf, -np.float32(math.inf), True, np.True_, 10**400])
 def test_defaults_are_finite_numbers(default):
     def weight(a, b, *, alpha=default):

@@ -61,7 +61,9 @@ def main() -> None:
         # A name or a bar that the terminal's encoding lacks must not end a merge that has been done.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is done is done, and has been said
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:

@@ -21,9 +21,10 @@ def default_output(recipe: Recipe, models: Sequence[str]) -> Path:
     """Return `<A>+<B>-<what is done>.safetensors`, in the current folder, for the paths of models.
 
     Every file system takes its characters and its length, 100 bytes at most. Words that do not fit, or hold other characters,
-    end in a hash instead, so that different merges have different names.
+    end in a hash instead. Folders are not told, nor what is in a preset's file.
     """
-    names = "+".join(Path(model).name if os.path.isdir(model) else Path(model).stem for model in models)
+    paths = [Path(os.path.abspath(model)) for model in models]  # "." has no name
+    names = "+".join(path.name if path.is_dir() else path.stem for path in paths)
     told = _portable("-".join(_words(recipe)), _TOLD)
     folder = recipe.naming == "diffusers" or (recipe.naming is None and is_diffusers_folder(models[0]))
     name = f"{_portable(names, _NAME - len(told.encode()))}-{told}"
@@ -45,7 +46,7 @@ def _words(recipe: Recipe) -> Iterator[str]:
         ("map", weights.sdxl_map),
         ("rules", str(recipe.rules)),
         ("adjust", str(recipe.adjust) if recipe.adjust else None),
-        ("vae", None if recipe.vae == Recipe.vae else recipe.vae_name),
+        ("vae", None if recipe.vae == Recipe.vae else recipe.vae_name.removesuffix(".safetensors")),
         ("ema", None if recipe.ema == Recipe.ema else recipe.ema),
     ]
     yield from (_portable(_plain(f"{name}_{said}"), _WORD, name) for name, said in asked_for if said)

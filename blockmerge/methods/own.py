@@ -172,6 +172,8 @@ def _number(method: str, parameter: inspect.Parameter) -> Number:
         raise RecipeError(f"{shown(method)}: a number cannot be called {parameter.name}, which is an argument of merging itself")
     if (default := _finite(parameter.default)) is None:
         raise RecipeError(f"{shown(method)}: the number {parameter.name} needs a finite default, a whole number or a float")
+    if parameter.name == "seed" and (type(default), default) != (int, 0):
+        raise RecipeError(f"{shown(method)}: the seed is the merge's own, and 0 when nobody says: give it that default")
     return Number(parameter.name, default, kind="whole number" if isinstance(default, int) else "number")
 
 
