@@ -48,6 +48,13 @@ def own_config_folder(homes, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
 
 
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A new folder, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory):
     """A function that gives paths of a thin pair (a, b) for a family and two dtypes; each is made once."""

@@ -13,31 +13,13 @@ import time
 
 import pytest
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import blockmerge
-from blockmerge.anatomy import component_of
 from blockmerge.cli.main import run
-from blockmerge.demo import make_state_dicts
-from blockmerge.merging.default_name import default_output
-from blockmerge.merging.planning.recipe import Recipe
-from blockmerge.weights import WeightsRequest
 from tests import oracle
-from tests.forms import read, write
+from tests.commands import ok
 from tests.refusals import assert_refused, snapshot
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def ok(capsys, *arguments):
-    assert run([str(argument) for argument in arguments]) == 0, capsys.readouterr().err
-    out, err = capsys.readouterr()
-    assert err == ""
-    return out
 
 
 def test_the_main_job(pairs, here, capsys):
@@ -59,70 +41,6 @@ def test_merge_may_be_said_or_not_and_options_stand_anywhere(pairs, here, capsys
     ok(capsys, a, "--preset=high-res_replace", b, "-o", "3.safetensors")
     contents = {(here / f"{n}.safetensors").read_bytes() for n in (1, 2, 3)}
     assert len(contents) == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "name"),
-    [
-        (("-p", "low-res_replace"), "a+b-low_res.safetensors"),
-        (("-w", "0.5"), "a+b-0.5.safetensors"),
-        (("-w", ".50"), "a+b-0.5.safetensors"),
-        (("-w", "IN00=1,M00=2"), "a+b-IN00_1_M00_2.safetensors"),
-        (("-p", "GRAD_V@0.5", "-p", "high_res@0.5"), "a+b-GRAD_V@0.5+high_res@0.5.safetensors"),
-        (("-m", "average"), "a+b-average.safetensors"),
-        (("-m", "average", "-w", "0.5", "--ratios", "2,1"), "a+b-average-0.5-ratios_2_1.safetensors"),
-        (("-m", "tensor_sum", "-w", "0.5", "--weights-beta", "0.2"), "a+b-tensor_sum-0.5-beta_0.2.safetensors"),
-        (("-w", "0.5", "--adjust", "0,0,0,1", "--clip"), "a+b-0.5-adjust_0_0_0_1_0_0_0_0-clip.safetensors"),
-        (("-w", "random", "--seed", "7", "--set", "BASE=0"), "a+b-random-set_BASE_0-seed_7.safetensors"),
-        (("-m", "dare", "-w", "1", "--drop-rate", "0.3", "--seed", "7"), "a+b-dare-1-seed_7-drop_rate_0.3.safetensors"),
-        (("-w", "0.5", "--rules", "OUT05:attn2:0.8"), "a+b-0.5-rules_OUT05_attn2_0.8.safetensors"),
-        (("-w", "0.5", "--vae", "b", "--dtype", "bf16"), "a+b-0.5-vae_b-bf16.safetensors"),
-    ],
-)
-def test_default_output_names(pairs, here, capsys, arguments, name):
-    ok(capsys, *pairs(), *arguments, "-q")
-    assert [path.name for path in here.iterdir()] == [name]
-
-
-def test_the_default_name_of_the_current_folder(tmp_path, monkeypatch):
-    (tmp_path / "model" / "unet").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "model" / "unet")
-    recipe = Recipe(WeightsRequest(weights=0.5))
-    assert str(default_output(recipe, (".", "../b.safetensors"))) == "unet+b-0.5.safetensors"
-    assert str(default_output(recipe, ("..", "."))) == "model+unet-0.5.safetensors"
-
-
-def test_default_output_names_that_would_be_long(pairs, here, capsys):
-    a, b = pairs()
-    long = [here / f"{'x' * 60}{letter}:?.safetensors" for letter in "ab"]
-    wide = [here / f"{char * 80}.safetensors" for char in "模型"]
-    for path, copy in zip((a, b, a, b), (*long, *wide), strict=True):
-        shutil.copy(path, copy)
-    rules, other_rules = (f"OUT03-OUT05:attn2 norm ff proj_in:{ratio}, NOT BASE:norm:0" for ratio in (0.8, 0.9))
-    lists = [f"{'0.25,' * 25}{last}" for last in (0, 1)]
-    changes = "IN00=0.125,IN01=0.125,IN02=0.125"
-    names = []
-    for arguments in (
-        [a, b, "-w", lists[0]],
-        [a, b, "-w", lists[1]],
-        [a, b, *(word for name in ("high_res", "low_res", "GRAD_V", "GRAD_A", "COSINE") for word in ("-p", f"{name}@0.2"))],
-        [a, b, "-w", "0.5", "--rules", rules],
-        [a, b, "-w", "0.5", "--rules", other_rules],
-        [a, b, "-w", lists[0], "-m", "dare", "--rules", rules, "--set", changes, "--adjust", "1,2,3,4"],
-        [*long, "-p", "high_res"],
-        *([a, b, "-p", f"SMOOTHSTEP{times}2"] for times in "*/"),
-        [*wide, "-w", "0.5"],
-        [long[0], long[0], "-p", "high_res"],
-    ):
-        found = json.loads(ok(capsys, *arguments, "--dry-run", "--json"))
-        names.append(os.path.basename(found["output"]))
-    assert len(set(names)) == len(names)
-    assert all(re.fullmatch(r"[\w.+@-]+\.safetensors", name) and len(name.encode()) <= 100 for name in names), names
-    assert re.fullmatch(r"a\+b-weights_[0-9a-f]{6}\.safetensors", names[0])
-    assert re.fullmatch(r"a\+b-presets_[0-9a-f]{6}\.safetensors", names[2])
-    assert re.fullmatch(r"a\+b-0\.5-rules_[0-9a-f]{6}\.safetensors", names[3])
-    assert names[6].startswith("x" * 60)
-    assert names[6].endswith("-high_res.safetensors")
 
 
 def test_what_is_without_effect_is_said(pairs, here, capsys):
@@ -298,57 +216,6 @@ def test_what_click_cannot_parse_is_exit_code_2(here, capsys, arguments):
     assert "Usage: " in err
 
 
-def test_inspect(pairs, here, capsys):
-    a, _ = pairs("sdxl")
-    out = ok(capsys, "inspect", a)
-    assert "a.safetensors  Stable Diffusion XL, base, ldm names" in out
-    assert re.search(r"IN08 +216 ", out)
-    found = json.loads(ok(capsys, "inspect", a, "--json"))
-    assert {"name", "family", "variant", "naming", "components", "blocks", "metadata"} <= found.keys()
-    assert "hashes" not in found
-    assert found["name"] == "a.safetensors"
-    assert found["blocks"]["IN08"]["tensors"] == 216
-    assert set(found["blocks"]["IN08"]) == {"tensors", "parameters", "bytes"}
-    assert "BASE" not in found["blocks"]
-    assert found["components"]["text_encoder_2"]["tensors"] == 390
-    assert found["components"]["unet"]["dtypes"] == {"F16": 1680}
-    assert sum(part["bytes"] for part in found["components"].values()) == sum(t.nbytes for t in load_file(a).values())
-    assert found["metadata"] == {"format": "pt"}
-
-
-def test_inspect_hashes(pairs, here, capsys):
-    a, _ = pairs()
-    found = json.loads(ok(capsys, "inspect", a, "--hash", "--json"))["hashes"]
-    data = a.read_bytes()
-
-    def sha(part):
-        return subprocess.run(["sha256sum"], input=part, capture_output=True, check=True).stdout.decode().split()[0]
-
-    length = int.from_bytes(data[:8], "little")
-    assert found == {
-        "sha256": sha(data),
-        "autov2": sha(data)[:10],
-        "autov3": sha(data[8 + length :])[:12],
-        "autov1": sha(data[0x100000:0x110000])[:8],
-    }
-    assert found["sha256"] in ok(capsys, "inspect", a, "--hash")
-
-
-@pytest.mark.parametrize("form", ["safetensors", "folder"])
-@pytest.mark.parametrize(("part", "title"), [("vae", "is a VAE alone"), ("text_encoder", "is a text encoder alone")])
-def test_one_component_alone_is_called_so(here, capsys, form, part, title):
-    model = {name: tensor for name, tensor in make_state_dicts("sd1")[0].items() if component_of(name) == part}
-    naming = "diffusers" if form == "folder" else "ldm"
-    path = write(model, here / "lone", form)
-    if part == "vae" and form == "safetensors":  # as VAE files are: without the prefix
-        save_file({name.removeprefix("first_stage_model."): tensor for name, tensor in model.items()}, path)
-    says = f"{path.name} {title}, {len(read(path))} tensors in {naming} names: "
-    assert says.removeprefix(path.name).strip() in ok(capsys, "inspect", path)
-    found = json.loads(ok(capsys, "inspect", path, "--json"))
-    assert (found["family"], found["naming"], list(found["components"])) == (None, naming, [part])
-    assert_refused(capsys, here, "convert", path, "x.safetensors", says=says)
-
-
 def test_models_of_one_name_are_told_apart(pairs, here, capsys):
     paths = []
     for folder, path in zip(("sd1/x", "sdxl/x"), (pairs()[0], pairs("sdxl")[0]), strict=True):
@@ -371,19 +238,6 @@ def test_an_empty_text_is_a_variable_that_is_not_set(pairs, here, capsys, option
 def test_configs_are_for_folders(pairs, here, capsys):
     says = "configs go into a diffusers folder only, and x.safetensors is a single file"
     assert_refused(capsys, here, "convert", pairs()[0], "x.safetensors", "--configs", here, says=says)
-
-
-def test_inspect_of_what_is_no_model(here, capsys):
-    import torch
-    from safetensors.torch import save_file
-
-    save_file({"lora_unet_x": torch.zeros(3)}, here / "lora.safetensors")
-    assert "no Stable Diffusion U-Net" in ok(capsys, "inspect", "lora.safetensors")
-    found = json.loads(ok(capsys, "inspect", "lora.safetensors", "--json"))
-    assert (found["family"], found["blocks"]) == (None, {})
-    assert found["components"]["other"]["tensors"] == 1
-    assert run(["inspect", "lora.safetensors", "--hash"]) == 0
-    assert "e3b0c442" in capsys.readouterr().out  # under 1 MiB AutoV1 hashes nothing
 
 
 def test_presets(here, capsys):

@@ -1,0 +1,81 @@
+"""`inspect`: what is in a file, and what can be said of what is no model."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from blockmerge.anatomy import component_of
+from blockmerge.cli.main import run
+from blockmerge.demo import make_state_dicts
+from tests.commands import ok
+from tests.forms import read, write
+from tests.refusals import assert_refused
+
+
+def test_inspect(pairs, here, capsys):
+    a, _ = pairs("sdxl")
+    out = ok(capsys, "inspect", a)
+    assert "a.safetensors  Stable Diffusion XL, base, ldm names" in out
+    assert re.search(r"IN08 +216 ", out)
+    found = json.loads(ok(capsys, "inspect", a, "--json"))
+    assert {"name", "family", "variant", "naming", "components", "blocks", "metadata"} <= found.keys()
+    assert "hashes" not in found
+    assert found["name"] == "a.safetensors"
+    assert found["blocks"]["IN08"]["tensors"] == 216
+    assert set(found["blocks"]["IN08"]) == {"tensors", "parameters", "bytes"}
+    assert "BASE" not in found["blocks"]
+    assert found["components"]["text_encoder_2"]["tensors"] == 390
+    assert found["components"]["unet"]["dtypes"] == {"F16": 1680}
+    assert sum(part["bytes"] for part in found["components"].values()) == sum(t.nbytes for t in load_file(a).values())
+    assert found["metadata"] == {"format": "pt"}
+
+
+def test_inspect_hashes(pairs, here, capsys):
+    a, _ = pairs()
+    found = json.loads(ok(capsys, "inspect", a, "--hash", "--json"))["hashes"]
+    data = a.read_bytes()
+
+    def sha(part):
+        return subprocess.run(["sha256sum"], input=part, capture_output=True, check=True).stdout.decode().split()[0]
+
+    length = int.from_bytes(data[:8], "little")
+    assert found == {
+        "sha256": sha(data),
+        "autov2": sha(data)[:10],
+        "autov3": sha(data[8 + length :])[:12],
+        "autov1": sha(data[0x100000:0x110000])[:8],
+    }
+    assert found["sha256"] in ok(capsys, "inspect", a, "--hash")
+
+
+@pytest.mark.parametrize("form", ["safetensors", "folder"])
+@pytest.mark.parametrize(("part", "title"), [("vae", "is a VAE alone"), ("text_encoder", "is a text encoder alone")])
+def test_one_component_alone_is_called_so(here, capsys, form, part, title):
+    model = {name: tensor for name, tensor in make_state_dicts("sd1")[0].items() if component_of(name) == part}
+    naming = "diffusers" if form == "folder" else "ldm"
+    path = write(model, here / "lone", form)
+    if part == "vae" and form == "safetensors":  # as VAE files are: without the prefix
+        save_file({name.removeprefix("first_stage_model."): tensor for name, tensor in model.items()}, path)
+    says = f"{path.name} {title}, {len(read(path))} tensors in {naming} names: "
+    assert says.removeprefix(path.name).strip() in ok(capsys, "inspect", path)
+    found = json.loads(ok(capsys, "inspect", path, "--json"))
+    assert (found["family"], found["naming"], list(found["components"])) == (None, naming, [part])
+    assert_refused(capsys, here, "convert", path, "x.safetensors", says=says)
+
+
+def test_inspect_of_what_is_no_model(here, capsys):
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"lora_unet_x": torch.zeros(3)}, here / "lora.safetensors")
+    assert "no Stable Diffusion U-Net" in ok(capsys, "inspect", "lora.safetensors")
+    found = json.loads(ok(capsys, "inspect", "lora.safetensors", "--json"))
+    assert (found["family"], found["blocks"]) == (None, {})
+    assert found["components"]["other"]["tensors"] == 1
+    assert run(["inspect", "lora.safetensors", "--hash"]) == 0
+    assert "e3b0c442" in capsys.readouterr().out  # under 1 MiB AutoV1 hashes nothing
