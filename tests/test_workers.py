@@ -29,7 +29,7 @@ def test_every_task_is_done_once(threads, count):
 
 @pytest.mark.parametrize("where", ["worker", "task", "tasks", "progress"])
 def test_an_error_anywhere_stops_all(where):
-    ended = []
+    entered, left = [], []
 
     def fail(here):
         if here == where:
@@ -50,14 +50,17 @@ def test_an_error_anywhere_stops_all(where):
                 fail("task")
             return 1
 
+        entered.append(threading.get_ident())
         try:
             yield work
         finally:
-            ended.append(threading.get_ident())
+            left.append(threading.get_ident())
 
     with pytest.raises(OSError, match=f"^{where}$"):
         for_each(tasks(), worker, 3, 10_010, lambda *_: fail("progress"))
-    assert len(ended) == (0 if where == "worker" else 3)
+    # A thread that starts late may find that all is over.
+    assert sorted(left) == sorted(entered)
+    assert where != "worker" or not entered
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs POSIX signals")
