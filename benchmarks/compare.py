@@ -1,14 +1,16 @@
-"""How long comparisons take, how much memory and how much of the files, beside scripts that load whole models.
+"""How long comparisons take, how much memory and how much of the files, beside scripts that load whole
+models.
 
     python benchmarks/compare.py [--family sd1] [--rounds 5] [--folder DIR]
 
-Makes a full-size pair with the project's own generator (kept in --folder, when one is given) and runs paired rounds of
+Makes a full-size pair with the project's own generator (kept in --folder, when one is given) and runs paired
+rounds of
 
-  attention, whole models   load_file of both, then the published procedure with nn.Linear, as its users ran it
-  attention                 blockmerge.similarity
-  weights, whole models     load_file of both, then torch.nn.functional.cosine_similarity on float32 copies, tensor by tensor
-  weights                   blockmerge.similarity(method="weights"), which also finds differences, per block and component
-  explain                   blockmerge.explain of a high_res merge of the two (SD1 and SD2: with a random weight per block)
+  attention, whole models   load_file of both, then the published procedure with nn.Linear, as its users ran
+  it attention                 blockmerge.similarity weights, whole models     load_file of both, then
+  torch.nn.functional.cosine_similarity on float32 copies, tensor by tensor weights
+  blockmerge.similarity(method="weights"), which also finds differences, per block and component explain
+  blockmerge.explain of a high_res merge of the two (SD1 and SD2: with a random weight per block)
 
 each in a process of its own, timed from when torch has been imported. Ratios are taken within a round.
 """
@@ -115,7 +117,10 @@ def main() -> None:
             {
                 "attention": (ATTENTION, (a, b)),
                 "weights": (WEIGHTS, (a, b)),
-                "weights, 12 references": (WEIGHTS.replace("*sys.argv[1:3]", "sys.argv[1], sys.argv[2:]"), (a, *links)),
+                "weights, 12 references": (
+                    WEIGHTS.replace("*sys.argv[1:3]", "sys.argv[1], sys.argv[2:]"),
+                    (a, *links),
+                ),
                 "explain": (EXPLAIN, (a, b, output)),
             }
         )
@@ -126,7 +131,10 @@ def main() -> None:
             write_pair(*thin, chosen.family, overwrite=True)
             if Path("/proc/self/io").exists():
                 read = int(process(BYTES_READ, a, b, *thin))
-                print(f"\nattention reads {read / (a.stat().st_size + b.stat().st_size):.2%} of the files' bytes")
+                print(
+                    f"\nattention reads {read / (a.stat().st_size + b.stat().st_size):.2%} of the files' "
+                    "bytes"
+                )
         finally:
             for path in thin:
                 path.unlink(missing_ok=True)

@@ -1,4 +1,6 @@
-"""What the benchmarks share: full-size models, paired rounds, peak memory, and the words about the machine."""
+"""What the benchmarks share: full-size models, paired rounds, peak memory, and the words about the
+machine.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +53,9 @@ def arguments(doc: str, **more: dict[str, Any]) -> argparse.Namespace:
 
 @contextmanager
 def full_size_pair(chosen: argparse.Namespace) -> Iterator[tuple[Path, Path, Path]]:
-    """Give a pair of full-size models, made if need be and read once, and a path for an output; say what runs where."""
+    """Give a pair of full-size models, made if need be and read once, and a path for an output; say what runs
+    where.
+    """
     folder = chosen.folder or Path(tempfile.mkdtemp(prefix="blockmerge-bench-"))
     folder.mkdir(parents=True, exist_ok=True)
     a, b, output = (folder / f"{chosen.family}-{name}.safetensors" for name in ("a", "b", "out"))
@@ -64,7 +69,10 @@ def full_size_pair(chosen: argparse.Namespace) -> Iterator[tuple[Path, Path, Pat
             with path.open("rb") as file:
                 while file.read(1 << 24):
                     pass
-        print(f"{machine(folder)}\n{chosen.family}, {a.stat().st_size / 1e9:.2f} GB each, {chosen.rounds} rounds")
+        print(
+            f"{machine(folder)}\n{chosen.family}, {a.stat().st_size / 1e9:.2f} GB each, {chosen.rounds} "
+            "rounds"
+        )
         yield a, b, output
     finally:
         output.unlink(missing_ok=True)
@@ -83,12 +91,16 @@ def process(code: str, *values: object) -> str:
 
 
 def peak_memory(action: str, *values: object) -> tuple[float, float]:
-    """Megabytes after `import torch`, and at the peak while `action` (code, `sys.argv[1:]` being `values`) runs. Linux."""
+    """Megabytes after `import torch`, and at the peak while `action` (code, `sys.argv[1:]` being `values`)
+    runs. Linux.
+    """
     loaded, peak = json.loads(process(PEAK_MEMORY.replace("ACTION", action), *values))
     return loaded, peak
 
 
-def measure(actions: dict[str, Callable[[], float]], rounds: int, before: Callable[[], object]) -> dict[str, list[float]]:
+def measure(
+    actions: dict[str, Callable[[], float]], rounds: int, before: Callable[[], object]
+) -> dict[str, list[float]]:
     """Run every action once in every round, in random order, `before` each; an action returns its seconds."""
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(rounds + 1):
@@ -104,7 +116,7 @@ def report(seconds: dict[str, list[float]], beside: Sequence[str]) -> None:
     """Print medians, and the medians of the ratios within a round to each of `beside`."""
 
     def ratio(name: str, to: str) -> str:
-        return f"{statistics.median(mine / theirs for mine, theirs in zip(seconds[name], seconds[to], strict=True)):.2f}"
+        return f"{statistics.median(map(truediv, seconds[name], seconds[to])):.2f}"
 
     headings = " | ".join(f"÷ {to}" for to in beside)
     print(f"\n| what | median s | min–max s | {headings} |\n| --- | --- | --- |{' --- |' * len(beside)}")
@@ -114,7 +126,9 @@ def report(seconds: dict[str, list[float]], beside: Sequence[str]) -> None:
 
 
 def report_memory(actions: dict[str, tuple[str, Sequence[object]]]) -> None:
-    """Print the peak of anonymous memory of each action (code and its values) beside that of `import torch`."""
+    """Print the peak of anonymous memory of each action (code and its values) beside that of `import
+    torch`.
+    """
     if not Path("/proc/self/status").exists():
         return
     print("\n| peak anonymous memory | `import torch` MB | with it MB | more MB |\n| --- | --- | --- | --- |")
@@ -126,13 +140,21 @@ def report_memory(actions: dict[str, tuple[str, Sequence[object]]]) -> None:
 def machine(folder: Path) -> str:
     """Processor, memory, file system and versions."""
     model = next(
-        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor()
+        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
     )
-    kind = subprocess.run(["stat", "-f", "-c", "%T", folder], capture_output=True, text=True, check=False).stdout.strip()
-    memory = next((int(line.split()[1]) / 1e6 for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
+    kind = subprocess.run(
+        ["stat", "-f", "-c", "%T", folder], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    memory = next(
+        (int(line.split()[1]) / 1e6 for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0
+    )
     import torch
 
-    system = f"{platform.system()} {platform.release()}, Python {platform.python_version()}, torch {torch.__version__}"
+    system = (
+        f"{platform.system()} {platform.release()}, Python {platform.python_version()}, torch "
+        f"{torch.__version__}"
+    )
     return f"{model}, {os.cpu_count()} processors, {memory:.0f} GB memory, {kind} file system; {system}"
 
 

@@ -4,15 +4,16 @@
 
 On a full-size U-Net of random weights, with `weighted_sum`:
 
-  copy          one flat tensor of the U-Net's size into another: its bytes read and written are the copy bandwidth
-  lerp          torch.lerp of two such tensors into a third, by hand
-  all blocks    apply() of another weight for all blocks: A and B read, the U-Net written
-  every other   apply() of a weight for one block and another for the next, so that no neighbours are done as one
-  OUT05         apply() of another weight for that block alone
+  copy          one flat tensor of the U-Net's size into another: its bytes read and written are the copy
+  bandwidth lerp          torch.lerp of two such tensors into a third, by hand all blocks    apply() of
+  another weight for all blocks: A and B read, the U-Net written every other   apply() of a weight for one
+  block and another for the next, so that no neighbours are done as one OUT05         apply() of another
+  weight for that block alone
 
-Each is timed with CUDA events after a warm-up, the device being busy until all is queued, and on other devices by the clock;
-what is printed is the median. The share is of the copy bandwidth, for the bytes that must move. `until queued` is how long the
-call itself keeps Python busy, which adds to the device's time where that has nothing else to do.
+Each is timed with CUDA events after a warm-up, the device being busy until all is queued, and on other
+devices by the clock; what is printed is the median. The share is of the copy bandwidth, for the bytes that
+must move. `until queued` is how long the call itself keeps Python busy, which adds to the device's time where
+that has nothing else to do.
 """
 
 from __future__ import annotations
@@ -54,19 +55,35 @@ def main() -> None:
     )
     copy, lerp = plain(elements, DTYPES[chosen.dtype], device, chosen.rounds)
     nbytes = elements * DTYPES[chosen.dtype].itemsize
-    of_block = sum(count(shape) for name, shape in unet_shapes(chosen.family).items() if in_block(name, chosen.family))
+    of_block = sum(
+        count(shape) for name, shape in unet_shapes(chosen.family).items() if in_block(name, chosen.family)
+    )
     share = of_block / elements
     bandwidth = 2 * nbytes / copy[0]
-    print(f"{chosen.family}, {chosen.dtype}: {nbytes / 1e9:.2f} GB; copying goes at {bandwidth / 1e9:.0f} GB/s, read and written")
-    print("\n| what | ms | GB moved | share of copy bandwidth | until queued ms |\n| --- | --- | --- | --- | --- |")
+    print(
+        f"{chosen.family}, {chosen.dtype}: {nbytes / 1e9:.2f} GB; copying goes at {bandwidth / 1e9:.0f} "
+        "GB/s, read and written"
+    )
+    print(
+        "\n| what | ms | GB moved | share of copy bandwidth | until queued ms |\n| --- | --- | --- | --- | "
+        "--- |"
+    )
     row("copy", copy, 2 * nbytes, bandwidth)
     row("lerp", lerp, 3 * nbytes, bandwidth)
     whole = timed(lambda: live.apply(weights=next(weights)), device, chosen.rounds)
     row("all blocks", whole, 3 * nbytes, bandwidth)
-    row("every other", timed(lambda: live.apply(weights=next(other)), device, chosen.rounds), 3 * nbytes, bandwidth)
+    row(
+        "every other",
+        timed(lambda: live.apply(weights=next(other)), device, chosen.rounds),
+        3 * nbytes,
+        bandwidth,
+    )
     single = timed(lambda: live.apply(weights={"OUT05": next(weights)}, keep=True), device, chosen.rounds)
     row("OUT05", single, 3 * nbytes * share, bandwidth)
-    print(f"\nall blocks ÷ lerp: {whole[0] / lerp[0]:.2f}; OUT05 ÷ its share of all blocks: {single[0] / whole[0] / share:.2f}")
+    print(
+        f"\nall blocks ÷ lerp: {whole[0] / lerp[0]:.2f}; OUT05 ÷ its share of all blocks: "
+        f"{single[0] / whole[0] / share:.2f}"
+    )
 
 
 def plain(
@@ -107,11 +124,18 @@ def timed(action: Callable[[], object], device: torch.device, rounds: int) -> tu
 
 def row(name: str, seconds: tuple[float, float], nbytes: float, bandwidth: float) -> None:
     spent, queued = seconds
-    print(f"| {name} | {spent * 1e3:.3f} | {nbytes / 1e9:.3f} | {nbytes / spent / bandwidth:.0%} | {queued * 1e3:.2f} |")
+    print(
+        f"| {name} | {spent * 1e3:.3f} | {nbytes / 1e9:.3f} | {nbytes / spent / bandwidth:.0%} | "
+        f"{queued * 1e3:.2f} |"
+    )
 
 
 def unet_shapes(family: str) -> dict[str, tuple[int, ...]]:
-    return {name.removeprefix(UNET_PREFIX): shape for name, shape in layout(family).items() if name.startswith(UNET_PREFIX)}
+    return {
+        name.removeprefix(UNET_PREFIX): shape
+        for name, shape in layout(family).items()
+        if name.startswith(UNET_PREFIX)
+    }
 
 
 def random_unet(family: str, dtype: torch.dtype, device: torch.device, seed: int) -> dict[str, torch.Tensor]:

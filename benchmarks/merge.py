@@ -2,7 +2,8 @@
 
     python benchmarks/merge.py [--family sd1] [--rounds 5] [--folder DIR] [--peers] [--buffered] [--formats]
 
-Makes a full-size pair with the project's own generator (kept in --folder, when one is given), then runs paired rounds of
+Makes a full-size pair with the project's own generator (kept in --folder, when one is given), then runs
+paired rounds of
 
   cp            cp --reflink=never of A, and fsync of the copy
   write only    dd of as many bytes, direct and fsync: what the disk allows, whatever the program
@@ -11,12 +12,13 @@ Makes a full-size pair with the project's own generator (kept in --folder, when 
   command …     the whole command `blockmerge A B`, a fresh process
   peers         sd-mecha and sd-meh, whole processes, where they are installed
 
-Every round runs each of them once, in a random order, and ratios are taken within a round: these are what to compare,
-since seconds depend on the machine and on what else it is doing. Files are warm (read once before). Memory is the peak
-of anonymous memory (RssAnon and RssShmem, Linux), sampled every 5 ms in a process of its own, beside the same of `import torch`.
+Every round runs each of them once, in a random order, and ratios are taken within a round: these are what to
+compare, since seconds depend on the machine and on what else it is doing. Files are warm (read once before).
+Memory is the peak of anonymous memory (RssAnon and RssShmem, Linux), sampled every 5 ms in a process of its
+own, beside the same of `import torch`.
 
-With --formats it compares the forms that models come in instead: the same pair as .ckpt files and as diffusers folders, and
-one real chore, fp32 EMA weights in a .ckpt made into an fp16 model with another VAE.
+With --formats it compares the forms that models come in instead: the same pair as .ckpt files and as
+diffusers folders, and one real chore, fp32 EMA weights in a .ckpt made into an fp16 model with another VAE.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ SD_MEH = """
 import os, sys
 from sd_meh.merge import merge_models, save_model
 a, b, out = sys.argv[1:]
-model = merge_models({"model_a": a, "model_b": b}, {"alpha": [0.5] * 25}, {"alpha": 0.5}, "weighted_sum", precision=16)
+models, weights, base = {"model_a": a, "model_b": b}, {"alpha": [0.5] * 25}, {"alpha": 0.5}
+model = merge_models(models, weights, base, "weighted_sum", precision=16)
 save_model(model, out.removesuffix(".safetensors"), "safetensors")
 with open(out, "r+b") as file:
     os.fsync(file.fileno())
@@ -79,9 +82,15 @@ def copy(a: Path, output: Path) -> None:
 
 
 def write_only(size: int, output: Path) -> None:
-    """What the disk allows: as many bytes, written past the page cache and flushed, by a program that does nothing else."""
+    """What the disk allows: as many bytes, written past the page cache and flushed, by a program that does
+    nothing else.
+    """
     of = [f"of={output}", "oflag=direct", "conv=fsync"]
-    subprocess.run(["dd", "if=/dev/zero", "bs=8M", f"count={-(-size // (8 << 20))}", *of], check=True, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        ["dd", "if=/dev/zero", "bs=8M", f"count={-(-size // (8 << 20))}", *of],
+        check=True,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def contestants(a: Path, b: Path, output: Path, peers: bool) -> dict[str, Callable[[], object]]:
@@ -112,12 +121,14 @@ def contestants(a: Path, b: Path, output: Path, peers: bool) -> dict[str, Callab
 
 
 FORMATS = {
-    "safetensors pair": "merge('sd-a.safetensors', 'sd-b.safetensors', weights=0.5, output='out.safetensors')",
+    "safetensors pair": "merge('sd-a.safetensors', 'sd-b.safetensors', weights=0.5, "
+    "output='out.safetensors')",
     "zip .ckpt pair": "merge('a.ckpt', 'b.ckpt', weights=0.5, output='out.safetensors')",
     ".ckpt and folder, into a file": "merge('a.ckpt', 'b-folder', weights=0.5, output='out.safetensors')",
     "folders, into a folder": "merge('a-folder', 'b-folder', weights=0.5, output='out')",
     ".ckpt into a folder": "convert('a.ckpt', 'out', naming='diffusers')",
-    "fp32 EMA .ckpt into fp16, with a VAE": "convert('ema.ckpt', 'out.safetensors', dtype='fp16', vae='vae.safetensors')",
+    "fp32 EMA .ckpt into fp16, with a "
+    "VAE": "convert('ema.ckpt', 'out.safetensors', dtype='fp16', vae='vae.safetensors')",
 }
 """What is run, in the folder of the forms."""
 
@@ -141,7 +152,9 @@ def write_forms(a: Path, b: Path, folder: Path) -> None:
         if name.startswith(unet)
     }
     torch.save({"state_dict": ema}, folder / "ema.ckpt")
-    save_file({name: tensor for name, tensor in tensors.items() if name.startswith(vae)}, folder / "vae.safetensors")
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if name.startswith(vae)}, folder / "vae.safetensors"
+    )
 
 
 def compare_formats(a: Path, b: Path, rounds: int) -> None:
@@ -155,7 +168,10 @@ def compare_formats(a: Path, b: Path, rounds: int) -> None:
     with tempfile.TemporaryDirectory(dir=a.parent) as folder, contextlib.chdir(folder):
         write_forms(a, b, Path(folder))
         code = {name: f"blockmerge.{call}" for name, call in FORMATS.items()}
-        actions = {name: partial(timed, partial(eval, line, {"blockmerge": blockmerge})) for name, line in code.items()}
+        actions = {
+            name: partial(timed, partial(eval, line, {"blockmerge": blockmerge}))
+            for name, line in code.items()
+        }
         report(measure(actions, rounds, clear), ["safetensors pair"])
         clear()
         report_memory({name: (line[:-1] + ", overwrite=True)", ()) for name, line in code.items()})
@@ -178,11 +194,17 @@ def main() -> None:
             compare_formats(a, b, chosen.rounds)
             return
         if not chosen.memory_only:
-            actions = {name: partial(timed, action) for name, action in contestants(a, b, output, chosen.peers).items()}
+            actions = {
+                name: partial(timed, action)
+                for name, action in contestants(a, b, output, chosen.peers).items()
+            }
             seconds = measure(actions, chosen.rounds, lambda: output.unlink(missing_ok=True))
             report(seconds, ["cp + fsync", "load and save (process)"])
         report_memory(
-            {option: (merge.format(option), (a, b, output)) for option in ("preset='high_res'", "weights=0.5")},
+            {
+                option: (merge.format(option), (a, b, output))
+                for option in ("preset='high_res'", "weights=0.5")
+            },
         )
 
 

@@ -1,7 +1,8 @@
-"""How far reading, transfer, computing and writing overlap in file merges with heavy methods, on a GPU or the processor.
+"""How far reading, transfer, computing and writing overlap in file merges with heavy methods, on a GPU or the
+processor.
 
-Each stage is timed in a merge with one worker, stage after stage; then the merge is timed as it is. If nothing overlapped,
-it would take as long as the stages together.
+Each stage is timed in a merge with one worker, stage after stage; then the merge is timed as it is. If
+nothing overlapped, it would take as long as the stages together.
 """
 
 from __future__ import annotations
@@ -35,14 +36,24 @@ def main() -> None:
     device = torch.cuda.get_device_name() if chosen.device.startswith("cuda") else "processor"
     with full_size_pair(chosen) as (a, b, output):
         print(f"device: {device}\n")
-        print("| method | read s | to the device s | compute s | back s | write s | together s | merge s | merge ÷ together |")
+        print(
+            "| method | read s | to the device s | compute s | back s | write s | together s | merge s | "
+            "merge ÷ together |"
+        )
         print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
         for method in chosen.methods:
 
             def merge(threads: int | None, method: str = method) -> float:
                 started = time.perf_counter()
                 blockmerge.merge(
-                    a, b, output=output, method=method, weights=0.5, device=chosen.device, threads=threads, overwrite=True
+                    a,
+                    b,
+                    output=output,
+                    method=method,
+                    weights=0.5,
+                    device=chosen.device,
+                    threads=threads,
+                    overwrite=True,
                 )
                 return time.perf_counter() - started
 
@@ -51,7 +62,9 @@ def main() -> None:
                 merge(1)
             seconds = min(merge(None) for _ in range(chosen.rounds))
             stages = [spent[stage] for stage in ("read", "there", "compute", "back", "write")]
-            told = " | ".join(f"{stage:.2f}" for stage in (*stages, sum(stages), seconds, seconds / sum(stages)))
+            told = " | ".join(
+                f"{stage:.2f}" for stage in (*stages, sum(stages), seconds, seconds / sum(stages))
+            )
             print(f"| {method} | {told} |")
 
 
@@ -70,7 +83,9 @@ def timed_stages() -> Iterator[Counter[str]]:
 
         return call
 
-    def compute_one(self: Kernel, inputs: list[torch.Tensor], run: Any, first: int, out: torch.Tensor) -> bool:
+    def compute_one(
+        self: Kernel, inputs: list[torch.Tensor], run: Any, first: int, out: torch.Tensor
+    ) -> bool:
         def there() -> list[torch.Tensor]:
             return synchronised([tensor.to(self._device) for tensor in inputs])
 

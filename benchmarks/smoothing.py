@@ -1,10 +1,11 @@
-"""smooth_add_difference beside scipy.ndimage's filters on the largest convolutions there are: time, difference, memory.
+"""smooth_add_difference beside scipy.ndimage's filters on the largest convolutions there are: time,
+difference, memory.
 
     python benchmarks/smoothing.py [--shapes 320x320x3x3,1280x2560x3x3]
 
-One thread each, fp16 tensors, filtered in float32 as in a merge and by scipy in float64. The difference is the largest of any
-element, in parts of the largest of the delta B - C; it is to stay below 1e-5. Memory is that of the method, beside the three
-models' tensors and the result.
+One thread each, fp16 tensors, filtered in float32 as in a merge and by scipy in float64. The difference is
+the largest of any element, in parts of the largest of the delta B - C; it is to stay below 1e-5. Memory is
+that of the method, beside the three models' tensors and the result.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ def main() -> None:
     shapes = parser.parse_args().shapes.split(",")
     torch.set_num_threads(1)
     print(machine(Path()))
-    print("\n| shape | s | scipy s | ns an element | difference | MB beside the tensors |\n| --- | --- | --- | --- | --- | --- |")
+    print(
+        "\n| shape | s | scipy s | ns an element | difference | MB beside the tensors |\n| --- | --- | --- | "
+        "--- | --- | --- |"
+    )
     for named in shapes:
         shape = [int(extent) for extent in named.split("x")]
         generator = torch.Generator().manual_seed(0)
@@ -48,13 +52,18 @@ def main() -> None:
         ours = time.perf_counter() - started
         delta = b.double().numpy() - c.double().numpy()
         started = time.perf_counter()
-        wanted = ndimage.gaussian_filter(ndimage.median_filter(delta, size=3, mode="reflect"), 1.0, mode="reflect")
+        wanted = ndimage.gaussian_filter(
+            ndimage.median_filter(delta, size=3, mode="reflect"), 1.0, mode="reflect"
+        )
         theirs = time.perf_counter() - started
         difference = abs(found.numpy() - wanted).max() / abs(delta).max()
         loaded, peak = peak_memory(MEMORY, named)
         count = prod(shape)
         more = peak - loaded - 4 * 2 * count / 1e6
-        print(f"| {named} | {ours:.1f} | {theirs:.1f} | {ours / count * 1e9:.0f} | {difference:.1e} | {more:.0f} |")
+        print(
+            f"| {named} | {ours:.1f} | {theirs:.1f} | {ours / count * 1e9:.0f} | {difference:.1e} | "
+            f"{more:.0f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -85,7 +85,8 @@ __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    # Each name is fetched from its room when it is first used, so that `import blockmerge` itself costs next to nothing.
+    # Each name is fetched from its room when it is first used, so that `import blockmerge` itself costs next
+    # to nothing.
     if name not in _HOMES:
         raise AttributeError(f"module 'blockmerge' has no attribute '{name}'")
     value = getattr(import_module(f"blockmerge.{_HOMES[name]}"), name)

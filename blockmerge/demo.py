@@ -1,7 +1,8 @@
 """Checkpoints to try things on: real names, real or thin shapes, values of real magnitude.
 
-A is random; B is A plus small differences, as a fine-tune is. Thin models have the complete layout of a real one with
-narrower widths (8 channels for 320), on which diffusers' U-Net still runs. Tests and benchmarks use the same generator.
+A is random; B is A plus small differences, as a fine-tune is. Thin models have the complete layout of a real
+one with narrower widths (8 channels for 320), on which diffusers' U-Net still runs. Tests and benchmarks use
+the same generator.
 """
 
 from __future__ import annotations
@@ -75,9 +76,9 @@ def write_pair(
 ) -> None:
     """Write a model A and a model B that is A plus differences of `difference` times its weights' size.
 
-    `dtypes` are A's and B's, in safetensors' spelling. The same arguments give the same files. Memory stays small.
-    `progress(done, total)` is told the numbers made of those to make.
-    Raises OutputError when a file exists or cannot be written.
+    `dtypes` are A's and B's, in safetensors' spelling. The same arguments give the same files. Memory stays
+    small. `progress(done, total)` is told the numbers made of those to make. Raises OutputError when a file
+    exists or cannot be written.
     """
     if not 0 <= seed < 1 << 63:
         raise RecipeError(f"{shown(seed)} is no seed: a whole number from 0 to 2^63 - 1")
@@ -90,7 +91,9 @@ def write_pair(
             header = encode_header(tensors, metadata or {"format": "pt"}, 8)
             last = tensors[order[-1]]
             target = check_output(path, overwrite=overwrite)
-            file = stack.enter_context(AtomicFile(target, len(header) + last.offset + last.nbytes, overwrite=overwrite))
+            file = stack.enter_context(
+                AtomicFile(target, len(header) + last.offset + last.nbytes, overwrite=overwrite)
+            )
             try:
                 handle = stack.enter_context(file.path.open("r+b"))
                 handle.write(header)

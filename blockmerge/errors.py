@@ -2,15 +2,15 @@
 
 ::
 
-    BlockmergeError                 the base of all; its text is one line that says what to do
-    ├── CheckpointError             a model cannot be read: missing, damaged, changed meanwhile, of an unknown kind
-    ├── UnknownFamilyError          a model can be read but holds no U-Net that blockmerge knows
-    ├── IncompatibleModelsError     models cannot be merged or compared with each other: families, names or shapes differ
-    ├── RecipeError                 what was asked for makes no sense: unknown method, dtype, device, number of models
-    │   └── WeightsError            block weights: unknown block, wrong count, not a number
-    │       └── PresetError         a preset that does not exist or a preset file that cannot be read
-    ├── NonFiniteError              a merged tensor would hold NaN or infinity, or a compared one does
-    └── OutputError                 the output cannot be written: it exists, is an input, the disk is full
+    BlockmergeError                 the base of all; its text is one line that says what to do ├──
+    CheckpointError             a model cannot be read: missing, damaged, changed meanwhile, of an unknown
+    kind ├── UnknownFamilyError          a model can be read but holds no U-Net that blockmerge knows ├──
+    IncompatibleModelsError     models cannot be merged or compared with each other: families, names or shapes
+    differ ├── RecipeError                 what was asked for makes no sense: unknown method, dtype, device,
+    number of models │   └── WeightsError            block weights: unknown block, wrong count, not a number │
+    └── PresetError         a preset that does not exist or a preset file that cannot be read ├──
+    NonFiniteError              a merged tensor would hold NaN or infinity, or a compared one does └──
+    OutputError                 the output cannot be written: it exists, is an input, the disk is full
 
 Only the command line turns these into messages and exit codes.
 """
@@ -38,7 +38,9 @@ class BlockmergeError(Exception):
 
 
 class CheckpointError(BlockmergeError):
-    """A model cannot be read: the file is missing, damaged, changed while it was read, or of an unknown kind."""
+    """A model cannot be read: the file is missing, damaged, changed while it was read, or of an unknown
+    kind.
+    """
 
 
 class UnknownFamilyError(BlockmergeError):
@@ -50,7 +52,9 @@ class IncompatibleModelsError(BlockmergeError):
 
 
 class RecipeError(BlockmergeError):
-    """What was asked for makes no sense: an unknown method, dtype or device, or the wrong number of models."""
+    """What was asked for makes no sense: an unknown method, dtype or device, or the wrong number of
+    models.
+    """
 
 
 class WeightsError(RecipeError):
@@ -66,7 +70,9 @@ class NonFiniteError(BlockmergeError):
 
 
 class OutputError(BlockmergeError):
-    """The output cannot be written: it exists, it is one of the inputs, its folder is missing, the disk is full."""
+    """The output cannot be written: it exists, it is one of the inputs, its folder is missing, the disk is
+    full.
+    """
 
 
 def shown(text: object, limit: int = 120) -> str:
@@ -82,10 +88,14 @@ def shown(text: object, limit: int = 120) -> str:
 
 
 def listing(items: Iterable[object], limit: int = 3, width: int = 120) -> str:
-    """Return the first few of `items`, each within `width`, and how many more there are: ``"a, b, c and 4 more"``."""
+    """Return the first few of `items`, each within `width`, and how many more there are: ``"a, b, c and 4
+    more"``.
+    """
     everything = list(items)
     more = len(everything) - limit
-    return ", ".join(shown(item, width) for item in everything[:limit]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(shown(item, width) for item in everything[:limit]) + (
+        f" and {more} more" if more > 0 else ""
+    )
 
 
 def counted(count: int, noun: str) -> str:
@@ -100,7 +110,9 @@ def reason(error: OSError) -> str:
 
 
 def did_you_mean(word: object, known: Collection[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the known name nearest to `word`, or nothing when none is near or it is no text."""
+    """Return ``"; did you mean 'x'?"`` for the known name nearest to `word`, or nothing when none is near or
+    it is no text.
+    """
     if not isinstance(word, str):
         return ""
     by_fold = {name.casefold(): name for name in known}

@@ -28,11 +28,14 @@ A result that cannot be printed (stdout is a full disk) is exit code 1 too; all 
 
 def reference() -> str:
     """Return the text of docs/cli.md."""
-    return _HEAD + "".join(f"\n## {title}\n\n```text\n{text}\n```\n" for title, text in _pages(cli, "blockmerge", None))
+    return _HEAD + "".join(
+        f"\n## {title}\n\n```text\n{text}\n```\n" for title, text in _pages(cli, "blockmerge", None)
+    )
 
 
 def _pages(command: click.Command, title: str, parent: click.Context | None) -> Iterator[tuple[str, str]]:
-    # The help options are those of the outermost command; said here, since click remembers them from the first call.
+    # The help options are those of the outermost command; said here, since click remembers them from the
+    # first call.
     settings = {**cli.context_settings, "max_content_width": 100, "terminal_width": 100}
     context = click.Context(command, info_name=title.split()[-1], parent=parent, **settings)
     yield title, command.get_help(context).strip()

@@ -8,21 +8,22 @@ from blockmerge.methods import METHODS, Method
 
 _HEAD = """# The methods
 
-Written by `make docs` from the table in `blockmerge/methods/table.py`. `blockmerge methods` lists them, `blockmerge methods
-NAME` shows one.
+Written by `make docs` from the table in `blockmerge/methods/table.py`. `blockmerge methods` lists them,
+`blockmerge methods NAME` shows one.
 
-A, B, C are one tensor of each model, α (alpha) and β (beta) the block's weights; Xᵢ are all models, of which A is the
-first. Halves and 8-bit floats are combined in float32, float32 in float64, and the result is rounded once. Of finite
-weights every method makes finite ones, whatever α and β, unless the result is beyond the range of the output's dtype.
+A, B, C are one tensor of each model, α (alpha) and β (beta) the block's weights; Xᵢ are all models, of which
+A is the first. Halves and 8-bit floats are combined in float32, float32 in float64, and the result is rounded
+once. Of finite weights every method makes finite ones, whatever α and β, unless the result is beyond the
+range of the output's dtype.
 
 """
 
 _TAIL = """
-*Looks at* is how much of a tensor a result depends on, and so how a merge may cut its work. A method that looks at all tensors
-reads the models twice: once for the figures that it needs, once to merge.
+*Looks at* is how much of a tensor a result depends on, and so how a merge may cut its work. A
+method that looks at all tensors reads the models twice: once for the figures that it needs, once to merge.
 
-*Copied at*: the weights, or pairs (α, β), at which the result is an input, bit for bit; the other models are not even read
-there. `tensor_sum` always takes whole rows as they are.
+*Copied at*: the weights, or pairs (α, β), at which the result is an input, bit for bit; the other models are
+not even read there. `tensor_sum` always takes whole rows as they are.
 
 ## Where a formula has no value
 
@@ -37,15 +38,16 @@ there. `tensor_sum` always takes whole rows as they are.
 
 ## Shares and counts
 
-Shares are read as the decimal numbers that they are written as: α = 0.29 of 100 rows are 29, though the double nearest to 0.29
-is a little less. `ties` keeps ⌈k·n⌉ of n values, and all that are as large as the smallest of them.
+Shares are read as the decimal numbers that they are written as: α = 0.29 of 100 rows are 29, though the
+double nearest to 0.29 is a little less. `ties` keeps ⌈k·n⌉ of n values, and all that are as large as the
+smallest of them.
 
 ## Chance
 
-What `add_noise` and `dare` draw depends on the seed, the tensor's LDM name and the element's position alone: the first 64 bits
-of the SHA-256 of both are a key, and SplitMix64, started there, gives 16 bits for each position. Two normal
-numbers that are neighbours are one of 65,536 equally likely pairs, a Hammersley set of as many normal quantiles, rounded to
-float16. So the same seed gives the same file with any number of threads.
+What `add_noise` and `dare` draw depends on the seed, the tensor's LDM name and the element's position alone:
+the first 64 bits of the SHA-256 of both are a key, and SplitMix64, started there, gives 16 bits for each
+position. Two normal numbers that are neighbours are one of 65,536 equally likely pairs, a Hammersley set of
+as many normal quantiles, rounded to float16. So the same seed gives the same file with any number of threads.
 
 ## A method of your own
 
@@ -62,15 +64,14 @@ blockmerge.merge_state_dicts(a, b, weights=0.3, method=soften)
 ```
 
 Or from the command line, with the function in `mine.py` in the current folder or wherever Python looks:
-`blockmerge a.safetensors b.safetensors --weights 0.3 --method mine:soften`. It runs as part of the merge, with all that you may
-do yourself.
+`blockmerge a.safetensors b.safetensors --weights 0.3 --method mine:soften`. It runs as part of the merge,
+with all that you may do yourself.
 
-Parameters by position are the models (`*others` for any number), `alpha` and `beta` are the weights, other keywords are numbers
-with a default, none named like an argument of `merge` but `seed`. The tensors are copies in float32 or float64, and what is
-returned is rounded once. `locality="element"`, the default, says that the function may be given any stretch of a tensor, flat;
-`"row"` any entries of the first axis; `"tensor"` the whole. [examples/own_method.py](../examples/own_method.py) is one to start
-from.
-"""
+Parameters by position are the models (`*others` for any number), `alpha` and `beta` are the weights, other
+keywords are numbers with a default, none named like an argument of `merge` but `seed`. The tensors are copies
+in float32 or float64, and what is returned is rounded once. `locality="element"`, the default, says that the
+function may be given any stretch of a tensor, flat; `"row"` any entries of the first axis; `"tensor"` the
+whole. [examples/own_method.py](../examples/own_method.py) is one to start from. """
 
 _COPIED = {0: "A", 1: "B", 2: "C"}
 
@@ -87,7 +88,10 @@ def reference() -> str:
 
 def _cells(method: Method) -> list[str]:
     takes = [name if default is None else f"{name} = {default:g}" for name, default in method.weights.items()]
-    takes += [f"{number.name} = {'1 each' if number.default is None else f'{number.default:g}'}" for number in method.numbers]
+    takes += [
+        f"{number.name} = {'1 each' if number.default is None else f'{number.default:g}'}"
+        for number in method.numbers
+    ]
     count = str(method.models) if method.models is not None else f"{method.least} or more"
     return [
         f"`{method.name}`",
@@ -104,8 +108,12 @@ def _copied(method: Method) -> str:
     if "beta" not in method.weights:
         found = [(f"α = {alpha}", method.copies(alpha)) for alpha in (0, 1)]
     else:
-        found = [(f"({alpha}, {beta})", method.copies(alpha, beta)) for alpha, beta in ((0, 0), (1, 0), (0, 1))]
-    return ", ".join(f"{_COPIED[source]}: {weights}" for weights, source in found if source is not None) or "–"
+        found = [
+            (f"({alpha}, {beta})", method.copies(alpha, beta)) for alpha, beta in ((0, 0), (1, 0), (0, 1))
+        ]
+    return (
+        ", ".join(f"{_COPIED[source]}: {weights}" for weights, source in found if source is not None) or "–"
+    )
 
 
 if __name__ == "__main__":

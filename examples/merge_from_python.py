@@ -23,7 +23,10 @@ write_pair(a, b, "sd1", overwrite=True)
 # A preset, into a file. The result says what was done.
 result = blockmerge.merge(a, b, preset="high_res", output=folder / "detail.safetensors", overwrite=True)
 counts = result.tensors
-print(f"{result.output.name}: {counts.computed} tensors computed, {counts.from_a} from A, {counts.from_b} from B")
+print(
+    f"{result.output.name}: {counts.computed} tensors computed, {counts.from_a} from A, {counts.from_b} from "
+    "B"
+)
 
 # Half way between two presets, with the text encoder left alone.
 high, low = blockmerge.load_preset("high_res"), blockmerge.load_preset("low_res")

@@ -3,8 +3,9 @@
     python examples/own_method.py
     cd examples && blockmerge a.safetensors b.safetensors --weights 0.5 --method own_method:nearer
 
-A method is a function of one tensor of each model. It may be given any stretch of a tensor, as float32 or float64, and
-returns the result, which blockmerge rounds and writes. Its keywords are the weights, and numbers with a default.
+A method is a function of one tensor of each model. It may be given any stretch of a tensor, as float32 or
+float64, and returns the result, which blockmerge rounds and writes. Its keywords are the weights, and numbers
+with a default.
 """
 
 from __future__ import annotations
@@ -37,5 +38,7 @@ if __name__ == "__main__":
     plain = blockmerge.merge_state_dicts(a, b, weights=0.5)
     name = "model.diffusion_model.input_blocks.4.1.proj_in.weight"
     far = (b[name].float() - a[name].float()).abs() > 0.02
-    print(f"left alone: {bool((merged[name][far] == a[name][far]).all())}, {far.float().mean():.0%} of {name}")
+    print(
+        f"left alone: {bool((merged[name][far] == a[name][far]).all())}, {far.float().mean():.0%} of {name}"
+    )
     print(f"as a weighted sum elsewhere: {bool(merged[name][~far].equal(plain[name][~far]))}")

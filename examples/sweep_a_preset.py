@@ -1,8 +1,10 @@
-"""Sweep a preset's strength on a U-Net that is in use, and write the file of the strength that was liked best.
+"""Sweep a preset's strength on a U-Net that is in use, and write the file of the strength that was liked
+best.
 
     python examples/sweep_a_preset.py [FOLDER]
 
-Makes its own thin models and needs diffusers; with real ones, the U-Net is a pipeline's: `LiveMerge(pipe.unet, a, b)`.
+Makes its own thin models and needs diffusers; with real ones, the U-Net is a pipeline's:
+`LiveMerge(pipe.unet, a, b)`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,12 @@ a, b, best = (folder / f"{name}.safetensors" for name in ("a", "b", "best"))
 write_pair(a, b, "sd1", dtypes=("F32", "F32"), overwrite=True)
 
 # Stands for pipe.unet: the demo's widths instead of Stable Diffusion 1.5's.
-widths = {"block_out_channels": (8, 16, 32, 32), "norm_num_groups": 8, "attention_head_dim": 4, "cross_attention_dim": 24}
+widths = {
+    "block_out_channels": (8, 16, 32, 32),
+    "norm_num_groups": 8,
+    "attention_head_dim": 4,
+    "cross_attention_dim": 24,
+}
 unet = UNet2DConditionModel(sample_size=8, **widths)
 own = unet.conv_in.weight.clone()
 
@@ -42,10 +49,13 @@ with blockmerge.LiveMerge(unet, a, b) as live:
         change = (image() - plain).norm() / plain.norm()
         print(f"high_res at {strength:.2f} changes the output by {change:.1%}")
 
-    # One block more, all others as they are; then the whole model, text encoder and VAE too, with these weights.
+    # One block more, all others as they are; then the whole model, text encoder and VAE too, with these
+    # weights.
     live.apply(weights={"OUT05": 0.7}, keep=True)
     blockmerge.merge(a, b, weights=live.weights, output=best, overwrite=True)
-    merged = blockmerge.open_checkpoint(best).read("model.diffusion_model.input_blocks.1.0.in_layers.2.weight")
+    merged = blockmerge.open_checkpoint(best).read(
+        "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
+    )
     same = merged == unet.down_blocks[0].resnets[0].conv1.weight.detach().numpy().tobytes()
     print(f"{best.name} has {'the same' if same else 'other'} bits as the live U-Net")
 

@@ -1,4 +1,5 @@
-"""The story of AnimeDiffusion, from beginning to end: a base, a second model, a high_res merge, and what it gives away.
+"""The story of AnimeDiffusion, from beginning to end: a base, a second model, a high_res merge, and what it
+gives away.
 
     python examples/where_it_comes_from.py [FOLDER]
 

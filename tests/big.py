@@ -7,7 +7,9 @@ import os
 
 
 def write_big(path, value, megabytes=256):
-    """A U-Net of sd1's signs whose one large tensor makes up the size; written without torch or blockmerge."""
+    """A U-Net of sd1's signs whose one large tensor makes up the size; written without torch or
+    blockmerge.
+    """
     side = megabytes * 1_000_000 // 2 // 1000
     shapes = {
         "model.diffusion_model.input_blocks.0.0.weight": [8, 4, 3, 3],

@@ -1,4 +1,6 @@
-"""Fixtures: thin checkpoints with real names, made once, and the three systems that reading and writing must work on."""
+"""Fixtures: thin checkpoints with real names, made once, and the three systems that reading and writing must
+work on.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,16 @@ from blockmerge.demo import write_pair
 from tests.big import write_big
 
 settings.register_profile(
-    "default", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    "default",
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("default")
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a script starts with &: children would ignore it too
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as in what a script starts with &: children would ignore it too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FAMILIES = ("sd1", "sd2", "sdxl")
@@ -31,7 +38,9 @@ FAMILIES = ("sd1", "sd2", "sdxl")
 
 @pytest.fixture(scope="session")
 def homes(tmp_path_factory):
-    """Folders that are not there yet; `mktemp` would look through all former ones for each of thousands of tests."""
+    """Folders that are not there yet; `mktemp` would look through all former ones for each of thousands of
+    tests.
+    """
     folder = tmp_path_factory.mktemp("homes")
     return (folder / str(number) for number in itertools.count())
 
@@ -92,7 +101,9 @@ def _no_hard_links(*_, **__):
 
 @pytest.fixture(params=["native", "bare", "tmpfs"])
 def system(request, monkeypatch, tmp_path):
-    """A folder to write in: on this system as it is, with all that Windows lacks taken away, and on a tmpfs."""
+    """A folder to write in: on this system as it is, with all that Windows lacks taken away, and on a
+    tmpfs.
+    """
     if request.param == "bare":
         for name in TAKEN_AWAY:
             monkeypatch.delattr(os, name, raising=False)

@@ -7,7 +7,8 @@ from functools import cache
 
 
 def every_pair(*axes):
-    """Rows with one value of each of two axes or more, so that any two values of two axes are together in some row.
+    """Rows with one value of each of two axes or more, so that any two values of two axes are together in
+    some row.
 
     A fault that shows with two particular values is found as by the full product, in far fewer rows.
     """
@@ -17,7 +18,9 @@ def every_pair(*axes):
 
 @cache
 def _places(sizes):
-    pairs_of = {row: set(itertools.combinations(enumerate(row), 2)) for row in itertools.product(*map(range, sizes))}
+    pairs_of = {
+        row: set(itertools.combinations(enumerate(row), 2)) for row in itertools.product(*map(range, sizes))
+    }
     missing = set().union(*pairs_of.values())
     chosen = []
     while missing:

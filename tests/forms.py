@@ -1,4 +1,6 @@
-"""One model in every form that people have it in, written with torch, safetensors and huggingface_hub alone."""
+"""One model in every form that people have it in, written with torch, safetensors and huggingface_hub
+alone.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,16 @@ FORMS = ("safetensors", "zip", "legacy", "folder", "sharded")
 
 
 def in_diffusers(model, family):
-    """A model of LDM naming as one dict of `component/name`, made with torch from the origins that `test_renaming` tests."""
+    """A model of LDM naming as one dict of `component/name`, made with torch from the origins that
+    `test_renaming` tests.
+    """
     made = {}
     for name, origin in origins_in_diffusers(model, family).items():
-        tensor = torch.cat([model[one] for one in origin.names]) if len(origin.names) > 1 else model[origin.names[0]]
+        tensor = (
+            torch.cat([model[one] for one in origin.names])
+            if len(origin.names) > 1
+            else model[origin.names[0]]
+        )
         tensor = tensor.chunk(origin.parts)[origin.part] if origin.parts > 1 else tensor
         tensor = tensor.T if origin.transposed else tensor
         tensor = tensor.squeeze(-1).squeeze(-1) if origin.axes == 2 else tensor
@@ -50,7 +58,9 @@ def write_folder(tensors, path, *, sharded=False, binary=False):
         component, _, rest = name.partition("/")
         components.setdefault(component, {})[rest] = tensor
     path.mkdir()
-    (path / "model_index.json").write_text(json.dumps({component: ["diffusers", "X"] for component in components}))
+    (path / "model_index.json").write_text(
+        json.dumps({component: ["diffusers", "X"] for component in components})
+    )
     for component, state in components.items():
         folder = path / component
         folder.mkdir()
@@ -58,7 +68,9 @@ def write_folder(tensors, path, *, sharded=False, binary=False):
         stem = STEMS.get(component, "model")
         if sharded:
             size = sum(tensor.nbytes for tensor in state.values()) // 3
-            save_torch_state_dict(state, folder, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=size)
+            save_torch_state_dict(
+                state, folder, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=size
+            )
             assert (folder / f"{stem}.safetensors.index.json").exists()
         elif binary:
             torch.save(state, folder / f"{stem if component in STEMS else 'pytorch_model'}.bin")
@@ -84,8 +96,16 @@ def read(path):
 
 def ema_of(model):
     """EMA copies under their names, half as large as the U-Net's tensors, and what stands beside them."""
-    copies = {f"model_ema.diffusion_model{n.removeprefix(UNET).replace('.', '')}": t / 2 for n, t in model.items() if is_unet(n)}
-    return {**copies, "model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7, dtype=torch.int32)}
+    copies = {
+        f"model_ema.diffusion_model{n.removeprefix(UNET).replace('.', '')}": t / 2
+        for n, t in model.items()
+        if is_unet(n)
+    }
+    return {
+        **copies,
+        "model_ema.decay": torch.tensor(0.9999),
+        "model_ema.num_updates": torch.tensor(7, dtype=torch.int32),
+    }
 
 
 def is_unet(name):
@@ -93,7 +113,9 @@ def is_unet(name):
 
 
 def as_dtype(model, dtype):
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in model.items()}
+    return {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in model.items()
+    }
 
 
 def assert_same(one, other):

@@ -1,7 +1,7 @@
 """Kills merges at random moments and looks at what is left. Run by test_kill.py; prints what it saw as JSON.
 
-A process that has torch loaded forks a child for every merge, so that the kill falls into the merge and not into the
-loading of torch. The parent never computes with torch, whose threads would not survive the fork.
+A process that has torch loaded forks a child for every merge, so that the kill falls into the merge and not
+into the loading of torch. The parent never computes with torch, whose threads would not survive the fork.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def main(a, b, folder, rounds):
     assert new != old
     random.seed(0)
     seen = {"rounds": 0, "midway": 0, "finished": 0, "swept": 0, "seconds": whole}
-    # On a machine that is now fast and now slow, many kills come too late: go on until enough have come midway.
+    # On a machine that is now fast and now slow, many kills come too late: go on until enough have come
+    # midway.
     while seen["rounds"] < rounds or (seen["midway"] < rounds // 3 and seen["rounds"] < 5 * rounds):
         seen["rounds"] += 1
         with_old = seen["rounds"] % 2 == 0

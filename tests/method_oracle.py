@@ -1,6 +1,7 @@
 """Every method written anew from the definitions, in numpy and float64, without any of blockmerge's code.
 
-Each takes float64 arrays of one shape; for `ties`, whose choice hangs on the last bit, of the dtype that it computes in.
+Each takes float64 arrays of one shape; for `ties`, whose choice hangs on the last bit, of the dtype that it
+computes in.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def slerp(a, b, *, alpha):
     if abs(abs(cosine) - 1) < 1e-12:
         return weighted_sum(a, b, alpha=alpha)
     angle = np.arccos(cosine)
-    direction = (np.sin((1 - alpha) * angle) * (a / norm_a) + np.sin(alpha * angle) * (b / norm_b)) / np.sin(angle)
+    direction = (np.sin((1 - alpha) * angle) * (a / norm_a) + np.sin(alpha * angle) * (b / norm_b)) / np.sin(
+        angle
+    )
     return direction * ((1 - alpha) * norm_a + alpha * norm_b)
 
 
@@ -99,7 +102,9 @@ def smooth_add_difference(a, b, c, *, alpha):
     delta = np.median(np.stack(around), axis=0)
     taps = np.exp(-0.5 * np.arange(-4, 5) ** 2.0)
     for axis in range(delta.ndim):
-        padded = np.pad(delta, [(4, 4) if axis == other else (0, 0) for other in range(delta.ndim)], mode="symmetric")
+        padded = np.pad(
+            delta, [(4, 4) if axis == other else (0, 0) for other in range(delta.ndim)], mode="symmetric"
+        )
         delta = np.apply_along_axis(np.convolve, axis, padded, taps / taps.sum(), mode="valid")
     return a + alpha * delta
 
@@ -153,7 +158,10 @@ def _cosine(x, y):
 
 def _cosines(a, b, normalised):
     """The cosine of every column, and of the whole."""
-    x, y = (array.reshape(len(array), -1) if array.ndim > 1 and array.size else array.reshape(-1, 1) for array in (a, b))
+    x, y = (
+        array.reshape(len(array), -1) if array.ndim > 1 and array.size else array.reshape(-1, 1)
+        for array in (a, b)
+    )
     columns = np.array([_cosine(x[:, place], y[:, place]) for place in range(x.shape[1])])
     if normalised:
         with np.errstate(invalid="ignore"):
@@ -165,7 +173,9 @@ def cosine_limits(pairs, normalised):
     values = []
     for a, b in pairs:
         columns, whole = _cosines(a, b, normalised)
-        values += [value for value in (columns if normalised else (columns + whole) / 2) if not np.isnan(value)]
+        values += [
+            value for value in (columns if normalised else (columns + whole) / 2) if not np.isnan(value)
+        ]
     for percent, keep in ((1, np.greater_equal), (99, np.less_equal)):
         if len(values):
             values = np.array(values)
@@ -177,7 +187,9 @@ def cosine_merge(a, b, *, shift, limits, normalised):
     columns, whole = _cosines(a, b, normalised)
     k = np.ones_like(columns)
     if limits is not None and limits[0] != limits[1]:
-        k = np.nan_to_num(np.clip(((columns + whole) / 2 - limits[0]) / (limits[1] - limits[0]) - shift, 0, 1), nan=1.0)
+        k = np.nan_to_num(
+            np.clip(((columns + whole) / 2 - limits[0]) / (limits[1] - limits[0]) - shift, 0, 1), nan=1.0
+        )
     k = k.reshape(1, *a.shape[1:]) if a.ndim > 1 and a.size else k[0]
     return (1 - k) * b + k * a
 
@@ -199,7 +211,9 @@ def random_bits(key, count):
 
 
 def normals(key, count):
-    """Quantiles of the normal distribution, scaled to variance 1: of 16 bits, and of the same in reverse order, every other one flipped; rounded to float32, then to float16."""
+    """Quantiles of the normal distribution, scaled to variance 1: of 16 bits, and of the same in reverse
+    order, every other one flipped; rounded to float32, then to float16.
+    """
     values = special.ndtri((np.arange(65536) + 0.5) / 65536)
     bits = random_bits(key, -(-count // 2)).astype(np.uint16)
     reverse = [int(f"{number:016b}"[::-1], 2) ^ 0b0101010101010101 for number in bits]

@@ -42,9 +42,12 @@ def weight_of(name, family, weights, *, vae="auto"):
 
 def step_at(size, dtype):
     """One step (unit in the last place) of `dtype` at magnitude `size`, in float64."""
-    bits, lowest = {torch.float16: (10, -14), torch.bfloat16: (7, -126), torch.float32: (23, -126), torch.float64: (52, -1022)}[
-        dtype
-    ]
+    bits, lowest = {
+        torch.float16: (10, -14),
+        torch.bfloat16: (7, -126),
+        torch.float32: (23, -126),
+        torch.float64: (52, -1022),
+    }[dtype]
     exponent = torch.frexp(size.double())[1].double() - 1
     return 2.0 ** (torch.clamp(exponent, min=lowest) - bits)
 
@@ -62,7 +65,9 @@ def assert_merged(out, a, b, weights, family, *, vae="auto"):
             continue
         first, second = a[name].double(), b[name].double()
         exact = (1 - weight) * first + weight * second
-        error = (result.double() - exact).abs() / step_at(torch.maximum(first.abs(), second.abs()), result.dtype)
+        error = (result.double() - exact).abs() / step_at(
+            torch.maximum(first.abs(), second.abs()), result.dtype
+        )
         assert error.max() <= 1, (name, error.max())
 
 

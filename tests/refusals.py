@@ -1,4 +1,6 @@
-"""What every refusal has in common: exit code 1, one clear line, no output, no temp file, inputs unchanged."""
+"""What every refusal has in common: exit code 1, one clear line, no output, no temp file, inputs
+unchanged.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ def snapshot(folder):
 
 
 def assert_refused(capsys, folder, *arguments, says):
-    """Run the command in `folder` and hold that it refuses, leaving everything there as it was. Returns the line."""
+    """Run the command in `folder` and hold that it refuses, leaving everything there as it was. Returns the
+    line.
+    """
     before = snapshot(folder)
     home = os.getcwd()
     os.chdir(folder)

@@ -33,9 +33,11 @@ def _shapes(family, for_a_folder):
 
 
 def small_model(family="sd1", dtype=torch.float16, seed=0, *, for_a_folder=False):
-    """A model in LDM names with few, thin tensors: what tells the family, convolutions, matrices, joined and transposed ones.
+    """A model in LDM names with few, thin tensors: what tells the family, convolutions, matrices, joined and
+    transposed ones.
 
-    With what the configs of a folder are made from, and the attention that is compared, where it is to be one.
+    With what the configs of a folder are made from, and the attention that is compared, where it is to be
+    one.
     """
     generator = torch.Generator().manual_seed(seed)
     shapes = _shapes(family, for_a_folder)
@@ -64,6 +66,10 @@ def write_folder(folder, model, family):
     for component in {name.partition("/")[0] for name in found}:
         (folder / component).mkdir(parents=True)
         stem = "model" if component.startswith("text") else "diffusion_pytorch_model"
-        tensors = {name.partition("/")[2]: tensor for name, tensor in found.items() if name.startswith(f"{component}/")}
+        tensors = {
+            name.partition("/")[2]: tensor
+            for name, tensor in found.items()
+            if name.startswith(f"{component}/")
+        }
         save_file(tensors, folder / component / f"{stem}.safetensors")
     return folder

@@ -10,7 +10,8 @@ from blockmerge.anatomy import SD_BLOCKS, SDXL_BLOCKS, component_of, identify, l
 from blockmerge.demo import demo_layout
 from tests import oracle
 
-# block: (SD1.5 tensors, parameters, SD2.1 tensors, parameters, SDXL tensors, parameters), from complete real files
+# block: (SD1.5 tensors, parameters, SD2.1 tensors, parameters, SDXL tensors, parameters), from complete real
+# files
 TABLE = """
 text 197 123060557 294 354032641 587 817720398
 VAE 248 83653863 248 83653863 248 83653863
@@ -42,7 +43,9 @@ OUT11 42 5940804 42 6104644 - -
 """
 
 
-@pytest.mark.parametrize(("family", "column", "count"), [("sd1", 1, 1131), ("sd2", 3, 1228), ("sdxl", 5, 2515)])
+@pytest.mark.parametrize(
+    ("family", "column", "count"), [("sd1", 1, 1131), ("sd2", 3, 1228), ("sdxl", 5, 2515)]
+)
 def test_every_name_has_one_block_and_the_blocks_have_the_known_sizes(family, column, count):
     shapes = layout(family)
     assert len(shapes) == count
@@ -159,7 +162,8 @@ def test_diffusers_names_are_in_the_same_blocks(family):
 def test_ema_names_lead_back_to_plain_ones(family):
     unet = [name for name in layout(family) if component_of(name) == "unet"]
     ema = {
-        "model_ema." + name.removeprefix("model.").replace("diffusion_model.", "diffusion_model").replace(".", ""): name
+        "model_ema."
+        + name.removeprefix("model.").replace("diffusion_model.", "diffusion_model").replace(".", ""): name
         for name in unet
     }
     assert len(ema) == len(unet)

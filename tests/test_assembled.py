@@ -26,17 +26,28 @@ def read_in_chunks(checkpoint, info, chunk, start=0):
 
 @st.composite
 def views(draw):
-    """A flat tensor and a strided view of it: transposed, sliced, expanded, overlapping, empty, of no axes."""
+    """A flat tensor and a strided view of it: transposed, sliced, expanded, overlapping, empty, of no
+    axes.
+    """
     shape = tuple(draw(st.lists(st.integers(0, 6), max_size=4)))
     strides = tuple(draw(st.integers(0, 40)) for _ in shape)
     skip = draw(st.integers(0, 5))
     dtype = draw(st.sampled_from(list(DTYPES)))
-    reach = 1 + sum((extent - 1) * stride for extent, stride in zip(shape, strides, strict=True)) if 0 not in shape else 1
+    reach = (
+        1 + sum((extent - 1) * stride for extent, stride in zip(shape, strides, strict=True))
+        if 0 not in shape
+        else 1
+    )
     flat = torch.arange(skip + max(reach, 1), dtype=torch.int64).to(DTYPES[dtype])
     return dtype, flat, shape, strides, skip
 
 
-@given(st.lists(views(), min_size=1, max_size=4), st.integers(1, 50), st.sampled_from([1, 24, 1000]), st.booleans())
+@given(
+    st.lists(views(), min_size=1, max_size=4),
+    st.integers(1, 50),
+    st.sampled_from([1, 24, 1000]),
+    st.booleans(),
+)
 def test_pieces_are_torchs_views(cases, chunk, group, short):
     base = StateDict({str(number): flat for number, (_, flat, *_) in enumerate(cases)})
     tensors, expected = {}, {}
@@ -65,7 +76,9 @@ def test_pieces_are_torchs_views(cases, chunk, group, short):
         end = max(info.offset + info.nbytes for info in base.tensors.values())
         last = max(checkpoint.tensors.values(), key=lambda info: info.offset + info.nbytes)
         everything = read_in_chunks(checkpoint, TensorInfo("U8", (last.offset + last.nbytes,), 0), 1 << 20)
-        parts = [flat for _, flat, *_ in cases] + [tensor for name, tensor in expected.items() if not name.startswith("whole")]
+        parts = [flat for _, flat, *_ in cases] + [
+            tensor for name, tensor in expected.items() if not name.startswith("whole")
+        ]
         assert everything == b"".join(map(bytes_of, parts))
         assert len(everything) >= end
 
@@ -73,9 +86,13 @@ def test_pieces_are_torchs_views(cases, chunk, group, short):
 def test_assemblies_nest():
     flat = torch.arange(24, dtype=torch.float32)
     base = StateDict({"x": flat})
-    turned = Assembled(base, {"x": base.tensors["x"], "t": Assembly("F32", (6, 4), (Piece(0, (6, 4), (1, 6)),))})
+    turned = Assembled(
+        base, {"x": base.tensors["x"], "t": Assembly("F32", (6, 4), (Piece(0, (6, 4), (1, 6)),))}
+    )
     at = turned.tensors["t"].offset
-    again = Assembled(turned, {"t": turned.tensors["t"], "back": Assembly("F32", (4, 6), (Piece(at, (4, 6), (1, 4)),))})
+    again = Assembled(
+        turned, {"t": turned.tensors["t"], "back": Assembly("F32", (4, 6), (Piece(at, (4, 6), (1, 4)),))}
+    )
     assert again.read("back") == bytes_of(flat)
     assert again.read("t") == bytes_of(flat.view(4, 6).T)
     assert turned.tensors["x"] is base.tensors["x"]
@@ -83,7 +100,12 @@ def test_assemblies_nest():
 
 @pytest.mark.parametrize(
     ("shape", "strides"),
-    [((640, 320, 3, 3), (2880, 1, 960, 320)), ((1280, 1280), (1, 1280)), ((9000, 300), (1, 9000)), ((3000, 1000), (0, 1))],
+    [
+        ((640, 320, 3, 3), (2880, 1, 960, 320)),
+        ((1280, 1280), (1, 1280)),
+        ((9000, 300), (1, 9000)),
+        ((3000, 1000), (0, 1)),
+    ],
 )
 def test_large_tensors_in_chunks(tmp_path, shape, strides):
     """Over several groups, and little memory; each chunk must not read the tensor again."""
@@ -96,12 +118,18 @@ def test_large_tensors_in_chunks(tmp_path, shape, strides):
     flat = torch.randn(elements)
     save_file({"x": flat}, tmp_path / "x.safetensors")
     base = open_checkpoint(tmp_path / "x.safetensors")
-    checkpoint = Assembled(base, {"y": Assembly("F32", shape, (Piece(base.tensors["x"].offset, shape, strides),))})
+    checkpoint = Assembled(
+        base, {"y": Assembly("F32", shape, (Piece(base.tensors["x"].offset, shape, strides),))}
+    )
     assert checkpoint.files == (tmp_path / "x.safetensors",)
     read = []
     real = FileReader.read_into
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FileReader, "read_into", lambda self, at, buffer: (read.append(len(buffer)), real(self, at, buffer)))
+        patch.setattr(
+            FileReader,
+            "read_into",
+            lambda self, at, buffer: (read.append(len(buffer)), real(self, at, buffer)),
+        )
         data = read_in_chunks(checkpoint, checkpoint.tensors["y"], 512 << 10)
     assert data == bytes_of(torch.as_strided(flat, shape, strides))
     assert sum(read) <= 4 * len(data)

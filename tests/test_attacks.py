@@ -25,7 +25,9 @@ def test_a_hostile_pickle_is_refused(tmp_path, capsys, monkeypatch, name, layout
     make, says = attacks.PICKLES[name]
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "x.ckpt").write_bytes(LAYOUTS[layout](make(tmp_path / "canary")))
-    line = assert_refused(capsys, tmp_path, "inspect", "x.ckpt", says=["x.ckpt is not a valid torch file: ", *says])
+    line = assert_refused(
+        capsys, tmp_path, "inspect", "x.ckpt", says=["x.ckpt is not a valid torch file: ", *says]
+    )
     assert len(line) < 600
     assert not (tmp_path / "canary").exists()
     assert "attacks_canary" not in sys.modules
@@ -36,7 +38,9 @@ def test_a_hostile_pickle_is_refused(tmp_path, capsys, monkeypatch, name, layout
 def test_a_hostile_file_is_refused(tmp_path, capsys, name):
     make, says = attacks.FILES[name]
     (tmp_path / "x.ckpt").write_bytes(make())
-    line = assert_refused(capsys, tmp_path, "inspect", "x.ckpt", says=["x.ckpt is not a valid torch file: ", *says])
+    line = assert_refused(
+        capsys, tmp_path, "inspect", "x.ckpt", says=["x.ckpt is not a valid torch file: ", *says]
+    )
     assert len(line) < 600
 
 
@@ -82,7 +86,11 @@ def test_attacks_cost_little_memory(tmp_path):
 def saved_files():
     import io
 
-    tensors = {"a": torch.randn(3, 4).half(), "b": torch.randn(5, 6).T, "c": torch.nn.Parameter(torch.ones(3))}
+    tensors = {
+        "a": torch.randn(3, 4).half(),
+        "b": torch.randn(5, 6).T,
+        "c": torch.nn.Parameter(torch.ones(3)),
+    }
     for options in ({}, {"pickle_protocol": 4}, {"_use_new_zipfile_serialization": False}):
         buffer = io.BytesIO()
         torch.save({"state_dict": tensors, "step": 3}, buffer, **options)

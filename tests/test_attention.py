@@ -1,4 +1,6 @@
-"""Attention similarity is the published one: held against the procedure written naively from its definition."""
+"""Attention similarity is the published one: held against the procedure written naively from its
+definition.
+"""
 
 from __future__ import annotations
 
@@ -23,21 +25,31 @@ def name_of(block, letter):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """A function that gives the path of a model a, b or c whose self-attention is a `narrower`th of SD1.5's; the rest is thin."""
+    """A function that gives the path of a model a, b or c whose self-attention is a `narrower`th of SD1.5's;
+    the rest is thin.
+    """
     folder = tmp_path_factory.mktemp("wide")
     rest = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in demo_layout("sd1").items()}
 
     def attention(narrower, seed):
         generator = torch.Generator().manual_seed(seed)
-        widths = {name_of(block, letter): width // narrower for block, width in WIDTHS.items() for letter in "qkv"}
-        return {name: torch.randn(width, width, generator=generator) * width**-0.5 for name, width in widths.items()}
+        widths = {
+            name_of(block, letter): width // narrower for block, width in WIDTHS.items() for letter in "qkv"
+        }
+        return {
+            name: torch.randn(width, width, generator=generator) * width**-0.5
+            for name, width in widths.items()
+        }
 
     @cache
     def path(model, dtype, narrower=4):
         share = 0.05 * "abc".index(model)
         tensors = attention(narrower, seed=0)
         if share:
-            tensors = {name: tensors[name] + share * other for name, other in attention(narrower, "abc".index(model)).items()}
+            tensors = {
+                name: tensors[name] + share * other
+                for name, other in attention(narrower, "abc".index(model)).items()
+            }
         file = folder / f"{model}-{dtype}-{narrower}.safetensors"
         save_file(rest | {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}, file)
         return file
@@ -46,7 +58,9 @@ def wide(tmp_path_factory):
 
 
 def published(a_path, b_path):
-    """The procedure as published: whole models, the global seed, nn.Linear, an einsum that is no attention product."""
+    """The procedure as published: whole models, the global seed, nn.Linear, an einsum that is no attention
+    product.
+    """
     torch.manual_seed(114514)
     a, b = load_file(a_path), load_file(b_path)
 
@@ -64,7 +78,9 @@ def published(a_path, b_path):
                 layers.append(nn.Linear(width, width, bias=False))
                 layers[-1].weight.data = a[name_of(block, letter)].float()
             of_a = attention(*(layer(x) for layer in layers))
-            of_b = attention(*(nn.functional.linear(x, b[name_of(block, letter)].float()) for letter in "qkv"))
+            of_b = attention(
+                *(nn.functional.linear(x, b[name_of(block, letter)].float()) for letter in "qkv")
+            )
             parts[f"OUT{block:02}"] = 100 * torch.cosine_similarity(of_a, of_b).mean().item()
     return sum(parts.values()) / 8, parts
 
@@ -149,9 +165,13 @@ def test_a_broken_reference_is_a_row(pairs, tmp_path, capsys):
     tensors = load_file(b)
     nan = {**tensors, name_of(6, "k"): torch.full_like(tensors[name_of(6, "k")], torch.inf)}
     save_file(nan, tmp_path / "nan.safetensors")
-    save_file({n: t for n, t in tensors.items() if "output_blocks.5.1" not in n}, tmp_path / "lacks.safetensors")
+    save_file(
+        {n: t for n, t in tensors.items() if "output_blocks.5.1" not in n}, tmp_path / "lacks.safetensors"
+    )
     (tmp_path / "empty.safetensors").touch()
-    report = blockmerge.similarity(a, [tmp_path, b, pairs("sdxl")[0], tmp_path / "nope.safetensors", tmp_path / "*.ckpt"])
+    report = blockmerge.similarity(
+        a, [tmp_path, b, pairs("sdxl")[0], tmp_path / "nope.safetensors", tmp_path / "*.ckpt"]
+    )
     errors = {found.name: found.error for found in report.references}
     assert errors.pop("b.safetensors") is None
     assert report.references[0].error is None  # the good one comes first
@@ -164,5 +184,10 @@ def test_a_broken_reference_is_a_row(pairs, tmp_path, capsys):
     assert len(report.failed) == 6
     assert not any(str(tmp_path) in str(found) for found in report.references)  # reports show no folders
     assert_refused(
-        capsys, tmp_path, "similarity", tmp_path / "nan.safetensors", b, says=["nan.safetensors holds NaN or infinity"]
+        capsys,
+        tmp_path,
+        "similarity",
+        tmp_path / "nan.safetensors",
+        b,
+        says=["nan.safetensors holds NaN or infinity"],
     )

@@ -42,7 +42,10 @@ BAD = {
     "header begins with a space": (pack(b" {}"), "not a JSON object"),
     "header is no UTF-8": (pack(b'{"\xff\xfe": 1}'), "not UTF-8"),
     "header is UTF-16": (pack("{}".encode("utf-16")), "not a JSON object"),
-    "half a surrogate pair": (pack(b'{"\\ud800": {"dtype":"F16","shape":[0],"data_offsets":[0,0]}}'), "surrogates"),
+    "half a surrogate pair": (
+        pack(b'{"\\ud800": {"dtype":"F16","shape":[0],"data_offsets":[0,0]}}'),
+        "surrogates",
+    ),
     "nested too deeply": (pack(b'{"a":' * 100_000 + b"1" + b"}" * 100_000), "too deeply"),
     "NaN in the header": (pack(b'{"a": NaN}'), "NaN"),
     "a number of a million digits": (
@@ -56,9 +59,15 @@ BAD = {
         ),
         "twice: a",
     ),
-    "a key twice": (pack(b'{"a":{"dtype":"F16","dtype":"F16","shape":[1],"data_offsets":[0,2]}}', b"\0\0"), "twice: dtype"),
+    "a key twice": (
+        pack(b'{"a":{"dtype":"F16","dtype":"F16","shape":[1],"data_offsets":[0,2]}}', b"\0\0"),
+        "twice: dtype",
+    ),
     "entry is no object": (pack({"a": 3}), "without exactly dtype"),
-    "entry lacks its shape": (pack({"a": {"dtype": "F16", "data_offsets": [0, 4]}}, b"\0" * 4), "without exactly dtype"),
+    "entry lacks its shape": (
+        pack({"a": {"dtype": "F16", "data_offsets": [0, 4]}}, b"\0" * 4),
+        "without exactly dtype",
+    ),
     "unknown dtype": (pack({"a": entry("F12")}, b"\0" * 4), 'unknown dtype "F12"'),
     "dtype is a number": (pack({"a": entry(7)}, b"\0" * 4), "unknown dtype 7"),
     "shape is negative": (
@@ -81,7 +90,13 @@ BAD = {
     "metadata holds a number": (pack({"__metadata__": {"a": 1}}), "__metadata__"),
     "long names and long values": (
         pack({"x" * 3000 + "y": entry(shape=[-1] * 30), "z" * 3000: entry(offsets=[9] * 50), "w": 1}),
-        ["y has the shape [-1, ", "]; shapes are lists", "; tensor zz", "; these are two whole numbers", " and 1 more"],
+        [
+            "y has the shape [-1, ",
+            "]; shapes are lists",
+            "; tensor zz",
+            "; these are two whole numbers",
+            " and 1 more",
+        ],
     ),
     "no tensors": (pack({}), "no Stable Diffusion U-Net"),
     "no U-Net": (pack({"a": entry()}, b"\0" * 4), "no Stable Diffusion U-Net"),
@@ -107,8 +122,14 @@ def test_a_damaged_file_is_refused(pairs, tmp_path, capsys, case, side):
 @pytest.fixture(scope="module")
 def alike(tmp_path_factory):
     """The paths of two small models that differ a little."""
-    folder, (model, other) = tmp_path_factory.mktemp("alike"), (small_model(seed=seed, for_a_folder=True) for seed in (0, 1))
-    near = {name: tensor + other[name] / 20 if tensor.is_floating_point() else tensor for name, tensor in model.items()}
+    folder, (model, other) = (
+        tmp_path_factory.mktemp("alike"),
+        (small_model(seed=seed, for_a_folder=True) for seed in (0, 1)),
+    )
+    near = {
+        name: tensor + other[name] / 20 if tensor.is_floating_point() else tensor
+        for name, tensor in model.items()
+    }
     for name, tensors in (("a", model), ("b", near)):
         save_file(tensors, folder / f"{name}.safetensors")
     return folder / "a.safetensors", folder / "b.safetensors"
@@ -116,7 +137,9 @@ def alike(tmp_path_factory):
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_damaged_file_is_refused_by_comparisons(alike, tmp_path, capsys, case):
-    """As the model that is asked about it is an error; among many others it is a row, and the others go on."""
+    """As the model that is asked about it is an error; among many others it is a row, and the others go
+    on.
+    """
     data, says = BAD[case]
     says = [says] if isinstance(says, str) else list(says)
     bad = tmp_path / "bad.safetensors"
@@ -149,8 +172,12 @@ def test_what_is_no_file_is_refused(pairs, tmp_path, capsys):
     good = pairs()[0]
     (tmp_path / "folder.safetensors").mkdir()
     os.mkfifo(tmp_path / "pipe.safetensors")
-    assert_refused(capsys, tmp_path, good, "folder.safetensors", "-w", "0.5", says="folder.safetensors is a folder")
-    assert_refused(capsys, tmp_path, "missing.safetensors", good, "-w", "0.5", says="missing.safetensors: no such file")
+    assert_refused(
+        capsys, tmp_path, good, "folder.safetensors", "-w", "0.5", says="folder.safetensors is a folder"
+    )
+    assert_refused(
+        capsys, tmp_path, "missing.safetensors", good, "-w", "0.5", says="missing.safetensors: no such file"
+    )
     assert_refused(capsys, tmp_path, good, "/dev/zero", "-w", "0.5", says="/dev/zero is not a regular file")
     assert_refused(capsys, tmp_path, good, "old.ckpt", "-w", "0.5", says="old.ckpt: no such file")
     assert_refused(capsys, tmp_path, good, "", "-w", "0.5", says="an empty path is no model")
@@ -164,10 +191,13 @@ def test_what_is_no_state_dict_is_refused(pairs):
     a = load_file(pairs()[0])
     for other, kind in ((None, "NoneType"), (str(pairs()[1]), "str")):
         with pytest.raises(
-            CheckpointError, match=rf"a {kind} is no state dict: give a dict of tensors \(merge\(\) takes files\)"
+            CheckpointError,
+            match=rf"a {kind} is no state dict: give a dict of tensors \(merge\(\) takes files\)",
         ):
             blockmerge.merge_state_dicts(a, other, weights=0.5)
-    with pytest.raises(CheckpointError, match=r"state dict B: .*proj_in.weight is a meta tensor, which has no values"):
+    with pytest.raises(
+        CheckpointError, match=r"state dict B: .*proj_in.weight is a meta tensor, which has no values"
+    ):
         blockmerge.merge_state_dicts(a, {**a, PROJ: a[PROJ].to("meta")}, weights=0.5)
 
 
@@ -222,27 +252,67 @@ def test_a_file_that_changes_while_it_is_read_is_refused(pairs, system, capsys, 
 def test_families_names_and_shapes_that_do_not_fit(pairs, tmp_path, capsys):
     a, b = pairs()
     whole = load_file(b)
-    assert_refused(capsys, tmp_path, a, pairs("sdxl")[1], "-w", "0.5", says=["Stable Diffusion 1.x", "Stable Diffusion XL"])
+    assert_refused(
+        capsys,
+        tmp_path,
+        a,
+        pairs("sdxl")[1],
+        "-w",
+        "0.5",
+        says=["Stable Diffusion 1.x", "Stable Diffusion XL"],
+    )
     assert_refused(capsys, tmp_path, a, pairs("sd2")[1], "-w", "0.5", says=["only models of one family"])
 
     lacking = {name: tensor for name, tensor in whole.items() if ".input_blocks.4." not in name}
     save_file(lacking, tmp_path / "lacking.safetensors")
     line = assert_refused(
-        capsys, tmp_path, a, "lacking.safetensors", "-w", "0.5", says="lacking.safetensors lacks 38 U-Net tensors"
+        capsys,
+        tmp_path,
+        a,
+        "lacking.safetensors",
+        "-w",
+        "0.5",
+        says="lacking.safetensors lacks 38 U-Net tensors",
     )
     assert "and 35 more" in line
-    assert_refused(capsys, tmp_path, "lacking.safetensors", a, "-w", "0.5", says="lacking.safetensors lacks 38 U-Net tensors")
+    assert_refused(
+        capsys,
+        tmp_path,
+        "lacking.safetensors",
+        a,
+        "-w",
+        "0.5",
+        says="lacking.safetensors lacks 38 U-Net tensors",
+    )
 
     one = {name: tensor for name, tensor in whole.items() if name != PROJ}
     save_file(one, tmp_path / "one.safetensors")
-    assert_refused(capsys, tmp_path, a, "one.safetensors", "-w", "0.5", says=f"lacks 1 U-Net tensor of the other ({PROJ})")
+    assert_refused(
+        capsys,
+        tmp_path,
+        a,
+        "one.safetensors",
+        "-w",
+        "0.5",
+        says=f"lacks 1 U-Net tensor of the other ({PROJ})",
+    )
     three = (a, b, "one.safetensors", "-m", "add_difference", "-w", "0.5")
-    assert_refused(capsys, tmp_path, *three, says=f"one.safetensors lacks 1 U-Net tensor of the others ({PROJ})")
+    assert_refused(
+        capsys, tmp_path, *three, says=f"one.safetensors lacks 1 U-Net tensor of the others ({PROJ})"
+    )
 
     for shape in ((1, 16, 1, 1), (16, 16), (16, 8, 1, 1)):
         save_file({**whole, PROJ: torch.zeros(shape, dtype=torch.float16)}, tmp_path / "shape.safetensors")
         for weight in ("0.5", "0", "1"):
-            assert_refused(capsys, tmp_path, a, "shape.safetensors", "-w", weight, says=["shapes differ", PROJ, str(list(shape))])
+            assert_refused(
+                capsys,
+                tmp_path,
+                a,
+                "shape.safetensors",
+                "-w",
+                weight,
+                says=["shapes differ", PROJ, str(list(shape))],
+            )
 
     name = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
     save_file({**whole, name: torch.zeros((1600, 24), dtype=torch.float16)}, tmp_path / "tokens.safetensors")
@@ -265,7 +335,13 @@ def test_nan_and_infinity_are_refused_by_name(pairs, system, capsys, value, dtyp
         bad[name].view(-1)[-1] = value
     save_file(bad, system / "bad.safetensors")
     line = assert_refused(
-        capsys, system, a, "bad.safetensors", "-w", "0.5", says=["2 merged tensors", PROJ, "NaN or infinity in bad.safetensors"]
+        capsys,
+        system,
+        a,
+        "bad.safetensors",
+        "-w",
+        "0.5",
+        says=["2 merged tensors", PROJ, "NaN or infinity in bad.safetensors"],
     )
     assert "output_blocks.3.0" in line
     # asked for, or not computed, it is none of the merge's business
@@ -273,20 +349,36 @@ def test_nan_and_infinity_are_refused_by_name(pairs, system, capsys, value, dtyp
 
     assert (
         run(
-            [str(a), str(system / "bad.safetensors"), "-w", "0.5", "--allow-nonfinite", "-q", "-o", str(system / "1.safetensors")]
+            [
+                str(a),
+                str(system / "bad.safetensors"),
+                "-w",
+                "0.5",
+                "--allow-nonfinite",
+                "-q",
+                "-o",
+                str(system / "1.safetensors"),
+            ]
         )
         == 0
     )
-    assert run([str(a), str(system / "bad.safetensors"), "-w", "0", "-q", "-o", str(system / "2.safetensors")]) == 0
+    assert (
+        run([str(a), str(system / "bad.safetensors"), "-w", "0", "-q", "-o", str(system / "2.safetensors")])
+        == 0
+    )
 
 
-@pytest.mark.parametrize(("dtypes", "weights"), [(("F16", "F32"), "1"), (("F16", "BF16"), "1"), (("F16", "F32"), "0.5")])
+@pytest.mark.parametrize(
+    ("dtypes", "weights"), [(("F16", "F32"), "1"), (("F16", "BF16"), "1"), (("F16", "F32"), "0.5")]
+)
 def test_overflow_into_half_precision_is_refused_by_name(pairs, tmp_path, capsys, dtypes, weights):
     a, b = pairs("sd1", dtypes)
     large = load_file(b)
     large[PROJ].view(-1)[3] = 2e6
     save_file(large, tmp_path / "large.safetensors")
-    assert_refused(capsys, tmp_path, a, "large.safetensors", "-w", weights, says=[PROJ, "values too large for F16"])
+    assert_refused(
+        capsys, tmp_path, a, "large.safetensors", "-w", weights, says=[PROJ, "values too large for F16"]
+    )
 
 
 def test_overflow_of_the_asked_dtype_is_refused_by_name(pairs, tmp_path, capsys):
@@ -302,9 +394,14 @@ def test_overflow_of_the_asked_dtype_is_refused_by_name(pairs, tmp_path, capsys)
 
 def test_many_faults_are_one_short_line(pairs, tmp_path, capsys):
     a, b = pairs()
-    bad = {name: tensor * float("nan") if tensor.is_floating_point() else tensor for name, tensor in load_file(b).items()}
+    bad = {
+        name: tensor * float("nan") if tensor.is_floating_point() else tensor
+        for name, tensor in load_file(b).items()
+    }
     save_file(bad, tmp_path / "bad.safetensors")
-    line = assert_refused(capsys, tmp_path, a, "bad.safetensors", "-w", "0.5", says="merged tensors would hold NaN")
+    line = assert_refused(
+        capsys, tmp_path, a, "bad.safetensors", "-w", "0.5", says="merged tensors would hold NaN"
+    )
     assert len(line) < 1000
     assert "more" in line
     assert line.count("each: NaN or infinity in bad.safetensors") == line.count("NaN or infinity in") == 1
@@ -323,7 +420,9 @@ def test_faults_of_several_reasons_are_told_one_by_one(pairs, tmp_path, capsys):
 def test_hostile_names_are_shown_harmlessly(pairs, tmp_path, capsys):
     name = "model.diffusion_model.\x1b[31mred\n\u202e" + "x" * 5000
     save_file({**load_file(pairs()[0]), name: torch.zeros(1)}, tmp_path / "bad.safetensors")
-    line = assert_refused(capsys, tmp_path, "bad.safetensors", pairs()[0], "-w", "0.5", says=r"\x1b[31mred\n\u202e")
+    line = assert_refused(
+        capsys, tmp_path, "bad.safetensors", pairs()[0], "-w", "0.5", says=r"\x1b[31mred\n\u202e"
+    )
     assert "\x1b" not in line
     assert len(line) < 1000
 

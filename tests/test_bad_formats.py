@@ -1,4 +1,6 @@
-"""Bad input and bad luck with torch files and folders, as far as `test_attacks` and `test_folders` do not have it: whole runs."""
+"""Bad input and bad luck with torch files and folders, as far as `test_attacks` and `test_folders` do not
+have it: whole runs.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def test_a_damaged_index(models, tmp_path, capsys, damage):
     if damage == "lost":
         index.unlink()
     else:
-        index.write_text(text[: len(text) // 2] if damage == "cut" else text.replace('"conv_in.bias"', '"conv_in.bios"'))
+        index.write_text(
+            text[: len(text) // 2] if damage == "cut" else text.replace('"conv_in.bias"', '"conv_in.bios"')
+        )
     says = "without their index" if damage == "lost" else index.name
     for output in OUTPUTS:
         assert_refused(capsys, tmp_path, "convert", path.name, *output, says=says)
@@ -77,7 +81,11 @@ def test_a_file_that_changes_while_it_is_read(models, tmp_path, capsys, monkeypa
     path = copy(models[form], tmp_path)
     file = largest_file(path)
     real = execute.for_each
-    change = {"cut": lambda: os.truncate(file, 1000), "touched": lambda: os.utime(file, ns=(1, 1)), "gone": file.unlink}[when]
+    change = {
+        "cut": lambda: os.truncate(file, 1000),
+        "touched": lambda: os.utime(file, ns=(1, 1)),
+        "gone": file.unlink,
+    }[when]
 
     def change_first(*arguments, **options):
         if file.exists():
@@ -110,7 +118,9 @@ def test_a_folder_that_cannot_be_written_to_the_end(models, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(execute, "PIECE_BYTES", 64 << 10)
         patch.setattr(execute.OutputStream, "writer", _failing(execute.OutputStream.writer, fail))
-        with pytest.raises(OutputError, match=f"out: {os.strerror(error)[1:]}|out: {os.strerror(error).lower()}"):
+        with pytest.raises(
+            OutputError, match=f"out: {os.strerror(error)[1:]}|out: {os.strerror(error).lower()}"
+        ):
             blockmerge.convert(models["zip"], output, naming="diffusers", overwrite=True)
     assert len(calls) > 2
     assert snapshot(tmp_path) == before
@@ -206,12 +216,17 @@ def test_the_hash_of_what_follows_a_header_needs_a_header(tmp_path):
 
 def test_a_folder_with_one_file_has_its_hashes(models):
     weights = models["folder"] / "unet" / "diffusion_pytorch_model.safetensors"
-    assert blockmerge.inspect(weights.parent, hashes=True).hashes == blockmerge.inspect(weights, hashes=True).hashes
+    assert (
+        blockmerge.inspect(weights.parent, hashes=True).hashes
+        == blockmerge.inspect(weights, hashes=True).hashes
+    )
 
 
 def test_a_folder_has_no_hashes(models, tmp_path, capsys):
     path = copy(models["folder"], tmp_path)
-    assert_refused(capsys, tmp_path, "inspect", path.name, "--hash", says="folder is not one file: it has no hashes")
+    assert_refused(
+        capsys, tmp_path, "inspect", path.name, "--hash", says="folder is not one file: it has no hashes"
+    )
     with pytest.raises(CheckpointError, match="not one file"):
         blockmerge.inspect(path, hashes=True)
     assert run(["inspect", str(path / "unet"), "--hash"]) == 0  # a component's folder holds one file

@@ -1,4 +1,6 @@
-"""What a new folder takes from another: configs that fit its tensors, and a scheduler of the model's own prediction."""
+"""What a new folder takes from another: configs that fit its tensors, and a scheduler of the model's own
+prediction.
+"""
 
 from __future__ import annotations
 
@@ -76,17 +78,25 @@ def test_a_marked_model_keeps_its_prediction(home, tmp_path, family, make):
     assert scheduler.alphas_cumprod[-1] < 1e-7
     scheduler.set_timesteps(10)
     assert int(scheduler.timesteps[0]) == 999
-    assert (config["beta_end"] == 0.0125) == (family == "sdxl")  # PNDM, which SD1 has, can do no such schedule
+    assert (config["beta_end"] == 0.0125) == (
+        family == "sdxl"
+    )  # PNDM, which SD1 has, can do no such schedule
 
 
 def test_only_the_prediction_where_only_that_is_marked(home, tmp_path):
     converted(home, tmp_path, marked(home, tmp_path, "sd1", {"v_pred": torch.zeros(0)}), "sd1")
-    assert parsed(tmp_path / "out" / SCHEDULER) == {**parsed(home / "sd1" / SCHEDULER), "prediction_type": "v_prediction"}
+    assert parsed(tmp_path / "out" / SCHEDULER) == {
+        **parsed(home / "sd1" / SCHEDULER),
+        "prediction_type": "v_prediction",
+    }
 
 
 def test_metadata_of_sd2_tell_its_prediction(home, tmp_path):
     path = tmp_path / "m.safetensors"
-    for architecture, prediction in (("stable-diffusion-v2-768-v", "v_prediction"), ("stable-diffusion-v2-512", "epsilon")):
+    for architecture, prediction in (
+        ("stable-diffusion-v2-768-v", "v_prediction"),
+        ("stable-diffusion-v2-512", "epsilon"),
+    ):
         save_file(load_file(home / "sd2-a.safetensors"), path, {"modelspec.architecture": architecture})
         result = blockmerge.convert(path, tmp_path / prediction, naming="diffusers", configs=home / "sd2")
         assert parsed(tmp_path / prediction / SCHEDULER)["prediction_type"] == prediction
@@ -116,7 +126,9 @@ def test_a_folder_keeps_its_scheduler_and_a_file_is_warned_of(home, folder, tmp_
     assert (tmp_path / "again" / SCHEDULER).read_bytes() == (folder / SCHEDULER).read_bytes()
     for result in (
         blockmerge.convert(folder, tmp_path / "one.safetensors"),
-        blockmerge.merge(folder, home / "sd1-b.safetensors", weights=0.5, output=tmp_path / "two.safetensors"),
+        blockmerge.merge(
+            folder, home / "sd1-b.safetensors", weights=0.5, output=tmp_path / "two.safetensors"
+        ),
     ):
         (note,) = noted(result)
         assert note.startswith("warning: folder predicts v_prediction, ")
@@ -135,13 +147,17 @@ def test_configs_of_another_family_are_refused(home, tmp_path, capsys, family, o
 
 
 def test_configs_that_do_not_fit(home, folder, tmp_path):
-    """Of the model's own folder they are made anew; of a folder that was named they are refused, but for another variant's."""
+    """Of the model's own folder they are made anew; of a folder that was named they are refused, but for
+    another variant's.
+    """
     before = parsed(folder / UNET), parsed(folder / "text_encoder/config.json")
     edit(folder / UNET, block_out_channels=[1, 2, 3, 4])
     edit(folder / "text_encoder/config.json", num_hidden_layers=3)
     blockmerge.convert(folder, tmp_path / "out")
     assert (parsed(tmp_path / "out" / UNET), parsed(tmp_path / "out" / "text_encoder/config.json")) == before
-    with pytest.raises(IncompatibleModelsError, match=r"text_encoder/config.json says num_hidden_layers 3, not 1"):
+    with pytest.raises(
+        IncompatibleModelsError, match=r"text_encoder/config.json says num_hidden_layers 3, not 1"
+    ):
         blockmerge.convert(home / "sd1-a.safetensors", tmp_path / "no", naming="diffusers", configs=folder)
     edit(folder / UNET, in_channels=9, block_out_channels=before[0]["block_out_channels"])
     edit(folder / "text_encoder/config.json", num_hidden_layers=1)
@@ -152,16 +168,28 @@ def test_configs_that_do_not_fit(home, folder, tmp_path):
 def test_the_folder_of_the_configs_is_an_input(home, folder, capsys):
     options = ["--to", "diffusers", "--configs", "folder", "--overwrite"]
     says = "is, holds or lies in the input folder"
-    assert_refused(capsys, folder.parent, "convert", home / "sd1-a.safetensors", "folder", *options, says=says)
+    assert_refused(
+        capsys, folder.parent, "convert", home / "sd1-a.safetensors", "folder", *options, says=says
+    )
     with pytest.raises(blockmerge.OutputError, match="lies in the input"):
         blockmerge.convert(
-            home / "sd1-a.safetensors", folder, naming="diffusers", overwrite=True, configs=blockmerge.open_checkpoint(folder)
+            home / "sd1-a.safetensors",
+            folder,
+            naming="diffusers",
+            overwrite=True,
+            configs=blockmerge.open_checkpoint(folder),
         )
 
 
 def test_only_configs_and_tokenizers_are_carried(folder, tmp_path, monkeypatch):
     """What else lies in a folder would be in the way of its own replacement."""
-    for name in ("unet/README.md", "unet/run.py", "scheduler/state.pkl", "tokenizer/vocab.json", "tokenizer/merges.txt"):
+    for name in (
+        "unet/README.md",
+        "unet/run.py",
+        "scheduler/state.pkl",
+        "tokenizer/vocab.json",
+        "tokenizer/merges.txt",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"{}")
     for _ in range(2):

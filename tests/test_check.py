@@ -52,7 +52,9 @@ def states():
 
     def state(family="sd1"):
         if family not in made:
-            made[family] = {name: as_dtype(tensor, torch.float16) for name, tensor in make_state_dicts(family)[0].items()}
+            made[family] = {
+                name: as_dtype(tensor, torch.float16) for name, tensor in make_state_dicts(family)[0].items()
+            }
         return dict(made[family])
 
     return state
@@ -71,14 +73,18 @@ def checked(state, folder, metadata=None):
 def found(result):
     """{code: tensors}, having held that what the table of codes says is what is told."""
     for problem in result.problems:
-        assert (problem.severity, problem.fixable) == (KINDS[problem.code].severity, KINDS[problem.code].fixable)
+        assert (problem.severity, problem.fixable) == (
+            KINDS[problem.code].severity,
+            KINDS[problem.code].fixable,
+        )
         assert "\n" not in problem.message
     order = [("error", "warning", "note").index(problem.severity) for problem in result.problems]
     assert order == sorted(order)
     return {problem.code: set(problem.tensors) for problem in result.problems}
 
 
-# -- healthy ------------------------------------------------------------------------------------------------------
+# -- healthy
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("sd1", "F16"), ("sd2", "F32"), ("sdxl", "BF16")])
@@ -87,7 +93,12 @@ def test_a_healthy_model_has_no_problems(pairs, family, dtype):
         with unchanged(path):
             result = blockmerge.check(path)
         assert result.problems == result.faults == result.fixed == ()
-        assert (result.name, result.family, result.variant, result.naming) == (path.name, family, "base", "ldm")
+        assert (result.name, result.family, result.variant, result.naming) == (
+            path.name,
+            family,
+            "base",
+            "ldm",
+        )
 
 
 @pytest.mark.parametrize("channels", [5, 8, 9])
@@ -116,10 +127,13 @@ def test_what_real_files_may_lack_is_not_missed(states):
     # SDXL needs both for its pooled output.
     sdxl = states("sdxl")
     del sdxl["conditioner.embedders.1.model.text_projection"]
-    assert found(blockmerge.check(sdxl)) == {"missing_tensors": {"conditioner.embedders.1.model.text_projection"}}
+    assert found(blockmerge.check(sdxl)) == {
+        "missing_tensors": {"conditioner.embedders.1.model.text_projection"}
+    }
 
 
-# -- names, shapes and dtypes --------------------------------------------------------------------------------------
+# -- names, shapes and dtypes
+# --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -131,10 +145,16 @@ def test_a_missing_tensor(states, family, name):
 
 
 def test_a_missing_component(states):
-    state = {name: tensor for name, tensor in states("sdxl").items() if component_of(name) in ("unet", "text_encoder")}
+    state = {
+        name: tensor
+        for name, tensor in states("sdxl").items()
+        if component_of(name) in ("unet", "text_encoder")
+    }
     result = blockmerge.check(state)
     assert [problem.code for problem in result.problems] == ["missing_component", "missing_component"]
-    assert ["second text encoder" in problem.message or "VAE" in problem.message for problem in result.problems] == [True, True]
+    assert [
+        "second text encoder" in problem.message or "VAE" in problem.message for problem in result.problems
+    ] == [True, True]
 
 
 def test_a_bare_unet_lacks_only_the_rest(states):
@@ -175,7 +195,11 @@ def test_an_additional_tensor(states, name, code):
 
 def test_ema_copies(states):
     state = states()
-    copies = {"model_ema.diffusion_model" + name.removeprefix(UNET).replace(".", ""): name for name in state if UNET in name}
+    copies = {
+        "model_ema.diffusion_model" + name.removeprefix(UNET).replace(".", ""): name
+        for name in state
+        if UNET in name
+    }
     ema = {copy: state[name].clone() for copy, name in copies.items()}
     whole = blockmerge.check({**state, **ema})
     assert found(whole) == {"ema": set(ema)}
@@ -185,7 +209,11 @@ def test_ema_copies(states):
     part = blockmerge.check({**state, **some})
     assert found(part) == {"ema": set(some)}
     assert "whole" not in part.problems[0].message
-    alone = {**ema, **{name: tensor for name, tensor in state.items() if UNET not in name}, "model_ema.decay": torch.ones(())}
+    alone = {
+        **ema,
+        **{name: tensor for name, tensor in state.items() if UNET not in name},
+        "model_ema.decay": torch.ones(()),
+    }
     assert found(blockmerge.check(alone)) == {"ema_only": set(ema), "leftovers": {"model_ema.decay"}}
     # What is wrong with a copy is no fault of the model.
     ema[next(iter(ema))] = torch.full((3,), math.inf)
@@ -194,7 +222,11 @@ def test_ema_copies(states):
 
 def test_text_encoders_in_novelais_form(states):
     state = states()
-    nai = {name.replace("text_model.", ""): tensor.clone() for name, tensor in state.items() if "text_model." in name}
+    nai = {
+        name.replace("text_model.", ""): tensor.clone()
+        for name, tensor in state.items()
+        if "text_model." in name
+    }
     alone = {**{name: tensor for name, tensor in state.items() if "text_model." not in name}, **nai}
     assert found(blockmerge.check(alone)) == {"novelai_names": set(nai)}
     assert found(blockmerge.check({**state, **nai})) == {"two_names": set(nai)}
@@ -233,12 +265,15 @@ def test_any_single_damage_to_a_layout_is_named(data, family, full_size):
     else:
         extent = layout(family)[name][axis]
         known_elsewhere = sum(extent in layout(family)[other] for other in names) > 2
-        # A thin model's widths are told from where else they are; the first convolution's channels tell the variant.
+        # A thin model's widths are told from where else they are; the first convolution's channels tell the
+        # variant.
         assume(full_size or extent < 128 or known_elsewhere)
         assume((name, axis) != (UNET + "input_blocks.0.0.weight", 1))
         shapes[name] = (*shape[:axis], shape[axis] + 1, *shape[axis + 1 :])
     gaps = layout_gaps(shapes, family, component)
-    optional = re.search(r"position_ids|cond_stage_model\.model\.(text_projection|transformer\.resblocks\.23\.)", name)
+    optional = re.search(
+        r"position_ids|cond_stage_model\.model\.(text_projection|transformer\.resblocks\.23\.)", name
+    )
     assert gaps.missing == ((name,) if damage == "missing" and not optional else ())
     assert gaps.unknown == ((name + ".more",) if damage == "unknown" else ())
     assert gaps.misshapen == ({name: shape} if damage in ("axis", "width") else {})
@@ -262,11 +297,15 @@ def test_dtypes(states, dtype, code):
 
 
 def test_components_may_have_their_own_dtypes(states):
-    state = {name: as_dtype(t, torch.float32) if component_of(name) == "vae" else t for name, t in states("sdxl").items()}
+    state = {
+        name: as_dtype(t, torch.float32) if component_of(name) == "vae" else t
+        for name, t in states("sdxl").items()
+    }
     assert blockmerge.check(state).problems == ()
 
 
-# -- position_ids ---------------------------------------------------------------------------------------------------
+# -- position_ids
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("ids", "code", "says"), [
@@ -289,10 +328,13 @@ def test_position_ids(states, ids, code, says):
 
 
 def test_position_ids_of_sdxl(states):
-    assert found(blockmerge.check({**states("sdxl"), IDS["sdxl"]: torch.ones(1, 77)})) == {"broken_position_ids": {IDS["sdxl"]}}
+    assert found(blockmerge.check({**states("sdxl"), IDS["sdxl"]: torch.ones(1, 77)})) == {
+        "broken_position_ids": {IDS["sdxl"]}
+    }
 
 
-# -- values ---------------------------------------------------------------------------------------------------------
+# -- values
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_bits_of_every_float_are_known():
@@ -330,10 +372,16 @@ def test_one_bad_number_is_found_wherever_it_is(data, dtype, threads):
     tensors = {name: torch.full((elements,), -0.5).to(DTYPES[dtype]) for name in ("a", "b", "empty")}
     tensors["empty"] = tensors["empty"][:0]
     name, place = data.draw(st.sampled_from("ab")), data.draw(st.integers(0, elements - 1))
-    bad = math.nan if dtype == "F8_E4M3" else data.draw(st.sampled_from([math.nan, -math.nan, math.inf, -math.inf]))
+    bad = (
+        math.nan
+        if dtype == "F8_E4M3"
+        else data.draw(st.sampled_from([math.nan, -math.nan, math.inf, -math.inf]))
+    )
     tensors[name][place] = bad
     seen = []
-    peaks = peaks_of(StateDict(tensors), list(tensors), threads, lambda done, total: seen.append((done, total)))
+    peaks = peaks_of(
+        StateDict(tensors), list(tensors), threads, lambda done, total: seen.append((done, total))
+    )
     assert {name: peak.is_finite for name, peak in peaks.items()} == {"a": name != "a", "b": name != "b"}
     total = sum(tensor.nbytes for tensor in tensors.values())
     assert seen[-1] == (total, total)
@@ -370,7 +418,8 @@ def test_what_float16_cannot_hold(states, dtype):
     assert codes == {"overflows_fp16": {VAE}}
 
 
-# -- metadata and the file --------------------------------------------------------------------------------------------
+# -- metadata and the file
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("metadata", "code"), [
@@ -398,7 +447,12 @@ def test_metadata(metadata, code):
 
 
 def test_metadata_of_a_file(states, tmp_path):
-    metadata = {"format": "pt", "modelspec.architecture": "stable-diffusion-v2-512", "from": "C:/models", "sd_merge_recipe": "?"}
+    metadata = {
+        "format": "pt",
+        "modelspec.architecture": "stable-diffusion-v2-512",
+        "from": "C:/models",
+        "sd_merge_recipe": "?",
+    }
     codes = {"metadata_architecture": set(), "metadata_paths": set(), "metadata_json": set()}
     assert found(checked(states(), tmp_path, metadata)) == codes
 
@@ -409,7 +463,9 @@ def test_a_file_without_a_format(states, tmp_path):
 
 def test_unaligned_data(states, tmp_path):
     state = {name: as_dtype(tensor, torch.float32) for name, tensor in states().items()}
-    state[BIAS] = state[BIAS].half()  # half as many bytes: the next tensor begins between two floats where it is of odd length
+    state[BIAS] = state[
+        BIAS
+    ].half()  # half as many bytes: the next tensor begins between two floats where it is of odd length
     state[UNET + "odd"] = torch.ones(3, dtype=torch.float16)
     for pad in (8, 1):
         tensors, data = {}, b""
@@ -429,7 +485,8 @@ def test_unaligned_data(states, tmp_path):
         assert load_file(tmp_path / "m.safetensors").keys() == state.keys()
 
 
-# -- the command ------------------------------------------------------------------------------------------------------
+# -- the command
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -465,8 +522,18 @@ def test_json(broken, capsys):
     assert report["output"] is None
     first, _, last = report["problems"]
     assert {"code", "severity", "message", "tensors"} <= first.keys()
-    assert (first["code"], first["severity"], first["tensors"], first["bytes"]) == ("missing_tensors", "error", [NORM], None)
-    assert (last["code"], last["severity"], last["fixable"], last["bytes"]) == ("leftovers", "note", True, 4000)
+    assert (first["code"], first["severity"], first["tensors"], first["bytes"]) == (
+        "missing_tensors",
+        "error",
+        [NORM],
+        None,
+    )
+    assert (last["code"], last["severity"], last["fixable"], last["bytes"]) == (
+        "leftovers",
+        "note",
+        True,
+        4000,
+    )
 
 
 def test_notes_alone_are_no_fault(states, tmp_path, capsys):
@@ -479,7 +546,10 @@ def test_notes_alone_are_no_fault(states, tmp_path, capsys):
 
 def test_a_healthy_model_in_words(pairs, capsys):
     assert run(["check", str(pairs()[0])]) == 0
-    assert capsys.readouterr() == ("a.safetensors  Stable Diffusion 1.x, base, ldm names\nnothing is wrong\n", "")
+    assert capsys.readouterr() == (
+        "a.safetensors  Stable Diffusion 1.x, base, ldm names\nnothing is wrong\n",
+        "",
+    )
 
 
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path, capsys):
@@ -502,7 +572,9 @@ def test_hostile_names_stay_on_their_line(states):
 def test_check_never_loads_torch(pairs):
     code = "import sys, blockmerge; blockmerge.check(sys.argv[1]); assert 'torch' not in sys.modules"
     root = Path(__file__).parents[1]
-    subprocess.run([sys.executable, "-c", code, pairs()[0]], check=True, env={**os.environ, "PYTHONPATH": str(root)})
+    subprocess.run(
+        [sys.executable, "-c", code, pairs()[0]], check=True, env={**os.environ, "PYTHONPATH": str(root)}
+    )
 
 
 def test_every_code_is_in_the_docs():

@@ -73,7 +73,11 @@ def test_a_dry_run_tells_the_recipe_that_the_output_would_have(pairs, here, caps
     with safe_open("o.safetensors", "pt") as file:
         assert planned == json.loads(file.metadata()["blockmerge.recipe"])
     assert planned["numbers"] == {"drop_rate": 0.3, "seed": 7}
-    assert (planned["rules"], planned["adjust"], planned["clip"]) == ("OUT05:attn2:0.8", "0,0,0,1,0,0,0,0", True)
+    assert (planned["rules"], planned["adjust"], planned["clip"]) == (
+        "OUT05:attn2:0.8",
+        "0,0,0,1,0,0,0,0",
+        True,
+    )
     assert (planned["method"], planned["dtype"], planned["vae"]) == ("dare", "bf16", "b")
     assert set(planned["weights"]) == set(oracle.SD)
 
@@ -96,12 +100,19 @@ def test_json_is_one_object_with_the_promised_keys(pairs, here, capsys):
 
 def test_set_goes_on_top(pairs, here, capsys):
     found = json.loads(ok(capsys, *pairs(), "-p", "low_res", "--set", "BASE=0.25,IN00-IN02=1", "--json"))
-    expected = dict(zip(oracle.SD, oracle.numbers(oracle.LOW_RES), strict=True)) | {"BASE": 0.25, "IN00": 1, "IN01": 1, "IN02": 1}
+    expected = dict(zip(oracle.SD, oracle.numbers(oracle.LOW_RES), strict=True)) | {
+        "BASE": 0.25,
+        "IN00": 1,
+        "IN01": 1,
+        "IN02": 1,
+    }
     assert found["weights"] == expected
 
 
 def test_set_may_be_said_more_than_once(pairs, here, capsys):
-    found = json.loads(ok(capsys, *pairs(), "-w", "0", "--set", "BASE=1,IN00=1", "--set", "IN00=0.5", "--json"))
+    found = json.loads(
+        ok(capsys, *pairs(), "-w", "0", "--set", "BASE=1,IN00=1", "--set", "IN00=0.5", "--json")
+    )
     assert found["weights"] == dict.fromkeys(oracle.SD, 0) | {"BASE": 1, "IN00": 0.5}
 
 
@@ -139,7 +150,11 @@ def test_dry_run_writes_nothing(pairs, here, capsys):
 def test_beta_is_drawn_where_there_is_one(pairs, here, capsys):
     def drawn(*arguments):
         out = ok(capsys, *pairs(), "-w", "0.25", *arguments, "-o", "o.safetensors", "--overwrite")
-        return [line.strip() for line in out.splitlines() if line.startswith("beta") or " BASE " in line or "     M00 " in line]
+        return [
+            line.strip()
+            for line in out.splitlines()
+            if line.startswith("beta") or " BASE " in line or "     M00 " in line
+        ]
 
     both = (
         "BASE    0.25 ███░░░░░░░░░",
@@ -175,8 +190,14 @@ def test_quiet_prints_nothing(pairs, here, capsys):
         (("-w", "0.5", "--threads", "0"), "'0' is no number of threads"),
         (("-w", "0.5", "--device", "toaster"), "unknown device 'toaster'"),
         (("-w", "0.5", "--device", "meta"), "unknown device 'meta'"),
-        (("-w", "0.5", "-m", "dare", "--number", "drop_rate=0", "--number", "drop_rate=1"), "drop_rate is given twice: 0 and 1"),
-        (("-w", "0.5", "-m", "dare", "--drop-rate", "0", "--number", "drop_rate=1"), "drop_rate is given twice: 0 and 1"),
+        (
+            ("-w", "0.5", "-m", "dare", "--number", "drop_rate=0", "--number", "drop_rate=1"),
+            "drop_rate is given twice: 0 and 1",
+        ),
+        (
+            ("-w", "0.5", "-m", "dare", "--drop-rate", "0", "--number", "drop_rate=1"),
+            "drop_rate is given twice: 0 and 1",
+        ),
     ],
 )
 def test_refused_arguments(pairs, here, capsys, arguments, says):
@@ -186,7 +207,17 @@ def test_refused_arguments(pairs, here, capsys, arguments, says):
 
 def test_an_unknown_method_is_refused_before_the_place_of_a_report(pairs, here, capsys):
     (here / "taken.html").write_text("")
-    assert_refused(capsys, here, "similarity", *pairs(), "--method", "waits", "-o", "taken.html", says="did you mean 'weights'?")
+    assert_refused(
+        capsys,
+        here,
+        "similarity",
+        *pairs(),
+        "--method",
+        "waits",
+        "-o",
+        "taken.html",
+        says="did you mean 'weights'?",
+    )
 
 
 def test_refusals_without_a_gpu(pairs, here, capsys):
@@ -201,7 +232,12 @@ def test_refusals_without_a_gpu(pairs, here, capsys):
 def test_the_number_of_models(pairs, here, capsys):
     a, b = pairs()
     for arguments in ([a, "-w", "0.5"], [a], ["merge", a, "-p", "high_res"]):
-        assert_refused(capsys, here, *arguments, says="one model given; merging takes two: blockmerge A B --preset high_res")
+        assert_refused(
+            capsys,
+            here,
+            *arguments,
+            says="one model given; merging takes two: blockmerge A B --preset high_res",
+        )
     assert_refused(capsys, here, "frob", says="frob: no such file or command")
     assert_refused(capsys, here, a, b, a, "-w", "0.5", says="weighted_sum merges 2 models; 3 given")
 
@@ -224,15 +260,28 @@ def test_models_of_one_name_are_told_apart(pairs, here, capsys):
     says = "sd1/x/a.safetensors is Stable Diffusion 1.x and sdxl/x/a.safetensors is"
     assert_refused(capsys, here, *paths, "-w", "0.5", "-o", "o.safetensors", says=says)
     one = paths[0]
-    found = json.loads(ok(capsys, one, "sd1/../sd1/x/a.safetensors", "-w", "0.5", "-o", "o.safetensors", "--json"))
+    found = json.loads(
+        ok(capsys, one, "sd1/../sd1/x/a.safetensors", "-w", "0.5", "-o", "o.safetensors", "--json")
+    )
     assert found["models"] == ["a.safetensors", "a.safetensors"]
     assert "A and B are the same file" in found["notes"]
 
 
-@pytest.mark.parametrize("option", ["--vae", "--rules", "--adjust", "--set", "--set-beta", "--configs", "--variant"])
+@pytest.mark.parametrize(
+    "option", ["--vae", "--rules", "--adjust", "--set", "--set-beta", "--configs", "--variant"]
+)
 @pytest.mark.parametrize("text", ["", " ,,"])
 def test_an_empty_text_is_a_variable_that_is_not_set(pairs, here, capsys, option, text):
-    assert_refused(capsys, here, *pairs(), "-w", "0.5", option, text, says=f"{option} is empty: give it a value, or leave it out")
+    assert_refused(
+        capsys,
+        here,
+        *pairs(),
+        "-w",
+        "0.5",
+        option,
+        text,
+        says=f"{option} is empty: give it a value, or leave it out",
+    )
 
 
 def test_configs_are_for_folders(pairs, here, capsys):
@@ -260,7 +309,9 @@ def test_presets_tell_of_files_that_cannot_be_read(here, capsys):
     out, err = capsys.readouterr()
     assert len(json.loads(out)) == 40
     assert re.fullmatch(r"Left out: preset file .*broken\.toml is not TOML: .*\n", err)
-    assert_refused(capsys, here, "presets", "show", "broken", says=["unknown preset 'broken'", "broken.toml is not TOML"])
+    assert_refused(
+        capsys, here, "presets", "show", "broken", says=["unknown preset 'broken'", "broken.toml is not TOML"]
+    )
 
 
 def test_presets_show_draws_the_u(here, capsys):
@@ -288,7 +339,8 @@ def test_narrow_terminals_lose_nothing(pairs, here, capsys, monkeypatch):
             assert u.startswith("\n".join(lines[:14]))
         else:
             assert [line.split()[:2] for line in lines[:26]] == [
-                [block, f"{number:g}"] for block, number in zip(oracle.SD, oracle.numbers(oracle.HIGH_RES), strict=True)
+                [block, f"{number:g}"]
+                for block, number in zip(oracle.SD, oracle.numbers(oracle.HIGH_RES), strict=True)
             ]
     monkeypatch.setenv("COLUMNS", "0")
     assert u.startswith(ok(capsys, "presets", "show", "high_res").split("\n\n", 1)[1].split("SDXL")[0])
@@ -297,11 +349,17 @@ def test_narrow_terminals_lose_nothing(pairs, here, capsys, monkeypatch):
 def test_ascii_terminals_get_ascii(pairs, here):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
     done = subprocess.run(
-        [sys.executable, "-m", "blockmerge", "presets", "show", "high_res"], capture_output=True, env=environment, check=True
+        [sys.executable, "-m", "blockmerge", "presets", "show", "high_res"],
+        capture_output=True,
+        env=environment,
+        check=True,
     )
     assert b"IN01       1 ############" in done.stdout
     done = subprocess.run(
-        [sys.executable, "-m", "blockmerge", "ä", "b", "-w", "1"], capture_output=True, env=environment, check=False
+        [sys.executable, "-m", "blockmerge", "ä", "b", "-w", "1"],
+        capture_output=True,
+        env=environment,
+        check=False,
     )
     assert done.returncode == 1
     assert done.stderr.count(b"\n") == 1
@@ -310,11 +368,17 @@ def test_ascii_terminals_get_ascii(pairs, here):
 def test_demo(here, capsys):
     out = ok(capsys, "demo")
     folder = here / "blockmerge-demo"
-    assert sorted(path.name for path in folder.iterdir()) == ["a+b-high_res.safetensors", "a.safetensors", "b.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "a+b-high_res.safetensors",
+        "a.safetensors",
+        "b.safetensors",
+    ]
     assert "weighted_sum high_res" in out
     assert sum(path.stat().st_size for path in folder.iterdir()) < 10_000_000
     weights = dict(zip(oracle.SD, oracle.numbers(oracle.HIGH_RES), strict=True))
-    oracle.assert_merged(*(load_file(folder / f"{name}.safetensors") for name in ("a+b-high_res", "a", "b")), weights, "sd1")
+    oracle.assert_merged(
+        *(load_file(folder / f"{name}.safetensors") for name in ("a+b-high_res", "a", "b")), weights, "sd1"
+    )
     assert_refused(capsys, here, "demo", says=["a.safetensors exists", "another folder, or --overwrite"])
     first = snapshot(folder)
     ok(capsys, "demo", "--overwrite")
@@ -323,17 +387,31 @@ def test_demo(here, capsys):
     assert snapshot(folder) != first
     found = json.loads(ok(capsys, "demo", "other", "--family", "sdxl", "--json"))
     assert found["family"] == "sdxl"
-    assert_refused(capsys, here, "demo", "blockmerge-demo", "--overwrite", "--family", "sd3", says="unknown family 'sd3'")
+    assert_refused(
+        capsys, here, "demo", "blockmerge-demo", "--overwrite", "--family", "sd3", says="unknown family 'sd3'"
+    )
     (here / "file").write_text("")
     assert_refused(capsys, here, "demo", "file", says="cannot make the folder file")
 
 
 def test_a_progress_bar_only_on_a_terminal(big_pair, here):
-    command = [sys.executable, "-m", "blockmerge", *map(str, big_pair), "-w", "1", "--overwrite", "-o", "out.safetensors"]
+    command = [
+        sys.executable,
+        "-m",
+        "blockmerge",
+        *map(str, big_pair),
+        "-w",
+        "1",
+        "--overwrite",
+        "-o",
+        "out.safetensors",
+    ]
     done = subprocess.run(command, capture_output=True, check=True)
     assert done.stderr == b""
     master, slave = pty.openpty()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=slave, env={**os.environ, "TERM": "xterm"})
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=slave, env={**os.environ, "TERM": "xterm"}
+    )
     os.close(slave)
     seen = b""
     try:
@@ -368,16 +446,22 @@ def test_no_color_is_honoured_and_pipes_get_none(pairs, here):
 
 
 # What is copied loads no torch, which takes seconds.
-@pytest.mark.parametrize(("closed", "weight"), [(">&-", 1), ("2>&-", 1), (">&- 2>&-", 1), ("<&- >&- 2>&-", 0.5)])
+@pytest.mark.parametrize(
+    ("closed", "weight"), [(">&-", 1), ("2>&-", 1), (">&- 2>&-", 1), ("<&- >&- 2>&-", 0.5)]
+)
 def test_closed_streams_do_not_keep_a_merge_from_being_done(pairs, here, capsys, closed, weight):
     a, b = pairs()
     command = f'exec "{sys.executable}" -m blockmerge "{a}" "{b}" -w {weight} -o'
     assert ok(capsys, a, b, "-w", weight, "-o", "plain.safetensors")
-    done = subprocess.run(["sh", "-c", f"{command} out.safetensors {closed}"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["sh", "-c", f"{command} out.safetensors {closed}"], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert (done.stdout == "") == (">&-" in closed.split())
     assert (here / "out.safetensors").read_bytes() == (here / "plain.safetensors").read_bytes()
-    refused = subprocess.run(["sh", "-c", f"{command} out.safetensors {closed}"], capture_output=True, text=True, check=False)
+    refused = subprocess.run(
+        ["sh", "-c", f"{command} out.safetensors {closed}"], capture_output=True, text=True, check=False
+    )
     assert refused.returncode == 1
     assert "Traceback" not in refused.stderr
 
@@ -395,7 +479,9 @@ def test_a_result_that_cannot_be_printed_is_there_all_the_same(pairs, here):
 
 def test_a_closed_pipe_is_no_error():
     process = subprocess.Popen(
-        [sys.executable, "-m", "blockmerge", "presets", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "blockmerge", "presets", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     process.stdout.close()
     _, err = process.communicate()
@@ -403,7 +489,8 @@ def test_a_closed_pipe_is_no_error():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["presets"], ["presets", "show", "high_res"], ["merge", "--help"]]
+    "arguments",
+    [["--help"], ["--version"], ["presets"], ["presets", "show", "high_res"], ["merge", "--help"]],
 )
 def test_what_needs_no_torch_does_not_load_it(arguments):
     code = (

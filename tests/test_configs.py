@@ -1,4 +1,6 @@
-"""Configs of folders made from single files: diffusers and transformers build from them just what the weights fit."""
+"""Configs of folders made from single files: diffusers and transformers build from them just what the weights
+fit.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def converted(tensors, family):
     for name, origin in origins_in_diffusers(tensors, family).items():
         tensor = torch.cat([tensors[source] for source in origin.names]).chunk(origin.parts)[origin.part]
         tensor = tensor.T if origin.transposed else tensor
-        found[name] = (tensor if origin.axes is None else tensor.reshape(tensor.shape[: origin.axes])).contiguous()
+        found[name] = (
+            tensor if origin.axes is None else tensor.reshape(tensor.shape[: origin.axes])
+        ).contiguous()
     return found
 
 
@@ -74,7 +78,9 @@ def with_variant(tensors, variant):
     if variant == "base":
         return tensors
     first = tensors["unet/conv_in.weight"]
-    more = torch.randn(first.shape[0], VARIANTS[variant] - 4, 3, 3, generator=torch.Generator().manual_seed(1))
+    more = torch.randn(
+        first.shape[0], VARIANTS[variant] - 4, 3, 3, generator=torch.Generator().manual_seed(1)
+    )
     return tensors | {"unet/conv_in.weight": torch.cat([first, more], 1)}
 
 
@@ -90,7 +96,9 @@ def write_folder(folder, tensors, family, **options):
     for component in {name.split("/")[0] for name in tensors}:
         stem = "model" if component.startswith("text") else "diffusion_pytorch_model"
         mine = {
-            name.removeprefix(component + "/"): tensor for name, tensor in tensors.items() if name.startswith(component + "/")
+            name.removeprefix(component + "/"): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(component + "/")
         }
         save_file(mine, folder / component / f"{stem}.safetensors", {"format": "pt"})
     return configs
@@ -128,7 +136,11 @@ def test_every_component_loads_without_a_key_missing_or_left(tmp_path, family, v
             for name, tensor in tensors.items()
             if name.startswith(component + "/")
         }
-        mine = {name.removeprefix(component + "/"): tensor for name, tensor in mine.items() if "position_ids" not in name}
+        mine = {
+            name.removeprefix(component + "/"): tensor
+            for name, tensor in mine.items()
+            if "position_ids" not in name
+        }
         assert {name for name in state if "position_ids" not in name} == mine.keys()
         assert all(torch.equal(state[name], tensor) for name, tensor in mine.items())
 
@@ -144,27 +156,48 @@ def test_full_size_configs_build_the_published_shapes(family):
         for component in {name.split("/")[0] for name in tensors}:
             config, of = configs[f"{component}/config.json"], classes()[component]
             model = of(CLIPTextConfig(**config)) if component.startswith("text") else of.from_config(config)
-            built[component] = without_details({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+            built[component] = without_details(
+                {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+            )
     ours = {
-        part: without_details({n.split("/", 1)[1]: s for n, s in shapes_of(tensors).items() if n.startswith(part + "/")})
+        part: without_details(
+            {n.split("/", 1)[1]: s for n, s in shapes_of(tensors).items() if n.startswith(part + "/")}
+        )
         for part in built
     }
     assert built == ours
     if family in FULL:
-        published = json.loads((Path(__file__).parent / "layouts" / f"{FULL[family]}-diffusers.json").read_text())
+        published = json.loads(
+            (Path(__file__).parent / "layouts" / f"{FULL[family]}-diffusers.json").read_text()
+        )
         assert built == {
-            part: without_details({name: tuple(shape) for name, shape in names.items()}) for part, names in published.items()
+            part: without_details({name: tuple(shape) for name, shape in names.items()})
+            for part, names in published.items()
         }
 
 
 def without_details(shapes):
     """Without what differs between versions of transformers."""
-    return {name.removeprefix("text_model."): shape for name, shape in shapes.items() if "position_ids" not in name}
+    return {
+        name.removeprefix("text_model."): shape
+        for name, shape in shapes.items()
+        if "position_ids" not in name
+    }
 
 
 PUBLISHED = {
-    "sd1": {"attention_head_dim": 8, "cross_attention_dim": 768, "sample_size": 64, "use_linear_projection": False},
-    "sd2": {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "sample_size": 64, "use_linear_projection": True},
+    "sd1": {
+        "attention_head_dim": 8,
+        "cross_attention_dim": 768,
+        "sample_size": 64,
+        "use_linear_projection": False,
+    },
+    "sd2": {
+        "attention_head_dim": [5, 10, 20, 20],
+        "cross_attention_dim": 1024,
+        "sample_size": 64,
+        "use_linear_projection": True,
+    },
     "sdxl": {
         "attention_head_dim": [5, 10, 20],
         "cross_attention_dim": 2048,
@@ -193,7 +226,9 @@ TEXT = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_shapes_alone_do_not_tell_is_as_published(family):
-    """Facts of the published folders' configs (stable-diffusion-v1-5, -2-base, -xl-base-1.0, -xl-refiner-1.0)."""
+    """Facts of the published folders' configs (stable-diffusion-v1-5, -2-base, -xl-base-1.0,
+    -xl-refiner-1.0).
+    """
     with torch.device("meta"):
         tensors = converted({name: torch.empty(shape) for name, shape in layout(family).items()}, family)
     configs = folder_configs(shapes_of(tensors), family)
@@ -204,7 +239,13 @@ def test_what_shapes_alone_do_not_tell_is_as_published(family):
     for (of, component), facts in TEXT.items():
         if of == family:
             text = configs[f"{component}/config.json"]
-            assert tuple(text[key] for key in ("hidden_act", "num_attention_heads", "num_hidden_layers", "hidden_size")) == facts
+            assert (
+                tuple(
+                    text[key]
+                    for key in ("hidden_act", "num_attention_heads", "num_hidden_layers", "hidden_size")
+                )
+                == facts
+            )
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
@@ -229,7 +270,10 @@ def test_the_pipelines_of_diffusers_load_the_folder(tmp_path, family, variant):
 
     tensors = with_variant(thin(family), variant)
     index = write_folder(tmp_path, tensors, family)["model_index.json"]
-    assert index["_class_name"] == PIPELINES["sd1" if family == "sd2" and variant != "depth" else family, variant]
+    assert (
+        index["_class_name"]
+        == PIPELINES["sd1" if family == "sd2" and variant != "depth" else family, variant]
+    )
     # Those of SD insist on being given what they need and the folder lacks.
     options = {} if family.startswith("sdxl") and variant != "pix2pix" else {"tokenizer": None}
     if family == "sdxl" and variant == "pix2pix":
@@ -282,7 +326,9 @@ def test_schedules(tmp_path, family, prediction, zero_snr):
     (tmp_path / "scheduler_config.json").write_text(json.dumps(content))
     scheduler = getattr(diffusers, content["_class_name"]).from_pretrained(tmp_path)
     assert scheduler.config.prediction_type == prediction
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2  # Rombach et al., "scaled linear"
+    betas = (
+        torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    )  # Rombach et al., "scaled linear"
     expected = torch.cumprod(1 - betas, 0)
     if zero_snr:
         assert scheduler.alphas_cumprod[-1] < 1e-7
@@ -301,7 +347,10 @@ def test_parts_that_are_not_there_are_null():
     configs = folder_configs(shapes, "sdxl")
     assert configs.keys() == {"model_index.json", "scheduler/scheduler_config.json", "unet/config.json"}
     index = configs["model_index.json"]
-    assert [part for part in index if isinstance(index[part], list) and index[part] != [None, None]] == ["scheduler", "unet"]
+    assert [part for part in index if isinstance(index[part], list) and index[part] != [None, None]] == [
+        "scheduler",
+        "unet",
+    ]
     assert index["vae"] == index["tokenizer"] == index["text_encoder_2"] == [None, None]
     assert folder_configs({}, "sd1").keys() == {"model_index.json", "scheduler/scheduler_config.json"}
     sd1 = folder_configs(shapes_of(thin("sd1")), "sd1")["model_index.json"]
@@ -325,7 +374,9 @@ def test_a_tensor_that_tells_is_missing(gone):
     shapes = shapes_of(thin("sd1"))
     part, name = gone.split("/")
     del shapes[gone]
-    with pytest.raises(UnknownFamilyError, match=rf"^holds no whole {part}: {name.replace('.', '[.]')} is missing$"):
+    with pytest.raises(
+        UnknownFamilyError, match=rf"^holds no whole {part}: {name.replace('.', '[.]')} is missing$"
+    ):
         folder_configs(shapes, "sd1")
     shapes[gone] = ()
     with pytest.raises(UnknownFamilyError, match=r"has the shape \[\]"):

@@ -1,4 +1,6 @@
-"""`convert`, and the parts of a model that it and merging treat in their own way: EMA copies, VAEs, variants, dtypes."""
+"""`convert`, and the parts of a model that it and merging treat in their own way: EMA copies, VAEs, variants,
+dtypes.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,18 @@ from blockmerge.anatomy import component_of, is_position_ids
 from blockmerge.cli.main import run
 from blockmerge.demo import make_state_dicts
 from tests.conftest import unchanged
-from tests.forms import FORMS, UNET, as_dtype, assert_same, ema_of, in_diffusers, is_unet, read, write, write_folder
+from tests.forms import (
+    FORMS,
+    UNET,
+    as_dtype,
+    assert_same,
+    ema_of,
+    in_diffusers,
+    is_unet,
+    read,
+    write,
+    write_folder,
+)
 from tests.oracle import bits
 from tests.refusals import assert_refused
 from tests.small_models import small_model
@@ -70,7 +83,8 @@ def ema_in(tensors):
     return {name: tensor for name, tensor in tensors.items() if component_of(name) == "ema"}
 
 
-# -- EMA --------------------------------------------------------------------------------------------------------------
+# -- EMA
+# --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("who", ["a", "b", "both"])
@@ -87,7 +101,11 @@ def test_ema_copies_are_dropped_kept_or_used(small, tmp_path, who):
     out, result = merged(*with_ema, tmp_path, ema="keep")
     assert_same({name: tensor for name, tensor in out.items() if component_of(name) != "ema"}, plain)
     # A copy that both have is merged as the U-Net is, to the half of it that it was; else it is as it was.
-    wanted = ema_of({name: tensor for name, tensor in plain.items() if is_unet(name)} if who == "both" else small(who == "b"))
+    wanted = ema_of(
+        {name: tensor for name, tensor in plain.items() if is_unet(name)}
+        if who == "both"
+        else small(who == "b")
+    )
     assert_same(ema_in(out), wanted)
     assert any("it does not follow the merge" in note for note in result.notes) == (who != "both")
 
@@ -96,7 +114,9 @@ def test_ema_copies_are_dropped_kept_or_used(small, tmp_path, who):
     wanted, _ = merged(halves[0] if who != "b" else a, halves[1] if who != "a" else b, tmp_path)
     assert_same(out, wanted)
     copies = sum(map(is_unet, a))
-    assert sum(f"is its EMA copy ({copies} tensors)" in note for note in result.notes) == (2 if who == "both" else 1)
+    assert sum(f"is its EMA copy ({copies} tensors)" in note for note in result.notes) == (
+        2 if who == "both" else 1
+    )
 
 
 def test_ema_weights_alone_are_the_unet(small, tmp_path):
@@ -105,7 +125,9 @@ def test_ema_weights_alone_are_the_unet(small, tmp_path):
         out, result = converted(alone, tmp_path, ema=ema, naming=naming)
         wanted = {name: tensor / 2 for name, tensor in small().items() if is_unet(name)}
         assert_same(out, in_diffusers(wanted, "sd1") if naming == "diffusers" else wanted)
-        assert any("has only EMA weights for its U-Net: they are used as the U-Net" in note for note in result.notes)
+        assert any(
+            "has only EMA weights for its U-Net: they are used as the U-Net" in note for note in result.notes
+        )
 
 
 def test_ema_copies_that_are_not_there_cannot_be_used(states, tmp_path, capsys):
@@ -114,25 +136,48 @@ def test_ema_copies_that_are_not_there_cannot_be_used(states, tmp_path, capsys):
     write_folder(in_diffusers(states(), "sd1"), tmp_path / "folder")
     says = "no EMA copies to use in a.safetensors and b.safetensors: leave out ema='use' (--ema use)"
     assert_refused(capsys, tmp_path, "a.safetensors", "b.safetensors", "-w", "0.5", "--ema", "use", says=says)
-    assert_refused(capsys, tmp_path, "convert", "folder", "o.safetensors", "--ema", "use", says="no EMA copies to use in folder")
-    assert_refused(capsys, tmp_path, "convert", "folder", "o.safetensors", "--ema", "yes", says="unknown choice 'yes' for EMA")
+    assert_refused(
+        capsys,
+        tmp_path,
+        "convert",
+        "folder",
+        "o.safetensors",
+        "--ema",
+        "use",
+        says="no EMA copies to use in folder",
+    )
+    assert_refused(
+        capsys,
+        tmp_path,
+        "convert",
+        "folder",
+        "o.safetensors",
+        "--ema",
+        "yes",
+        says="unknown choice 'yes' for EMA",
+    )
 
 
 def test_a_folder_has_no_place_for_ema(small, tmp_path):
     out, result = converted({**small(), **ema_of(small())}, tmp_path, ema="keep", naming="diffusers")
     assert_same(out, in_diffusers(small(), "sd1"))
     assert any(
-        f"{len(ema_of(small()))} tensors left out, which a diffusers folder has no place for" in note for note in result.notes
+        f"{len(ema_of(small()))} tensors left out, which a diffusers folder has no place for" in note
+        for note in result.notes
     )
 
 
-# -- the VAE ----------------------------------------------------------------------------------------------------------
+# -- the VAE
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def whole_vae(states, small):
     """Small models with all of a VAE."""
-    return lambda side: {**small(side), **{name: tensor for name, tensor in states(side).items() if name.startswith(VAE)}}
+    return lambda side: {
+        **small(side),
+        **{name: tensor for name, tensor in states(side).items() if name.startswith(VAE)},
+    }
 
 
 def vae_files(states, folder):
@@ -147,7 +192,9 @@ def vae_files(states, folder):
 
     save_file(vae, folder / "bare.safetensors")
     save_file(whole, folder / "prefixed.safetensors")
-    torch.save({"state_dict": {**vae, "loss.logvar": torch.zeros(())}, "epoch": 1}, folder / "anything.vae.pt")
+    torch.save(
+        {"state_dict": {**vae, "loss.logvar": torch.zeros(())}, "epoch": 1}, folder / "anything.vae.pt"
+    )
     write_folder(in_folder, folder / "vae-only")
     write_folder({old_name(name): tensor for name, tensor in in_folder.items()}, folder / "old-names")
     write(states(1), folder / "pipeline", "folder")
@@ -175,7 +222,9 @@ def test_any_vae_is_baked_in(whole_vae, tmp_path, naming):
         assert_same(out, wanted)
         assert any(note.startswith("the VAE is ") and note.endswith(path.name) for note in result.notes)
     output = tmp_path / ("out" if naming == "diffusers" else "out.safetensors")
-    out, result = merged(a, as_dtype(b, torch.float16), tmp_path, vae=path, naming=naming, output=output, weights=0)
+    out, result = merged(
+        a, as_dtype(b, torch.float16), tmp_path, vae=path, naming=naming, output=output, weights=0
+    )
     assert_same(out, wanted)
     assert result.tensors.from_vae == 248
 
@@ -197,26 +246,43 @@ def test_vaes_that_do_not_fit_are_refused(states, tmp_path, capsys):
         says = [f"{case}.safetensors is", says]
         for model in ("a.safetensors", "no-vae.safetensors"):
             vae_option = ("--vae", f"{case}.safetensors")
-            if (model, case) != ("no-vae.safetensors", "wider"):  # nothing there to hold it against but itself
+            if (model, case) != (
+                "no-vae.safetensors",
+                "wider",
+            ):  # nothing there to hold it against but itself
                 assert_refused(capsys, tmp_path, "convert", model, "o.safetensors", *vae_option, says=says)
             assert_refused(
-                capsys, tmp_path, "convert", model, "o/", "--to", "diffusers", "--vae", "missing.pt", says="missing.pt"
+                capsys,
+                tmp_path,
+                "convert",
+                model,
+                "o/",
+                "--to",
+                "diffusers",
+                "--vae",
+                "missing.pt",
+                says="missing.pt",
             )
         assert_refused(capsys, tmp_path, "a.safetensors", "a.safetensors", "-w", "0", *vae_option, says=says)
 
 
-# -- variants ---------------------------------------------------------------------------------------------------------
+# -- variants
+# ---------------------------------------------------------------------------------------------------------
 
 
 def widened(state, channels):
-    kernel = torch.randn(state[FIRST].shape[0], channels - 4, 3, 3, generator=torch.Generator().manual_seed(channels))
+    kernel = torch.randn(
+        state[FIRST].shape[0], channels - 4, 3, 3, generator=torch.Generator().manual_seed(channels)
+    )
     return {**state, FIRST: torch.cat([state[FIRST], kernel], 1)}
 
 
 @pytest.mark.parametrize(("family", "channels", "variant"), [
     ("sd1", 9, "inpainting"), ("sd1", 8, "pix2pix"), ("sd2", 9, "inpainting"), ("sd2", 5, "depth"), ("sdxl", 9, "inpainting"),
 ])  # fmt: skip
-def test_variants_merge_with_normal_models_either_side_in_any_form(small, tmp_path, family, channels, variant):
+def test_variants_merge_with_normal_models_either_side_in_any_form(
+    small, tmp_path, family, channels, variant
+):
     a, b = small(0, family), small(1, family)
     wide = widened(b, channels)
     wanted_first = torch.cat([torch.lerp(a[FIRST], b[FIRST], 0.5), wide[FIRST][:, 4:]], 1)
@@ -241,7 +307,12 @@ def test_an_ema_copy_of_the_first_convolution_has_its_channels_too(small, tmp_pa
 
 
 def test_markers_of_v_prediction_are_kept(small, tmp_path):
-    marked = {**small(), "v_pred": torch.ones(()), "ztsnr": torch.ones(()), "edm_vpred.sigma_max": torch.tensor(120.0)}
+    marked = {
+        **small(),
+        "v_pred": torch.ones(()),
+        "ztsnr": torch.ones(()),
+        "edm_vpred.sigma_max": torch.tensor(120.0),
+    }
     markers = {"v_pred", "ztsnr", "edm_vpred.sigma_max"}
     for options in ({}, {"prune": True}, {"dtype": "fp16"}):
         out, _ = converted(marked, tmp_path, **options)
@@ -256,19 +327,39 @@ def test_markers_of_v_prediction_are_kept(small, tmp_path):
 def test_the_refiner_merges_only_with_refiners(states, tmp_path, capsys):
     a, b = states(0, "sdxl_refiner"), states(1, "sdxl_refiner")
     out, result = merged(a, b, tmp_path)
-    assert (result.family, blockmerge.inspect(tmp_path / "a.safetensors").family) == ("sdxl_refiner", "sdxl_refiner")
+    assert (result.family, blockmerge.inspect(tmp_path / "a.safetensors").family) == (
+        "sdxl_refiner",
+        "sdxl_refiner",
+    )
     torch.testing.assert_close(out[FIRST], torch.lerp(a[FIRST], b[FIRST], 0.5))
     write(states(0, "sdxl"), tmp_path / "base", "folder", "sdxl")
-    says = ["Stable Diffusion XL refiner", "base is Stable Diffusion XL:", "only models of one family can be merged"]
+    says = [
+        "Stable Diffusion XL refiner",
+        "base is Stable Diffusion XL:",
+        "only models of one family can be merged",
+    ]
     assert_refused(capsys, tmp_path, "a.safetensors", "base", "-w", "0.5", says=says)
-    wide = write(widened(states(), 9), tmp_path / "nine", "zip"), write(widened(states(1), 8), tmp_path / "eight", "safetensors")
-    assert_refused(capsys, tmp_path, *wide, "-w", "0.5", says=["nine.ckpt and eight.safetensors", FIRST, "shapes differ"])
+    wide = (
+        write(widened(states(), 9), tmp_path / "nine", "zip"),
+        write(widened(states(1), 8), tmp_path / "eight", "safetensors"),
+    )
+    assert_refused(
+        capsys, tmp_path, *wide, "-w", "0.5", says=["nine.ckpt and eight.safetensors", FIRST, "shapes differ"]
+    )
     three = {**states(), FIRST: states()[FIRST][:, :3].contiguous()}
     write(three, tmp_path / "three", "zip")
-    assert_refused(capsys, tmp_path, "convert", "three.ckpt", "o.safetensors", says=["three.ckpt", "which no sd1 model has"])
+    assert_refused(
+        capsys,
+        tmp_path,
+        "convert",
+        "three.ckpt",
+        "o.safetensors",
+        says=["three.ckpt", "which no sd1 model has"],
+    )
 
 
-# -- dtypes -----------------------------------------------------------------------------------------------------------
+# -- dtypes
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("given", DTYPES)
@@ -287,7 +378,9 @@ def test_merging_in_and_out_of_eight_bits(states, tmp_path, wanted):
     a, b = as_dtype(states(0), torch.float8_e4m3fn), as_dtype(states(1), torch.float8_e5m2)
     out, _ = merged(a, b, tmp_path, dtype=wanted, vae="blend")
     for name in (PROJ, TEXT, VAE + "decoder.conv_in.weight"):
-        assert torch.equal(bits(out[name]), bits(torch.lerp(a[name].float(), b[name].float(), 0.5).to(DTYPES[wanted]))), name
+        assert torch.equal(
+            bits(out[name]), bits(torch.lerp(a[name].float(), b[name].float(), 0.5).to(DTYPES[wanted]))
+        ), name
 
 
 def test_what_overflows_is_named(states, tmp_path, capsys):
@@ -297,12 +390,19 @@ def test_what_overflows_is_named(states, tmp_path, capsys):
         path = write(state, tmp_path / form, form)
         for wanted, said in (("fp16", "F16"), ("fp8_e4m3fn", "F8_E4M3"), ("fp8_e5m2", "F8_E5M2")):
             for output in (["o.safetensors"], ["o", "--to", "diffusers"]):
-                says = ["1 converted tensor would hold NaN or infinity", f"values too large for {said}", "--allow-nonfinite"]
+                says = [
+                    "1 converted tensor would hold NaN or infinity",
+                    f"values too large for {said}",
+                    "--allow-nonfinite",
+                ]
                 name = "unet/down_blocks.1.attentions.0.proj_in.weight" if "o" in output else PROJ
-                assert_refused(capsys, tmp_path, "convert", path.name, *output, "--dtype", wanted, says=[*says, name])
+                assert_refused(
+                    capsys, tmp_path, "convert", path.name, *output, "--dtype", wanted, says=[*says, name]
+                )
 
 
-# -- convert ----------------------------------------------------------------------------------------------------------
+# -- convert
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_pruning_leaves_what_a_loader_needs(states, tmp_path):
@@ -330,7 +430,12 @@ def test_pruning_leaves_what_a_loader_needs(states, tmp_path):
 
 def test_position_ids_are_converted_to_what_they_should_be(small, tmp_path):
     name = next(filter(is_position_ids, small()))
-    for ids in (torch.arange(77.0)[None], torch.arange(77.0)[None].half(), torch.arange(77.0)[None] * 1.1, torch.zeros(77)):
+    for ids in (
+        torch.arange(77.0)[None],
+        torch.arange(77.0)[None].half(),
+        torch.arange(77.0)[None] * 1.1,
+        torch.zeros(77),
+    ):
         out, _ = converted({**small(), name: ids}, tmp_path, dtype="bf16")
         assert torch.equal(out[name], torch.arange(77)[None])
 
@@ -392,7 +497,13 @@ def test_refused_conversions(places, capsys, line, says):
 
 def test_a_component_becomes_a_folder_without_strays(places, states, tmp_path):
     blockmerge.convert(places / "folder" / "unet", tmp_path / "alone", naming="diffusers")
-    blockmerge.merge(places / "m.ckpt", places / "folder" / "unet", weights=0, output=tmp_path / "whole", naming="diffusers")
+    blockmerge.merge(
+        places / "m.ckpt",
+        places / "folder" / "unet",
+        weights=0,
+        output=tmp_path / "whole",
+        naming="diffusers",
+    )
     for name in ("alone", "whole"):
         assert {path.name for path in (tmp_path / name).iterdir() if path.is_file()} == {"model_index.json"}
         assert blockmerge.open_checkpoint(tmp_path / name).tensors

@@ -25,10 +25,16 @@ from tests.commands import ok
         (("-p", "GRAD_V@0.5", "-p", "high_res@0.5"), "a+b-GRAD_V@0.5+high_res@0.5.safetensors"),
         (("-m", "average"), "a+b-average.safetensors"),
         (("-m", "average", "-w", "0.5", "--ratios", "2,1"), "a+b-average-0.5-ratios_2_1.safetensors"),
-        (("-m", "tensor_sum", "-w", "0.5", "--weights-beta", "0.2"), "a+b-tensor_sum-0.5-beta_0.2.safetensors"),
+        (
+            ("-m", "tensor_sum", "-w", "0.5", "--weights-beta", "0.2"),
+            "a+b-tensor_sum-0.5-beta_0.2.safetensors",
+        ),
         (("-w", "0.5", "--adjust", "0,0,0,1", "--clip"), "a+b-0.5-adjust_0_0_0_1_0_0_0_0-clip.safetensors"),
         (("-w", "random", "--seed", "7", "--set", "BASE=0"), "a+b-random-set_BASE_0-seed_7.safetensors"),
-        (("-m", "dare", "-w", "1", "--drop-rate", "0.3", "--seed", "7"), "a+b-dare-1-seed_7-drop_rate_0.3.safetensors"),
+        (
+            ("-m", "dare", "-w", "1", "--drop-rate", "0.3", "--seed", "7"),
+            "a+b-dare-1-seed_7-drop_rate_0.3.safetensors",
+        ),
         (("-w", "0.5", "--rules", "OUT05:attn2:0.8"), "a+b-0.5-rules_OUT05_attn2_0.8.safetensors"),
         (("-w", "0.5", "--vae", "b", "--dtype", "bf16"), "a+b-0.5-vae_b-bf16.safetensors"),
     ],
@@ -52,14 +58,24 @@ def test_default_output_names_that_would_be_long(pairs, here, capsys):
     wide = [here / f"{char * 80}.safetensors" for char in "模型"]
     for path, copy in zip((a, b, a, b), (*long, *wide), strict=True):
         shutil.copy(path, copy)
-    rules, other_rules = (f"OUT03-OUT05:attn2 norm ff proj_in:{ratio}, NOT BASE:norm:0" for ratio in (0.8, 0.9))
+    rules, other_rules = (
+        f"OUT03-OUT05:attn2 norm ff proj_in:{ratio}, NOT BASE:norm:0" for ratio in (0.8, 0.9)
+    )
     lists = [f"{'0.25,' * 25}{last}" for last in (0, 1)]
     changes = "IN00=0.125,IN01=0.125,IN02=0.125"
     names = []
     for arguments in (
         [a, b, "-w", lists[0]],
         [a, b, "-w", lists[1]],
-        [a, b, *(word for name in ("high_res", "low_res", "GRAD_V", "GRAD_A", "COSINE") for word in ("-p", f"{name}@0.2"))],
+        [
+            a,
+            b,
+            *(
+                word
+                for name in ("high_res", "low_res", "GRAD_V", "GRAD_A", "COSINE")
+                for word in ("-p", f"{name}@0.2")
+            ),
+        ],
         [a, b, "-w", "0.5", "--rules", rules],
         [a, b, "-w", "0.5", "--rules", other_rules],
         [a, b, "-w", lists[0], "-m", "dare", "--rules", rules, "--set", changes, "--adjust", "1,2,3,4"],
@@ -71,7 +87,9 @@ def test_default_output_names_that_would_be_long(pairs, here, capsys):
         found = json.loads(ok(capsys, *arguments, "--dry-run", "--json"))
         names.append(os.path.basename(found["output"]))
     assert len(set(names)) == len(names)
-    assert all(re.fullmatch(r"[\w.+@-]+\.safetensors", name) and len(name.encode()) <= 100 for name in names), names
+    assert all(
+        re.fullmatch(r"[\w.+@-]+\.safetensors", name) and len(name.encode()) <= 100 for name in names
+    ), names
     assert re.fullmatch(r"a\+b-weights_[0-9a-f]{6}\.safetensors", names[0])
     assert re.fullmatch(r"a\+b-presets_[0-9a-f]{6}\.safetensors", names[2])
     assert re.fullmatch(r"a\+b-0\.5-rules_[0-9a-f]{6}\.safetensors", names[3])

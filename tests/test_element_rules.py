@@ -36,18 +36,27 @@ def wanted(family, condition):
 def test_the_four_examples(family):
     found = taken("OUT03 OUT04 OUT05:attn2 attn1.to_out:0.5", family)
     expected = wanted(
-        family, lambda block, name: block in ("OUT03", "OUT04", "OUT05") and ("attn2" in name or "attn1.to_out" in name)
+        family,
+        lambda block, name: (
+            block in ("OUT03", "OUT04", "OUT05") and ("attn2" in name or "attn1.to_out" in name)
+        ),
     )
     assert found == dict.fromkeys(expected, 0.5)
-    assert len(found) == 3 * 7 * (2 if family == "sdxl" else 1)  # 7 tensors, and two transformer blocks in SDXL
+    assert len(found) == 3 * 7 * (
+        2 if family == "sdxl" else 1
+    )  # 7 tensors, and two transformer blocks in SDXL
 
     found = taken("NOT OUT04:attn:1", family)
-    assert found == dict.fromkeys(wanted(family, lambda block, name: block != "OUT04" and "attn" in name), 1.0)
+    assert found == dict.fromkeys(
+        wanted(family, lambda block, name: block != "OUT04" and "attn" in name), 1.0
+    )
     assert any(name.startswith(f"{U}middle_block") for name in found)
     assert any(oracle.block(name, family) == "BASE" for name in found)  # a block like the others
 
     found = taken("OUT05:NOT attn proj:0.2", family)
-    expected = wanted(family, lambda block, name: block == "OUT05" and "attn" not in name and "proj" not in name)
+    expected = wanted(
+        family, lambda block, name: block == "OUT05" and "attn" not in name and "proj" not in name
+    )
     assert found == dict.fromkeys(expected, 0.2)
     assert f"{U}output_blocks.5.0.in_layers.2.weight" in found
 
@@ -63,8 +72,12 @@ def test_the_four_examples(family):
 def test_blocks_are_the_familys_own():
     """SuperMerger takes SDXL's OUT00 for IN10, since it looks blocks up in SD1's list."""
     assert all(name.startswith(f"{U}output_blocks.0.") for name in taken("OUT00::0.5", "sdxl"))
-    everything_from_m00 = {name for name in layout("sdxl") if re.match(rf"{re.escape(U)}(middle|output|out)", name)}
-    assert set(taken("M00-OUT08::0.5", "sdxl")) == set(taken("OUT08 - M00::0.5", "sdxl")) == everything_from_m00
+    everything_from_m00 = {
+        name for name in layout("sdxl") if re.match(rf"{re.escape(U)}(middle|output|out)", name)
+    }
+    assert (
+        set(taken("M00-OUT08::0.5", "sdxl")) == set(taken("OUT08 - M00::0.5", "sdxl")) == everything_from_m00
+    )
     assert set(taken("IN08-OUT00::0", "sdxl")) == set(taken("IN08 M00 OUT00::0", "sdxl"))
     assert set(taken("IN08-OUT00::0", "sd1")) == set(taken("IN08 IN09 IN10 IN11 M00 OUT00::0", "sd1"))
     assert set(taken("::0.5", "sd2")) == set(layout("sd2"))
@@ -75,7 +88,9 @@ def test_blocks_are_the_familys_own():
 @pytest.mark.parametrize("separator", [",", "\n", ",\r\n ", "\n\n,", " , "])
 def test_later_rules_win_however_they_are_separated(separator):
     name = f"{U}middle_block.1.transformer_blocks.0.attn2.to_k.weight"
-    rules = ElementRules.parse(separator.join(["::0.1", "in01-m0:attn2:-.5", "NOT M00::2", "M00:to_k:skip", "M00:to_q:1"]))
+    rules = ElementRules.parse(
+        separator.join(["::0.1", "in01-m0:attn2:-.5", "NOT M00::2", "M00:to_k:skip", "M00:to_q:1"])
+    )
     assert len(rules.rules) == 5
     found = rules.resolve("sd1")
     assert found.weight("M00", name, 0.3) is None
@@ -95,14 +110,19 @@ def test_without_rules_the_weights_stay():
 
 def test_rules_that_take_nothing_are_told():
     tensors = [(oracle.block(name, "sdxl"), name) for name in layout("sdxl")]
-    rules = ElementRules.parse("OUT03:atn2:0.5, OUT03:attn2:0.5, IN01:attn:1, NOT IN00-OUT08:attn1:1").resolve("sdxl")
+    rules = ElementRules.parse(
+        "OUT03:atn2:0.5, OUT03:attn2:0.5, IN01:attn:1, NOT IN00-OUT08:attn1:1"
+    ).resolve("sdxl")
     # IN01 of SDXL has no attention, and text encoders call it otherwise
     assert rules.idle(iter(tensors)) == ["OUT03:atn2:0.5", "IN01:attn:1", "NOT IN00-OUT08:attn1:1"]
 
 
 blocks = st.sampled_from(oracle.SD)
 words = st.lists(st.one_of(blocks, st.tuples(blocks, blocks).map("-".join)), max_size=3)
-parts = st.lists(st.sampled_from(["attn", "attn1", "attn2.to_k", "norm", "bias", "0", "proj", "weight", "nothing"]), max_size=3)
+parts = st.lists(
+    st.sampled_from(["attn", "attn1", "attn2.to_k", "norm", "bias", "0", "proj", "weight", "nothing"]),
+    max_size=3,
+)
 ratios = st.one_of(st.just("skip"), st.floats(-1e6, 1e6).map(repr), st.sampled_from(["1", ".5", "-2e-3"]))
 field = st.tuples(st.booleans(), st.booleans())
 rule = st.tuples(st.booleans(), words, st.booleans(), parts, ratios)
@@ -142,26 +162,44 @@ def test_matching_and_the_way_back_to_text(rules, data):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("OUT03:attn", "element rule 1, '>>OUT03:attn<<': expected BLOCKS:ELEMENTS:RATIO, as in OUT03-OUT05:attn2:0.5"),
+        (
+            "OUT03:attn",
+            "element rule 1, '>>OUT03:attn<<': expected BLOCKS:ELEMENTS:RATIO, as in OUT03-OUT05:attn2:0.5",
+        ),
         ("M00::1, a:b:c:d", "element rule 2, '>>a:b:c:d<<': expected BLOCKS:ELEMENTS:RATIO"),
-        ("OUT03 OUT99 IN01:attn:1", "element rule 1, 'OUT03 >>OUT99<< IN01:attn:1': unknown block 'OUT99'; did you mean"),
+        (
+            "OUT03 OUT99 IN01:attn:1",
+            "element rule 1, 'OUT03 >>OUT99<< IN01:attn:1': unknown block 'OUT99'; did you mean",
+        ),
         ("NOT M00 attn:attn:0.5", "element rule 1, 'NOT M00 >>ATTN<<:attn:0.5': unknown block 'ATTN'"),
-        ("IN00-:x:1", "element rule 1, '>>IN00-<<:x:1': 'IN00-' is half a range: write both ends, as in IN00-IN05"),
+        (
+            "IN00-:x:1",
+            "element rule 1, '>>IN00-<<:x:1': 'IN00-' is half a range: write both ends, as in IN00-IN05",
+        ),
         ("NOT:attn:1", "element rule 1, '>>NOT<<:attn:1': expected names after NOT"),
         ("IN01:NOT:1", "element rule 1, 'IN01:>>NOT<<:1': expected names after NOT"),
-        ("NOT NOT OUT05:attn:0.5", "element rule 1, 'NOT >>NOT<< OUT05:attn:0.5': NOT stands in front of the whole field, once"),
+        (
+            "NOT NOT OUT05:attn:0.5",
+            "element rule 1, 'NOT >>NOT<< OUT05:attn:0.5': NOT stands in front of the whole field, once",
+        ),
         (
             "OUT05  not OUT06:attn:0.5",
             "element rule 1, 'OUT05 >>NOT<< OUT06:attn:0.5': NOT stands in front of the whole field, once",
         ),
-        ("M00:attn NOT proj:1", "element rule 1, 'M00:attn >>NOT<< proj:1': NOT stands in front of the whole field, once"),
+        (
+            "M00:attn NOT proj:1",
+            "element rule 1, 'M00:attn >>NOT<< proj:1': NOT stands in front of the whole field, once",
+        ),
         ("\n\nM00::1\nIN01:much:much", "element rule 2, 'IN01:much:>>much<<': expected a number or skip"),
         ("IN01::", "element rule 1, 'IN01::>><<': expected a number or skip"),
         ("IN01::nan", "element rule 1, 'IN01::>>nan<<': expected a number or skip"),
         ("IN01::-inf", "expected a number or skip"),
         ("IN01::1_0", "expected a number or skip"),
         ("IN01::random", "expected a number or skip"),
-        ("IN01::2e6", "element rule 1, 'IN01::>>2e6<<': weight of the rule is 2000000: at most 1,000,000 is allowed"),
+        (
+            "IN01::2e6",
+            "element rule 1, 'IN01::>>2e6<<': weight of the rule is 2000000: at most 1,000,000 is allowed",
+        ),
         ("x\x1b[31m:y:1", r"'>>X\x1b[31M<<:y:1'"),
         ("IN01 " * 500 + "IN77:y:1", "IN01 >>IN77<<:y:1'"),
     ],
@@ -178,7 +216,8 @@ def test_a_block_that_a_family_does_not_have():
     rules = ElementRules.parse("M00::1, IN02 IN09 OUT01:attn:0.5")
     rules.resolve("sd2")
     with pytest.raises(
-        WeightsError, match=r"element rule 2, 'IN02 >>IN09<< OUT01:attn:0.5': unknown block 'IN09': SDXL has BASE"
+        WeightsError,
+        match=r"element rule 2, 'IN02 >>IN09<< OUT01:attn:0.5': unknown block 'IN09': SDXL has BASE",
     ):
         rules.resolve("sdxl")
 

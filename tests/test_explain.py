@@ -1,4 +1,6 @@
-"""Where merges come from: merges made by an independent oracle (float64, rounded once) or in the way of other tools."""
+"""Where merges come from: merges made by an independent oracle (float64, rounded once) or in the way of other
+tools.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +21,23 @@ from tests.every_pair import every_pair
 from tests.refusals import assert_refused
 
 BLOCKS = {"sd1": SD_BLOCKS, "sd2": SD_BLOCKS, "sdxl": SDXL_BLOCKS}
-SIGNS = re.compile(r"input_blocks\.(0\.0|1\.1\.proj_in|4\.1\.proj_in)|middle_block\.1\.proj_in|label_emb|attn2\.to_k|out\.2")
+SIGNS = re.compile(
+    r"input_blocks\.(0\.0|1\.1\.proj_in|4\.1\.proj_in)|middle_block\.1\.proj_in|label_emb|attn2\.to_k|out\.2"
+)
 CONV = "model.diffusion_model.input_blocks.4.1.proj_in.weight"
 
 
 def cast(model, dtype):
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in model.items()}
+    return {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in model.items()
+    }
 
 
 @cache
 def base_of(family):
-    """A thin model with every fourth tensor of a block, and what tells the family: enough numbers to tell a weight by."""
+    """A thin model with every fourth tensor of a block, and what tells the family: enough numbers to tell a
+    weight by.
+    """
     seen, kept = Counter(), {}
     for name, tensor in make_state_dicts(family)[0].items():
         place = component_of(name), block_of(name, family)
@@ -55,7 +63,9 @@ def relatives(count, difference=0.05, family="sd1", dtype=torch.float16):
 def tuned(model, difference, seed):
     generator = torch.Generator().manual_seed(1000 + seed)
     return {
-        name: (t.float() + difference * t.float().std(correction=0) * torch.randn(t.shape, generator=generator)).to(t.dtype)
+        name: (
+            t.float() + difference * t.float().std(correction=0) * torch.randn(t.shape, generator=generator)
+        ).to(t.dtype)
         if t.is_floating_point()
         else t
         for name, t in model.items()
@@ -63,7 +73,9 @@ def tuned(model, difference, seed):
 
 
 def mixed(models, shares, family="sd1"):
-    """Σ share·model with shares by block (VAE: "VAE"), in float64, rounded once to the first model's dtype."""
+    """Σ share·model with shares by block (VAE: "VAE"), in float64, rounded once to the first model's
+    dtype.
+    """
     first, *_ = models.values()
     made = {}
     for name, tensor in first.items():
@@ -88,7 +100,10 @@ def random_shares(names, seed, family="sd1"):
 
 def preset_shares(preset, family="sd1", ratio=1.0):
     weights = find_preset(preset).weights_for(family)
-    return {**{block: {"a": 1 - ratio * w, "b": ratio * w} for block, w in weights.items()}, "VAE": {"a": 1.0}}
+    return {
+        **{block: {"a": 1 - ratio * w, "b": ratio * w} for block, w in weights.items()},
+        "VAE": {"a": 1.0},
+    }
 
 
 def explain(tmp_path, merge, candidates, **options):
@@ -110,10 +125,17 @@ def assert_weights(found, shares, within):
             continue
         for name, weight in origin.weights.items():
             error = abs(weight - shares[block].get(name.removesuffix(".safetensors"), 0.0))
-            assert error <= (origin.uncertainty if within is None else within), (block, name, weight, shares[block])
+            assert error <= (origin.uncertainty if within is None else within), (
+                block,
+                name,
+                weight,
+                shares[block],
+            )
 
 
-@pytest.mark.parametrize(("family", "parents", "difference"), every_pair(["sd1", "sd2", "sdxl"], [2, 3, 4], [0.05, 0.01, 0.002]))
+@pytest.mark.parametrize(
+    ("family", "parents", "difference"), every_pair(["sd1", "sd2", "sdxl"], [2, 3, 4], [0.05, 0.01, 0.002])
+)
 def test_weights_are_recovered(tmp_path, family, parents, difference):
     models = relatives(parents, difference, family)
     shares = random_shares(list(models), seed=parents, family=family)
@@ -143,7 +165,12 @@ PRESETS = ["high_res", "low_res", "GRAD_V", "GRAD_A", "WRAP12", "MID12_50", "OUT
 def test_presets_are_named(tmp_path, preset):
     models = relatives(3)
     found = explain(tmp_path, mixed(models, preset_shares(preset)), models)
-    assert (found.preset, found.base, letters(found), found.exact) == (preset, "a.safetensors", ("a", "b"), True)
+    assert (found.preset, found.base, letters(found), found.exact) == (
+        preset,
+        "a.safetensors",
+        ("a", "b"),
+        True,
+    )
     assert_weights(found, preset_shares(preset), 1e-9)  # the preset's own numbers
 
 
@@ -173,7 +200,11 @@ def test_add_difference(tmp_path, alpha):
     models = relatives(4)
     shares = {block: {"c": 1.0, "b": alpha, "a": -alpha} for block in SD_BLOCKS}
     found = explain(tmp_path, mixed(models, {**shares, "VAE": {"c": 1.0}}), models)
-    assert (found.method, found.base, set(letters(found))) == ("add_difference", "c.safetensors", {"a", "b", "c"})
+    assert (found.method, found.base, set(letters(found))) == (
+        "add_difference",
+        "c.safetensors",
+        {"a", "b", "c"},
+    )
     assert found.exact
     assert_weights(found, shares, 1e-6)
 
@@ -181,7 +212,11 @@ def test_add_difference(tmp_path, alpha):
 def test_a_full_difference_has_two_bases(tmp_path):
     """c + (b − a) is b + (c − a): either may be called the base."""
     models = relatives(3)
-    found = explain(tmp_path, mixed(models, {block: {"c": 1.0, "b": 1.0, "a": -1.0} for block in (*SD_BLOCKS, "VAE")}), models)
+    found = explain(
+        tmp_path,
+        mixed(models, {block: {"c": 1.0, "b": 1.0, "a": -1.0} for block in (*SD_BLOCKS, "VAE")}),
+        models,
+    )
     assert (found.method, found.exact) == ("add_difference", True)
     assert found.base in ("b.safetensors", "c.safetensors")
     assert found.blocks["IN04"].weights["a.safetensors"] == -1
@@ -317,7 +352,9 @@ def test_our_own_merges(pairs, tmp_path):
     found = blockmerge.explain(tmp_path / "m.safetensors", [a, b])
     assert found.exact
     assert {name for origin in found.blocks.values() for name in origin.weights} == {"b.safetensors"}
-    assert all(origin.weights["b.safetensors"] == pytest.approx(0.35, abs=1e-12) for origin in found.blocks.values())
+    assert all(
+        origin.weights["b.safetensors"] == pytest.approx(0.35, abs=1e-12) for origin in found.blocks.values()
+    )
     assert blockmerge.explain(tmp_path / "m.safetensors", [b, a]).base == "a.safetensors"  # found, not asked
 
 
@@ -333,7 +370,9 @@ def test_a_folder_that_holds_the_merge_too(pairs, tmp_path):
 
 def test_threads_change_no_digit(pairs, tmp_path):
     blockmerge.merge(*pairs(), preset="GRAD_V", output=tmp_path / "m.safetensors")
-    one, three = (blockmerge.explain(tmp_path / "m.safetensors", pairs(), threads=threads) for threads in (1, 3))
+    one, three = (
+        blockmerge.explain(tmp_path / "m.safetensors", pairs(), threads=threads) for threads in (1, 3)
+    )
     assert one == three
 
 
@@ -343,7 +382,15 @@ def test_nan_is_told_by_name(pairs, tmp_path, capsys):
         tensors = load_file(b)
         tensors[CONV].view(-1)[3] = torch.nan
         save_file(tensors, tmp_path / f"{holder}.safetensors")
-    assert_refused(capsys, tmp_path, "explain", tmp_path / "merge.safetensors", a, b, says=["merge.safetensors holds NaN", CONV])
+    assert_refused(
+        capsys,
+        tmp_path,
+        "explain",
+        tmp_path / "merge.safetensors",
+        a,
+        b,
+        says=["merge.safetensors holds NaN", CONV],
+    )
     says = ["candidate.safetensors holds NaN", CONV]
     assert_refused(capsys, tmp_path, "explain", a, tmp_path / "candidate.safetensors", says=says)
     blockmerge.merge(a, b, preset="high_res", output=tmp_path / "m.safetensors")

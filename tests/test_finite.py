@@ -1,4 +1,6 @@
-"""The check that every computed chunk goes through: finds every NaN and infinity, and accuses no finite value."""
+"""The check that every computed chunk goes through: finds every NaN and infinity, and accuses no finite
+value.
+"""
 
 from __future__ import annotations
 

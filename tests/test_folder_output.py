@@ -50,14 +50,17 @@ def fill(target, content=CONTENT, overwrite=False):
 
 
 def found(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 @pytest.fixture
 def old(system):
     """A model in the way."""
     return write(
-        system / "out", {"model_index.json": b"{}", "vae/config.json": b"old", "vae/diffusion_pytorch_model.bin": b"old"}
+        system / "out",
+        {"model_index.json": b"{}", "vae/config.json": b"old", "vae/diffusion_pytorch_model.bin": b"old"},
     )
 
 
@@ -91,7 +94,9 @@ def test_any_files(tmp_path_factory, files):
 def test_without_commit_nothing_remains(system, old):
     before = snapshot(system)
     for name, overwrite in (("new", False), ("out", True)):
-        with AtomicFolder(system / name, {"unet/a": 1000, "config.json": b"{}"}, overwrite=overwrite) as folder:
+        with AtomicFolder(
+            system / name, {"unet/a": 1000, "config.json": b"{}"}, overwrite=overwrite
+        ) as folder:
             assert folder.path_of("unet/a").stat().st_size in (0, 1000)
             assert folder.path_of("config.json").read_bytes() == b"{}"
         assert snapshot(system) == before
@@ -129,7 +134,9 @@ def test_modes_follow_the_umask(system, umask):
         fill(system / "out")
     finally:
         os.umask(before)
-    assert {stat.S_IMODE(path.stat().st_mode) for path in (system / "out", system / "out/unet")} == {0o777 & ~umask}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (system / "out", system / "out/unet")} == {
+        0o777 & ~umask
+    }
     assert {stat.S_IMODE((system / "out" / name).stat().st_mode) for name in CONTENT} == {0o666 & ~umask}
 
 
@@ -205,7 +212,10 @@ def test_an_existing_folder_is_kept_unless_asked(places):
     with pytest.raises(OutputError, match=r"in exists: give another name, or overwrite \(--overwrite\)"):
         check_output_folder(places / "in")
     write(places / "in", {".DS_Store": b"x", "unet/Thumbs.db": b"x"})
-    assert check_output_folder(places / "in", [places / "above", places / "file"], overwrite=True) == places / "in"
+    assert (
+        check_output_folder(places / "in", [places / "above", places / "file"], overwrite=True)
+        == places / "in"
+    )
 
 
 def test_an_input_whose_files_are_links_into_the_output(places):
@@ -227,12 +237,19 @@ def test_files_outside_the_folder_are_refused(system, name):
 
 
 def test_what_appears_meanwhile_is_kept(system):
-    for name, make in {"folder": lambda path: write(path, {"a": b"x"}), "file": lambda path: path.write_text("x")}.items():
+    for name, make in {
+        "folder": lambda path: write(path, {"a": b"x"}),
+        "file": lambda path: path.write_text("x"),
+    }.items():
         with AtomicFolder(system / name, {"a": 10}) as folder:
             make(system / name)
             with pytest.raises(OutputError, match="has appeared meanwhile"):
                 folder.commit()
-    assert sorted(path.relative_to(system).as_posix() for path in system.rglob("*")) == ["file", "folder", "folder/a"]
+    assert sorted(path.relative_to(system).as_posix() for path in system.rglob("*")) == [
+        "file",
+        "folder",
+        "folder/a",
+    ]
 
 
 def test_what_gets_other_files_meanwhile_is_not_replaced(system, old):
@@ -301,7 +318,9 @@ def test_flushed_before_it_gets_its_name(tmp_path, old, monkeypatch):
     for module, name in ((os, "fsync"), (os, "rename"), (disk, "exchange"), (shutil, "rmtree")):
         real = getattr(module, name)
         monkeypatch.setattr(
-            module, name, lambda *given, name=name, real=real, **more: (steps.append(name), real(*given, **more))[1]
+            module,
+            name,
+            lambda *given, name=name, real=real, **more: (steps.append(name), real(*given, **more))[1],
         )
     fill(old, overwrite=True)
     named = min(steps.index(name) for name in ("rename", "exchange") if name in steps)
@@ -325,7 +344,9 @@ def test_a_full_disk_is_an_error_before_any_work(system, old, monkeypatch):
 def small_tmpfs(tmp_path):
     folder = tmp_path / "small"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)], capture_output=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)], capture_output=True, check=False
+    )
     if done.returncode:
         pytest.skip("may not mount a tmpfs")
     yield folder
@@ -342,7 +363,9 @@ def test_a_really_full_disk(small_tmpfs, monkeypatch, blind, at_once):
     state = snapshot(before)
     with (
         pytest.raises(OutputError, match="no space left" if blind else "not enough space"),
-        AtomicFolder(before, {"a": bytes(1_000_000) if at_once else 1_000_000, "b": 1_000_000}, overwrite=True),
+        AtomicFolder(
+            before, {"a": bytes(1_000_000) if at_once else 1_000_000, "b": 1_000_000}, overwrite=True
+        ),
     ):
         pass
     assert snapshot(before) == state
@@ -399,7 +422,10 @@ def test_a_lock_that_is_a_pipe_or_a_link_is_left_alone(tmp_path):
 
 
 def test_living_writers_are_left_alone(system, old):
-    with AtomicFolder(old, {"unet/a": 10}, overwrite=True) as first, AtomicFolder(system / "two", {"b": b"x"}) as second:
+    with (
+        AtomicFolder(old, {"unet/a": 10}, overwrite=True) as first,
+        AtomicFolder(system / "two", {"b": b"x"}) as second,
+    ):
         assert first.swept == second.swept == ()
         assert first.path_of("unet/a").exists()
         with AtomicFile(check_output(system / "file"), 10) as third:
@@ -492,10 +518,13 @@ def test_killed_between_the_renames(system, old, monkeypatch, step):
     indirect=True,
 )
 def test_killed_at_random_moments(system, exchanging):
-    """No folder, the old one or the new one under the name, whole; never neither where there was one; all is swept."""
+    """No folder, the old one or the new one under the name, whole; never neither where there was one; all is
+    swept.
+    """
     target = system / "out"
     contents = [
-        {f"unet/{n}.json": bytes([k]) * 50_000 for n in range(10)} | {"model_index.json": b"{}", WEIGHTS: bytes([k]) * 2_000_000}
+        {f"unet/{n}.json": bytes([k]) * 50_000 for n in range(10)}
+        | {"model_index.json": b"{}", WEIGHTS: bytes([k]) * 2_000_000}
         for k in (1, 2)
     ]
     fill(target, contents[0])
@@ -506,7 +535,8 @@ def test_killed_at_random_moments(system, exchanging):
     random.seed(0)
     seen = {"rounds": 0, "killed midway": 0, "finished": 0}
     now = 0
-    # On a machine that is now fast and now slow, many kills come too late: go on until enough have come midway.
+    # On a machine that is now fast and now slow, many kills come too late: go on until enough have come
+    # midway.
     while seen["rounds"] < 20 or (seen["killed midway"] < 8 and seen["rounds"] < 400):
         seen["rounds"] += 1
         with child(lambda now=now: fill(target, contents[1 - now], overwrite=True)) as pid:

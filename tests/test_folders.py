@@ -27,14 +27,23 @@ def tensors(seed, count=4):
 
 def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
-    if content and isinstance(content, dict) and all(isinstance(value, torch.Tensor) for value in content.values()):
+    if (
+        content
+        and isinstance(content, dict)
+        and all(isinstance(value, torch.Tensor) for value in content.values())
+    ):
         save_file(content, path)
     else:
         path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
 
 
 def write_shards(
-    folder, content, stem=UNET, parts=2, index="{stem}.safetensors.index.json", shard="{stem}-{n:05}-of-{of:05}.safetensors"
+    folder,
+    content,
+    stem=UNET,
+    parts=2,
+    index="{stem}.safetensors.index.json",
+    shard="{stem}-{n:05}-of-{of:05}.safetensors",
 ):
     names = sorted(content)
     table = {}
@@ -59,7 +68,9 @@ def read(checkpoint):
 
 
 def assert_holds(checkpoint, **components):
-    expected = {f"{part}/{name}": tensor for part, content in components.items() for name, tensor in content.items()}
+    expected = {
+        f"{part}/{name}": tensor for part, content in components.items() for name, tensor in content.items()
+    }
     found = read(checkpoint)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -70,7 +81,10 @@ def assert_holds(checkpoint, **components):
 @pytest.fixture
 def pipeline(tmp_path):
     folder = tmp_path / "model"
-    write(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]})
+    write(
+        folder / "model_index.json",
+        {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]},
+    )
     write(folder / "unet" / f"{UNET}.safetensors", tensors(1))
     write(folder / "vae" / f"{UNET}.safetensors", tensors(2))
     write(folder / "text_encoder" / "model.safetensors", tensors(3))
@@ -121,12 +135,19 @@ def test_stretches_of_two_files_never_touch(pipeline):
     infos = sorted(open_checkpoint(pipeline).tensors.items(), key=lambda item: item[1].offset)
     for (name, info), (after, following) in itertools.pairwise(infos):
         end = info.offset + info.nbytes
-        assert end == following.offset if name.split("/")[0] == after.split("/")[0] else end < following.offset
+        assert (
+            end == following.offset if name.split("/")[0] == after.split("/")[0] else end < following.offset
+        )
 
 
 def test_a_folder_by_any_path(pipeline, monkeypatch):
     monkeypatch.chdir(pipeline)
-    assert open_checkpoint(".").name == open_checkpoint("unet/..").name == open_checkpoint(f"{pipeline}/").name == "model"
+    assert (
+        open_checkpoint(".").name
+        == open_checkpoint("unet/..").name
+        == open_checkpoint(f"{pipeline}/").name
+        == "model"
+    )
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
@@ -190,7 +211,9 @@ def test_what_diffusers_and_transformers_write(tmp_path):
     torch.manual_seed(0)
     vae = AutoencoderKL(block_out_channels=[8], norm_num_groups=8)
     text = CLIPTextModel(
-        CLIPTextConfig(vocab_size=99, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+        CLIPTextConfig(
+            vocab_size=99, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+        )
     )
     for variant in (None, "fp16"):
         for size in ("1GB", "2KB"):
@@ -212,12 +235,24 @@ def test_variants(pipeline):
     write(pipeline / "text_encoder" / "model.fp16.safetensors", tensors(13))
     write(pipeline / "unet" / f"{UNET}.non_ema.safetensors", tensors(12))
     assert_holds(open_checkpoint(pipeline), unet=tensors(1), vae=tensors(2), text_encoder=tensors(3))
-    assert_holds(open_checkpoint(pipeline, variant="fp16"), unet=tensors(11), vae=tensors(2), text_encoder=tensors(13))
-    assert_holds(open_checkpoint(pipeline, variant="non_ema"), unet=tensors(12), vae=tensors(2), text_encoder=tensors(3))
-    refused(pipeline, "no weights of the variant 'fp61': it has fp16, non_ema; did you mean 'fp16'?", variant="fp61")
+    assert_holds(
+        open_checkpoint(pipeline, variant="fp16"), unet=tensors(11), vae=tensors(2), text_encoder=tensors(13)
+    )
+    assert_holds(
+        open_checkpoint(pipeline, variant="non_ema"),
+        unet=tensors(12),
+        vae=tensors(2),
+        text_encoder=tensors(3),
+    )
+    refused(
+        pipeline,
+        "no weights of the variant 'fp61': it has fp16, non_ema; did you mean 'fp16'?",
+        variant="fp61",
+    )
     (pipeline / "unet" / f"{UNET}.safetensors").unlink()
     refused(
-        pipeline, "unet has no plain weights, only the variant fp16, non_ema: ask for it with variant='fp16' (--variant fp16)"
+        pipeline,
+        "unet has no plain weights, only the variant fp16, non_ema: ask for it with variant='fp16' (--variant fp16)",
     )
     (pipeline / "vae" / f"{UNET}.safetensors").rename(pipeline / "vae" / f"{UNET}.bf16.safetensors")
     refused(pipeline, "vae has no plain weights, only the variant bf16", variant="fp16")
@@ -278,7 +313,9 @@ def refused(path, *says, variant=None):
         assert word in line
 
 
-@pytest.mark.parametrize("what", [what for what, (_, says) in BAD.items() if says != "no Stable Diffusion U-Net"])
+@pytest.mark.parametrize(
+    "what", [what for what, (_, says) in BAD.items() if says != "no Stable Diffusion U-Net"]
+)
 def test_bad_weights_are_refused_by_name(pipeline, what):
     data, says = BAD[what]
     write(pipeline / "vae" / f"{UNET}.safetensors", data)
@@ -374,7 +411,13 @@ def test_what_is_a_diffusers_folder(pipeline, tmp_path):
         assert is_diffusers_folder(path)
     (pipeline / "model_index.json").unlink()
     assert is_diffusers_folder(pipeline)
-    for path in (pipeline / "tokenizer", pipeline / "unet" / "config.json", tmp_path / "missing", tmp_path, "nul\0"):
+    for path in (
+        pipeline / "tokenizer",
+        pipeline / "unet" / "config.json",
+        tmp_path / "missing",
+        tmp_path,
+        "nul\0",
+    ):
         assert not is_diffusers_folder(path)
 
 
@@ -384,14 +427,22 @@ def test_bin_files(pipeline, zipped):
     for part in ("unet", "text_encoder"):
         for path in (pipeline / part).glob("*.safetensors"):
             path.unlink()
-    torch.save(tensors(20), pipeline / "text_encoder" / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    torch.save(
+        tensors(20), pipeline / "text_encoder" / "pytorch_model.bin", _use_new_zipfile_serialization=zipped
+    )
     shards = [
         {name: tensor for name, tensor in tensors(21).items() if name in names}
         for names in (("layer.0", "layer.3"), ("layer.1", "layer.2"))
     ]
     for number, shard in enumerate(shards):
-        torch.save(shard, pipeline / "unet" / f"{UNET}-0000{number + 1}-of-00002.bin", _use_new_zipfile_serialization=zipped)
-    table = {name: f"{UNET}-0000{number + 1}-of-00002.bin" for number, shard in enumerate(shards) for name in shard}
+        torch.save(
+            shard,
+            pipeline / "unet" / f"{UNET}-0000{number + 1}-of-00002.bin",
+            _use_new_zipfile_serialization=zipped,
+        )
+    table = {
+        name: f"{UNET}-0000{number + 1}-of-00002.bin" for number, shard in enumerate(shards) for name in shard
+    }
     write(pipeline / "unet" / f"{UNET}.bin.index.json", {"weight_map": table})
     folder = open_checkpoint(pipeline)
     assert_holds(folder, unet=tensors(21), vae=tensors(2), text_encoder=tensors(20))

@@ -1,4 +1,6 @@
-"""Every form of model that people have: the same values whatever they come as, and the models that this project grew from."""
+"""Every form of model that people have: the same values whatever they come as, and the models that this
+project grew from.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,18 @@ from blockmerge.anatomy import is_position_ids
 from blockmerge.cli.main import run
 from blockmerge.demo import make_state_dicts
 from blockmerge.merging.planning import folder_files
-from tests.forms import FORMS, UNET, as_dtype, assert_same, ema_of, in_diffusers, is_unet, read, write, write_folder
+from tests.forms import (
+    FORMS,
+    UNET,
+    as_dtype,
+    assert_same,
+    ema_of,
+    in_diffusers,
+    is_unet,
+    read,
+    write,
+    write_folder,
+)
 from tests.oracle import SD, assert_merged
 from tests.small_models import small_model
 
@@ -24,14 +37,18 @@ VAE = "first_stage_model."
 
 @pytest.fixture(scope="module")
 def forms(tmp_path_factory):
-    """A function that gives the path of a small model (0: A, 1: B) in one of the FORMS, and one that gives their merge."""
+    """A function that gives the path of a small model (0: A, 1: B) in one of the FORMS, and one that gives
+    their merge.
+    """
     home = tmp_path_factory.mktemp("forms")
     dicts, paths, merged = {}, {}, {}
 
     def states(family):
         if family not in dicts:
             dtypes = torch.float16, torch.bfloat16
-            dicts[family] = [small_model(family, dtype, seed, for_a_folder=True) for seed, dtype in enumerate(dtypes)]
+            dicts[family] = [
+                small_model(family, dtype, seed, for_a_folder=True) for seed, dtype in enumerate(dtypes)
+            ]
         return dicts[family]
 
     def path(side, form, family="sd1"):
@@ -43,7 +60,9 @@ def forms(tmp_path_factory):
     def expected(family="sd1"):
         if family not in merged:
             output = home / f"{family} merged.safetensors"
-            blockmerge.merge(path(0, "safetensors", family), path(1, "safetensors", family), output=output, **CHOICES)
+            blockmerge.merge(
+                path(0, "safetensors", family), path(1, "safetensors", family), output=output, **CHOICES
+            )
             merged[family] = load_file(output)
         return merged[family]
 
@@ -65,7 +84,9 @@ def assert_merges(forms, folder, family, a, b, naming):
     if naming == "diffusers":
         wanted = in_diffusers(wanted, family)
     found = read(output)
-    if {naming_of(a), naming_of(b)} == {"diffusers"} and single:  # then nobody has what a folder has no place for
+    if {naming_of(a), naming_of(b)} == {
+        "diffusers"
+    } and single:  # then nobody has what a folder has no place for
         wanted = {name: tensor for name, tensor in wanted.items() if name in found}
         assert in_diffusers(wanted, family).keys() == in_diffusers(expected(family), family).keys()
     assert_same(found, wanted)
@@ -96,7 +117,9 @@ def test_a_tensor_that_a_folder_lacks_comes_from_the_file(forms, tmp_path):
     """SD2's folders have 23 of its 24 text layers; merged with a file into a file, the last is the file's."""
     path, _ = forms
     output = tmp_path / "out.safetensors"
-    result = blockmerge.merge(path(0, "folder", "sd2"), path(1, "zip", "sd2"), output=output, naming="ldm", weights=0.5)
+    result = blockmerge.merge(
+        path(0, "folder", "sd2"), path(1, "zip", "sd2"), output=output, naming="ldm", weights=0.5
+    )
     name = "cond_stage_model.model.transformer.resblocks.23.ln_1.weight"
     assert torch.equal(load_file(output)[name], load_file(path(1, "safetensors", "sd2"))[name])
     assert any("only in sd2 b zip.ckpt and copied from there" in note for note in result.notes)
@@ -110,15 +133,21 @@ def test_large_folders_come_in_shards_as_diffusers_writes_them(forms, tmp_path, 
     monkeypatch.setattr(folder_files, "SHARD_BYTES", 50_000)
     blockmerge.convert(path(0, "safetensors", family), sharded, naming="diffusers")
     assert_same(read(sharded), read(whole))
-    hub = json.loads((path(0, "sharded", family) / "unet/diffusion_pytorch_model.safetensors.index.json").read_text())
+    hub = json.loads(
+        (path(0, "sharded", family) / "unet/diffusion_pytorch_model.safetensors.index.json").read_text()
+    )
     index = json.loads((sharded / "unet/diffusion_pytorch_model.safetensors.index.json").read_text())
     assert index.keys() == hub.keys()
     assert index["metadata"]["total_size"] == hub["metadata"]["total_size"]
     assert index["weight_map"].keys() == hub["weight_map"].keys()
     shards = sorted(set(index["weight_map"].values()))
-    assert shards == [f"diffusion_pytorch_model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
+    assert shards == [
+        f"diffusion_pytorch_model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)
+    ]
     assert {file.name for file in (sharded / "unet").glob("*.safetensors")} == set(shards)
-    sizes = [sum(tensor.nbytes for tensor in load_file(sharded / "unet" / shard).values()) for shard in shards]
+    sizes = [
+        sum(tensor.nbytes for tensor in load_file(sharded / "unet" / shard).values()) for shard in shards
+    ]
     assert len(sizes) > 2
     assert max(sizes) <= 50_000
     # and it is a model like any other
@@ -127,11 +156,18 @@ def test_large_folders_come_in_shards_as_diffusers_writes_them(forms, tmp_path, 
     assert_same(load_file(tmp_path / "back.safetensors"), load_file(tmp_path / "again.safetensors"))
 
 
-# -- the models that this project grew from ---------------------------------------------------------------------------
+# -- the models that this project grew from
+# ---------------------------------------------------------------------------
 
 
 def training(state):
-    return {"epoch": 9, "global_step": 90_000, "state_dict": state, "callbacks": {}, "optimizer_states": [{"step": 1}]}
+    return {
+        "epoch": 9,
+        "global_step": 90_000,
+        "state_dict": state,
+        "callbacks": {},
+        "optimizer_states": [{"step": 1}],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +197,11 @@ def made_zoo(home, a, b):
     add("animediffusion.safetensors", anime, lambda path: save_file(anime, path, {"format": "pt"}))
     add("bpmodel-mk5.safetensors", b, lambda path: save_file(b, path))
     add("sygil-v0.4.ckpt", b, lambda path: torch.save(training({**b, **ema_of(b), **betas}), path))
-    add("ACertain.ckpt", b, lambda path: torch.save(training(b | betas), path, _use_new_zipfile_serialization=False))
+    add(
+        "ACertain.ckpt",
+        b,
+        lambda path: torch.save(training(b | betas), path, _use_new_zipfile_serialization=False),
+    )
     add("bp_1024_e10.ckpt", unet, lambda path: torch.save({"state_dict": unet}, path))
     add("bp_1024_with_vae_te.ckpt", b, lambda path: torch.save({"state_dict": b}, path))
     add("bp_1024_e10_ema.ckpt", half, lambda path: torch.save({"state_dict": ema_of(unet)}, path))
@@ -188,7 +228,10 @@ def test_each_merges_compares_and_converts(small_zoo, tmp_path, name):
     for one, other, first, second in ((anime, path, of_anime, unet), (path, anime, unet, of_anime)):
         output = tmp_path / ("out" if one.is_dir() else "out.safetensors")
         result = blockmerge.merge(one, other, output=output, weights=0.25, overwrite=True)
-        merged, first, second = unet_of(output), *((in_diffusers(u, "sd1") if one.is_dir() else u) for u in (first, second))
+        merged, first, second = (
+            unet_of(output),
+            *((in_diffusers(u, "sd1") if one.is_dir() else u) for u in (first, second)),
+        )
         assert_merged(merged, first, second, dict.fromkeys(SD, 0.25), "sd1")
         assert result.family == "sd1"
         # whole, whichever of them brought it
@@ -239,7 +282,8 @@ def test_the_commands_of_the_readme(zoo, tmp_path, capsys, monkeypatch):
     anime = load_file("animediffusion.safetensors")
     assert all(torch.equal(merged[n], t) for n, t in anime.items() if not is_unet(n))
     assert torch.equal(
-        merged[UNET + "input_blocks.1.0.in_layers.2.weight"], b[UNET + "input_blocks.1.0.in_layers.2.weight"].half()
+        merged[UNET + "input_blocks.1.0.in_layers.2.weight"],
+        b[UNET + "input_blocks.1.0.in_layers.2.weight"].half(),
     )
 
     said("ACertainModel/ sygil-v0.4.ckpt --preset low_res")
@@ -247,7 +291,8 @@ def test_the_commands_of_the_readme(zoo, tmp_path, capsys, monkeypatch):
     said("ACertainModel/ sygil-v0.4.ckpt --preset low_res -o merged/")
     assert (tmp_path / "merged" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
     assert torch.equal(
-        read("merged")["unet/mid_block.resnets.0.conv1.weight"], b[UNET + "middle_block.0.in_layers.2.weight"].half()
+        read("merged")["unet/mid_block.resnets.0.conv1.weight"],
+        b[UNET + "middle_block.0.in_layers.2.weight"].half(),
     )
 
     out = said("convert bp_1024_e10_ema.ckpt bp.safetensors --dtype fp16 --vae kl-f8.safetensors")
@@ -256,9 +301,16 @@ def test_the_commands_of_the_readme(zoo, tmp_path, capsys, monkeypatch):
     assert {tensor.dtype for tensor in converted.values()} == {torch.float16}
     assert_same(
         converted,
-        {n: (t / 2 if is_unet(n) else t).half() for n, t in b.items() if n.startswith((UNET, VAE)) and not is_position_ids(n)},
+        {
+            n: (t / 2 if is_unet(n) else t).half()
+            for n, t in b.items()
+            if n.startswith((UNET, VAE)) and not is_position_ids(n)
+        },
     )
-    assert all(f"{name}  " in said("inspect bp.safetensors --hash") for name in ("autov1", "autov2", "autov3", "sha256"))
+    assert all(
+        f"{name}  " in said("inspect bp.safetensors --hash")
+        for name in ("autov1", "autov2", "autov3", "sha256")
+    )
     said("convert animediffusion.safetensors folder/ --to diffusers")
     assert_same(read("folder"), in_diffusers(anime, "sd1"))
     assert said("check animediffusion.safetensors").endswith("nothing is wrong\n")
@@ -271,7 +323,12 @@ def test_reports_do_not_depend_on_the_form(forms, tmp_path):
     folder, sharded = path(0, "folder"), path(1, "sharded")
     for method in ("attention", "weights"):
         expected = blockmerge.similarity(single, [other], method=method).references[0]
-        for base, reference in ((folder, sharded), (single, sharded), (path(0, "zip"), sharded), (folder, path(1, "legacy"))):
+        for base, reference in (
+            (folder, sharded),
+            (single, sharded),
+            (path(0, "zip"), sharded),
+            (folder, path(1, "legacy")),
+        ):
             found = blockmerge.similarity(base, [reference], method=method).references[0]
             assert found.similarity == pytest.approx(expected.similarity, abs=1e-9)
             assert found.parts == pytest.approx(expected.parts, abs=1e-9)

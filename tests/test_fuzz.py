@@ -1,4 +1,6 @@
-"""Ten thousand mutated headers: always our error or a correct merge; never a crash, a hang or a large allocation."""
+"""Ten thousand mutated headers: always our error or a correct merge; never a crash, a hang or a large
+allocation.
+"""
 
 from __future__ import annotations
 
@@ -57,9 +59,11 @@ def mutate_tree(rng, header):
         entry = header[name]
         match rng.randrange(7):
             case 0:
-                header[rng.choice([name + "x", name[: len(name) // 2], "model_ema." + name, name.replace("1", "9")])] = (
-                    header.pop(name)
-                )
+                header[
+                    rng.choice(
+                        [name + "x", name[: len(name) // 2], "model_ema." + name, name.replace("1", "9")]
+                    )
+                ] = header.pop(name)
             case 1:
                 del header[name]
             case 2:
@@ -167,7 +171,11 @@ def test_mutated_headers(part):
             finally:
                 signal.alarm(0)
             assert bad.read_bytes() == data
-            assert {path.name for path in Path(folder).iterdir()} <= {"good.safetensors", "bad.safetensors", "out.safetensors"}
+            assert {path.name for path in Path(folder).iterdir()} <= {
+                "good.safetensors",
+                "bad.safetensors",
+                "out.safetensors",
+            }
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
     assert merged > 100
     assert refused > 1000

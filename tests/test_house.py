@@ -1,4 +1,6 @@
-"""The house is as the design draws it: who may import whom, the public names, sizes, and commands with docs."""
+"""The house is as the design draws it: who may import whom, the public names, sizes, and commands with
+docs.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,12 @@ def room_of(path):
 def imports(path):
     """Yield (module, at the top level?) of every import statement of a file."""
     tree = ast.parse(path.read_text())
-    late = {id(node) for outer in ast.walk(tree) if isinstance(outer, (ast.FunctionDef, ast.If)) for node in ast.walk(outer)}
+    late = {
+        id(node)
+        for outer in ast.walk(tree)
+        if isinstance(outer, (ast.FunctionDef, ast.If))
+        for node in ast.walk(outer)
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, id(node) not in late) for alias in node.names)
@@ -169,11 +176,21 @@ def test_the_contract_of_the_python_interface():
         assert merge[name].kind == merge[name].KEYWORD_ONLY
     assert merge["output"].default is merge["output"].empty
     dicts = python_inspect.signature(blockmerge.merge_state_dicts).parameters
-    assert {"preset", "weights", "method", "preset_beta", "weights_beta", "check_finite", "numbers"} <= dicts.keys()
+    assert {
+        "preset",
+        "weights",
+        "method",
+        "preset_beta",
+        "weights_beta",
+        "check_finite",
+        "numbers",
+    } <= dicts.keys()
     assert list(python_inspect.signature(blockmerge.block_of).parameters) == ["name", "family"]
     with pytest.raises(blockmerge.RecipeError, match="weighted_sum takes no 'beta'"):
         blockmerge.merge("a", "b", output="c.safetensors", weights=0.5, weights_beta=0.5)
-    with pytest.raises(blockmerge.RecipeError, match="unknown argument 'gamma': weighted_sum has no such number"):
+    with pytest.raises(
+        blockmerge.RecipeError, match="unknown argument 'gamma': weighted_sum has no such number"
+    ):
         blockmerge.merge_state_dicts({}, {}, weights=0.5, gamma=0.5)
 
 
@@ -185,7 +202,9 @@ def commands(group=cli, path=()):
 
 
 @pytest.mark.parametrize(
-    ("path", "command"), list(commands()), ids=lambda value: " ".join(value) if isinstance(value, tuple) else ""
+    ("path", "command"),
+    list(commands()),
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_every_command_has_help_and_a_place_in_the_docs(path, command):
     assert command.help

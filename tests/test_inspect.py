@@ -31,7 +31,9 @@ def test_inspect(pairs, here, capsys):
     assert "BASE" not in found["blocks"]
     assert found["components"]["text_encoder_2"]["tensors"] == 390
     assert found["components"]["unet"]["dtypes"] == {"F16": 1680}
-    assert sum(part["bytes"] for part in found["components"].values()) == sum(t.nbytes for t in load_file(a).values())
+    assert sum(part["bytes"] for part in found["components"].values()) == sum(
+        t.nbytes for t in load_file(a).values()
+    )
     assert found["metadata"] == {"format": "pt"}
 
 
@@ -41,7 +43,11 @@ def test_inspect_hashes(pairs, here, capsys):
     data = a.read_bytes()
 
     def sha(part):
-        return subprocess.run(["sha256sum"], input=part, capture_output=True, check=True).stdout.decode().split()[0]
+        return (
+            subprocess.run(["sha256sum"], input=part, capture_output=True, check=True)
+            .stdout.decode()
+            .split()[0]
+        )
 
     length = int.from_bytes(data[:8], "little")
     assert found == {
@@ -54,9 +60,13 @@ def test_inspect_hashes(pairs, here, capsys):
 
 
 @pytest.mark.parametrize("form", ["safetensors", "folder"])
-@pytest.mark.parametrize(("part", "title"), [("vae", "is a VAE alone"), ("text_encoder", "is a text encoder alone")])
+@pytest.mark.parametrize(
+    ("part", "title"), [("vae", "is a VAE alone"), ("text_encoder", "is a text encoder alone")]
+)
 def test_one_component_alone_is_called_so(here, capsys, form, part, title):
-    model = {name: tensor for name, tensor in make_state_dicts("sd1")[0].items() if component_of(name) == part}
+    model = {
+        name: tensor for name, tensor in make_state_dicts("sd1")[0].items() if component_of(name) == part
+    }
     naming = "diffusers" if form == "folder" else "ldm"
     path = write(model, here / "lone", form)
     if part == "vae" and form == "safetensors":  # as VAE files are: without the prefix

@@ -1,4 +1,6 @@
-"""`kill -9` at random moments: no file or a complete one under the final name, and the next merge cleans up."""
+"""`kill -9` at random moments: no file or a complete one under the final name, and the next merge cleans
+up.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""The path that merges take on a GPU, without one: tensors on torch's `meta` device have no values, so whatever asks for one
-(and so would wait for a GPU) is an error, and what is launched can be counted. Copies to the device are not seen to wait."""
+"""The path that merges take on a GPU, without one: tensors on torch's `meta` device have no values, so
+whatever asks for one (and so would wait for a GPU) is an error, and what is launched can be counted. Copies
+to the device are not seen to wait.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,20 @@ from blockmerge.anatomy import layout
 from blockmerge.methods import METHODS
 from tests.small_models import small_model
 
-FREE = ("view", "detach", "empty", "slice", "split", "select.int", "unbind", "permute", "narrow", "expand", "alias", "t.default")
+FREE = (
+    "view",
+    "detach",
+    "empty",
+    "slice",
+    "split",
+    "select.int",
+    "unbind",
+    "permute",
+    "narrow",
+    "expand",
+    "alias",
+    "t.default",
+)
 """What makes a tensor without computing one."""
 
 
@@ -71,7 +86,14 @@ def test_large_launches(family, name):
 
 
 @pytest.mark.parametrize(
-    "wait", [lambda a: a.sum().item(), lambda a: a[a > 0], lambda a: a.cpu(), lambda a: bool(a.isfinite().all()), torch.nonzero]
+    "wait",
+    [
+        lambda a: a.sum().item(),
+        lambda a: a[a > 0],
+        lambda a: a.cpu(),
+        lambda a: bool(a.isfinite().all()),
+        torch.nonzero,
+    ],
 )
 def test_what_waits_is_seen(wait):
     @blockmerge.merge_method()

@@ -1,4 +1,5 @@
-"""A live merge: the bits of the file merge, in the module that is in use; nothing else touched, and everything given back.
+"""A live merge: the bits of the file merge, in the module that is in use; nothing else touched, and
+everything given back.
 
 Over 500 lines: all of it is about one class, on the same few modules.
 """
@@ -28,7 +29,10 @@ from tests.thin_unet import config
 
 PREFIX = "model.diffusion_model."
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")),
+]
 OUT05 = "output_blocks.5.1.proj_in.weight"
 CONV_IN = "input_blocks.0.0.weight"
 
@@ -48,13 +52,18 @@ def output_of(family, unet):
     latent, text = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 7, width, generator=generator)
     added = {}
     if family == "sdxl":
-        added = {"text_embeds": torch.randn(1, 40, generator=generator).to(dtype), "time_ids": torch.ones(1, 6, dtype=dtype)}
+        added = {
+            "text_embeds": torch.randn(1, 40, generator=generator).to(dtype),
+            "time_ids": torch.ones(1, 6, dtype=dtype),
+        }
     with torch.no_grad():
         return unet(latent.to(dtype), torch.tensor([10]), text.to(dtype), added_cond_kwargs=added).sample
 
 
 def unet_of(state_dict):
-    return {name.removeprefix(PREFIX): tensor for name, tensor in state_dict.items() if name.startswith(PREFIX)}
+    return {
+        name.removeprefix(PREFIX): tensor for name, tensor in state_dict.items() if name.startswith(PREFIX)
+    }
 
 
 def module_of(tensors):
@@ -67,7 +76,9 @@ def module_of(tensors):
             if part not in at._modules:
                 at.add_module(part, torch.nn.Module())
             at = at._modules[part]
-        at.register_parameter(last, torch.nn.Parameter(tensor.detach().clone(memory_format=torch.preserve_format)))
+        at.register_parameter(
+            last, torch.nn.Parameter(tensor.detach().clone(memory_format=torch.preserve_format))
+        )
     return root
 
 
@@ -93,13 +104,18 @@ def one_thread():
 @pytest.fixture(scope="module")
 def dicts():
     """The U-Nets of two thin SD1 models, in float16 and LDM names without prefix."""
-    return [{name: tensor.half() for name, tensor in unet_of(model).items()} for model in make_state_dicts("sd1")]
+    return [
+        {name: tensor.half() for name, tensor in unet_of(model).items()} for model in make_state_dicts("sd1")
+    ]
 
 
-# -- the values -----------------------------------------------------------------------------------------------------
+# -- the values
+# -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "dtype"), [*((family, "F16") for family in FAMILIES), ("sd1", "BF16"), ("sd1", "F32")])
+@pytest.mark.parametrize(
+    ("family", "dtype"), [*((family, "F16") for family in FAMILIES), ("sd1", "BF16"), ("sd1", "F32")]
+)
 def test_the_unet_is_that_of_the_merged_file_bit_for_bit(pairs, tmp_path, family, dtype):
     a, b = pairs(family, (dtype, dtype))
     blockmerge.merge(a, b, preset="high_res", output=tmp_path / "out.safetensors")
@@ -119,7 +135,9 @@ def test_three_models_and_the_recipe_that_was_found_make_the_same_file(pairs, tm
     live = LiveMerge(unet, a, b, c, method="add_difference")
     live.apply(weights=0.3)
     live.apply(weights={"IN04": 0.75, "BASE": 1}, changes="OUT03-OUT05=-0.5", keep=True)
-    blockmerge.merge(a, b, c, weights=live.weights, method="add_difference", output=tmp_path / "out.safetensors")
+    blockmerge.merge(
+        a, b, c, weights=live.weights, method="add_difference", output=tmp_path / "out.safetensors"
+    )
     assert_same_bits(values(unet), values(diffusers_unet("sd1", load_file(tmp_path / "out.safetensors"))))
 
 
@@ -134,11 +152,16 @@ def test_values_equal_the_oracle(pairs, device, dtype):
     assert {tensor.device.type for tensor in found.values()} == {device}
     weights = dict(zip(oracle.SD, oracle.numbers(oracle.HIGH_RES), strict=True))
     first, second = ({name: model[name] for name in found} for model in (a, b))
-    oracle.assert_merged({name: tensor.cpu() for name, tensor in found.items()}, first, second, weights, "sd1")
+    oracle.assert_merged(
+        {name: tensor.cpu() for name, tensor in found.items()}, first, second, weights, "sd1"
+    )
 
 
 def test_module_and_models_may_be_of_either_naming(dicts, tmp_path):
-    in_diffusers = [convert_ldm_unet_checkpoint({PREFIX + n: t for n, t in d.items()}, config=config("sd1")) for d in dicts]
+    in_diffusers = [
+        convert_ldm_unet_checkpoint({PREFIX + n: t for n, t in d.items()}, config=config("sd1"))
+        for d in dicts
+    ]
     whole = [{PREFIX + name: tensor for name, tensor in model.items()} for model in dicts]
     torch.save({"state_dict": whole[0]}, tmp_path / "a.ckpt")
     save_file(in_diffusers[1], tmp_path / "b.safetensors")
@@ -211,7 +234,9 @@ def test_every_method_is_its_definition(three, name, device):
 
 
 def test_chance_depends_on_seed_and_ldm_name_alone(dicts):
-    in_diffusers = convert_ldm_unet_checkpoint({PREFIX + n: t for n, t in dicts[0].items()}, config=config("sd1"))
+    in_diffusers = convert_ldm_unet_checkpoint(
+        {PREFIX + n: t for n, t in dicts[0].items()}, config=config("sd1")
+    )
 
     def noisy(own, seed, *steps):
         module = module_of(own)
@@ -221,7 +246,9 @@ def test_chance_depends_on_seed_and_ldm_name_alone(dicts):
         return values(module)
 
     first, renamed = noisy(dicts[0], 1, 0.1), noisy(in_diffusers, 1, {"OUT05": 0.2}, 0.1)
-    by_ldm = convert_ldm_unet_checkpoint({PREFIX + name: tensor for name, tensor in first.items()}, config=config("sd1"))
+    by_ldm = convert_ldm_unet_checkpoint(
+        {PREFIX + name: tensor for name, tensor in first.items()}, config=config("sd1")
+    )
     assert_same_bits(renamed, by_ldm)
     assert not torch.equal(first[OUT05], noisy(dicts[0], 2, {"OUT05": 0.1})[OUT05])
 
@@ -251,12 +278,18 @@ def test_a_users_own_method_and_one_that_fails(dicts):
     assert torch.equal(values(module)[OUT05], (a + 0.25 * (b - a)).half())
 
 
-# -- step by step ---------------------------------------------------------------------------------------------------
+# -- step by step
+# ---------------------------------------------------------------------------------------------------
 
 steps = st.lists(
     st.tuples(
         st.booleans(),
-        st.dictionaries(st.sampled_from(oracle.SD), st.sampled_from([0, 0.3, 0.3, 1, 1.5, "skip"]), min_size=1, max_size=20),
+        st.dictionaries(
+            st.sampled_from(oracle.SD),
+            st.sampled_from([0, 0.3, 0.3, 1, 1.5, "skip"]),
+            min_size=1,
+            max_size=20,
+        ),
     ),
     min_size=1,
     max_size=5,
@@ -272,7 +305,9 @@ def test_the_way_to_some_weights_does_not_matter(dicts, steps, as_text):
     held = dict.fromkeys(oracle.SD, 0.0)
     for keep, weights in steps:
         held = {**(held if keep else dict.fromkeys(oracle.SD, 0.0)), **weights}
-        given_weights = ",".join(f"{block}={weight}" for block, weight in weights.items()) if as_text else weights
+        given_weights = (
+            ",".join(f"{block}={weight}" for block, weight in weights.items()) if as_text else weights
+        )
         live.apply(weights=given_weights, keep=keep)
         assert live.weights == {block: None if weight == "skip" else weight for block, weight in held.items()}
     assert_same_bits(values(module), blockmerge.merge_state_dicts(*dicts, weights=held))
@@ -314,7 +349,8 @@ def test_a_default_weight_need_not_be_given(three):
     assert (values(module)[OUT05].double() - exact).abs().max() < 1e-6
 
 
-# -- the module -----------------------------------------------------------------------------------------------------
+# -- the module
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -323,7 +359,8 @@ def test_the_module_gets_its_own_memory_back(dicts, device):
     module.register_buffer("input_blocks_buffer", torch.ones(3))
     module.get_parameter(CONV_IN).requires_grad_(False)
     before = {
-        name: (parameter, parameter.data_ptr(), parameter.detach().clone()) for name, parameter in module.named_parameters()
+        name: (parameter, parameter.data_ptr(), parameter.detach().clone())
+        for name, parameter in module.named_parameters()
     }
     with LiveMerge(module, *dicts) as live:
         live.apply(weights=0.5)
@@ -339,7 +376,9 @@ def test_the_module_gets_its_own_memory_back(dicts, device):
         assert torch.equal(oracle.bits(parameter.detach().cpu()), oracle.bits(value.cpu()))
     assert torch.equal(module.input_blocks_buffer, torch.ones(3))
     live.close()
-    with pytest.raises(blockmerge.RecipeError, match="this LiveMerge is closed, and the module has its own weights again"):
+    with pytest.raises(
+        blockmerge.RecipeError, match="this LiveMerge is closed, and the module has its own weights again"
+    ):
         live.apply(weights=0.5)
     with pytest.raises(blockmerge.RecipeError, match="this LiveMerge is closed"), live:
         pass
@@ -350,7 +389,10 @@ def test_its_repr_is_one_line_of_what_it_is(dicts):
     module = module_of(dicts[0])
     dtype = module.get_parameter(OUT05).dtype
     with LiveMerge(module, *dicts, dicts[0], method="add_difference") as live:
-        assert repr(live) == f"<LiveMerge: add_difference of 3 models in a {type(module).__name__}, {dtype} on cpu>"
+        assert (
+            repr(live)
+            == f"<LiveMerge: add_difference of 3 models in a {type(module).__name__}, {dtype} on cpu>"
+        )
 
 
 def test_parameters_lie_block_after_block_and_aligned(dicts):
@@ -398,7 +440,9 @@ def test_on_a_gpu_nothing_waits(three, name):
 def test_one_at_a_time(dicts):
     module = module_of(dicts[0])
     with LiveMerge(module, *dicts):
-        with pytest.raises(RecipeError, match=r"another LiveMerge is open on this module: close\(\) it first"):
+        with pytest.raises(
+            RecipeError, match=r"another LiveMerge is open on this module: close\(\) it first"
+        ):
             LiveMerge(module, *dicts)
         LiveMerge(module_of(dicts[0]), *dicts).apply(weights=0.5)
     LiveMerge(module, *dicts).apply(weights=0.5)
@@ -408,7 +452,11 @@ def test_one_at_a_time(dicts):
 def test_random_weights_are_those_of_the_seed(dicts):
     live = LiveMerge(module_of(dicts[0]), *dicts)
     drawn = live.apply(weights="random", seed=7)
-    assert drawn == WeightsRequest(weights="random", seed=7).resolve("sd1") != live.apply(weights="random", seed=8)
+    assert (
+        drawn
+        == WeightsRequest(weights="random", seed=7).resolve("sd1")
+        != live.apply(weights="random", seed=8)
+    )
 
 
 @pytest.mark.parametrize("method", ["weighted_sum", "slerp", "add_noise"])
@@ -422,7 +470,9 @@ def test_channels_last_stays(dicts, method):
     for module in (plain, last):
         LiveMerge(module, *models, method=method).apply(preset="high_res")
     assert {name: parameter.stride() for name, parameter in last.named_parameters()} == strides
-    assert values(last)["input_blocks.1.0.in_layers.2.weight"].is_contiguous(memory_format=torch.channels_last)
+    assert values(last)["input_blocks.1.0.in_layers.2.weight"].is_contiguous(
+        memory_format=torch.channels_last
+    )
     assert_same_bits(values(last), values(plain))
 
 
@@ -433,7 +483,8 @@ def test_a_module_that_is_moved_meanwhile(dicts):
     module.float()
     for _ in range(2):
         with pytest.raises(
-            blockmerge.RecipeError, match=r"parameters have been moved or replaced \(input_blocks\.0\.0\.weight, "
+            blockmerge.RecipeError,
+            match=r"parameters have been moved or replaced \(input_blocks\.0\.0\.weight, ",
         ):
             live.apply(weights=0.5)
     assert set(live.weights.values()) == {0.0}
@@ -441,19 +492,26 @@ def test_a_module_that_is_moved_meanwhile(dicts):
     assert all(values(module)[name].data_ptr() == tensor.data_ptr() for name, tensor in originals.items())
 
 
-# -- the first convolution of inpainting ----------------------------------------------------------------------------
+# -- the first convolution of inpainting
+# ----------------------------------------------------------------------------
 
 
 def widened(model, channels):
     weight = model[CONV_IN]
-    extra = torch.linspace(-1, 1, weight[:, :1].numel() * (channels - 4)).reshape(len(weight), -1, 3, 3).to(weight.dtype)
+    extra = (
+        torch.linspace(-1, 1, weight[:, :1].numel() * (channels - 4))
+        .reshape(len(weight), -1, 3, 3)
+        .to(weight.dtype)
+    )
     return {**model, CONV_IN: torch.cat([weight, extra], 1)}
 
 
 @pytest.mark.parametrize("method", ["weighted_sum", "triple_sum", "dare", "slerp"])
 @pytest.mark.parametrize("wide", [0, 1])
 def test_channels_that_only_one_model_has_are_kept(dicts, method, wide):
-    models = [widened(model, 9) if number == wide else model for number, model in enumerate((*dicts, dicts[0]))]
+    models = [
+        widened(model, 9) if number == wide else model for number, model in enumerate((*dicts, dicts[0]))
+    ]
     models = models[: METHODS[method].models]
     module = module_of(widened(dicts[0], 9))
     narrow = module_of(dicts[0])
@@ -465,7 +523,8 @@ def test_channels_that_only_one_model_has_are_kept(dicts, method, wide):
         assert torch.equal(found[CONV_IN][:, 4:], models[wide][CONV_IN][:, 4:])
         assert torch.equal(found[CONV_IN][:, :4], values(narrow)[CONV_IN])
         assert_same_bits(
-            {n: t for n, t in found.items() if n != CONV_IN}, {n: t for n, t in values(narrow).items() if n != CONV_IN}
+            {n: t for n, t in found.items() if n != CONV_IN},
+            {n: t for n, t in values(narrow).items() if n != CONV_IN},
         )
     if method == "weighted_sum":
         assert_same_bits(values(module), blockmerge.merge_state_dicts(*models, weights=0.25))
@@ -476,15 +535,19 @@ def test_the_module_decides_how_many_channels_there_are(dicts):
     module = module_of(wide[0])
     LiveMerge(module, *wide).apply(weights=0.5)
     assert_same_bits(values(module), blockmerge.merge_state_dicts(*wide, weights=0.5))
-    with pytest.raises(blockmerge.IncompatibleModelsError, match=r"takes 9 channels, and no model has so many"):
+    with pytest.raises(
+        blockmerge.IncompatibleModelsError, match=r"takes 9 channels, and no model has so many"
+    ):
         LiveMerge(module, *dicts)
     with pytest.raises(
-        blockmerge.IncompatibleModelsError, match=r"in state dict B, input_blocks\.0\.0\.weight has shape \[8, 8, 3, 3\]"
+        blockmerge.IncompatibleModelsError,
+        match=r"in state dict B, input_blocks\.0\.0\.weight has shape \[8, 8, 3, 3\]",
     ):
         LiveMerge(module, wide[0], widened(dicts[1], 8))
 
 
-# -- refusals -------------------------------------------------------------------------------------------------------
+# -- refusals
+# -------------------------------------------------------------------------------------------------------
 
 
 def with_parameter(module, name, parameter):
@@ -503,17 +566,52 @@ def test_what_is_refused_and_how(dicts, tmp_path):
         ((a,), {}, "RecipeError", "weighted_sum merges 2 models; 1 given"),
         ((a, b, b), {}, "RecipeError", "weighted_sum merges 2 models; 3 given"),
         ((a, None, b), {"method": "add_difference"}, "CheckpointError", "a NoneType is no model"),
-        ((a, b, b, "D.CKPT"), {}, "RecipeError", "LiveMerge takes three models at most: D.CKPT stands where the method goes"),
-        ((a, b, b, tmp_path / "d.safetensors"), {}, "RecipeError", "d.safetensors stands where the method goes"),
-        ((a, b, b, b), {}, "RecipeError", "decorated with @blockmerge.merge_method() or a Method; dict given"),
+        (
+            (a, b, b, "D.CKPT"),
+            {},
+            "RecipeError",
+            "LiveMerge takes three models at most: D.CKPT stands where the method goes",
+        ),
+        (
+            (a, b, b, tmp_path / "d.safetensors"),
+            {},
+            "RecipeError",
+            "d.safetensors stands where the method goes",
+        ),
+        (
+            (a, b, b, b),
+            {},
+            "RecipeError",
+            "decorated with @blockmerge.merge_method() or a Method; dict given",
+        ),
         ((a, b), {"gamma": 1}, "RecipeError", "unknown argument 'gamma': weighted_sum has no such number"),
         ((a, b), {"methd": "dare"}, "RecipeError", "weighted_sum has no such number; did you mean 'method'?"),
-        ((a, b, None, "dare"), {"droprate": 0}, "RecipeError", "dare has no such number; did you mean 'drop_rate'?"),
-        ((a, b), {"method": "weighted"}, "RecipeError", "unknown method 'weighted'; did you mean 'weighted_sum'?"),
-        ((a, tmp_path / "x.safetensors"), {}, "UnknownFamilyError", "x.safetensors holds no Stable Diffusion U-Net"),
+        (
+            (a, b, None, "dare"),
+            {"droprate": 0},
+            "RecipeError",
+            "dare has no such number; did you mean 'drop_rate'?",
+        ),
+        (
+            (a, b),
+            {"method": "weighted"},
+            "RecipeError",
+            "unknown method 'weighted'; did you mean 'weighted_sum'?",
+        ),
+        (
+            (a, tmp_path / "x.safetensors"),
+            {},
+            "UnknownFamilyError",
+            "x.safetensors holds no Stable Diffusion U-Net",
+        ),
         ((a, lacking), {}, "IncompatibleModelsError", f"state dict B lacks 1 tensor of the module ({OUT05})"),
         ((lacking, lacking), {}, "IncompatibleModelsError", "state dict A lacks 1 tensor of the module"),
-        ((a, {**b, "out.3.weight": b[OUT05]}), {}, "IncompatibleModelsError", "the module lacks 1 tensor of state dict B (out.3"),
+        (
+            (a, {**b, "out.3.weight": b[OUT05]}),
+            {},
+            "IncompatibleModelsError",
+            "the module lacks 1 tensor of state dict B (out.3",
+        ),
         (
             (a, halved),
             {},
@@ -521,7 +619,12 @@ def test_what_is_refused_and_how(dicts, tmp_path):
             f"in state dict B, {OUT05} has shape [4, 32, 1, 1], the module's is [32, 32",
         ),
         ((a, whole_numbers), {}, "IncompatibleModelsError", f"in state dict B, {OUT05} holds I8"),
-        ((a, sdxl), {}, "IncompatibleModelsError", "the module is Stable Diffusion 1.x and state dict B is Stable Diffusion XL"),
+        (
+            (a, sdxl),
+            {},
+            "IncompatibleModelsError",
+            "the module is Stable Diffusion 1.x and state dict B is Stable Diffusion XL",
+        ),
     ]
     for models, options, kind, says in refusals:
         module = module_of(a)
@@ -532,7 +635,8 @@ def test_what_is_refused_and_how(dicts, tmp_path):
         assert "\n" not in str(caught.value)
         assert {name: tensor.data_ptr() for name, tensor in values(module).items()} == before
     with pytest.raises(
-        blockmerge.RecipeError, match=r"a dict is no torch module: give the U-Net itself, as in LiveMerge\(pipe\.unet"
+        blockmerge.RecipeError,
+        match=r"a dict is no torch module: give the U-Net itself, as in LiveMerge\(pipe\.unet",
     ):
         LiveMerge(a, a, b)
     with pytest.raises(blockmerge.UnknownFamilyError, match="the module holds no Stable Diffusion U-Net"):
@@ -555,11 +659,15 @@ def test_modules_that_cannot_be_merged_live(dicts):
         with_parameter(module, second, module.get_parameter("output_blocks.4.1.proj_in.weight"))
 
     def meta(module):
-        with_parameter(module, second, torch.nn.Parameter(torch.empty(16, 16, 1, 1, dtype=torch.float16, device="meta")))
+        with_parameter(
+            module, second, torch.nn.Parameter(torch.empty(16, 16, 1, 1, dtype=torch.float16, device="meta"))
+        )
 
     def adapter(module):
         module.get_submodule("middle_block.1").register_parameter("lora_A", torch.nn.Parameter(torch.ones(2)))
-        module.get_submodule("middle_block.1").add_module("to_q", module_of({"base_layer.weight": torch.ones(2)}))
+        module.get_submodule("middle_block.1").add_module(
+            "to_q", module_of({"base_layer.weight": torch.ones(2)})
+        )
 
     cases = [
         (
@@ -567,20 +675,36 @@ def test_modules_that_cannot_be_merged_live(dicts):
             "RecipeError",
             r"share memory, and cannot be merged on their own: output_blocks\.4\.1\.proj_in\.weight = output_blo",
         ),
-        (meta, "CheckpointError", r"the module: output_blocks\.5\.1\.proj_in\.weight is a meta tensor, which has no values"),
+        (
+            meta,
+            "CheckpointError",
+            r"the module: output_blocks\.5\.1\.proj_in\.weight is a meta tensor, which has no values",
+        ),
         (
             adapter,
             "RecipeError",
             r"has 2 parameters that no plain U-Net has \(middle_block\.1\.lora_A, middle_block\.1\.to_q\.base_l",
         ),
-        (lambda m: with_parameter(m, second, Quantised(m.get_parameter(second).data)), "RecipeError", r"\(Quantised: output_bl"),
+        (
+            lambda m: with_parameter(m, second, Quantised(m.get_parameter(second).data)),
+            "RecipeError",
+            r"\(Quantised: output_bl",
+        ),
         (
             lambda m: with_parameter(m, second, torch.nn.Parameter(m.get_parameter(second).float())),
             "RecipeError",
             "of several dtypes",
         ),
-        (lambda m: m.double(), "RecipeError", r"parameters are torch\.float64: LiveMerge works in fp16, bf16 and fp32"),
-        (lambda m: m.middle_block._modules.clear(), "IncompatibleModelsError", "the module lacks 46 tensors of state dict A"),
+        (
+            lambda m: m.double(),
+            "RecipeError",
+            r"parameters are torch\.float64: LiveMerge works in fp16, bf16 and fp32",
+        ),
+        (
+            lambda m: m.middle_block._modules.clear(),
+            "IncompatibleModelsError",
+            "the module lacks 46 tensors of state dict A",
+        ),
     ]
     for change, kind, says in cases:
         with pytest.raises(getattr(blockmerge, kind), match=says):
@@ -588,9 +712,13 @@ def test_modules_that_cannot_be_merged_live(dicts):
 
 
 def test_adapters_by_diffusers_names(dicts):
-    in_diffusers = convert_ldm_unet_checkpoint({PREFIX + n: t for n, t in dicts[0].items()}, config=config("sd1"))
+    in_diffusers = convert_ldm_unet_checkpoint(
+        {PREFIX + n: t for n, t in dicts[0].items()}, config=config("sd1")
+    )
     extra = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor.to_k_ip.0.weight"
-    with pytest.raises(blockmerge.RecipeError, match=r"has 1 parameter that no plain U-Net has \(down_blocks.*to_k_ip"):
+    with pytest.raises(
+        blockmerge.RecipeError, match=r"has 1 parameter that no plain U-Net has \(down_blocks.*to_k_ip"
+    ):
         LiveMerge(module_of({**in_diffusers, extra: torch.ones(2, dtype=torch.float16)}), *dicts)
 
 

@@ -1,4 +1,6 @@
-"""Every method through files and state dicts: the values, the copies, and that neither cuts nor namings matter."""
+"""Every method through files and state dicts: the values, the copies, and that neither cuts nor namings
+matter.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from tests import method_oracle, oracle
 from tests.small_models import in_diffusers, small_model, write_folder
 from tests.test_methods import tolerance
 
-ALPHA = "BASE=0.3,IN00-IN05=0.25,IN01=0,IN02=1,IN03=skip,IN06-M00=0.6,OUT00-OUT08=0.45,OUT03=0,OUT04=1.5,OUT05=1"
+ALPHA = (
+    "BASE=0.3,IN00-IN05=0.25,IN01=0,IN02=1,IN03=skip,IN06-M00=0.6,OUT00-OUT08=0.45,OUT03=0,OUT04=1.5,OUT05=1"
+)
 BETA = "BASE=0.2,IN00-IN08=0.4,IN01=0,IN02=0,M00-OUT02=0.7,OUT03=1,OUT04=0.1"
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 PROJ = "model.diffusion_model.input_blocks.1.1.proj_in.weight"
@@ -60,7 +64,9 @@ def exact(method, name, models, weights, limits=None, seed=3):
         result = method_oracle.cosine_merge(*arrays, shift=shift, limits=limits, normalised=normalised)
     elif method.name == "smooth_add_difference":
         smooth = ndimage.median_filter(arrays[1] - arrays[2], size=3, mode="reflect")
-        result = arrays[0] + weights["alpha"] * ndimage.gaussian_filter(smooth, 1.0, mode="reflect", truncate=4.0)
+        result = arrays[0] + weights["alpha"] * ndimage.gaussian_filter(
+            smooth, 1.0, mode="reflect", truncate=4.0
+        )
     else:
         key = {"key": key_of(seed, name)} if method.random else {}
         result = getattr(method_oracle, method.name)(*arrays, **weights, **key)
@@ -74,18 +80,24 @@ def count_of(method):
 MIXED = (torch.float16, torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float16,) * 4, MIXED, (torch.float32,) * 4], ids=["fp16", "mixed", "fp32"])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float16,) * 4, MIXED, (torch.float32,) * 4], ids=["fp16", "mixed", "fp32"]
+)
 @pytest.mark.parametrize("name", METHODS)
 def test_files_are_the_definition_and_state_dicts_the_same_bits(tmp_path, name, dtypes):
     method = METHODS[name]
-    models = [small_model("sd1", dtype, seed) for seed, dtype in zip(range(count_of(method)), dtypes, strict=False)]
+    models = [
+        small_model("sd1", dtype, seed) for seed, dtype in zip(range(count_of(method)), dtypes, strict=False)
+    ]
     files = [tmp_path / f"{number}.safetensors" for number in range(len(models))]
     for model, file in zip(models, files, strict=True):
         save_file(model, file)
     blockmerge.merge(*files, output=tmp_path / "out.safetensors", **options(method))
     out = load_file(tmp_path / "out.safetensors")
     merged = blockmerge.merge_state_dicts(*models, **options(method))
-    assert all(torch.equal(oracle.bits(out[name]), oracle.bits(merged[name])) for name in out.keys() | merged.keys())
+    assert all(
+        torch.equal(oracle.bits(out[name]), oracle.bits(merged[name])) for name in out.keys() | merged.keys()
+    )
     looked_at = [n for n in out if not n.startswith("first_stage_model.") and not n.endswith("position_ids")]
     limits = None
     if method.locality == "model":
@@ -94,7 +106,11 @@ def test_files_are_the_definition_and_state_dicts_the_same_bits(tmp_path, name, 
     alphas, betas = block_weights()
     for tensor in looked_at:
         block = oracle.block(tensor, "sd1")
-        weights = {"alpha": alphas[block], "beta": betas[block]} if "beta" in method.weights else {"alpha": alphas[block]}
+        weights = (
+            {"alpha": alphas[block], "beta": betas[block]}
+            if "beta" in method.weights
+            else {"alpha": alphas[block]}
+        )
         copied = 0 if None in weights.values() else method.copies(**weights)
         if copied is not None and models[copied][tensor].dtype == out[tensor].dtype:
             assert torch.equal(oracle.bits(out[tensor]), oracle.bits(models[copied][tensor])), tensor
@@ -109,7 +125,9 @@ def test_files_are_the_definition_and_state_dicts_the_same_bits(tmp_path, name, 
 @functools.cache
 def planned(name, dtypes):
     method = METHODS[name]
-    models = [small_model("sd2", dtype, seed) for seed, dtype in zip(range(count_of(method)), dtypes, strict=False)]
+    models = [
+        small_model("sd2", dtype, seed) for seed, dtype in zip(range(count_of(method)), dtypes, strict=False)
+    ]
     opened = [Model.of(blockmerge.open_checkpoint(model)) for model in models]
     request = WeightsRequest(weights=ALPHA), WeightsRequest(weights=BETA, beta=True)
     recipe = Recipe(request[0], method=name, **({"beta": request[1]} if "beta" in method.weights else {}))
@@ -137,7 +155,9 @@ def at_once(name, dtypes, folder):
     direct=st.booleans(),
     dtypes=st.sampled_from([(torch.float16,) * 4, MIXED]),
 )
-def test_the_result_does_not_depend_on_threads_or_cuts(tmp_path_factory, name, threads, piece, chunk, direct, dtypes):
+def test_the_result_does_not_depend_on_threads_or_cuts(
+    tmp_path_factory, name, threads, piece, chunk, direct, dtypes
+):
     folder = tmp_path_factory.getbasetemp()
     cut = bytes_with(planned(name, dtypes), Pace(threads, piece * 4096, chunk, direct), folder)
     assert cut == at_once(name, dtypes, folder)
@@ -156,15 +176,22 @@ def test_tensors_laid_side_by_side_give_the_same_bits(monkeypatch, name):
     run = Computation.run
     monkeypatch.setattr(Computation, "run", lambda *given: launches.append(given) or run(*given))
     together = blockmerge.merge_state_dicts(*models, **options(method))
-    assert all(torch.equal(oracle.bits(one_by_one[n]), oracle.bits(together[n])) for n in one_by_one.keys() | together.keys())
+    assert all(
+        torch.equal(oracle.bits(one_by_one[n]), oracle.bits(together[n]))
+        for n in one_by_one.keys() | together.keys()
+    )
     if method.locality == "element" and not method.random:
         assert len(launches) < len(together) / 4
 
 
-@pytest.mark.parametrize("family", ["sd2", "sdxl"])  # which have all that is joined, transposed or of fewer axes
+@pytest.mark.parametrize(
+    "family", ["sd2", "sdxl"]
+)  # which have all that is joined, transposed or of fewer axes
 @pytest.mark.parametrize("name", METHODS)
 def test_the_naming_does_not_matter(tmp_path, name, family):
-    """Whatever the models' and the output's naming, the values are those of the LDM tensors, joined and as LDM has them."""
+    """Whatever the models' and the output's naming, the values are those of the LDM tensors, joined and as
+    LDM has them.
+    """
     method = METHODS[name]
     models = [small_model(family, seed=seed) for seed in range(count_of(method))]
     homeless = set(models[0]) - {n for n in models[0] if in_diffusers({n: models[0][n]}, family)}
@@ -188,7 +215,13 @@ def test_the_naming_does_not_matter(tmp_path, name, family):
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    [("sd2", "extract"), ("sd2", "slerp"), ("sd1", "tensor_sum"), ("sd2", "tensor_sum_columns"), ("sd2", "add_noise")],
+    [
+        ("sd2", "extract"),
+        ("sd2", "slerp"),
+        ("sd1", "tensor_sum"),
+        ("sd2", "tensor_sum_columns"),
+        ("sd2", "add_noise"),
+    ],
 )
 def test_an_output_folder_holds_the_same_values(tmp_path, family, name):
     method = METHODS[name]
@@ -242,7 +275,8 @@ def test_tensor_sum_reads_only_the_rows_it_takes(tmp_path):
     assert not any(run.is_computed for run in plan.files[0].runs)
 
 
-# -- inpainting -------------------------------------------------------------------------------------------------------
+# -- inpainting
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -284,14 +318,21 @@ def test_the_recipe_for_inpainting_models(tmp_path, dtype):
     wanted = inpainting[FIRST].double() + tuned[FIRST].double() - base[FIRST].double()
     inpainting[FIRST] = torch.cat([inpainting[FIRST], extra], dim=1)
     result = blockmerge.merge(
-        inpainting, tuned, base, method="add_difference", weights=1, dtype=dtype, output=tmp_path / "out.safetensors"
+        inpainting,
+        tuned,
+        base,
+        method="add_difference",
+        weights=1,
+        dtype=dtype,
+        output=tmp_path / "out.safetensors",
     )
     assert result.variant == "inpainting"
     out = load_file(tmp_path / "out.safetensors")[FIRST]
     assert torch.equal(out.float(), torch.cat([wanted, extra.double()], dim=1).to(out.dtype).float())
 
 
-# -- what is not finite -----------------------------------------------------------------------------------------------
+# -- what is not finite
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -304,7 +345,9 @@ def test_what_is_not_finite_is_found_and_stays_where_it_is(tmp_path, name, value
     options_ = {**options(method), "weights": 0.6}
     if method.name in ("tensor_sum", "tensor_sum_columns"):
         options_["weights_beta"] = 0.4
-    sound = blockmerge.merge_state_dicts(*[small_model(seed=seed) for seed in range(count_of(method))], **options_)
+    sound = blockmerge.merge_state_dicts(
+        *[small_model(seed=seed) for seed in range(count_of(method))], **options_
+    )
     blockmerge.merge(*models, output=tmp_path / "out.safetensors", allow_nonfinite=True, **options_)
     out = load_file(tmp_path / "out.safetensors")
     if method.locality != "model":
@@ -335,19 +378,28 @@ def test_finite_in_finite_out(name, weights):
         [one, {n: -t for n, t in one.items()}, zero, one],
     ):
         beta = {"weights_beta": 0.7} if "beta" in method.weights else {}
-        blockmerge.merge_state_dicts(*models[: count_of(method)], method=name, weights=weights, check_finite=True, **beta)
+        blockmerge.merge_state_dicts(
+            *models[: count_of(method)], method=name, weights=weights, check_finite=True, **beta
+        )
 
 
 def test_markers_that_hold_nothing(tmp_path):
-    models = [{**small_model(seed=seed), "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)} for seed in range(2)]
+    models = [
+        {**small_model(seed=seed), "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)} for seed in range(2)
+    ]
     for name in ("cosine_a", "slerp", "add_difference"):
         blockmerge.merge(
-            *models, *models[: METHODS[name].models - 2], method=name, weights=0.5, output=tmp_path / f"{name}.safetensors"
+            *models,
+            *models[: METHODS[name].models - 2],
+            method=name,
+            weights=0.5,
+            output=tmp_path / f"{name}.safetensors",
         )
         assert load_file(tmp_path / f"{name}.safetensors")["v_pred"].shape == (0,)
 
 
-# -- on a GPU ---------------------------------------------------------------------------------------------------------
+# -- on a GPU
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -357,14 +409,22 @@ def test_a_gpu_gives_the_values_of_the_cpu(tmp_path, name, dtype):
     method = METHODS[name]
     models = [small_model("sd2", seed=seed) for seed in range(count_of(method))]
     for device in ("cpu", "cuda"):
-        blockmerge.merge(*models, output=tmp_path / f"{device}.safetensors", device=device, dtype=dtype, **options(method))
+        blockmerge.merge(
+            *models, output=tmp_path / f"{device}.safetensors", device=device, dtype=dtype, **options(method)
+        )
     ours, theirs = (load_file(tmp_path / f"{device}.safetensors") for device in ("cpu", "cuda"))
     there = [{n: t.cuda() for n, t in model.items()} for model in models]
     merged = blockmerge.merge_state_dicts(*there, **options(method)) if dtype == "keep" else {}
     assert {tensor.device.type for tensor in merged.values()} <= {"cuda"}
     for tensor, ours_ in ours.items():
-        size = torch.stack([model[tensor].double().abs() for model in models]).amax(0).maximum(ours_.double().abs())
-        allowed = size.max() * 2.0**-2 if "fp8" in dtype else oracle.step_at(size, ours_.dtype) + 1e-5 * size.max()
+        size = (
+            torch.stack([model[tensor].double().abs() for model in models])
+            .amax(0)
+            .maximum(ours_.double().abs())
+        )
+        allowed = (
+            size.max() * 2.0**-2 if "fp8" in dtype else oracle.step_at(size, ours_.dtype) + 1e-5 * size.max()
+        )
         for found in [theirs[tensor], *([merged[tensor].cpu()] if merged else [])]:
             assert ((found.double() - ours_.double()).abs() <= allowed).all(), tensor
 

@@ -1,4 +1,6 @@
-"""What a user asks for beyond a method: numbers, beta, rules, adjust, clip, mixtures, chance, methods of their own; memory."""
+"""What a user asks for beyond a method: numbers, beta, rules, adjust, clip, mixtures, chance, methods of
+their own; memory.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def models(tmp_path):
 def command(capsys, folder, monkeypatch, text):
     """Run `blockmerge TEXT` in a folder, and give back the result's tensors, the JSON and the recipe."""
     monkeypatch.chdir(folder)
-    assert run([*text.split(), "-o", "out.safetensors", "--json", "--overwrite"]) == 0, capsys.readouterr().err
+    assert run([*text.split(), "-o", "out.safetensors", "--json", "--overwrite"]) == 0, (
+        capsys.readouterr().err
+    )
     result = json.loads(capsys.readouterr().out)
     with safe_open("out.safetensors", "pt") as file:
         recipe = json.loads(file.metadata()["blockmerge.recipe"])
@@ -44,7 +48,9 @@ def command(capsys, folder, monkeypatch, text):
 
 
 def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(oracle.bits(one[name]), oracle.bits(other[name])) for name in one)
+    return one.keys() == other.keys() and all(
+        torch.equal(oracle.bits(one[name]), oracle.bits(other[name])) for name in one
+    )
 
 
 def step_off(out, exact, *models):
@@ -74,13 +80,20 @@ A, B, C = "a.safetensors", "b.safetensors", "c.safetensors"
         (f"{A} {B} -w 0.5 --set M00=skip", {"weights": 0.5, "changes": "M00=skip"}),
     ],
 )  # fmt: skip
-def test_the_command_python_and_a_repetition_from_the_metadata_agree(models, capsys, tmp_path, monkeypatch, text, python):
+def test_the_command_python_and_a_repetition_from_the_metadata_agree(
+    models, capsys, tmp_path, monkeypatch, text, python
+):
     out, result, recipe = command(capsys, tmp_path, monkeypatch, text)
     count = len(result["models"])
-    blockmerge.merge(*[f"{letter}.safetensors" for letter in "abcde"[:count]], output="python.safetensors", **python)
+    blockmerge.merge(
+        *[f"{letter}.safetensors" for letter in "abcde"[:count]], output="python.safetensors", **python
+    )
     assert same(out, load_file("python.safetensors"))
     assert same(out, blockmerge.merge_state_dicts(*models[:count], **python))
-    again = {key: recipe[key] for key in ("method", "weights", "rules", "adjust", "clip", "vae", "dtype", "allow_nonfinite")}
+    again = {
+        key: recipe[key]
+        for key in ("method", "weights", "rules", "adjust", "clip", "vae", "dtype", "allow_nonfinite")
+    }
     if recipe["weights_beta"] is not None:
         again["weights_beta"] = recipe["weights_beta"]
     blockmerge.merge(*recipe["models"], output="again.safetensors", **again, **recipe["numbers"])
@@ -89,13 +102,19 @@ def test_the_command_python_and_a_repetition_from_the_metadata_agree(models, cap
         assert json.loads(file.metadata()["blockmerge.recipe"]) == {**recipe, "preset": None}
     assert result["method"] == recipe["method"] == python.get("method", "weighted_sum")
     assert (result["weights"], result["weights_beta"]) == (recipe["weights"], recipe["weights_beta"])
-    assert (result["weights_beta"] is not None) == (result["method"] in ("triple_sum", "sum_twice", "extract"))
+    assert (result["weights_beta"] is not None) == (
+        result["method"] in ("triple_sum", "sum_twice", "extract")
+    )
     tensors = result["tensors"]
-    assert sum(tensors[key] for key in ("computed", "from_a", "from_b", "from_c", "from_others", "from_vae")) == len(out)
+    assert sum(
+        tensors[key] for key in ("computed", "from_a", "from_b", "from_c", "from_others", "from_vae")
+    ) == len(out)
 
 
 def test_copies_of_c_are_counted(models, capsys, tmp_path, monkeypatch):
-    out, result, _ = command(capsys, tmp_path, monkeypatch, f"{A} {B} {C} -m triple_sum -w IN01=1 --weights-beta OUT11=1")
+    out, result, _ = command(
+        capsys, tmp_path, monkeypatch, f"{A} {B} {C} -m triple_sum -w IN01=1 --weights-beta OUT11=1"
+    )
     for name, tensor in out.items():
         assert torch.equal(tensor, models[{"IN01": 1, "OUT11": 2}.get(oracle.block(name, "sd1"), 0)][name])
     of_c = [name for name in out if oracle.block(name, "sd1") == "OUT11"]
@@ -142,7 +161,8 @@ def test_what_is_refused(models, capsys, tmp_path, text, says):
     assert_refused(capsys, tmp_path, *text.split(), "-o", "out.safetensors", says=says)
 
 
-# -- rules, adjust, clip ----------------------------------------------------------------------------------------------
+# -- rules, adjust, clip
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -181,12 +201,19 @@ def adjusted(name, values, numbers, family):
         "sd1": [[-1, 1 / 3, 2 / 3], [1, 1, 0], [0, -1, -1], [1, 0, 1]],
         "sdxl": [[0, 0, 1], [1, 0, 0], [-1, -1, 0], [-1, 1, 0]],
     }
-    shift = [contrast, *(torch.tensor(colours, dtype=torch.float64) @ torch.tensor(rows[family], dtype=torch.float64)).tolist()]
+    shift = [
+        contrast,
+        *(
+            torch.tensor(colours, dtype=torch.float64) @ torch.tensor(rows[family], dtype=torch.float64)
+        ).tolist(),
+    ]
     factor = {
         "input_blocks.0.0.weight": 1 - 0.01 * into, "input_blocks.0.0.bias": 1 + 0.02 * into, "out.0.weight": 1 - 0.01 * out,
         "out.0.bias": 1 + 0.02 * out, "out.2.weight": 1 - 0.01 * out2,
     }.get(name.removeprefix(U), 1)  # fmt: skip
-    return values * factor + (0.02 * torch.tensor(shift, dtype=torch.float64) if name == f"{U}out.2.bias" else 0)
+    return values * factor + (
+        0.02 * torch.tensor(shift, dtype=torch.float64) if name == f"{U}out.2.bias" else 0
+    )
 
 
 @settings(max_examples=12)
@@ -195,16 +222,22 @@ def adjusted(name, values, numbers, family):
     family=st.sampled_from(["sd1", "sdxl"]),
     weight=st.sampled_from([0, 0.3, 1]),
     channels=st.sampled_from([(4, 4), (9, 4), (4, 9)]),
-    dtypes=st.sampled_from([("float16", "float16"), ("float16", "float32"), ("float32", "float32"), ("bfloat16", "float16")]),
+    dtypes=st.sampled_from(
+        [("float16", "float16"), ("float16", "float32"), ("float32", "float32"), ("bfloat16", "float16")]
+    ),
 )
-def test_adjust_is_its_definition_and_rounds_once(tmp_path_factory, numbers, family, weight, channels, dtypes):
+def test_adjust_is_its_definition_and_rounds_once(
+    tmp_path_factory, numbers, family, weight, channels, dtypes
+):
     if family == "sdxl":
         channels = (4, 4)
     folder = tmp_path_factory.getbasetemp()
     a, b = (small_model(family, getattr(torch, dtype), seed) for seed, dtype in enumerate(dtypes))
     for model, width in ((a, channels[0]), (b, channels[1])):
         if width > 4:
-            model[FIRST] = torch.cat([model[FIRST], torch.full((8, width - 4, 3, 3), 0.7, dtype=model[FIRST].dtype)], dim=1)
+            model[FIRST] = torch.cat(
+                [model[FIRST], torch.full((8, width - 4, 3, 3), 0.7, dtype=model[FIRST].dtype)], dim=1
+            )
     given = {"weights": weight, "vae": "blend", "adjust": ",".join(map(str, numbers))}
     blockmerge.merge(a, b, output=folder / "out.safetensors", overwrite=True, **given)
     out = load_file(folder / "out.safetensors")
@@ -230,12 +263,19 @@ def test_adjust_needs_four_output_channels(models, capsys, tmp_path):
     for letter, model in zip("ab", models, strict=False):
         save_file({**model, f"{U}out.2.bias": torch.zeros(8)}, tmp_path / f"{letter}.safetensors")
     says = [f"{U}out.2.bias (shape [8]: adjust sets the colours of 4 channels)"]
-    assert_refused(capsys, tmp_path, A, B, "-w", "0.5", "--adjust", "0,0,0,1", "-o", "out.safetensors", says=says)
+    assert_refused(
+        capsys, tmp_path, A, B, "-w", "0.5", "--adjust", "0,0,0,1", "-o", "out.safetensors", says=says
+    )
 
 
 @pytest.mark.parametrize(
     ("method", "weights", "beta"),
-    [("add_difference", 1.5, {}), ("slerp", 1.5, {}), ("average", 0.8, {}), ("triple_sum", 0, {"weights_beta": 1})],
+    [
+        ("add_difference", 1.5, {}),
+        ("slerp", 1.5, {}),
+        ("average", 0.8, {}),
+        ("triple_sum", 0, {"weights_beta": 1}),
+    ],
 )
 def test_clip_limits_to_what_lies_between_a_and_b(models, tmp_path, method, weights, beta):
     some = models[: blockmerge.methods.METHODS[method].models or 4]
@@ -245,12 +285,16 @@ def test_clip_limits_to_what_lies_between_a_and_b(models, tmp_path, method, weig
     out = load_file(tmp_path / "out.safetensors")
     assert same(out, blockmerge.merge_state_dicts(*some, clip=True, **given))
     for name, tensor in out.items():
-        low, high = torch.minimum(models[0][name], models[1][name]), torch.maximum(models[0][name], models[1][name])
+        low, high = (
+            torch.minimum(models[0][name], models[1][name]),
+            torch.maximum(models[0][name], models[1][name]),
+        )
         assert torch.equal(tensor, free[name].clamp(low, high)), name
     assert not same(out, free)
 
 
-# -- mixtures and chance ----------------------------------------------------------------------------------------------
+# -- mixtures and chance
+# ----------------------------------------------------------------------------------------------
 
 
 def test_presets_add_up(models, capsys, tmp_path, monkeypatch):
@@ -269,13 +313,16 @@ def test_presets_add_up(models, capsys, tmp_path, monkeypatch):
 def test_chance_follows_from_the_seed(models, capsys, tmp_path, monkeypatch):
     for text in ("-w random", "-m dare -w 0.5", "-m add_noise -w 0.5"):
         files = A if "noise" in text else f"{A} {B}"
-        first, other, again = (command(capsys, tmp_path, monkeypatch, f"{files} {text} --seed {seed}") for seed in (1, 2, 1))
+        first, other, again = (
+            command(capsys, tmp_path, monkeypatch, f"{files} {text} --seed {seed}") for seed in (1, 2, 1)
+        )
         assert same(first[0], again[0])
         assert not same(first[0], other[0])
         assert first[2] == again[2] != other[2]
 
 
-# -- methods of one's own ---------------------------------------------------------------------------------------------
+# -- methods of one's own
+# ---------------------------------------------------------------------------------------------
 
 SOURCE = """
 import blockmerge
@@ -348,15 +395,24 @@ def test_a_method_of_ones_own_merges_files(models, own, capsys, tmp_path, monkey
     [
         (
             "shapeless -w 0.5",
-            ["shapeless returned shape [1] for tensors of shape [", "must return a tensor of the shape it gets (at "],
+            [
+                "shapeless returned shape [1] for tensors of shape [",
+                "must return a tensor of the shape it gets (at ",
+            ],
         ),
         ("raising -w 0.5", "raising failed: OSError: no such luck (at "),
         (
             "dividing -w 0.5",
-            ["would hold NaN or infinity", "dividing makes NaN of finite values, or some too large for F16) and "],
+            [
+                "would hold NaN or infinity",
+                "dividing makes NaN of finite values, or some too large for F16) and ",
+            ],
         ),
         ("element -w 0.5 --number share=much", "element needs a number as share: found much"),
-        ("element -w 0.5 --number shore=1", ["unknown argument 'shore': ", "element has no such number; did you mean 'share'?"]),
+        (
+            "element -w 0.5 --number shore=1",
+            ["unknown argument 'shore': ", "element has no such number; did you mean 'share'?"],
+        ),
         ("element", "how much of B?"),
         ("missing -w 0.5", "has no 'missing'"),
     ],
@@ -376,8 +432,14 @@ A_METHOD = "a method is a name, a function decorated with @blockmerge.merge_meth
         ({"adjust": [0, 0, 0, 1]}, "adjust is a text, as in '0,0,0,1'; list given"),
         ({"clip": "yes"}, "clip is True or False; str given"),
         ({"wide": 1}, "unknown argument 'wide': weighted_sum has no such number"),
-        ({"methd": "ties"}, "unknown argument 'methd': weighted_sum has no such number; did you mean 'method'?"),
-        ({"method": "ties", "densty": 1}, "unknown argument 'densty': ties has no such number; did you mean 'density'?"),
+        (
+            {"methd": "ties"},
+            "unknown argument 'methd': weighted_sum has no such number; did you mean 'method'?",
+        ),
+        (
+            {"method": "ties", "densty": 1},
+            "unknown argument 'densty': ties has no such number; did you mean 'density'?",
+        ),
         ({"method": None}, f"{A_METHOD}; NoneType given"),
         ({"method": {"x": 1}}, f"{A_METHOD}; dict given"),
         ({"method": "ties", "density": True}, "ties needs a number from 0 to 1 as density: found True"),
@@ -389,7 +451,10 @@ A_METHOD = "a method is a name, a function decorated with @blockmerge.merge_meth
     ],
 )
 def test_arguments_that_are_wrong_are_named(models, tmp_path, given, says):
-    for merge, output in ((blockmerge.merge_state_dicts, {}), (blockmerge.merge, {"output": tmp_path / "out.safetensors"})):
+    for merge, output in (
+        (blockmerge.merge_state_dicts, {}),
+        (blockmerge.merge, {"output": tmp_path / "out.safetensors"}),
+    ):
         with pytest.raises(blockmerge.RecipeError) as caught:
             merge(*models[:2], weights=0.5, **given, **output)
         assert str(caught.value) == says
@@ -405,7 +470,8 @@ def test_flags_are_no_texts(models, tmp_path):
         blockmerge.merge_state_dicts(*models[:2], weights=0.5, check_finite="no")
 
 
-# -- memory -----------------------------------------------------------------------------------------------------------
+# -- memory
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")

@@ -49,7 +49,8 @@ def test_merged_values_equal_the_oracle(pairs, tmp_path, family, dtype, preset):
 
 
 @pytest.mark.parametrize(
-    ("family", "weight"), [*(("sd1", weight) for weight in (0.5, 0.123, 1.5, -0.25)), ("sd2", 1.5), ("sdxl", 0.123)]
+    ("family", "weight"),
+    [*(("sd1", weight) for weight in (0.5, 0.123, 1.5, -0.25)), ("sd2", 1.5), ("sdxl", 0.123)],
 )
 def test_a_flat_weight_with_the_vae_blended(pairs, tmp_path, family, weight):
     a, b = pairs(family)
@@ -67,7 +68,9 @@ def test_a_flat_weight_with_the_vae_blended(pairs, tmp_path, family, weight):
 
 
 @given(
-    st.lists(st.tuples(st.floats(-1000, 1000, width=32), st.floats(-1000, 1000, width=32)), min_size=1, max_size=64),
+    st.lists(
+        st.tuples(st.floats(-1000, 1000, width=32), st.floats(-1000, 1000, width=32)), min_size=1, max_size=64
+    ),
     st.floats(0, 1),
     st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
 )
@@ -90,7 +93,9 @@ def test_float32_of_opposite_signs_is_within_one_step():
     for alpha in (0.1, 1 / 3, 0.5, 0.67, 0.9):
         out = weighted_sum(a, b, alpha=alpha, out=torch.empty_like(a))
         exact = (1 - alpha) * a.double() + alpha * b.double()
-        assert ((out.double() - exact).abs() / oracle.step_at(torch.maximum(a.abs(), b.abs()), torch.float32)).max() <= 1
+        assert (
+            (out.double() - exact).abs() / oracle.step_at(torch.maximum(a.abs(), b.abs()), torch.float32)
+        ).max() <= 1
 
 
 def test_merging_a_model_with_itself_gives_that_model(pairs, tmp_path):
@@ -108,7 +113,9 @@ def test_the_complement_merges_the_other_way_round(pairs, tmp_path):
     one, other = load_file(tmp_path / "ab.safetensors"), load_file(tmp_path / "ba.safetensors")
     for name in one:
         difference = (one[name].double() - other[name].double()).abs()
-        assert (difference <= oracle.step_at(one[name].double().abs(), torch.float16)).all() or not one[name].is_floating_point()
+        assert (difference <= oracle.step_at(one[name].double().abs(), torch.float16)).all() or not one[
+            name
+        ].is_floating_point()
 
 
 @settings(max_examples=25)
@@ -169,8 +176,13 @@ def test_a_unet_in_diffusers_names_merges_in_memory(pairs):
 
     from tests.thin_unet import config
 
-    a, b = ({name: tensor for name, tensor in load_file(path).items() if name.startswith("model.")} for path in pairs())
-    expected = convert_ldm_unet_checkpoint(blockmerge.merge_state_dicts(a, b, preset="high_res"), config=config("sd1"))
+    a, b = (
+        {name: tensor for name, tensor in load_file(path).items() if name.startswith("model.")}
+        for path in pairs()
+    )
+    expected = convert_ldm_unet_checkpoint(
+        blockmerge.merge_state_dicts(a, b, preset="high_res"), config=config("sd1")
+    )
     converted = [convert_ldm_unet_checkpoint(dict(side), config=config("sd1")) for side in (a, b)]
     merged = blockmerge.merge_state_dicts(*converted, preset="high_res")
     assert merged.keys() == expected.keys()
@@ -194,7 +206,9 @@ def test_on_a_gpu_values_equal_the_oracle_and_stay_there(pairs, tmp_path, dtypes
     weights = dict(zip(oracle.SD, oracle.numbers(oracle.HIGH_RES), strict=True))
     blockmerge.merge(a, b, preset="high_res", device="cuda", output=tmp_path / "out.safetensors")
     oracle.assert_merged(load_file(tmp_path / "out.safetensors"), load_file(a), load_file(b), weights, "sd1")
-    merged = blockmerge.merge_state_dicts(load_file(a, device="cuda"), load_file(b, device="cuda"), preset="high_res")
+    merged = blockmerge.merge_state_dicts(
+        load_file(a, device="cuda"), load_file(b, device="cuda"), preset="high_res"
+    )
     assert {tensor.device.type for tensor in merged.values()} == {"cuda"}
     oracle.assert_merged({n: t.cpu() for n, t in merged.items()}, load_file(a), load_file(b), weights, "sd1")
 
@@ -233,14 +247,18 @@ def test_the_layout_of_the_output(pairs, tmp_path):
     first = json.loads(a.read_bytes()[8 : 8 + int.from_bytes(a.read_bytes()[:8], "little")])
     first.pop("__metadata__")
     assert (8 + length) % 4096 == 0
-    assert sorted(header, key=lambda name: header[name]["data_offsets"]) == sorted(first, key=lambda n: first[n]["data_offsets"])
+    assert sorted(header, key=lambda name: header[name]["data_offsets"]) == sorted(
+        first, key=lambda n: first[n]["data_offsets"]
+    )
     for entry in header.values():
         assert entry["data_offsets"][0] % {"F16": 2, "I64": 8}[entry["dtype"]] == 0
     assert max(entry["data_offsets"][1] for entry in header.values()) == len(raw) - 8 - length
 
 
 def test_tensors_of_odd_widths_stay_aligned_and_loadable(pairs, tmp_path):
-    """Three bytes before an int64: A's order would put it at an odd offset, where safetensors cannot read it."""
+    """Three bytes before an int64: A's order would put it at an odd offset, where safetensors cannot read
+    it.
+    """
     a, b = (load_file(path) for path in pairs())
     odd = {"aaa": torch.tensor([1, 2, 3], dtype=torch.uint8), "zzz": torch.tensor([5], dtype=torch.int64)}
     blockmerge.merge({**odd, **a}, b, weights=0.5, output=tmp_path / "out.safetensors")
@@ -285,11 +303,15 @@ def test_output_dtypes(pairs, tmp_path, dtype):
         exact = (1 - weight) * first[name].double() + weight * second[name].double()
         # one rounding: the nearest of all values the dtype has, up to the error of the wider arithmetic
         assert torch.allclose(
-            tensor.double(), exact.to(wanted).double(), rtol=2.0**-2 if "fp8" in dtype else 2.0**-7, atol=2.0**-9
+            tensor.double(),
+            exact.to(wanted).double(),
+            rtol=2.0**-2 if "fp8" in dtype else 2.0**-7,
+            atol=2.0**-9,
         )
         if wanted == torch.float32:
             assert (
-                (tensor.double() - exact).abs() <= oracle.step_at(torch.maximum(first[name].abs(), second[name].abs()), wanted)
+                (tensor.double() - exact).abs()
+                <= oracle.step_at(torch.maximum(first[name].abs(), second[name].abs()), wanted)
             ).all()
 
 
@@ -314,7 +336,9 @@ def test_the_recipe_is_in_the_metadata_and_what_would_lie_is_not(pairs, tmp_path
     }
     true = {"format": "pt", "modelspec.architecture": "stable-diffusion-v1", "note": "Ä 'quoted' \n ok"}
     save_file(load_file(a), tmp_path / "named.safetensors", metadata={**lying, **true})
-    blockmerge.merge(tmp_path / "named.safetensors", b, preset="high-res_replace", output=tmp_path / "out.safetensors")
+    blockmerge.merge(
+        tmp_path / "named.safetensors", b, preset="high-res_replace", output=tmp_path / "out.safetensors"
+    )
     with safe_open(tmp_path / "out.safetensors", "np") as file:
         metadata = file.metadata()
     recipe = json.loads(metadata.pop("blockmerge.recipe"))

@@ -1,4 +1,6 @@
-"""Every method against its definition in float64, on shapes of every kind; what plans rely on; and the list of methods."""
+"""Every method against its definition in float64, on shapes of every kind; what plans rely on; and the list
+of methods.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,17 @@ from tests.oracle import step_at
 
 SHAPES = [(), (7,), (5, 3), (4, 3, 3, 3), (0,), (3, 0, 2), (1, 1), (6, 4, 1, 1)]
 ALPHAS = [-0.5, 0.0, 0.3, 0.5, 1.0, 1.5]
-PAIRS = [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.3, 0.2), (0.7, 0.6), (1.0, 1.0), (-0.5, 1.5), (1.5, -0.5)]
+PAIRS = [
+    (0.0, 0.0),
+    (1.0, 0.0),
+    (0.0, 1.0),
+    (0.5, 0.5),
+    (0.3, 0.2),
+    (0.7, 0.6),
+    (1.0, 1.0),
+    (-0.5, 1.5),
+    (1.5, -0.5),
+]
 NUMBERS = {
     "average": [{}, {"ratios": (2.0, 1.0, -0.5)}],
     "dare": [{}, {"drop_rate": 0.0}, {"drop_rate": 0.9}],
@@ -53,8 +65,12 @@ def apply(method, models, out_dtype=None, position=0, gathered=None, **numbers):
         numbers.update(gathered=method.gather([method.statistics(*models)]) if gathered is None else gathered)
     before = [model.clone() for model in models]
     flat = method.locality == "element"
-    method.function(*(model.view(-1) if flat else model for model in models), out=out.view(-1) if flat else out, **numbers)
-    assert all(torch.equal(model, was) for model, was in zip(models, before, strict=True)), "an input was changed"
+    method.function(
+        *(model.view(-1) if flat else model for model in models), out=out.view(-1) if flat else out, **numbers
+    )
+    assert all(torch.equal(model, was) for model, was in zip(models, before, strict=True)), (
+        "an input was changed"
+    )
     return out
 
 
@@ -69,14 +85,18 @@ def exact(method, models, **numbers):
         normalised = method.name == "cosine_a"
         alpha = numbers["alpha"]
         limits = oracle.cosine_limits([arrays], normalised)
-        result = oracle.cosine_merge(*arrays, shift=abs(alpha) if normalised else alpha, limits=limits, normalised=normalised)
+        result = oracle.cosine_merge(
+            *arrays, shift=abs(alpha) if normalised else alpha, limits=limits, normalised=normalised
+        )
     else:
         result = getattr(oracle, method.name)(*arrays, **numbers)
     return torch.from_numpy(np.array(result, dtype=np.float64))
 
 
 def tolerance(method, models, wanted, dtype, weights):
-    """A step of the output dtype at the size of what is largest, and for what is not local a little of the tensor's scale."""
+    """A step of the output dtype at the size of what is largest, and for what is not local a little of the
+    tensor's scale.
+    """
     size = wanted.abs()
     for model in models:
         size = torch.maximum(size, model.double().abs())
@@ -85,7 +105,10 @@ def tolerance(method, models, wanted, dtype, weights):
         allowed = allowed + 4e-6 * abs(weights["alpha"])
     if method.locality != "element" and method.rows is None and size.numel():
         allowed = (
-            allowed + (1e-12 if dtype in (torch.float32, torch.float64) else 1e-6) * (1 + abs(weights["alpha"])) * size.max()
+            allowed
+            + (1e-12 if dtype in (torch.float32, torch.float64) else 1e-6)
+            * (1 + abs(weights["alpha"]))
+            * size.max()
         )
     return allowed
 
@@ -108,7 +131,10 @@ def inputs(shape, dtype, count, seed):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_it_is_its_definition(name, dtype):
     method = METHODS[name]
-    made = {shape: list(inputs(shape, dtype, count_of(method), seed=zlib.crc32(name.encode()))) for shape in SHAPES}
+    made = {
+        shape: list(inputs(shape, dtype, count_of(method), seed=zlib.crc32(name.encode())))
+        for shape in SHAPES
+    }
     kinds = range(len(made[SHAPES[0]]))
     numbers = list(itertools.product(NUMBERS.get(name, [{}]), weights_of(method)))
     for shape, kind, (number, weights) in every_pair(SHAPES, kinds, numbers):
@@ -117,7 +143,9 @@ def test_it_is_its_definition(name, dtype):
         wanted = exact(method, models, **weights, **number)
         where = (shape, kind, weights, number)
         assert torch.isfinite(out).all(), where
-        assert ((out.double() - wanted).abs() <= tolerance(method, models, wanted, dtype, weights)).all(), where
+        assert ((out.double() - wanted).abs() <= tolerance(method, models, wanted, dtype, weights)).all(), (
+            where
+        )
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -191,16 +219,22 @@ def test_the_stretches_that_it_goes_through_do_not_show(name, monkeypatch):
     again = apply(method, models, **weights)
     scale = max(float(model.abs().max()) for model in models)
     # Sums over a tensor may come out a bit different; then a value may be rounded the other way.
-    assert float((again.float() - whole.float()).abs().max()) <= (0 if method.locality in ("element", "row") else scale * 2**-10)
+    assert float((again.float() - whole.float()).abs().max()) <= (
+        0 if method.locality in ("element", "row") else scale * 2**-10
+    )
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.locality == "row" and method.rows is None])
+@pytest.mark.parametrize(
+    "name", [name for name, method in METHODS.items() if method.locality == "row" and method.rows is None]
+)
 def test_rows_may_be_cut_along_the_first_axis(name):
     method = METHODS[name]
     for shape in [(9, 4), (9, 2, 3, 3)]:
         models = next(inputs(shape, torch.float16, count_of(method), seed=8))
         weights = dict.fromkeys(method.weights, 0.3)
-        parts = [apply(method, [model[part] for model in models], **weights) for part in (slice(0, 2), slice(2, 9))]
+        parts = [
+            apply(method, [model[part] for model in models], **weights) for part in (slice(0, 2), slice(2, 9))
+        ]
         assert torch.equal(torch.cat(parts), apply(method, models, **weights))
 
 
@@ -208,7 +242,10 @@ def test_rows_may_be_cut_along_the_first_axis(name):
 @pytest.mark.parametrize("shape", [(64, 320), (64, 40, 3, 3), (64, 5, 1, 1), (64, 7)])
 def test_extract_may_be_cut_where_it_is_ill_conditioned(shape, dtype):
     """Near opposite directions, where a sum in another order would show in the result."""
-    a, b = torch.zeros(shape, dtype=dtype), next(inputs(shape, dtype, 1, seed=4))[0] * torch.logspace(-3, 3, shape[-1])
+    a, b = (
+        torch.zeros(shape, dtype=dtype),
+        next(inputs(shape, dtype, 1, seed=4))[0] * torch.logspace(-3, 3, shape[-1]),
+    )
     models = [a, b.to(dtype), -b.to(dtype)]
     whole = apply(METHODS["extract"], models, alpha=0.2, beta=0.0)
     for cut in (1, 17, 51):
@@ -222,7 +259,9 @@ def test_extract_may_be_cut_where_it_is_ill_conditioned(shape, dtype):
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 0.5, 1.0, 2.0, 2.5])
 @pytest.mark.parametrize("length", [3, 7])
 def test_extract_may_be_cut_at_any_row(length, gamma):
-    """In float64, A being 0, it would show if the last rows were not computed as the others are: torch's power is not."""
+    """In float64, A being 0, it would show if the last rows were not computed as the others are: torch's
+    power is not.
+    """
     generator = torch.Generator().manual_seed(6)
     models = [
         torch.zeros(400, length, dtype=torch.float64),
@@ -263,7 +302,9 @@ def test_8_bit_floats(name, dtype):
     found = apply(method, models, out_dtype=torch.float16, **weights).double()
     assert (found - exact(method, [model.float() for model in models], **weights)).abs().max() <= 4e-3
     rounded = apply(method, models, **weights).double()
-    assert ((rounded - found).abs() <= found.abs() * 2.0 ** -(4 if dtype == torch.float8_e4m3fn else 3) + 1e-2).all()
+    assert (
+        (rounded - found).abs() <= found.abs() * 2.0 ** -(4 if dtype == torch.float8_e4m3fn else 3) + 1e-2
+    ).all()
 
 
 @given(
@@ -291,7 +332,9 @@ def test_rows_are_counted_in_decimals():
 def test_ties_keeps_all_that_are_as_large_as_the_smallest_kept():
     a = torch.zeros(10)
     b = torch.tensor([3.0, -1, 1, 1, -1, 0.5, 0, 0, 0, 0])
-    out = apply(METHODS["ties"], [a, b], alpha=1.0, density=0.2)  # two of ten, and three more of the same magnitude
+    out = apply(
+        METHODS["ties"], [a, b], alpha=1.0, density=0.2
+    )  # two of ten, and three more of the same magnitude
     assert out.tolist() == [3, -1, 1, 1, -1, 0, 0, 0, 0, 0]
     out = apply(METHODS["ties"], [a, b], alpha=1.0, density=0.1)
     assert out.tolist() == [3, 0, 0, 0, 0, 0, 0, 0, 0, 0]
@@ -339,7 +382,9 @@ def test_kept_memory_is_the_cpu_s():
 
     def merged():
         with torch.device("meta"):
-            return METHODS["add_difference"].function(model, model, model, alpha=0.5, out=torch.empty_like(model))
+            return METHODS["add_difference"].function(
+                model, model, model, alpha=0.5, out=torch.empty_like(model)
+            )
 
     with ThreadPoolExecutor(1) as fresh:  # a thread that has computed nothing before
         assert torch.equal(fresh.submit(merged).result(), model)
@@ -378,7 +423,10 @@ def test_numbers_out_of_range(name, given, message):
 
 def test_numbers_have_defaults():
     assert METHODS["average"].check_numbers({}, 4) == {"ratios": (1.0, 1.0, 1.0, 1.0)}
-    assert METHODS["dare"].check_numbers({"seed": "12345678901234567890"}, 2) == {"drop_rate": 0.5, "seed": 12345678901234567890}
+    assert METHODS["dare"].check_numbers({"seed": "12345678901234567890"}, 2) == {
+        "drop_rate": 0.5,
+        "seed": 12345678901234567890,
+    }
     assert METHODS["ties"].check_numbers({"density": 1}, 3) == {"density": 1.0}
 
 
@@ -406,7 +454,9 @@ def test_files_and_state_dicts(pairs, tmp_path, name):
         assert torch.equal(tensor, again[key])
         if "input_blocks.4." in key:
             formula = getattr(oracle, name)
-            wanted = torch.from_numpy(formula(first[key].double().numpy(), second[key].double().numpy(), alpha=0.25))
+            wanted = torch.from_numpy(
+                formula(first[key].double().numpy(), second[key].double().numpy(), alpha=0.25)
+            )
             size = torch.maximum(first[key].abs(), second[key].abs())
             assert ((tensor.double() - wanted).abs() <= step_at(size, tensor.dtype)).all()
         else:
@@ -423,7 +473,12 @@ def test_the_list(capsys):
     assert [found["name"] for found in json.loads(capsys.readouterr().out)] == list(METHODS)
     assert run(["methods", "extract", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
-    assert (found["name"], found["models"], found["weights"], found["locality"]) == ("extract", 3, ["alpha", "beta"], "row")
+    assert (found["name"], found["models"], found["weights"], found["locality"]) == (
+        "extract",
+        3,
+        ["alpha", "beta"],
+        "row",
+    )
     assert [(number["name"], number["default"]) for number in found["numbers"]] == [("gamma", 1.0)]
     assert run(["methods", "sigmod"]) == 1
     assert "did you mean 'sigmoid'" in capsys.readouterr().err

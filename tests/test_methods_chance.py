@@ -1,4 +1,6 @@
-"""Chance: SplitMix64's numbers, uniform and normal, independent of each other, the same however a tensor is cut."""
+"""Chance: SplitMix64's numbers, uniform and normal, independent of each other, the same however a tensor is
+cut.
+"""
 
 from __future__ import annotations
 
@@ -91,10 +93,13 @@ def test_both_of_a_pair_are_all_quantiles_and_know_nothing_of_each_other():
         assert float(values.square().mean()) == pytest.approx(1, abs=1e-5)
     for first, second in itertools.product((1, 2, 3), repeat=2):
         assert abs(np.corrcoef(pairs[:, 0] ** first, pairs[:, 1] ** second)[0, 1]) < 5e-4
-    # Of every box of 2ᵏ by 2¹⁶⁻ᵏ equal parts there is one pair; some of the finest parts are one value when rounded.
+    # Of every box of 2ᵏ by 2¹⁶⁻ᵏ equal parts there is one pair; some of the finest parts are one value when
+    # rounded.
     parts = (stats.norm.cdf(pairs) * 65536).astype(int)
     for bits in range(4, 13):
-        _, counts = np.unique(np.stack([parts[:, 0] >> 16 - bits, parts[:, 1] >> bits]), axis=1, return_counts=True)
+        _, counts = np.unique(
+            np.stack([parts[:, 0] >> 16 - bits, parts[:, 1] >> bits]), axis=1, return_counts=True
+        )
         assert abs(counts - 1).mean() < 0.1, bits
 
 

@@ -58,7 +58,11 @@ def module(tmp_path, monkeypatch):
 def test_it_is_found_and_read(module):
     method = find_method(f"{module}:soften")
     assert (method.name, method.models, method.locality) == (f"{module}:soften", 2, "element")
-    assert (method.formula, dict(method.weights), method.copies(0.0)) == ("A + α·γ·(B − A)", {"alpha": None}, None)
+    assert (method.formula, dict(method.weights), method.copies(0.0)) == (
+        "A + α·γ·(B − A)",
+        {"alpha": None},
+        None,
+    )
     assert [(number.name, number.default, number.kind) for number in method.numbers] == [
         ("gamma", 0.5, "number"),
         ("steps", 2, "whole number"),
@@ -138,32 +142,53 @@ def test_methods_that_are_not_there(module, method, message):
 
 def test_methods_that_fail(module):
     a = torch.zeros(5)
-    with pytest.raises(RecipeError, match=r"^the method \S+:broken returned shape \[1\] for tensors of shape \[5\]: it must "):
+    with pytest.raises(
+        RecipeError, match=r"^the method \S+:broken returned shape \[1\] for tensors of shape \[5\]: it must "
+    ):
         find_method(f"{module}:broken").function(a, a, alpha=0.5, out=a)
     with pytest.raises(
-        RecipeError, match=r"^the method \S+:raising failed: AttributeError: 'Tensor' object has no attribute 'nothing'$"
+        RecipeError,
+        match=r"^the method \S+:raising failed: AttributeError: 'Tensor' object has no attribute 'nothing'$",
     ):
         find_method(f"{module}:raising").function(a, a, alpha=0.5, out=a)
     with pytest.raises(RecipeError, match=r"^the method \S+:exiting failed: SystemExit: 7$"):
         find_method(f"{module}:exiting").function(a, a, alpha=0.5, out=a)
 
 
-def test_a_module_that_exits_or_returns_no_values_is_an_error_and_not_the_end(module, tmp_path, pairs, capsys):
+def test_a_module_that_exits_or_returns_no_values_is_an_error_and_not_the_end(
+    module, tmp_path, pairs, capsys
+):
     (tmp_path / f"{module}_exits.py").write_text("import sys; sys.exit(3)")
     for method, says in (
         ("_exits:f", f"cannot import {module}_exits (SystemExit: 3)"),
         (":exiting", "failed: SystemExit: 7"),
         (":meta", f"the method {module}:meta returned a meta tensor: it must return one that holds values"),
     ):
-        assert_refused(capsys, tmp_path, *pairs(), "-w", "0.5", "-m", f"{module}{method}", "-o", "o.safetensors", says=says)
+        assert_refused(
+            capsys,
+            tmp_path,
+            *pairs(),
+            "-w",
+            "0.5",
+            "-m",
+            f"{module}{method}",
+            "-o",
+            "o.safetensors",
+            says=says,
+        )
 
 
 def test_a_module_that_lacks_another_and_one_whose_decorator_is_wrong(module, tmp_path):
     (tmp_path / f"{module}_lacks.py").write_text("import nowhere_at_all")
-    with pytest.raises(RecipeError, match=r"cannot import \S+_lacks \(ModuleNotFoundError: No module named 'nowhere_at_all'\)$"):
+    with pytest.raises(
+        RecipeError,
+        match=r"cannot import \S+_lacks \(ModuleNotFoundError: No module named 'nowhere_at_all'\)$",
+    ):
         find_method(f"{module}_lacks:f")
     faulty = f"{module}_faulty"
-    (tmp_path / f"{faulty}.py").write_text("import blockmerge\n@blockmerge.merge_method\ndef f(a, b): return a")
+    (tmp_path / f"{faulty}.py").write_text(
+        "import blockmerge\n@blockmerge.merge_method\ndef f(a, b): return a"
+    )
     with pytest.raises(RecipeError) as caught:
         find_method(f"{faulty}:f")
     why = f"{faulty}:f takes no weight: a method is f(a, b, *, alpha)"
@@ -259,7 +284,10 @@ def test_defaults_are_finite_numbers(default):
     def number(a, b, *, alpha, strength=default):
         return a
 
-    for function, says in ((weight, "weight alpha needs a finite number"), (number, "number strength needs a finite default")):
+    for function, says in (
+        (weight, "weight alpha needs a finite number"),
+        (number, "number strength needs a finite default"),
+    ):
         with pytest.raises(RecipeError, match=says):
             blockmerge.merge_method(function)
 
@@ -321,5 +349,7 @@ def test_no_number_is_called_as_an_argument_of_merging():
     for name in taken - {"a", "b", "c", "seed"} | {"out"}:
         scope = {}
         exec(f"def f(a, b, *, alpha, {name}=1): return a", scope)
-        with pytest.raises(RecipeError, match=rf"a number cannot be called {name}, which is an argument of merging itself$"):
+        with pytest.raises(
+            RecipeError, match=rf"a number cannot be called {name}, which is an argument of merging itself$"
+        ):
             blockmerge.merge_method(scope["f"])

@@ -16,7 +16,9 @@ SHAPES = [(1,), (2,), (9,), (300,), (5, 3), (100, 70), (1, 1), (1, 40), (40, 1),
 
 
 def smoothed(delta):
-    return ndimage.gaussian_filter(ndimage.median_filter(delta, size=3, mode="reflect"), 1.0, mode="reflect", truncate=4.0)
+    return ndimage.gaussian_filter(
+        ndimage.median_filter(delta, size=3, mode="reflect"), 1.0, mode="reflect", truncate=4.0
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -66,13 +68,17 @@ def test_the_networks_merge(length):
                 wires[low] = (one and other) if wanted != "high" else None
                 wires[high] = (one or other) if wanted != "low" else None
             right = sorted(values)
-            assert [wires[output] for output in outputs] == (right if exchanges is everything else [right[len(right) // 2]])
+            assert [wires[output] for output in outputs] == (
+                right if exchanges is everything else [right[len(right) // 2]]
+            )
 
 
 def test_torchs_medians_are_numpys():
     # What runs on a GPU, on the CPU.
     values = torch.randn(5, 5, 9, 11, generator=torch.Generator().manual_seed(0))
     found = smoothing._median_of_block(values, torch.minimum, torch.maximum)
-    assert torch.equal(found, torch.from_numpy(smoothing._median_of_block(values.numpy(), np.minimum, np.maximum)))
+    assert torch.equal(
+        found, torch.from_numpy(smoothing._median_of_block(values.numpy(), np.minimum, np.maximum))
+    )
     wanted = ndimage.median_filter(values.numpy(), size=3)[1:-1, 1:-1, 1:-1, 1:-1]
     assert torch.equal(found, torch.from_numpy(wanted))

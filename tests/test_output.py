@@ -39,8 +39,20 @@ def test_an_existing_output_is_kept_unless_asked(pairs, system, capsys):
     a, b = pairs()
     output = system / "out.safetensors"
     output.write_text("precious")
-    assert_refused(capsys, system, a, b, "-w", "0.5", "-o", "out.safetensors", says=["out.safetensors exists", "--overwrite"])
-    assert_refused(capsys, system, a, b, "-w", "0.5", "-o", "out.safetensors", "--dry-run", says="out.safetensors exists")
+    assert_refused(
+        capsys,
+        system,
+        a,
+        b,
+        "-w",
+        "0.5",
+        "-o",
+        "out.safetensors",
+        says=["out.safetensors exists", "--overwrite"],
+    )
+    assert_refused(
+        capsys, system, a, b, "-w", "0.5", "-o", "out.safetensors", "--dry-run", says="out.safetensors exists"
+    )
     assert run([str(a), str(b), "-w", "0.5", "-q", "-o", str(output), "--overwrite"]) == 0
     assert len(load_file(output)) == 1131
 
@@ -134,7 +146,9 @@ def test_a_folder_that_may_not_be_written(pairs, tmp_path, capsys, monkeypatch):
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_permission(pairs, tmp_path, capsys):
     (tmp_path / "locked").mkdir(mode=0o500)
-    assert_refused(capsys, tmp_path, *pairs(), "-w", "0.5", "-o", "locked/out.safetensors", says="permission denied")
+    assert_refused(
+        capsys, tmp_path, *pairs(), "-w", "0.5", "-o", "locked/out.safetensors", says="permission denied"
+    )
 
 
 def test_a_full_disk_is_an_error_before_any_work(pairs, tmp_path, capsys, monkeypatch):
@@ -142,7 +156,9 @@ def test_a_full_disk_is_an_error_before_any_work(pairs, tmp_path, capsys, monkey
 
     real = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=1_000_000))
-    line = assert_refused(capsys, tmp_path, *pairs(), "-w", "0.5", says=["not enough space", "1.0 MB are free"])
+    line = assert_refused(
+        capsys, tmp_path, *pairs(), "-w", "0.5", says=["not enough space", "1.0 MB are free"]
+    )
     assert "2.2 MB" in line
 
 
@@ -150,7 +166,9 @@ def test_a_full_disk_is_an_error_before_any_work(pairs, tmp_path, capsys, monkey
 def small_tmpfs(tmp_path):
     folder = tmp_path / "small"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)], capture_output=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)], capture_output=True, check=False
+    )
     if done.returncode:
         pytest.skip("may not mount a tmpfs")
     yield folder
@@ -166,7 +184,9 @@ def test_a_really_full_disk(pairs, small_tmpfs, capsys, monkeypatch, blind):
         real = shutil.disk_usage
         monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=1 << 40))
         monkeypatch.setattr(disk, "reserve", lambda *_: None)
-    assert_refused(capsys, small_tmpfs, *pairs(), "-w", "0.5", says="no space left" if blind else "not enough space")
+    assert_refused(
+        capsys, small_tmpfs, *pairs(), "-w", "0.5", says="no space left" if blind else "not enough space"
+    )
 
 
 @pytest.mark.parametrize("reserved", [True, False])
@@ -242,7 +262,16 @@ def test_an_exception_in_the_callback_leaves_nothing(pairs, system):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_leaves_nothing(big_pair, tmp_path, number):
     """The whole command, interrupted while it writes."""
-    arguments = [sys.executable, "-m", "blockmerge", *map(str, big_pair), "-w", "0.5", "-o", str(tmp_path / "out.safetensors")]
+    arguments = [
+        sys.executable,
+        "-m",
+        "blockmerge",
+        *map(str, big_pair),
+        "-w",
+        "0.5",
+        "-o",
+        str(tmp_path / "out.safetensors"),
+    ]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.glob(".blockmerge-*")) and process.poll() is None:
         time.sleep(0.002)
@@ -277,7 +306,11 @@ def test_leftovers_are_swept_only_when_abandoned(system):
             assert first.path.exists()
             second.commit()
         first.commit()
-    assert {path.name for path in system.iterdir() if path.is_file()} == {"one", "two", ".blockmerge-notes.txt"}
+    assert {path.name for path in system.iterdir() if path.is_file()} == {
+        "one",
+        "two",
+        ".blockmerge-notes.txt",
+    }
     assert (system / "two").stat().st_size == 10
 
 
@@ -309,7 +342,9 @@ def test_short_writes_are_continued(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_bytes(b"")
     real = os.write
-    monkeypatch.setattr(os, "write", lambda file, data: real(file, data[: max(4096, len(data) // 3 // 4096 * 4096)]))
+    monkeypatch.setattr(
+        os, "write", lambda file, data: real(file, data[: max(4096, len(data) // 3 // 4096 * 4096)])
+    )
     data = os.urandom(40 * 4096)
     buffer = aligned_buffer(len(data))
     buffer[:] = data
@@ -322,7 +357,9 @@ def test_the_data_is_flushed_before_it_gets_its_name(pairs, tmp_path, monkeypatc
     steps = []
     for name in ("fsync", "link", "replace", "rename"):
         real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *given, name=name, real=real: (steps.append(name), real(*given))[1])
+        monkeypatch.setattr(
+            os, name, lambda *given, name=name, real=real: (steps.append(name), real(*given))[1]
+        )
     blockmerge.merge(*pairs(), weights=0, output=tmp_path / "out.safetensors")
     assert steps[:2] == ["fsync", "link"]
 

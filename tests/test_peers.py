@@ -1,15 +1,17 @@
-"""Agreement with sd-mecha 1.1.8, where its definition is ours: `make peers` installs it in a place of its own.
+"""Agreement with sd-mecha 1.1.8, where its definition is ours: `make peers` installs it in a place of its
+own.
 
 Pairings, all on float32 tensors and to float32 rounding (sd-mecha computes in float32, we in float64):
 
-=================  ===================================  =============================================================
-ours               sd-mecha                             parameters
-=================  ===================================  =============================================================
-weighted_sum       weighted_sum(a, b, alpha)            alpha = α
-add_difference     add_difference(a, b, c, alpha)       alpha = α, clamp_to_ab off
-slerp              slerp(a, b, alpha)                   alpha = α; tensors that are neither parallel nor 0
-tensor_sum         tensor_sum(a, b, width, offset)      width = α, offset = β; bounds that are whole numbers of rows
-=================  ===================================  =============================================================
+=================  ===================================
+============================================================= ours               sd-mecha
+parameters =================  ===================================
+============================================================= weighted_sum       weighted_sum(a, b, alpha)
+alpha = α add_difference     add_difference(a, b, c, alpha)       alpha = α, clamp_to_ab off slerp
+slerp(a, b, alpha)                   alpha = α; tensors that are neither parallel nor 0 tensor_sum
+tensor_sum(a, b, width, offset)      width = α, offset = β; bounds that are whole numbers of rows
+=================  ===================================
+=============================================================
 """
 
 from __future__ import annotations
@@ -39,14 +41,19 @@ def models(request):
 def theirs(name, models, **parameters):
     nodes = [sd_mecha.value_to_node({"x": model.clone()}) for model in models]
     return sd_mecha.merge(
-        getattr(sd_mecha, name)(*nodes, **parameters), merge_dtype=torch.float32, output_dtype=torch.float32, threads=0
+        getattr(sd_mecha, name)(*nodes, **parameters),
+        merge_dtype=torch.float32,
+        output_dtype=torch.float32,
+        threads=0,
     )["x"]
 
 
 def ours(name, models, **weights):
     flat = METHODS[name].locality == "element"
     out = torch.empty_like(models[0])
-    METHODS[name].function(*(model.view(-1) if flat else model for model in models), out=out.view(-1) if flat else out, **weights)
+    METHODS[name].function(
+        *(model.view(-1) if flat else model for model in models), out=out.view(-1) if flat else out, **weights
+    )
     return out
 
 
@@ -60,5 +67,6 @@ def test_the_same_weight(models, name, count, alpha):
 @pytest.mark.parametrize(("alpha", "beta"), [(0.5, 0.0), (0.25, 0.5), (0.5, 0.75), (1.0, 0.0), (0.0, 0.0)])
 def test_tensor_sum(models, alpha, beta):
     assert torch.equal(
-        ours("tensor_sum", models[:2], alpha=alpha, beta=beta), theirs("tensor_sum", models[:2], width=alpha, offset=beta)
+        ours("tensor_sum", models[:2], alpha=alpha, beta=beta),
+        theirs("tensor_sum", models[:2], width=alpha, offset=beta),
     )

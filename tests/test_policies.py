@@ -38,7 +38,9 @@ def merged(tmp_path):
             tmp_path / "a.safetensors", tmp_path / "b.safetensors", output=output, overwrite=True, **options
         )
         out = load_file(output)
-        assert sum((result.tensors.computed, result.tensors.from_a, result.tensors.from_b, result.tensors.from_vae)) == len(out)
+        assert sum(
+            (result.tensors.computed, result.tensors.from_a, result.tensors.from_b, result.tensors.from_vae)
+        ) == len(out)
         return out, result
 
     return merge
@@ -50,14 +52,24 @@ def half(a, b, name):
 
 @pytest.mark.parametrize(
     ("base", "vae", "source"),
-    [(0, "auto", 0), (0.5, "auto", 0), (0.51, "auto", 1), (1, "auto", 1), (1, "a", 0), (0, "b", 1), ("skip", "auto", 0)],
+    [
+        (0, "auto", 0),
+        (0.5, "auto", 0),
+        (0.51, "auto", 1),
+        (1, "auto", 1),
+        (1, "a", 0),
+        (0, "b", 1),
+        ("skip", "auto", 0),
+    ],
 )
 def test_the_vae_is_taken_whole(models, merged, base, vae, source):
     out, result = merged(*models, weights=f"BASE={base},M00=0.5", vae=vae)
     for name in out:
         if name.startswith("first_stage_model."):
             assert torch.equal(out[name], models[source][name])
-    assert any(f"the VAE is taken whole from {'ab'[source]}.safetensors" in note for note in result.notes) == (vae == "auto")
+    assert any(
+        f"the VAE is taken whole from {'ab'[source]}.safetensors" in note for note in result.notes
+    ) == (vae == "auto")
 
 
 def test_the_vae_blended_follows_base(models, merged):
@@ -92,17 +104,29 @@ def test_a_vae_that_does_not_fit_is_refused(models, pairs, tmp_path, capsys):
     vae.pop(VAE)
     save_file(vae, tmp_path / "part.safetensors")
     save_file(wide, tmp_path / "wide.safetensors")
-    assert_refused(capsys, tmp_path, a, b, "-w", "0.5", "--vae", "part.safetensors", says=["no complete VAE", VAE])
-    assert_refused(capsys, tmp_path, a, b, "-w", "0.5", "--vae", "wide.safetensors", says=["another shape", VAE])
-    assert_refused(capsys, tmp_path, a, b, "-w", "0.5", "--vae", "C", says=["C", "auto, a, b, blend, a file or a folder"])
+    assert_refused(
+        capsys, tmp_path, a, b, "-w", "0.5", "--vae", "part.safetensors", says=["no complete VAE", VAE]
+    )
+    assert_refused(
+        capsys, tmp_path, a, b, "-w", "0.5", "--vae", "wide.safetensors", says=["another shape", VAE]
+    )
+    assert_refused(
+        capsys, tmp_path, a, b, "-w", "0.5", "--vae", "C", says=["C", "auto, a, b, blend, a file or a folder"]
+    )
     save_file({n: t for n, t in models[1].items() if n.startswith("model.")}, tmp_path / "unet.safetensors")
-    assert_refused(capsys, tmp_path, a, "unet.safetensors", "-w", "0.5", "--vae", "b", says="unet.safetensors has no VAE")
+    assert_refused(
+        capsys, tmp_path, a, "unet.safetensors", "-w", "0.5", "--vae", "b", says="unet.safetensors has no VAE"
+    )
 
 
 @pytest.mark.parametrize("prefixed", [(True, True), (False, False), (True, False), (False, True)])
 def test_a_unet_alone_with_and_without_prefix(models, merged, prefixed):
     unets = [
-        {name if keep else name.removeprefix(UNET): tensor for name, tensor in model.items() if name.startswith(UNET)}
+        {
+            name if keep else name.removeprefix(UNET): tensor
+            for name, tensor in model.items()
+            if name.startswith(UNET)
+        }
         for model, keep in zip(models, prefixed, strict=True)
     ]
     out, result = merged(*unets)
@@ -146,7 +170,12 @@ def test_single_tensors_that_only_one_model_has(models, merged):
 
 def test_schedules_and_integers_come_from_a(models, merged):
     a, b = models
-    ours = {"betas": torch.rand(10), "alphas_cumprod": torch.rand(10), "steps": torch.tensor([1, 2]), "flag": torch.tensor(True)}
+    ours = {
+        "betas": torch.rand(10),
+        "alphas_cumprod": torch.rand(10),
+        "steps": torch.tensor([1, 2]),
+        "flag": torch.tensor(True),
+    }
     theirs = {
         "betas": torch.rand(10),
         "alphas_cumprod": torch.rand(10),
@@ -169,7 +198,9 @@ def test_floats_in_only_one_model_are_refused_in_the_unet_and_noted_elsewhere(mo
         ({**a, PROJ: a[PROJ].to(dtype)}, b, f"{spelled} and F16"),
         (a, {**b, PROJ: b[PROJ].to(dtype)}, f"F16 and {spelled}"),
     ):
-        with pytest.raises(IncompatibleModelsError, match=rf"cannot be merged: {PROJ} \(dtypes do not blend: {said}\)$"):
+        with pytest.raises(
+            IncompatibleModelsError, match=rf"cannot be merged: {PROJ} \(dtypes do not blend: {said}\)$"
+        ):
             merged(first, second)
     out, result = merged(a, {**b, TEXT: b[TEXT].to(dtype)})
     assert torch.equal(out[TEXT], a[TEXT])
@@ -191,12 +222,16 @@ def test_intact_position_ids_never_change(models, merged):
         assert not any("position_ids" in note for note in result.notes)
 
 
-@pytest.mark.parametrize("broken", [torch.arange(77).float() * 1.01, torch.arange(77) + 1, torch.full((77,), float("nan"))])
+@pytest.mark.parametrize(
+    "broken", [torch.arange(77).float() * 1.01, torch.arange(77) + 1, torch.full((77,), float("nan"))]
+)
 def test_broken_position_ids_are_restored(models, merged, broken):
     out, result = merged({**models[0], POSITIONS: broken.view(1, 77)}, models[1])
     assert torch.equal(out[POSITIONS], torch.arange(77).view(1, 77))
     assert any("position_ids restored" in note for note in result.notes)
-    memory = blockmerge.merge_state_dicts({**models[0], POSITIONS: broken.view(1, 77)}, models[1], weights=0.5)
+    memory = blockmerge.merge_state_dicts(
+        {**models[0], POSITIONS: broken.view(1, 77)}, models[1], weights=0.5
+    )
     assert torch.equal(memory[POSITIONS], torch.arange(77).view(1, 77))
 
 
@@ -214,7 +249,8 @@ def test_prediction_markers_come_from_a_only(models, merged):
     out, result = merged(a, marked)
     assert "v_pred" not in out
     assert any(
-        "warning: prediction markers differ" in note and "b.safetensors has v_pred, ztsnr" in note for note in result.notes
+        "warning: prediction markers differ" in note and "b.safetensors has v_pred, ztsnr" in note
+        for note in result.notes
     )
     out, result = merged(marked, b)
     assert "v_pred" in out
@@ -240,7 +276,9 @@ def test_ema_copies_are_left_out(models, merged):
     leftovers = {"model_ema.decay": torch.tensor(0.99), "model_ema.num_updates": torch.tensor(7)}
     _, result = merged({**a, **leftovers}, b)
     said = "left out 2 EMA tensors of a.safetensors, which would be stale (model_ema.decay, model_ema.num_updates)"
-    assert said in [note.replace("num_updates, model_ema.decay", "decay, model_ema.num_updates") for note in result.notes]
+    assert said in [
+        note.replace("num_updates, model_ema.decay", "decay, model_ema.num_updates") for note in result.notes
+    ]
 
 
 def test_ema_weights_that_are_all_there_is_are_the_unet(models, merged):
@@ -295,12 +333,15 @@ def test_two_wide_first_convolutions_of_different_kinds_are_refused(models, tmp_
 def test_each_tensor_keeps_the_dtype_of_a(models, merged):
     a, b = models
     mixed_a = {
-        name: tensor.float() if "output_blocks" in name and tensor.is_floating_point() else tensor for name, tensor in a.items()
+        name: tensor.float() if "output_blocks" in name and tensor.is_floating_point() else tensor
+        for name, tensor in a.items()
     }
     mixed_b = {name: tensor.bfloat16() if "input_blocks" in name else tensor for name, tensor in b.items()}
     for weight in (0.5, 1):
         out, result = merged(mixed_a, mixed_b, weights=weight)
-        assert {name: tensor.dtype for name, tensor in out.items()} == {name: tensor.dtype for name, tensor in mixed_a.items()}
+        assert {name: tensor.dtype for name, tensor in out.items()} == {
+            name: tensor.dtype for name, tensor in mixed_a.items()
+        }
         assert any("are converted from BF16 to F16" in note for note in result.notes)
         assert any("are converted from F16 to F32" in note for note in result.notes)
 
@@ -314,17 +355,36 @@ def test_files_in_another_order_than_a(models, tmp_path):
     for name in reversed(list(b)):
         raw = b[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         dtype = {torch.float16: "F16", torch.int64: "I64"}[b[name].dtype]
-        header[name] = {"dtype": dtype, "shape": list(b[name].shape), "data_offsets": [len(blob), len(blob) + len(raw)]}
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(b[name].shape),
+            "data_offsets": [len(blob), len(blob) + len(raw)],
+        }
         blob += raw
     for pad in range(4):  # the data begins at any byte
         text = json.dumps(header).encode() + b" " * pad
         (tmp_path / "b.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + blob)
-        blockmerge.merge(a, tmp_path / "b.safetensors", preset="high_res", output=tmp_path / "one.safetensors", overwrite=True)
-        blockmerge.merge(tmp_path / "b.safetensors", a, preset="high_res", output=tmp_path / "three.safetensors", overwrite=True)
+        blockmerge.merge(
+            a,
+            tmp_path / "b.safetensors",
+            preset="high_res",
+            output=tmp_path / "one.safetensors",
+            overwrite=True,
+        )
+        blockmerge.merge(
+            tmp_path / "b.safetensors",
+            a,
+            preset="high_res",
+            output=tmp_path / "three.safetensors",
+            overwrite=True,
+        )
         blockmerge.merge(a, b, preset="high_res", output=tmp_path / "two.safetensors", overwrite=True)
         blockmerge.merge(b, a, preset="high_res", output=tmp_path / "four.safetensors", overwrite=True)
         for left, right in (("one", "two"), ("three", "four")):
-            first, second = load_file(tmp_path / f"{left}.safetensors"), load_file(tmp_path / f"{right}.safetensors")
+            first, second = (
+                load_file(tmp_path / f"{left}.safetensors"),
+                load_file(tmp_path / f"{right}.safetensors"),
+            )
             assert first.keys() == second.keys()
             assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -360,9 +420,13 @@ def test_weights_beyond_the_models_are_noted(models, merged):
 
 
 def test_no_two_tensors_of_a_folder_get_one_name(tmp_path):
-    """A tensor under a folder's name in an LDM file; a part without its others, where another model has the whole."""
+    """A tensor under a folder's name in an LDM file; a part without its others, where another model has the
+    whole.
+    """
     a, b = make_state_dicts("sdxl")
-    stray = blockmerge.convert({**a, "vae.decoder.conv_in.bias": torch.ones(3)}, tmp_path / "a", naming="diffusers")
+    stray = blockmerge.convert(
+        {**a, "vae.decoder.conv_in.bias": torch.ones(3)}, tmp_path / "a", naming="diffusers"
+    )
     assert any("vae/decoder.conv_in.bias" in note for note in stray.notes)
     vae = load_file(tmp_path / "a" / "vae" / "diffusion_pytorch_model.safetensors")
     assert torch.equal(vae["decoder.conv_in.bias"], a["first_stage_model.decoder.conv_in.bias"])
@@ -370,7 +434,9 @@ def test_no_two_tensors_of_a_folder_get_one_name(tmp_path):
     text_encoder = tmp_path / "a" / "text_encoder_2" / "model.safetensors"
     parts = load_file(text_encoder)
     layer = "text_model.encoder.layers.3.self_attn"
-    save_file({name: tensor for name, tensor in parts.items() if name != f"{layer}.v_proj.weight"}, text_encoder)
+    save_file(
+        {name: tensor for name, tensor in parts.items() if name != f"{layer}.v_proj.weight"}, text_encoder
+    )
     merged = blockmerge.merge(tmp_path / "a", b, weights=0.5, output=tmp_path / "merged")
     result = load_file(tmp_path / "merged" / "text_encoder_2" / "model.safetensors")
     whole = b["conditioner.embedders.1.model.transformer.resblocks.3.attn.in_proj_weight"]
@@ -395,14 +461,20 @@ def test_what_not_all_models_have_is_told(tmp_path):
     a, b = make_state_dicts("sd1")
     c = {name: tensor for name, tensor in a.items() if not name.startswith("cond_stage_model.")}
     extra = {"cond_stage_model.extra": torch.zeros(2)}
-    result = blockmerge.merge({**a, **extra}, {**b, **extra}, c, method="average", output=tmp_path / "out.safetensors")
-    assert "the text encoder is only in state dict A, state dict B and copied from state dict A" in result.notes
+    result = blockmerge.merge(
+        {**a, **extra}, {**b, **extra}, c, method="average", output=tmp_path / "out.safetensors"
+    )
+    assert (
+        "the text encoder is only in state dict A, state dict B and copied from state dict A" in result.notes
+    )
     mixed = [a, {**b, "extra": torch.zeros(2)}, {**a, "extra": torch.zeros(2, dtype=torch.int64)}]
     merged = blockmerge.merge_state_dicts(*mixed, method="average")
     assert torch.equal(merged["extra"], torch.zeros(2))
 
 
-@pytest.mark.parametrize(("method", "models", "source"), [("weighted_sum", 2, 1), ("add_difference", 3, 0), ("average", 3, 0)])
+@pytest.mark.parametrize(
+    ("method", "models", "source"), [("weighted_sum", 2, 1), ("add_difference", 3, 0), ("average", 3, 0)]
+)
 def test_the_vae_is_bs_only_where_weight_1_is_b(method, models, source):
     dicts = [*make_state_dicts("sd1"), make_state_dicts("sd1", seed=5)[0]][:models]
     merged = blockmerge.merge_state_dicts(*dicts, method=method, weights=1.0)

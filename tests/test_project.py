@@ -16,14 +16,23 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_wheel_has_presets_and_layouts_and_works_where_it_is_unpacked(tmp_path):
     source = tmp_path / "source"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".venv*", ".git", "*cache*", "blockmerge-demo", "__pycache__"))
+    shutil.copytree(
+        ROOT,
+        source,
+        ignore=shutil.ignore_patterns(".venv*", ".git", "*cache*", "blockmerge-demo", "__pycache__"),
+    )
     build = "from hatchling.build import build_wheel; print(build_wheel('dist'))"
-    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", build], cwd=source, capture_output=True, text=True, check=True
+    )
     wheel = source / "dist" / done.stdout.split()[-1]
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         assert sum(name.startswith("blockmerge/presets/") for name in names) == 40
-        assert sum(name.startswith("blockmerge/anatomy/layouts/") and name.endswith(".json") for name in names) == 4
+        assert (
+            sum(name.startswith("blockmerge/anatomy/layouts/") and name.endswith(".json") for name in names)
+            == 4
+        )
         assert "blockmerge/py.typed" in names
         assert "blockmerge/rendering/templates/page.html" in names
         assert not [name for name in names if name.startswith("tests")]
@@ -51,6 +60,8 @@ EXAMPLES = {
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_examples_run(example, tmp_path):
-    done = subprocess.run([sys.executable, example], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, example], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert EXAMPLES[example.name] in done.stdout

@@ -27,12 +27,18 @@ DROPPED = {
     "sdxl": {"conditioner.embedders.1.model.logit_scale"},
     "sdxl_refiner": {"conditioner.embedders.0.model.logit_scale"},
 }
-"""What diffusers has no place for, from the reference: the last of OpenCLIP's layers in SD2, and its scales."""
+"""What diffusers has no place for, from the reference: the last of OpenCLIP's layers in SD2, and its
+scales.
+"""
 
 
 def diffusers_list(family):
     table = json.loads((Path(__file__).parent / "layouts" / f"{FILES[family]}-diffusers.json").read_text())
-    return {f"{component}/{name}": tuple(shape) for component, names in table.items() for name, shape in names.items()}
+    return {
+        f"{component}/{name}": tuple(shape)
+        for component, names in table.items()
+        for name, shape in names.items()
+    }
 
 
 @pytest.mark.parametrize("family", FILES)
@@ -63,7 +69,9 @@ def by_diffusers(family, model):
     if family == "sdxl":
         add(
             "text_encoder",
-            diffusers.convert_ldm_clip_checkpoint(dict(model), remove_prefix="conditioner.embedders.0.transformer."),
+            diffusers.convert_ldm_clip_checkpoint(
+                dict(model), remove_prefix="conditioner.embedders.0.transformer."
+            ),
         )
     if family != "sd1":
         component, prefix = {
@@ -87,7 +95,11 @@ def test_folders_hold_what_diffusers_own_converters_make(case, tmp_path):
     ours = read(tmp_path / "folder")
     theirs = by_diffusers(family, model)
     # The converters hand on what CLIPTextModel has no place for, and it is dropped when the model is loaded.
-    unused = {f"text_encoder/{name}" for name in ("text_projection.weight", "logit_scale")} if family == "sd2" else set()
+    unused = (
+        {f"text_encoder/{name}" for name in ("text_projection.weight", "logit_scale")}
+        if family == "sd2"
+        else set()
+    )
     unused |= {name for name in theirs if name.startswith("text_encoder/text_model.encoder.layers.23.")}
     assert ours.keys() == theirs.keys() - unused
     for name, tensor in ours.items():
@@ -120,7 +132,11 @@ def test_any_two_namings_merge_to_the_same_values(family):
     in_ldm = blockmerge.merge_state_dicts(a, b, preset="high_res")
     # Where A is a folder's, what a folder has no place for cannot be in the result.
     renamed_a, renamed_b, renamed = (dotted(model, family) for model in (a, b, in_ldm))
-    for first, second, expected in ((a, renamed_b, in_ldm), (renamed_a, b, renamed), (renamed_a, renamed_b, renamed)):
+    for first, second, expected in (
+        (a, renamed_b, in_ldm),
+        (renamed_a, b, renamed),
+        (renamed_a, renamed_b, renamed),
+    ):
         assert_same(blockmerge.merge_state_dicts(first, second, preset="high_res"), expected)
 
 
@@ -137,12 +153,21 @@ def test_old_vae_names_and_text_encoders_of_transformers_5(tmp_path):
     (tmp_path / "old" / "unet").symlink_to(tmp_path / "new" / "unet")
     (tmp_path / "old" / "text_encoder_2").symlink_to(tmp_path / "new" / "text_encoder_2")
     vae = load_file(tmp_path / "new" / "vae" / "diffusion_pytorch_model.safetensors")
-    for new, old in (("to_q.", "query."), ("to_k.", "key."), ("to_v.", "value."), ("to_out.0.", "proj_attn.")):
+    for new, old in (
+        ("to_q.", "query."),
+        ("to_k.", "key."),
+        ("to_v.", "value."),
+        ("to_out.0.", "proj_attn."),
+    ):
         vae = {name.replace(new, old): tensor for name, tensor in vae.items()}
     assert any(".query." in name for name in vae)
     save_file(vae, tmp_path / "old" / "vae" / "diffusion_pytorch_model.safetensors")
     text = load_file(tmp_path / "new" / "text_encoder" / "model.safetensors")
-    text = {name.removeprefix("text_model."): tensor for name, tensor in text.items() if not name.endswith("position_ids")}
+    text = {
+        name.removeprefix("text_model."): tensor
+        for name, tensor in text.items()
+        if not name.endswith("position_ids")
+    }
     save_file(text, tmp_path / "old" / "text_encoder" / "model.safetensors")
     blockmerge.convert(tmp_path / "old", tmp_path / "back.safetensors")
     result = load_file(tmp_path / "back.safetensors")

@@ -1,4 +1,6 @@
-"""`check --fix`: the copy has none of the problems that are called repairable, and is the same model in all else."""
+"""`check --fix`: the copy has none of the problems that are called repairable, and is the same model in all
+else.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,10 @@ DAMAGES = {
     "ema": lambda state: {**state, **ema_of(state)},
     "ema_only": lambda state: {**ema_of(state), **{n: t for n, t in state.items() if not is_unet(n)}},
     "leftovers": lambda state: {**state, "betas": torch.zeros(1000), LOSS: torch.ones(3)},
-    "two_names": lambda state: {**state, **renamed({n: t for n, t in state.items() if TEXT in n}, "text_model.", "")},
+    "two_names": lambda state: {
+        **state,
+        **renamed({n: t for n, t in state.items() if TEXT in n}, "text_model.", ""),
+    },
     "novelai_names": lambda state: renamed(state, TEXT + "text_model.", TEXT),
     "float_position_ids": lambda state: {**state, IDS: state[IDS].half()},
 }
@@ -71,7 +76,9 @@ def repaired(path, code):
 def test_every_repairable_code(healthy, tmp_path, code, form):
     _, fixed = repaired(write(DAMAGES[code](healthy), tmp_path / "m", form), code)
     if code == "ema_only":
-        assert_same(fixed, {name: tensor / 2 if is_unet(name) else tensor for name, tensor in healthy.items()})
+        assert_same(
+            fixed, {name: tensor / 2 if is_unet(name) else tensor for name, tensor in healthy.items()}
+        )
     else:
         assert_same(fixed, healthy)
     assert torch.equal(fixed[IDS], torch.arange(77)[None])
@@ -129,7 +136,11 @@ def test_what_cannot_be_repaired_stays_and_is_said(healthy, tmp_path, capsys):
     assert run(["check", str(path), "--fix", str(tmp_path / "out.safetensors"), "--overwrite", "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert (report["fixed"], report["output"]) == (["leftovers"], str(tmp_path / "out.safetensors"))
-    assert {problem["code"] for problem in report["problems"]} == {"leftovers", "missing_tensors", "nan_or_infinity"}
+    assert {problem["code"] for problem in report["problems"]} == {
+        "leftovers",
+        "missing_tensors",
+        "nan_or_infinity",
+    }
     path = write(DAMAGES["broken_position_ids"](healthy), tmp_path / "good", "zip")
     assert run(["check", str(path), "--fix", str(tmp_path / "good.safetensors"), "-q"]) == 0
     assert capsys.readouterr() == ("", "")
@@ -140,15 +151,45 @@ def test_a_healthy_model_is_written_and_said_to_be_so(healthy, tmp_path, capsys)
     output = tmp_path / "out.safetensors"
     repair(path, output)
     assert run(["check", str(output), "--fix", str(tmp_path / "again.safetensors")]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"wrote {tmp_path / 'again.safetensors'}: nothing was to be repaired"
+    assert (
+        capsys.readouterr().out.splitlines()[-1]
+        == f"wrote {tmp_path / 'again.safetensors'}: nothing was to be repaired"
+    )
     assert_same(load_file(tmp_path / "again.safetensors"), healthy)
 
 
 def test_refusals(healthy, tmp_path, capsys):
     write(healthy, tmp_path / "m", "safetensors")
-    assert_refused(capsys, tmp_path, "check", "m.safetensors", "--fix", "m.safetensors", "--overwrite", says="is the input")
-    assert_refused(capsys, tmp_path, "check", "m.safetensors", "--fix", "m.ckpt", says="the output is a .safetensors file")
-    write({name: t for name, t in healthy.items() if component_of(name) == "vae"}, tmp_path / "vae", "safetensors")
     assert_refused(
-        capsys, tmp_path, "check", "vae.safetensors", "--fix", "o.safetensors", says="is a VAE alone, 248 tensors in ldm names"
+        capsys,
+        tmp_path,
+        "check",
+        "m.safetensors",
+        "--fix",
+        "m.safetensors",
+        "--overwrite",
+        says="is the input",
+    )
+    assert_refused(
+        capsys,
+        tmp_path,
+        "check",
+        "m.safetensors",
+        "--fix",
+        "m.ckpt",
+        says="the output is a .safetensors file",
+    )
+    write(
+        {name: t for name, t in healthy.items() if component_of(name) == "vae"},
+        tmp_path / "vae",
+        "safetensors",
+    )
+    assert_refused(
+        capsys,
+        tmp_path,
+        "check",
+        "vae.safetensors",
+        "--fix",
+        "o.safetensors",
+        says="is a VAE alone, 248 tensors in ldm names",
     )

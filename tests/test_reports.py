@@ -1,4 +1,6 @@
-"""Reports: JSON with the promised keys, CSV, tables at a fixed width, and HTML pages read back in a real browser."""
+"""Reports: JSON with the promised keys, CSV, tables at a fixed width, and HTML pages read back in a real
+browser.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ from blockmerge.rendering.csv_text import explanation_csv, matrix_csv, similarit
 from blockmerge.rendering.html_page import explanation_html, matrix_html, similarity_html
 from blockmerge.rendering.json_text import explanation_json, matrix_json, similarity_json
 
-BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+BROWSER = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
+    None,
+)
 HOSTILE = "<script>alert(1)</script>.safetensors"
 
 
@@ -37,7 +42,8 @@ def models(pairs, tmp_path_factory):
 
 
 def hostile_checkpoint(state):
-    # Not a file, since "/" cannot be part of a file's name (though "</script>" can be of a folder and a file).
+    # Not a file, since "/" cannot be part of a file's name (though "</script>" can be of a folder and a
+    # file).
     return StateDict(state, HOSTILE)
 
 
@@ -49,7 +55,9 @@ def similarity_of(models, method="attention", **options):
 
 def explanation_of(models, **options):
     folder, state = models
-    return blockmerge.explain(folder / "m.safetensors", [folder / "a.safetensors", hostile_checkpoint(state)], **options)
+    return blockmerge.explain(
+        folder / "m.safetensors", [folder / "a.safetensors", hostile_checkpoint(state)], **options
+    )
 
 
 def drawn(draw, width=100, **options):
@@ -72,7 +80,9 @@ def test_json_of_attention(models):
 
 
 def test_json_of_weights(models):
-    found = json.loads(similarity_json(similarity_of(models, "weights", common_base=models[0] / "a.safetensors")))
+    found = json.loads(
+        similarity_json(similarity_of(models, "weights", common_base=models[0] / "a.safetensors"))
+    )
     assert (found["seed"], found["common_base"]) == (None, "a.safetensors")
     best = found["references"][0]
     for key in ("relative_difference", "max_difference", "difference_similarity"):
@@ -109,24 +119,32 @@ def test_csv(models):
     assert float(rows[0]["similarity"]) == similarity_of(models).references[0].similarity
     weights = list(csv.DictReader(io.StringIO(similarity_csv(similarity_of(models, "weights")))))
     assert {"BASE", "IN04", "vae"} <= {row["part"] for row in weights}
-    assert matrix_csv(blockmerge.similarity_matrix(models[0])).splitlines()[0] == ",a.safetensors,b.safetensors,m.safetensors"
-    blocks = {row["name"]: row for row in csv.DictReader(io.StringIO(explanation_csv(explanation_of(models))))}
+    assert (
+        matrix_csv(blockmerge.similarity_matrix(models[0])).splitlines()[0]
+        == ",a.safetensors,b.safetensors,m.safetensors"
+    )
+    blocks = {
+        row["name"]: row for row in csv.DictReader(io.StringIO(explanation_csv(explanation_of(models))))
+    }
     assert blocks["IN04"][HOSTILE] == "0.67"
 
 
 def test_a_name_that_is_a_formula_stays_a_name(models):
     state = models[1]
     report = blockmerge.similarity(state, [StateDict(state, "=cmd|' /C calc'!A0")])
-    assert similarity_csv(report).splitlines()[1].startswith("\"'=cmd|") or similarity_csv(report).splitlines()[1].startswith(
-        "'=cmd|"
-    )
+    assert similarity_csv(report).splitlines()[1].startswith("\"'=cmd|") or similarity_csv(
+        report
+    ).splitlines()[1].startswith("'=cmd|")
 
 
 def test_narrow_terminals_lose_nothing(models):
     """Every number that a wide terminal shows is there in a narrow one, whole."""
     folder, state = models
     many = [StateDict(state, f"a model with a rather long name {number}.safetensors") for number in range(8)]
-    weights, attention = blockmerge.similarity(folder / "m.safetensors", many, "weights"), similarity_of(models)
+    weights, attention = (
+        blockmerge.similarity(folder / "m.safetensors", many, "weights"),
+        similarity_of(models),
+    )
     explanation, matrix = explanation_of(models), blockmerge.similarity_matrix(many, "weights")
     pictures = (
         lambda console: print_similarity(console, weights, blocks=True),
@@ -145,7 +163,9 @@ def test_the_heat_map_has_colours_only_where_a_terminal_has_them(models):
     report = similarity_of(models)
     plain = drawn(lambda console: print_similarity(console, report, blocks=True))
     coloured = drawn(
-        lambda console: print_similarity(console, report, blocks=True), force_terminal=True, color_system="truecolor"
+        lambda console: print_similarity(console, report, blocks=True),
+        force_terminal=True,
+        color_system="truecolor",
     )
     assert "\x1b[" not in plain
     assert "48;2;" in coloured
@@ -153,22 +173,57 @@ def test_the_heat_map_has_colours_only_where_a_terminal_has_them(models):
 
 def test_the_command_writes_what_its_ending_says(models, tmp_path, capsys):
     folder, _ = models
-    for ending, begins in (("html", "<!DOCTYPE html>"), ("json", "{"), ("csv", "reference,"), ("txt", "base  ")):
+    for ending, begins in (
+        ("html", "<!DOCTYPE html>"),
+        ("json", "{"),
+        ("csv", "reference,"),
+        ("txt", "base  "),
+    ):
         target = tmp_path / f"report.{ending}"
-        assert run(["similarity", str(folder / "m.safetensors"), str(folder / "a.safetensors"), "-o", str(target)]) == 0
+        assert (
+            run(
+                [
+                    "similarity",
+                    str(folder / "m.safetensors"),
+                    str(folder / "a.safetensors"),
+                    "-o",
+                    str(target),
+                ]
+            )
+            == 0
+        )
         out, err = capsys.readouterr()
         assert (out, err) == ("", f"wrote {target}\n")
         assert target.read_text().startswith(begins)
-    assert run(["similarity", str(folder / "m.safetensors"), str(folder), "-o", str(tmp_path / "report.html")]) == 1
+    assert (
+        run(["similarity", str(folder / "m.safetensors"), str(folder), "-o", str(tmp_path / "report.html")])
+        == 1
+    )
     assert "exists" in capsys.readouterr().err
-    assert run(["explain", str(folder / "m.safetensors"), str(folder), "-o", str(tmp_path / "report.html"), "--overwrite"]) == 0
+    assert (
+        run(
+            [
+                "explain",
+                str(folder / "m.safetensors"),
+                str(folder),
+                "-o",
+                str(tmp_path / "report.html"),
+                "--overwrite",
+            ]
+        )
+        == 0
+    )
     assert "high_res" in (tmp_path / "report.html").read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"report.{e}" for e in ("csv", "html", "json", "txt")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"report.{e}" for e in ("csv", "html", "json", "txt")
+    ]
 
 
 PAGES = {
     "attention": lambda models: similarity_html(similarity_of(models)),
-    "weights": lambda models: similarity_html(similarity_of(models, "weights", common_base=models[0] / "a.safetensors")),
+    "weights": lambda models: similarity_html(
+        similarity_of(models, "weights", common_base=models[0] / "a.safetensors")
+    ),
     "matrix": lambda models: matrix_html(
         blockmerge.similarity_matrix([models[0] / "a.safetensors", hostile_checkpoint(models[1])])
     ),
@@ -196,11 +251,23 @@ def test_pages_are_self_contained_and_harmless(models, page):
 def test_pages_in_a_browser(models, tmp_path, page):
     """What the browser made of the page, after layout: the figures are there, and nothing ran."""
     (tmp_path / "page.html").write_text(PAGES[page](models), encoding="utf-8")
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
     dumped = subprocess.run(
-        [*command, "--dump-dom", (tmp_path / "page.html").as_uri()], capture_output=True, text=True, timeout=120, check=True
+        [*command, "--dump-dom", (tmp_path / "page.html").as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     ).stdout
-    cells = [re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", dumped, re.DOTALL)]
+    cells = [
+        re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", dumped, re.DOTALL)
+    ]
     assert "<script" not in dumped
     if page == "attention":
         found = similarity_of(models).references
@@ -217,6 +284,9 @@ def test_pages_in_a_browser(models, tmp_path, page):
         assert 'style="display: block; --weight: 0.6700"' in dumped
     screenshot = tmp_path / "page.png"
     subprocess.run(
-        [*command, f"--screenshot={screenshot}", (tmp_path / "page.html").as_uri()], capture_output=True, timeout=120, check=True
+        [*command, f"--screenshot={screenshot}", (tmp_path / "page.html").as_uri()],
+        capture_output=True,
+        timeout=120,
+        check=True,
     )
     assert screenshot.stat().st_size > 5000

@@ -1,4 +1,6 @@
-"""Files of torch.save: every layout opens without torch, and is worth as much as the safetensors file of the same tensors."""
+"""Files of torch.save: every layout opens without torch, and is worth as much as the safetensors file of the
+same tensors.
+"""
 
 from __future__ import annotations
 
@@ -50,26 +52,34 @@ def with_leftovers(tensors):
         "callbacks": {module.ModelCheckpoint: {"best": None}, "instance": instance},
         "optimizer_states": [optimizer.state_dict()],
         "lr_schedulers": [np.random.RandomState(0), np.arange(3), b"bytes", {1, 2}, frozenset("a"), 1 << 700],
-        "hyper_parameters": argparse.Namespace(device=torch.device("cpu"), dtype=torch.float16, size=torch.Size([1, 2])),
+        "hyper_parameters": argparse.Namespace(
+            device=torch.device("cpu"), dtype=torch.float16, size=torch.Size([1, 2])
+        ),
         "state_dict": {**tensors, "global_step": 4, "note": "text", "nothing": None, "score": np.float32(3)},
     }
 
 
 def test_the_largest_files_of_training_open(tmp_path):
-    """SDXL with EMA copies and Adam's state of the U-Net: the pickle has a bound, which no real one may reach."""
+    """SDXL with EMA copies and Adam's state of the U-Net: the pickle has a bound, which no real one may
+    reach.
+    """
     state = dict.fromkeys(demo_layout("sdxl"))
     unet = [name for name in state if name.startswith("model.diffusion_model.")]
     state |= dict.fromkeys(f"model_ema.{name.replace('.', '')}" for name in unet)
     saved = {"state_dict": {name: torch.zeros(1) for name in state}}
     adam = {"step": torch.zeros(()), "exp_avg": torch.zeros(1), "exp_avg_sq": torch.zeros(1)}
-    saved["optimizer_states"] = [{number: {key: value.clone() for key, value in adam.items()} for number in range(len(unet))}]
+    saved["optimizer_states"] = [
+        {number: {key: value.clone() for key, value in adam.items()} for number in range(len(unet))}
+    ]
     for zipped in (True, False):
         torch.save(saved, tmp_path / "x.ckpt", _use_new_zipfile_serialization=zipped)
         assert open_checkpoint(tmp_path / "x.ckpt").tensors.keys() == state.keys()
 
 
 def shared(tensors):
-    """Every other tensor lies in one storage of its dtype, the rest beside them; the last two are the same."""
+    """Every other tensor lies in one storage of its dtype, the rest beside them; the last two are the
+    same.
+    """
     result, flat = dict(tensors), {}
     for name in list(tensors)[::2]:
         flat.setdefault(tensors[name].dtype, []).append(name)
@@ -124,7 +134,11 @@ def save(path, tensors, dressed="bare", saved="zip, protocol 2"):
 
 
 def bits(tensor):
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return (
+        tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        if tensor.numel()
+        else b""
+    )
 
 
 @pytest.mark.parametrize("saved", SAVED)
@@ -146,7 +160,12 @@ def test_every_layout_has_the_tensors_that_were_saved(tmp_path, dressed, saved):
     path = save(tmp_path / "x.ckpt", tensors, dressed, saved)
     checkpoint = open_checkpoint(path)
     assert isinstance(checkpoint, TorchFile)
-    assert (checkpoint.name, checkpoint.path, checkpoint.files, checkpoint.metadata) == ("x.ckpt", path, (path,), {})
+    assert (checkpoint.name, checkpoint.path, checkpoint.files, checkpoint.metadata) == (
+        "x.ckpt",
+        path,
+        (path,),
+        {},
+    )
     assert checkpoint.tensors.keys() == tensors.keys()
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "x.safetensors")
     plain = open_checkpoint(tmp_path / "x.safetensors")
@@ -197,7 +216,12 @@ def dressed_pair(tmp_path_factory):
 
 CHOICES = {"weights": 0.3, "changes": "IN00-IN05=1,OUT03=0", "vae": "b", "threads": 2}
 PAIRS = [(a, b, "bare") for a in KINDS for b in KINDS if {a, b} != {"safetensors"}]
-PAIRS += [(a, b, dressed) for dressed in DRESSED for a, b in [("zip", "legacy"), ("legacy", "zip")] if dressed != "bare"]
+PAIRS += [
+    (a, b, dressed)
+    for dressed in DRESSED
+    for a, b in [("zip", "legacy"), ("legacy", "zip")]
+    if dressed != "bare"
+]
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +233,12 @@ def plainly_merged(dressed_pair, tmp_path_factory):
 
 @pytest.mark.parametrize(("a", "b", "dressed"), PAIRS)
 def test_every_pair_merges_as_the_plain_pair(dressed_pair, plainly_merged, tmp_path, a, b, dressed):
-    blockmerge.merge(dressed_pair(0, a, dressed), dressed_pair(1, b, dressed), output=tmp_path / "out.safetensors", **CHOICES)
+    blockmerge.merge(
+        dressed_pair(0, a, dressed),
+        dressed_pair(1, b, dressed),
+        output=tmp_path / "out.safetensors",
+        **CHOICES,
+    )
     out = load_file(tmp_path / "out.safetensors")
     assert out.keys() == plainly_merged.keys()
     for name, tensor in plainly_merged.items():
@@ -250,19 +279,38 @@ def test_all_commands_take_them(dressed_pair, tmp_path, capsys, monkeypatch):
 
     for method in ("attention", "weights"):
         rows = json.loads(said("similarity", a, folder, "--method", method, "--json"))["references"]
-        plain_rows = json.loads(said("similarity", plain[0], *plain, "--method", method, "--json"))["references"]
+        plain_rows = json.loads(said("similarity", plain[0], *plain, "--method", method, "--json"))[
+            "references"
+        ]
         assert [row["name"] for row in rows] == ["a.ckpt", "b.pt"]
-        assert [row["similarity"] for row in rows] == pytest.approx([row["similarity"] for row in plain_rows], abs=1e-9)
+        assert [row["similarity"] for row in rows] == pytest.approx(
+            [row["similarity"] for row in plain_rows], abs=1e-9
+        )
         assert all(row["error"] is None for row in rows)
 
     said(a, b, "--weights", "0.25", "-o", tmp_path / "merged.safetensors", "-q")
     (tmp_path / "plain").mkdir()
-    same_names = [shutil.copy(path, tmp_path / "plain" / name) for path, name in zip(plain, ("a.ckpt", "b.pt"), strict=True)]
-    origins = [json.loads(said("explain", "merged.safetensors", *parents, "--json")) for parents in ((a, b), same_names)]
+    same_names = [
+        shutil.copy(path, tmp_path / "plain" / name)
+        for path, name in zip(plain, ("a.ckpt", "b.pt"), strict=True)
+    ]
+    origins = [
+        json.loads(said("explain", "merged.safetensors", *parents, "--json"))
+        for parents in ((a, b), same_names)
+    ]
     assert origins[0]["blocks"] == origins[1]["blocks"]
     shutil.copy(b, folder / "c.safetensors")
     line = assert_refused(
-        capsys, folder, "c.safetensors", "a.ckpt", "-w", "1", "-o", "c.safetensors", "--overwrite", says="input"
+        capsys,
+        folder,
+        "c.safetensors",
+        "a.ckpt",
+        "-w",
+        "1",
+        "-o",
+        "c.safetensors",
+        "--overwrite",
+        says="input",
     )
     assert "c.safetensors" in line
 
@@ -293,7 +341,10 @@ def test_content_decides_not_the_name(dressed_pair, tmp_path):
 
 NOT_MODELS = {
     "HTML": (b"<!DOCTYPE html><html>rate limited</html>", "is an HTML page"),
-    "a git-LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4\n", "git lfs pull"),
+    "a git-LFS pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4\n",
+        "git lfs pull",
+    ),
     "text": (b"Dear user, this is no model. " * 40, "neither like a zip archive nor like a pickle"),
     "empty": (b"", "is empty"),
     "two bytes": (b"\x80\x02", "cut short"),

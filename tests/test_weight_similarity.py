@@ -1,4 +1,6 @@
-"""Weight similarity against float64 sums made by numpy, and what is defined for zeros, NaN and missing parts."""
+"""Weight similarity against float64 sums made by numpy, and what is defined for zeros, NaN and missing
+parts.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def groups_of(a, b, family):
         pair = (tensor.double().numpy().ravel(), b[name].double().numpy().ravel())
         for group in (block_of(name, family), component_of(name), "total"):
             found.setdefault(group, []).append(pair)
-    return {group: [np.concatenate(side) for side in zip(*pairs, strict=True)] for group, pairs in found.items()}
+    return {
+        group: [np.concatenate(side) for side in zip(*pairs, strict=True)] for group, pairs in found.items()
+    }
 
 
 def assert_matches(found, expected):
@@ -35,7 +39,9 @@ def assert_matches(found, expected):
     for group, (a, b) in expected.items():
         one = everything[group]
         assert one.cosine == pytest.approx(a @ b / math.sqrt(a @ a) / math.sqrt(b @ b), abs=1e-6), group
-        assert one.relative_difference == pytest.approx(np.linalg.norm(b - a) / np.linalg.norm(a), rel=1e-5), group
+        assert one.relative_difference == pytest.approx(
+            np.linalg.norm(b - a) / np.linalg.norm(a), rel=1e-5
+        ), group
         assert one.max_difference == pytest.approx(np.abs(b - a).max(), rel=1e-6), group
     assert found.similarity == found.total.cosine
     assert found.parts == {block: one.cosine for block, one in found.blocks.items()}
@@ -75,14 +81,19 @@ def test_the_cosine_of_differences(pairs, tmp_path):
     base, other = load_file(a), load_file(b)
     for share in (0.25, 0.5):
         mixed = {
-            n: torch.lerp(t.float(), other[n].float(), share).half() if t.is_floating_point() else t for n, t in base.items()
+            n: torch.lerp(t.float(), other[n].float(), share).half() if t.is_floating_point() else t
+            for n, t in base.items()
         }
         save_file(mixed, tmp_path / f"{share}.safetensors")
-    report = blockmerge.similarity(tmp_path / "0.25.safetensors", [tmp_path / "0.5.safetensors", b, a], "weights", common_base=a)
+    report = blockmerge.similarity(
+        tmp_path / "0.25.safetensors", [tmp_path / "0.5.safetensors", b, a], "weights", common_base=a
+    )
     by_name = {found.name: found for found in report.references}
     assert report.common_base == "a.safetensors"
     assert by_name["0.5.safetensors"].total.difference_cosine > 0.999
-    assert by_name["a.safetensors"].total.difference_cosine is None  # it is the base: there is no difference to take
+    assert (
+        by_name["a.safetensors"].total.difference_cosine is None
+    )  # it is the base: there is no difference to take
     expected = groups_of(*(load_file(tmp_path / f"{share}.safetensors") for share in (0.25, 0.5)), "sd1")
     bases = groups_of(base, base, "sd1")
     for group, (x, y) in expected.items():
@@ -104,7 +115,9 @@ def test_thirty_million_halves_are_exactly_themselves(pairs):
     copy["extra.weight"] = (copy["extra.weight"].float() * 1.1).half()
     (found,) = blockmerge.similarity(tensors, [copy], method="weights").references
     a, b = tensors["extra.weight"].double(), copy["extra.weight"].double()
-    assert found.components["other"].relative_difference == pytest.approx(((b - a).norm() / a.norm()).item(), rel=1e-5)
+    assert found.components["other"].relative_difference == pytest.approx(
+        ((b - a).norm() / a.norm()).item(), rel=1e-5
+    )
 
 
 def test_zeros(pairs):
@@ -128,7 +141,16 @@ def test_nan_is_told_by_name(pairs, tmp_path, capsys):
     assert good.error is None
     assert failed.error.startswith("nan.safetensors holds NaN or infinity")
     assert failed.error.endswith(f" in {CONV}")
-    assert_refused(capsys, tmp_path, "similarity", bad, b, "--method", "weights", says=["nan.safetensors holds NaN", CONV])
+    assert_refused(
+        capsys,
+        tmp_path,
+        "similarity",
+        bad,
+        b,
+        "--method",
+        "weights",
+        says=["nan.safetensors holds NaN", CONV],
+    )
     matrix = blockmerge.similarity_matrix([a, bad, b], method="weights")
     assert matrix.errors == {"nan.safetensors": failed.error}
     assert matrix.similarity[1] == (None, None, None)
@@ -139,7 +161,9 @@ def test_missing_parts_and_other_shapes(pairs):
     a, b = (load_file(path) for path in pairs())
     unet = {name: tensor for name, tensor in b.items() if name.startswith("model.diffusion_model.")}
     first = "model.diffusion_model.input_blocks.0.0.weight"
-    unet[first] = torch.cat([unet[first], unet[first][:, :1].repeat(1, 5, 1, 1)], dim=1)  # as inpainting models have it
+    unet[first] = torch.cat(
+        [unet[first], unet[first][:, :1].repeat(1, 5, 1, 1)], dim=1
+    )  # as inpainting models have it
     (found,) = blockmerge.similarity(a, [unet], method="weights").references
     assert "BASE" not in found.blocks
     assert set(found.components) == {"unet"}
@@ -174,7 +198,9 @@ def test_nan_in_the_common_base(pairs, tmp_path, capsys):
     assert_refused(capsys, tmp_path, *arguments, says=["nan.safetensors holds NaN", CONV])
 
 
-@pytest.mark.parametrize(("value", "dtype"), [(1e-25, torch.float32), (3e38, torch.float32), (1e25, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(1e-25, torch.float32), (3e38, torch.float32), (1e25, torch.bfloat16)]
+)
 def test_tiny_and_large_values_are_no_zeros_and_no_nan(pairs, value, dtype):
     a = {n: t.to(dtype) for n, t in load_file(pairs()[0]).items()}
     b = dict(a)
@@ -196,11 +222,15 @@ def test_many_files_take_few_handles(pairs, tmp_path):
     for path in sorted(tmp_path.iterdir()):  # of their own, not links to the same: those count once
         target = path.resolve()
         path.unlink()
-        path.hardlink_to(target) if target.stat().st_dev == tmp_path.stat().st_dev else path.write_bytes(target.read_bytes())
+        path.hardlink_to(target) if target.stat().st_dev == tmp_path.stat().st_dev else path.write_bytes(
+            target.read_bytes()
+        )
         files.append(path)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken = max(map(int, os.listdir("/proc/self/fd"))) if os.path.isdir("/proc/self/fd") else 64
-    resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 75, hard))  # 36 files held open by 3 threads would take 108
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (taken + 75, hard)
+    )  # 36 files held open by 3 threads would take 108
     try:
         matrix = blockmerge.similarity_matrix(files, method="weights", threads=3)
     finally:
@@ -249,7 +279,10 @@ def test_a_file_cut_short_meanwhile_is_a_row(pairs, tmp_path):
             ["a.safetensors", "b.safetensors", "--matrix", "--common-base", "a.safetensors"],
             "leave out --blocks and --common-base",
         ),
-        (["a.safetensors", "b.safetensors", "--method", "weights", "--common-base", "nope.safetensors"], "nope.safetensors"),
+        (
+            ["a.safetensors", "b.safetensors", "--method", "weights", "--common-base", "nope.safetensors"],
+            "nope.safetensors",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused(pairs, tmp_path, capsys, arguments, says):

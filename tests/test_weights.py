@@ -46,7 +46,9 @@ def test_lists_for_sdxl():
     named = dict(zip(oracle.SD, numbers, strict=True))
     assert values(numbers, "sdxl") == [named[block] for block in oracle.SDXL]
     shifted = {f"OUT{k:02}": named[f"OUT{k + 3:02}"] for k in range(9)}
-    assert values(numbers, "sdxl", "resolution") == [shifted.get(block, named[block]) for block in oracle.SDXL]
+    assert values(numbers, "sdxl", "resolution") == [
+        shifted.get(block, named[block]) for block in oracle.SDXL
+    ]
     assert values(numbers[:20], "sdxl") == numbers[:20]
     assert values(numbers[:20], "sdxl", "resolution") == numbers[:20]
     assert values(numbers[:19], "sdxl") == [0.0, *numbers[:19]]
@@ -57,7 +59,10 @@ def test_names_and_ranges():
     expected = dict.fromkeys(oracle.SD, 0.0) | {"BASE": 1, "IN00": 0.3, "IN01": 0.3, "IN02": -1, "IN04": None}
     expected |= {"M00": 0.5, "OUT00": 0.5, "OUT01": 0.5, "OUT02": 0.5}
     assert dict(found) == expected
-    assert dict(parse_weights({"IN04": 0.5, "out11": None})) == dict.fromkeys(oracle.SD, 0.0) | {"IN04": 0.5, "OUT11": None}
+    assert dict(parse_weights({"IN04": 0.5, "out11": None})) == dict.fromkeys(oracle.SD, 0.0) | {
+        "IN04": 0.5,
+        "OUT11": None,
+    }
 
 
 @pytest.mark.parametrize(
@@ -207,7 +212,9 @@ def test_the_users_own_presets():
     folder.mkdir(parents=True)
     (folder / "mine.toml").write_text('weights = "IN04=0.5"\ndescription = "two\\nlines"\n')
     (folder / "high.toml").write_text("name = 'High-Res'\nweights = 0.75\n".replace("0.75", '"0.75"'))
-    (folder / "many.txt").write_text(f"preset_name\tpreset_weights\nONE\t{oracle.LOW_RES}\nTWO:{oracle.HIGH_RES}\n")
+    (folder / "many.txt").write_text(
+        f"preset_name\tpreset_weights\nONE\t{oracle.LOW_RES}\nTWO:{oracle.HIGH_RES}\n"
+    )
     names = blockmerge.preset_names()
     assert names[:4] == ["High-Res", "mine", "ONE", "TWO"]
     assert len(names) == 43  # 40, of which one is hidden, and four
@@ -236,14 +243,18 @@ def test_preset_files_in_the_users_folder_that_cannot_be_read_are_told_of():
     first, second = unreadable_presets()
     assert "a.txt, line 1: expected NAME" in first
     assert "my_mix.toml is not TOML" in second
-    with pytest.raises(PresetError, match=r"unknown preset 'MY-MIX'.*my_mix.toml is not TOML.* \(and 1 more\)"):
+    with pytest.raises(
+        PresetError, match=r"unknown preset 'MY-MIX'.*my_mix.toml is not TOML.* \(and 1 more\)"
+    ):
         blockmerge.load_preset("MY-MIX")
     with pytest.raises(PresetError, match=r"unknown preset 'other'.*a.txt, line 1"):
         blockmerge.load_preset("other")
 
 
 def test_weights_given_as_a_preset_are_refused():
-    with pytest.raises(PresetError, match="a preset is a name or a file, not a BlockWeights: give weights as weights="):
+    with pytest.raises(
+        PresetError, match="a preset is a name or a file, not a BlockWeights: give weights as weights="
+    ):
         WeightsRequest(preset=BlockWeights.flat(0.5)).check()
 
 
@@ -265,7 +276,9 @@ def test_preset_files_by_path(tmp_path):
     assert blockmerge.load_preset(f"{supermerger}#a") == parse_weights(oracle.HIGH_RES)
     assert list(blockmerge.load_preset(f"{supermerger}#B 2").values()) == [1.0] * 3 + [0.0] * 23
     assert list(blockmerge.load_preset(f"{supermerger}#mbw").values()) == [0.0] + [0.5] * 25
-    with pytest.raises(PresetError, match=r"holds 4 presets \(A, B 2, RANDOM, MBW\): write mbwpresets.txt#NAME"):
+    with pytest.raises(
+        PresetError, match=r"holds 4 presets \(A, B 2, RANDOM, MBW\): write mbwpresets.txt#NAME"
+    ):
         blockmerge.load_preset(str(supermerger))
     twice = tmp_path / "twice.txt"
     twice.write_text(f"A:{oracle.HIGH_RES}\na:{oracle.LOW_RES}\nB:{oracle.LOW_RES}\n")
@@ -292,7 +305,11 @@ def test_preset_files_by_path(tmp_path):
         ("x.toml", "aliases = [1]\nweights = '0.5'", "'aliases' is not a list of texts"),
         ("x.toml", "weights = " + "1" * 5000, "a number too long"),
         ("x.txt", "# only a comment: 0.5", "holds no preset"),
-        ("x.toml", "weights = '0.5'\nsdxl = [" + ",".join("1" * 26) + "]", "'sdxl': 26 weights given where 20"),
+        (
+            "x.toml",
+            "weights = '0.5'\nsdxl = [" + ",".join("1" * 26) + "]",
+            "'sdxl': 26 weights given where 20",
+        ),
         ("x.txt", "just words", "line 1: expected NAME"),
         ("x.txt", "\nname\t1,2,3", "line 2: 3 weights given"),
         ("x.txt", "", "holds no preset"),
@@ -311,7 +328,9 @@ def test_preset_files_that_cannot_be_read(tmp_path, name, text, says):
     assert name in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["0.5", "1", '"skip"', '["skip", 0.25' + ", 1" * 24 + "]", '{BASE = "skip", IN00 = 0.5}'])
+@pytest.mark.parametrize(
+    "text", ["0.5", "1", '"skip"', '["skip", 0.25' + ", 1" * 24 + "]", '{BASE = "skip", IN00 = 0.5}']
+)
 def test_all_forms_of_weights_in_a_toml_file(tmp_path, text):
     path = tmp_path / "x.toml"
     path.write_text(f"weights = {text}")

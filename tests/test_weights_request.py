@@ -28,7 +28,9 @@ def array(weights):
 @settings(max_examples=25)
 def test_presets_are_added_up(family, first, second):
     found = WeightsRequest([f"high_res@{first!r}", f"low-res_replace@{second!r}", "GRAD_A"]).resolve(family)
-    high, low = (oracle.SDXL_HIGH_RES, oracle.SDXL_LOW_RES) if family == "sdxl" else (oracle.HIGH_RES, oracle.LOW_RES)
+    high, low = (
+        (oracle.SDXL_HIGH_RES, oracle.SDXL_LOW_RES) if family == "sdxl" else (oracle.HIGH_RES, oracle.LOW_RES)
+    )
     grad = np.array([0, *(1 - abs(1 - i / 12) for i in range(25))])
     if family == "sdxl":  # it has no table of its own: by name
         grad = grad[[oracle.SD.index(block) for block in oracle.SDXL]]
@@ -44,7 +46,9 @@ def test_ratios_that_sum_to_1_interpolate(ratio):
 
 
 def test_one_preset_scaled_and_changed():
-    assert array(WeightsRequest("low_res@0.5").resolve("sd1")) == pytest.approx(np.array(oracle.numbers(oracle.LOW_RES)) / 2)
+    assert array(WeightsRequest("low_res@0.5").resolve("sd1")) == pytest.approx(
+        np.array(oracle.numbers(oracle.LOW_RES)) / 2
+    )
     found = WeightsRequest(("low_res@0.5", "FLAT_25@0"), changes="M00=0.9").resolve("sd1")
     assert found["M00"] == 0.9
     assert found["IN11"] == 0.5
@@ -132,7 +136,9 @@ def test_several_presets_still_exclude_weights():
 def test_beta_is_0_unless_asked_for():
     assert WeightsRequest(beta=True).resolve("sdxl") == BlockWeights.flat(0.0, oracle.SDXL)
     assert WeightsRequest(beta=True, changes="M00=0.5").resolve("sd1") == parse_weights("M00=0.5")
-    assert WeightsRequest("high_res@0.5", beta=True).resolve("sd1") == blockmerge.load_preset("high_res").scale(0.5)
+    assert WeightsRequest("high_res@0.5", beta=True).resolve("sd1") == blockmerge.load_preset(
+        "high_res"
+    ).scale(0.5)
     assert WeightsRequest(weights="IN00-M00=0.2", beta=True).resolve("sd1")["IN03"] == 0.2
     assert WeightsRequest(default=1.0).resolve("sd1") == BlockWeights.flat(1.0)
     for request, says in {
@@ -215,7 +221,10 @@ def test_a_random_weight_depends_on_seed_and_block_alone():
     [
         ("random(1)", "cannot read 'random(1)': write random, random(0.2,0.8), or random(0.2,0.8,2)"),
         ("random(0.8,0.2)", "random(0.8,0.2): the lower limit comes first"),
-        ("M00=random(0,1,13)", "random(0,1,13): the lower limit comes first, then the upper, then 0 to 12 digits"),
+        (
+            "M00=random(0,1,13)",
+            "random(0,1,13): the lower limit comes first, then the upper, then 0 to 12 digits",
+        ),
         ("random(nan,1)", "the lower limit comes first"),
         ("random(a,b)", "cannot read 'random(a,b)'"),
         ("IN00=random(0,1", "cannot read 'IN00=random(0,1' in the weights: a ')' is missing"),
@@ -245,7 +254,9 @@ def test_seeds_are_whole_numbers(seed):
 
 
 def test_seeds_of_numpy_are_seeds():
-    assert WeightsRequest(weights="random", seed=np.int64(5)).resolve("sd1") == parse_weights("random", seed=5)
+    assert WeightsRequest(weights="random", seed=np.int64(5)).resolve("sd1") == parse_weights(
+        "random", seed=5
+    )
 
 
 def test_an_unknown_sdxl_mapping_is_refused_whatever_the_family():
@@ -257,7 +268,9 @@ def test_random_presets(tmp_path):
     lists = tmp_path / "mbwpresets.txt"
     custom = "U,0,0,0,0,0,0,0,0,0,0,0,0,R,R,R,R,R,R,R,X,R,R,R,R,0.5"
     lists.write_text(f"DICE\t{custom}\nOF TENSORS\tU,ER{',0' * 24}\nFIXED\t{oracle.HIGH_RES}\n")
-    (tmp_path / "x.toml").write_text("weights = ['random(0.25, 0.5)', " + "0," * 25 + "]\nsdxl = 'M00=random'")
+    (tmp_path / "x.toml").write_text(
+        "weights = ['random(0.25, 0.5)', " + "0," * 25 + "]\nsdxl = 'M00=random'"
+    )
     dice = find_preset(f"{lists}#dice")
     assert dice.is_random
     assert not find_preset(f"{lists}#fixed").is_random
@@ -280,4 +293,7 @@ def test_explain_does_not_recognise_random_presets():
     drawn = array(find_preset("dice").weights)
     assert matching_presets("sd1", tuple(oracle.SD), drawn, np.zeros(26), np.ones(26, dtype=bool)) == []
     known = array(blockmerge.load_preset("GRAD_V"))
-    assert matching_presets("sd1", tuple(oracle.SD), known, np.zeros(26), np.ones(26, dtype=bool))[0].label == "GRAD_V"
+    assert (
+        matching_presets("sd1", tuple(oracle.SD), known, np.zeros(26), np.ones(26, dtype=bool))[0].label
+        == "GRAD_V"
+    )

@@ -1,7 +1,8 @@
 """The blocks a user sets weights for, and which tensor belongs to which.
 
-The borders are those of the original merge-block-weighted tool and of SuperMerger: the time embedding belongs to
-IN00, the last norm and convolution (`out.`) to the last output block, and what is no tensor of the U-Net to BASE.
+The borders are those of the original merge-block-weighted tool and of SuperMerger: the time embedding belongs
+to IN00, the last norm and convolution (`out.`) to the last output block, and what is no tensor of the U-Net
+to BASE.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ def block_of(name: str, family: str | None = None) -> str:
     >>> block_of("model.diffusion_model.input_blocks.4.1.proj_in.weight")
     'IN04'
 
-    `name` is a tensor's name in LDM naming, with or without `model.diffusion_model.`, or a U-Net's name in diffusers
-    naming. `family` is one of LAYOUTS; it decides where `out.` and `conv_out.` are (OUT11, or OUT08 in SDXL). Without it, SD1
-    and SD2 are assumed. Everything outside the U-Net is BASE.
+    `name` is a tensor's name in LDM naming, with or without `model.diffusion_model.`, or a U-Net's name in
+    diffusers naming. `family` is one of LAYOUTS; it decides where `out.` and `conv_out.` are (OUT11, or OUT08
+    in SDXL). Without it, SD1 and SD2 are assumed. Everything outside the U-Net is BASE.
 
     Raises RecipeError when the name is no text, or the family is unknown or has no such block.
     """

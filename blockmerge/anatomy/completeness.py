@@ -1,4 +1,6 @@
-"""Names and shapes held against the layouts of real files: what is missing, what is unknown, what has another shape."""
+"""Names and shapes held against the layouts of real files: what is missing, what is unknown, what has another
+shape.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,18 @@ from blockmerge.anatomy.names import UNET_PREFIX, component_of
 
 _NOT_NEEDED = re.compile(
     r".*\.(position_ids|logit_scale)"
-    # SD2 reads its text encoder before the last of the 24 layers; files that were diffusers folders once have 23.
+    # SD2 reads its text encoder before the last of the 24 layers; files that were diffusers folders once have
+    # 23.
     r"|cond_stage_model\.model\.(text_projection|transformer\.resblocks\.23\..*)"
 )
-_HARMLESS = re.compile(r"(cond_stage_model|conditioner)\..*(logit_scale|text_projection|text_projection\.weight|position_ids)")
+_HARMLESS = re.compile(
+    r"(cond_stage_model|conditioner)\..*(logit_scale|text_projection|text_projection\.weight|position_ids)"
+)
 """What some tools write into a text encoder beside the layout's tensors, and every loader passes over."""
 
-_LEAST_WIDTH = 128  # of the layouts' extents, smaller ones are kernels, channels of pictures and latents, and positions
+_LEAST_WIDTH = (
+    128  # of the layouts' extents, smaller ones are kernels, channels of pictures and latents, and positions
+)
 _FIRST_CONVOLUTION = UNET_PREFIX + "input_blocks.0.0.weight"
 
 Shape = tuple[int, ...]
@@ -41,9 +48,9 @@ def components_of(family: str) -> tuple[str, ...]:
 def layout_gaps(shapes: Mapping[str, Shape], family: str, component: str) -> LayoutGaps:
     """Hold one component of a model, {canonical name: shape}, against the layout of its family.
 
-    Shapes are compared exactly where most widths are the real ones. A narrower or wider model is held against itself: each
-    of the layout's widths (320, 640, …) must be one and the same width wherever it occurs. The input channels of the U-Net's
-    first convolution are left to `identify`.
+    Shapes are compared exactly where most widths are the real ones. A narrower or wider model is held against
+    itself: each of the layout's widths (320, 640, …) must be one and the same width wherever it occurs. The
+    input channels of the U-Net's first convolution are left to `identify`.
     """
     wanted = {name: shape for name, shape in layout(family).items() if component_of(name) == component}
     found = {name: shape for name, shape in shapes.items() if component_of(name) == component}
@@ -61,7 +68,9 @@ def layout_gaps(shapes: Mapping[str, Shape], family: str, component: str) -> Lay
 
 
 def _widths(pairs: Iterable[tuple[Shape, Shape]]) -> dict[int, int]:
-    """Return which width of a model stands for each of the layout's, by majority; nothing where most are the real ones."""
+    """Return which width of a model stands for each of the layout's, by majority; nothing where most are the
+    real ones.
+    """
     votes: defaultdict[int, Counter[int]] = defaultdict(Counter)
     for wanted, found in pairs:
         if len(wanted) == len(found):

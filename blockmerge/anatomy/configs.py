@@ -1,7 +1,9 @@
-"""The configuration files of a diffusers folder that is made from a single file, worked out from its tensors' shapes.
+"""The configuration files of a diffusers folder that is made from a single file, worked out from its tensors'
+shapes.
 
-What shapes do not tell is that of the published folders (stable-diffusion-v1-5, -2-1, stable-diffusion-xl-base-1.0 and
--refiner-1.0): heads, activations, schedules. Single files hold no tokenizer and no safety checker.
+What shapes do not tell is that of the published folders (stable-diffusion-v1-5, -2-1,
+stable-diffusion-xl-base-1.0 and -refiner-1.0): heads, activations, schedules. Single files hold no tokenizer
+and no safety checker.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ _SDXL_PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "toke
 _HEAD_WIDTH = 64
 _IMAGE_SIZES = {"sd1": 512, "sd2": 512, "sdxl": 1024, "sdxl_refiner": 1024}
 _V_IMAGE_SIZES = {"sd2": 768}
-# A size's sine embedding is this part of what goes into add_embedding: six beside the pooled text of five times its width,
-# in the refiner five.
+# A size's sine embedding is this part of what goes into add_embedding: six beside the pooled text of five
+# times its width, in the refiner five.
 _TIME_IDS = {"sdxl": 11, "sdxl_refiner": 10}
 _SAMPLES = 8  # pixels a latent
 _DIFFUSERS = "0.30.0"  # whose configs these are; some pipelines ask for it
@@ -46,14 +48,20 @@ _DIFFUSERS = "0.30.0"  # whose configs these are; some pipelines ask for it
 def folder_configs(
     shapes: Shapes, family: str, *, prediction: str = "epsilon", zero_snr: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Return {path in the folder: content} of model_index.json and of a config for each component and the scheduler.
+    """Return {path in the folder: content} of model_index.json and of a config for each component and the
+    scheduler.
 
-    `shapes` are those of tensors in diffusers' names (``"unet/conv_in.weight"``), `family` is one of ``"sd1"``, ``"sd2"``,
-    ``"sdxl"`` and ``"sdxl_refiner"``, `prediction` ``"epsilon"`` or ``"v_prediction"``; `zero_snr` says that the model is
-    trained on a schedule that ends in pure noise (https://arxiv.org/abs/2305.08891).
-    Raises UnknownFamilyError when a component lacks a tensor that tells how it is built.
+    `shapes` are those of tensors in diffusers' names (``"unet/conv_in.weight"``), `family` is one of
+    ``"sd1"``, ``"sd2"``, ``"sdxl"`` and ``"sdxl_refiner"``, `prediction` ``"epsilon"`` or ``"v_prediction"``;
+    `zero_snr` says that the model is trained on a schedule that ends in pure noise
+    (https://arxiv.org/abs/2305.08891). Raises UnknownFamilyError when a component lacks a tensor that tells
+    how it is built.
     """
-    size = _V_IMAGE_SIZES.get(family, _IMAGE_SIZES[family]) if prediction == "v_prediction" else _IMAGE_SIZES[family]
+    size = (
+        _V_IMAGE_SIZES.get(family, _IMAGE_SIZES[family])
+        if prediction == "v_prediction"
+        else _IMAGE_SIZES[family]
+    )
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         component, _, rest = name.partition("/")
@@ -76,7 +84,9 @@ def folder_configs(
 
 
 def model_index(family: str, components: Collection[str], variant: str, scheduler: str) -> dict[str, Any]:
-    """Return model_index.json: which class loads each component, and null for those that are not among `components`."""
+    """Return model_index.json: which class loads each component, and null for those that are not among
+    `components`.
+    """
     is_sd = family in ("sd1", "sd2")
     kind = "sd" if is_sd else family
     index: dict[str, Any] = _of_diffusers(_PIPELINES.get((kind, variant), _PIPELINES[kind, "base"]))
@@ -94,7 +104,9 @@ def model_index(family: str, components: Collection[str], variant: str, schedule
 
 
 def scheduler_config(family: str, prediction: str, *, zero_snr: bool = False) -> dict[str, Any]:
-    """Return the published scheduler of a family, with the schedule of noise that all of them were trained on."""
+    """Return the published scheduler of a family, with the schedule of noise that all of them were trained
+    on.
+    """
     config = {
         "beta_end": 0.012,
         "beta_schedule": "scaled_linear",
@@ -158,9 +170,14 @@ class _Part:
 
 def _unet(part: _Part, family: str, image_size: int) -> dict[str, Any]:
     widths = part.widths("down_blocks.#.resnets.0.conv1.weight")
-    depths = [part.count(f"down_blocks.{level}.attentions.0.transformer_blocks.#") for level in range(len(widths))]
+    depths = [
+        part.count(f"down_blocks.{level}.attentions.0.transformer_blocks.#") for level in range(len(widths))
+    ]
     mid_depth = part.count("mid_block.attentions.0.transformer_blocks.#")
-    first = next((f"down_blocks.{level}.attentions.0" for level, depth in enumerate(depths) if depth), "mid_block.attentions.0")
+    first = next(
+        (f"down_blocks.{level}.attentions.0" for level, depth in enumerate(depths) if depth),
+        "mid_block.attentions.0",
+    )
     # diffusers builds the middle with the depth of the last level.
     built = [*(depth or 1 for depth in depths[:-1]), mid_depth]
     one_depth = len({depth for depth in (*depths, mid_depth) if depth}) == 1
@@ -227,7 +244,8 @@ def _text_encoder(part: _Part, family: str) -> dict[str, Any]:
     return {
         "architectures": [_CLASSES[part.component][1]],
         "bos_token_id": 0,
-        "eos_token_id": 2,  # not that of the tokenizer, but what transformers takes for it in all published folders
+        # Not that of the tokenizer, but what transformers takes for it in all published folders.
+        "eos_token_id": 2,
         "hidden_act": "gelu" if is_open_clip else "quick_gelu",
         "hidden_size": width,
         "intermediate_size": part.extent("text_model.encoder.layers.0.mlp.fc1.weight", 0),
@@ -237,6 +255,8 @@ def _text_encoder(part: _Part, family: str) -> dict[str, Any]:
         "num_attention_heads": width // math.gcd(_HEAD_WIDTH, width),
         "num_hidden_layers": part.count("text_model.encoder.layers.#"),
         "pad_token_id": 1,
-        "projection_dim": part.extent("text_projection.weight", 0) if "text_projection.weight" in part else width,
+        "projection_dim": part.extent("text_projection.weight", 0)
+        if "text_projection.weight" in part
+        else width,
         "vocab_size": part.extent("text_model.embeddings.token_embedding.weight", 0),
     }

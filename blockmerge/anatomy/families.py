@@ -1,7 +1,7 @@
 """Which architecture a checkpoint has, told from its tensors' names and shapes alone.
 
-Nothing here looks at widths (320, 768, …): they are the same in nearly every real file, but signs that do not need them
-also hold for narrow test models. Nor does it look at text encoders: a U-Net may come alone.
+Nothing here looks at widths (320, 768, …): they are the same in nearly every real file, but signs that do not
+need them also hold for narrow test models. Nor does it look at text encoders: a U-Net may come alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from blockmerge.errors import RecipeError, UnknownFamilyError, counted
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture: its short name, its title for people, its blocks, and its variants by input channels."""
+    """An architecture: its short name, its title for people, its blocks, and its variants by input
+    channels.
+    """
 
     name: str
     title: str
@@ -29,7 +31,9 @@ FAMILIES: Mapping[str, Family] = {
     family.name: family
     for family in (
         Family("sd1", "Stable Diffusion 1.x", SD_BLOCKS, {4: "base", 8: "pix2pix", 9: "inpainting"}),
-        Family("sd2", "Stable Diffusion 2.x", SD_BLOCKS, {4: "base", 5: "depth", 8: "pix2pix", 9: "inpainting"}),
+        Family(
+            "sd2", "Stable Diffusion 2.x", SD_BLOCKS, {4: "base", 5: "depth", 8: "pix2pix", 9: "inpainting"}
+        ),
         Family("sdxl", "Stable Diffusion XL", SDXL_BLOCKS, {4: "base", 8: "pix2pix", 9: "inpainting"}),
         Family("sdxl_refiner", "Stable Diffusion XL refiner", SD_BLOCKS, {4: "base"}),
     )
@@ -50,7 +54,10 @@ def identify(shapes: Mapping[str, tuple[int, ...]]) -> Anatomy:
 
     Raises UnknownFamilyError, saying what was found, when there is no U-Net or none that blockmerge knows.
     """
-    unet = {name.removeprefix(UNET_PREFIX).removeprefix(DIFFUSERS_UNET_PREFIX): shape for name, shape in shapes.items()}
+    unet = {
+        name.removeprefix(UNET_PREFIX).removeprefix(DIFFUSERS_UNET_PREFIX): shape
+        for name, shape in shapes.items()
+    }
     if "input_blocks.0.0.weight" in unet:
         naming, first, family = "ldm", "input_blocks.0.0.weight", _ldm_family(unet)
     elif "conv_in.weight" in unet and any(name.startswith("down_blocks.") for name in unet):
@@ -60,7 +67,9 @@ def identify(shapes: Mapping[str, tuple[int, ...]]) -> Anatomy:
     channels = unet[first][1] if len(unet[first]) == 4 else 0
     variant = FAMILIES[family].variants.get(channels)
     if variant is None:
-        raise UnknownFamilyError(f"its first convolution {first} has shape {list(unet[first])}, which no {family} model has")
+        raise UnknownFamilyError(
+            f"its first convolution {first} has shape {list(unet[first])}, which no {family} model has"
+        )
     for name in shapes:
         try:
             block_of(name, family)
@@ -74,7 +83,10 @@ def _instead_of_a_unet(names: Iterable[str]) -> str:
         case "vae", naming, count:
             return f"is a VAE alone, {counted(count, 'tensor')} in {naming} names: give it as vae (--vae)"
         case _, naming, count:
-            return f"is a text encoder alone, {counted(count, 'tensor')} in {naming} names: give a model with a U-Net"
+            return (
+                f"is a text encoder alone, {counted(count, 'tensor')} in {naming} names: give a model "
+                "with a U-Net"
+            )
     return "holds no Stable Diffusion U-Net (no tensor input_blocks.0.0.weight)"
 
 
@@ -96,7 +108,9 @@ def _ldm_family(unet: Mapping[str, tuple[int, ...]]) -> str:
     if highest == 11 and proj_in is not None and len(proj_in) in (2, 4):
         # SD1 projects into its transformers with a 1×1 convolution, SD2 with a matrix.
         return "sd1" if len(proj_in) == 4 else "sd2"
-    raise UnknownFamilyError(f"holds a U-Net that is neither SD1, SD2 nor SDXL (its highest input block is {highest})")
+    raise UnknownFamilyError(
+        f"holds a U-Net that is neither SD1, SD2 nor SDXL (its highest input block is {highest})"
+    )
 
 
 def _diffusers_family(unet: Mapping[str, tuple[int, ...]]) -> str:

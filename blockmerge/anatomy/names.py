@@ -16,7 +16,8 @@ COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "vae", "ema", "other")
 """The components a tensor can belong to. Only SDXL has a second text encoder."""
 
 TITLES = {
-    "unet": "U-Net", "text_encoder": "text encoder", "text_encoder_2": "second text encoder", "vae": "VAE", "ema": "EMA copy",
+    "unet": "U-Net", "text_encoder": "text encoder", "text_encoder_2": "second text encoder", "vae": "VAE",
+    "ema": "EMA copy",
 }  # fmt: skip
 """What messages call components."""
 
@@ -37,12 +38,18 @@ VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 
 _VAE_PREFIX = re.compile(r"first_stage_model\.|vae[./]")
 _BARE_UNET = re.compile(r"(?:input_blocks|middle_block|output_blocks|time_embed|label_emb|out)\.")
-_DIFFUSERS_UNET = re.compile(r"(?:down_blocks|mid_block|up_blocks|conv_in|conv_norm_out|conv_out|time_embedding|add_embedding)\.")
+_DIFFUSERS_UNET = re.compile(
+    r"(?:down_blocks|mid_block|up_blocks|conv_in|conv_norm_out|conv_out|time_embedding|add_embedding)\."
+)
 _DOTTED = re.compile(r"(unet|vae|text_encoder|text_encoder_2)\.")
 _BARE_TEXT_MODEL = re.compile(r"(text_encoder/|text_encoder_2/)(?=(?:embeddings|encoder|final_layer_norm)\.)")
-_OLD_VAE_ATTENTION = re.compile(r"(vae/(?:encoder|decoder)\.mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
+_OLD_VAE_ATTENTION = re.compile(
+    r"(vae/(?:encoder|decoder)\.mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)"
+)
 _NEW_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_REMEMBERED = 1 << 13  # names: the models of a merge have the same ones, and each is asked about several times
+_REMEMBERED = (
+    1 << 13
+)  # names: the models of a merge have the same ones, and each is asked about several times
 _SCHEDULE = re.compile(
     r"betas|alphas_cumprod(_prev)?|sqrt_\w+|log_one_minus_\w+|posterior_\w+|logvar|(denoiser\.)?(sigmas|log_sigmas)"
 )
@@ -64,11 +71,13 @@ def component_of(name: str) -> str:
 
 @lru_cache(_REMEMBERED)
 def canonical_name(name: str) -> str:
-    """Return the one spelling of a tensor's name in its naming: LDM's full name, or diffusers' as `component/name`.
+    """Return the one spelling of a tensor's name in its naming: LDM's full name, or diffusers' as
+    `component/name`.
 
-    LDM: U-Nets without `model.diffusion_model.` get it, and SD1 text encoders in NovelAI's form get the `text_model.` that
-    every loader accepts. diffusers: U-Nets alone get `unet/`, `unet.…` (whole models as one dict) becomes `unet/…`, text
-    encoders as transformers 5 writes them get `text_model.`, and the VAE's attention its present names.
+    LDM: U-Nets without `model.diffusion_model.` get it, and SD1 text encoders in NovelAI's form get the
+    `text_model.` that every loader accepts. diffusers: U-Nets alone get `unet/`, `unet.…` (whole models as
+    one dict) becomes `unet/…`, text encoders as transformers 5 writes them get `text_model.`, and the VAE's
+    attention its present names.
     """
     if _BARE_UNET.match(name):
         return UNET_PREFIX + name
@@ -82,14 +91,18 @@ def canonical_name(name: str) -> str:
 
 
 def lone_component(names: Iterable[str]) -> tuple[str, str, int] | None:
-    """Return (component, naming, number of its tensors) for a VAE or text encoders alone, None with a U-Net or without either."""
+    """Return (component, naming, number of its tensors) for a VAE or text encoders alone, None with a U-Net
+    or without either.
+    """
     known = list(names)
     components = {component_of(canonical_name(name)) for name in known}
     if components & {"unet", "ema"}:
         return None
     vae = [short for name in known if (short := _VAE_PREFIX.sub("", name, count=1)).startswith(VAE_PARTS)]
     text = [
-        name for name in known if component_of(canonical_name(name)).startswith("text_encoder") or name.startswith("text_model.")
+        name
+        for name in known
+        if component_of(canonical_name(name)).startswith("text_encoder") or name.startswith("text_model.")
     ]
     if "decoder.conv_in.weight" in vae and not text:
         diffusers = any(name.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for name in vae)
@@ -111,13 +124,17 @@ def is_prediction_marker(name: str) -> bool:
 
 
 def is_leftover(name: str, variant: str) -> bool:
-    """Whether no loader of a model of that variant needs a tensor of LDM naming: schedules, losses, optimizer states, ….
+    """Whether no loader of a model of that variant needs a tensor of LDM naming: schedules, losses, optimizer
+    states, ….
 
-    EMA copies are another matter, and so are the further components of a diffusers folder, which its model_index.json names.
+    EMA copies are another matter, and so are the further components of a diffusers folder, which its
+    model_index.json names.
     """
     if any(part in name for part in _TRAINING):
         return True
-    needed = is_prediction_marker(name) or "/" in name or (variant == "depth" and name.startswith("depth_model."))
+    needed = (
+        is_prediction_marker(name) or "/" in name or (variant == "depth" and name.startswith("depth_model."))
+    )
     return component_of(name) == "other" and not needed
 
 
@@ -129,8 +146,8 @@ def is_position_ids(name: str) -> bool:
 def plain_names_of_ema(names: Iterable[str]) -> dict[str, str]:
     """Return {EMA name: plain U-Net name} for those of `names` that are EMA copies of known U-Net tensors.
 
-    EMA names have lost their dots, so the way back needs the list of all U-Net names; it is the same for all families,
-    since no two names are alike without dots.
+    EMA names have lost their dots, so the way back needs the list of all U-Net names; it is the same for all
+    families, since no two names are alike without dots.
     """
     ema = [name for name in names if name.startswith(EMA_PREFIX + "diffusion_model")]
     if not ema:

@@ -1,12 +1,12 @@
 """What a tensor of LDM naming is called in a diffusers folder, and how its values stand there.
 
-Names in a folder are written `component/name`, as in `unet/conv_in.weight`. Nearly all is a renaming. The exceptions: the
-VAE's attention is 1×1 convolutions in LDM and matrices in diffusers; OpenCLIP text encoders keep query, key and value in
-one tensor that diffusers splits into three; and OpenCLIP's text projection is transposed. Some tensors have no place in a
-folder at all.
+Names in a folder are written `component/name`, as in `unet/conv_in.weight`. Nearly all is a renaming. The
+exceptions: the VAE's attention is 1×1 convolutions in LDM and matrices in diffusers; OpenCLIP text encoders
+keep query, key and value in one tensor that diffusers splits into three; and OpenCLIP's text projection is
+transposed. Some tensors have no place in a folder at all.
 
-The structure (three units a level, resnet before attention) is that of the U-Net's and VAE's published code; that the
-result is right is tested against diffusers' own converters.
+The structure (three units a level, resnet before attention) is that of the U-Net's and VAE's published code;
+that the result is right is tested against diffusers' own converters.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from blockmerge.anatomy.layouts import layout
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """How a tensor is made from those of a source: `names` joined along the first axis, or one part of `parts` of one of them.
+    """How a tensor is made from those of a source: `names` joined along the first axis, or one part of
+    `parts` of one of them.
 
-    `transposed` says that rows and columns change places; `axes` how many axes it gets (the source may have fewer or more
-    of length 1), or None for as many as it has.
+    `transposed` says that rows and columns change places; `axes` how many axes it gets (the source may have
+    fewer or more of length 1), or None for as many as it has.
     """
 
     names: tuple[str, ...]
@@ -36,7 +37,9 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """The diffusers tensors that hold an LDM tensor's values: none, one, or three (rows of query, key and value)."""
+    """The diffusers tensors that hold an LDM tensor's values: none, one, or three (rows of query, key and
+    value).
+    """
 
     diffusers: tuple[str, ...] = ()
     transposed: bool = False
@@ -83,7 +86,9 @@ _OPEN_CLIP_ENDS = {
     "ln_final.bias": "text_model.final_layer_norm.bias",
 }
 
-_LEVEL = 3  # units in each level of the U-Net: two of resnet and attention and a sampler, or three on the way up
+_LEVEL = (
+    3  # units in each level of the U-Net: two of resnet and attention and a sampler, or three on the way up
+)
 
 
 def _unet(name: str) -> Relation:
@@ -116,7 +121,9 @@ def _unit(resnet: bool, number: int, rest: str) -> str:
 
 def _vae(name: str) -> Relation:
     levels = 4
-    match = re.fullmatch(r"(encoder|decoder)\.(down|up)\.(\d{1,6})\.(?:block\.(\d+)|(?:down|up)sample)\.(.+)", name)
+    match = re.fullmatch(
+        r"(encoder|decoder)\.(down|up)\.(\d{1,6})\.(?:block\.(\d+)|(?:down|up)sample)\.(.+)", name
+    )
     if match is not None:
         side, way, level, block, rest = match[1], match[2], int(match[3]), match[4], match[5]
         if way == "up":  # counted from the other end
@@ -140,7 +147,9 @@ def _clip(component: str) -> Callable[[str], Relation]:
     return lambda name: _one(f"{component}/{name}") if name.startswith("text_model.") else NO_PLACE
 
 
-def _open_clip(component: str, *, layers: int | None = None, projection: bool = True) -> Callable[[str], Relation]:
+def _open_clip(
+    component: str, *, layers: int | None = None, projection: bool = True
+) -> Callable[[str], Relation]:
     """OpenCLIP's names; `layers` are those that diffusers keeps, if not all."""
 
     def relation(name: str) -> Relation:
@@ -176,7 +185,10 @@ _RULES: Mapping[str, Mapping[str, Callable[[str], Relation]]] = {
     },
     "sdxl_refiner": {"conditioner.embedders.0.model.": _open_clip("text_encoder_2")},
 }
-_COMMON: Mapping[str, Callable[[str], Relation]] = {"model.diffusion_model.": _unet, "first_stage_model.": _vae}
+_COMMON: Mapping[str, Callable[[str], Relation]] = {
+    "model.diffusion_model.": _unet,
+    "first_stage_model.": _vae,
+}
 
 
 @lru_cache(1 << 13)
@@ -193,7 +205,11 @@ def _ldm_names(family: str) -> Mapping[str, str]:
     """{diffusers name: LDM name} of every tensor that both namings have."""
     names = list(layout(family))
     # Not in every file, nor in the lists.
-    names += [f"{prefix}text_model.embeddings.position_ids" for prefix in _RULES[family] if prefix.endswith(".transformer.")]
+    names += [
+        f"{prefix}text_model.embeddings.position_ids"
+        for prefix in _RULES[family]
+        if prefix.endswith(".transformer.")
+    ]
     return {place: name for name in names for place in relation_of(name, family).diffusers}
 
 
@@ -211,7 +227,9 @@ def origins_in_ldm(names: Iterable[str], family: str) -> dict[str, Origin]:
         if ldm is None or not all(place in have for place in relation.diffusers):
             found[name] = Origin((name,))
         elif ldm not in found:
-            found[ldm] = Origin(relation.diffusers, transposed=relation.transposed, axes=4 if relation.squeezed else None)
+            found[ldm] = Origin(
+                relation.diffusers, transposed=relation.transposed, axes=4 if relation.squeezed else None
+            )
     return found
 
 
@@ -228,6 +246,10 @@ def origins_in_diffusers(names: Iterable[str], family: str) -> dict[str, Origin]
         relation = relation_of(name, family)
         for part, place in enumerate(relation.diffusers):
             found[place] = Origin(
-                (name,), part, len(relation.diffusers), relation.transposed, axes=2 if relation.squeezed else None
+                (name,),
+                part,
+                len(relation.diffusers),
+                relation.transposed,
+                axes=2 if relation.squeezed else None,
             )
     return found

@@ -20,7 +20,9 @@ _SHORT = 64 << 10  # bytes that are read whole, however few of them are wanted: 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A strided stretch of elements of a checkpoint: `offset` in bytes, `strides` in elements (0: expanded, none negative)."""
+    """A strided stretch of elements of a checkpoint: `offset` in bytes, `strides` in elements (0: expanded,
+    none negative).
+    """
 
     offset: int
     shape: tuple[int, ...]
@@ -59,10 +61,11 @@ class Assembly:
 
 
 class Assembled(Checkpoint):
-    """A checkpoint some of whose tensors are put together from pieces of another (joined, transposed, not contiguous).
+    """A checkpoint some of whose tensors are put together from pieces of another (joined, transposed, not
+    contiguous).
 
-    `tensors` maps each name to a TensorInfo of `base`, which costs nothing, or to an Assembly, which is given an address
-    beyond everything in `base`: so assemblies can be assembled from.
+    `tensors` maps each name to a TensorInfo of `base`, which costs nothing, or to an Assembly, which is given
+    an address beyond everything in `base`: so assemblies can be assembled from.
     """
 
     def __init__(self, base: Checkpoint, tensors: Mapping[str, TensorInfo | Assembly]) -> None:
@@ -108,7 +111,9 @@ class _Part:
         return self.start + self.piece.elements * self.itemsize
 
     def group_at(self, skip: int) -> _Part:
-        """The part of this one around its byte `skip` that is put in order at once: rows of the outermost axis that allows it."""
+        """The part of this one around its byte `skip` that is put in order at once: rows of the outermost
+        axis that allows it.
+        """
         shape, strides = self.piece.shape, self.piece.strides
         inner = self.piece.elements
         for axis, extent in enumerate(shape):  # noqa: B007
@@ -124,11 +129,15 @@ class _Part:
             number, index = divmod(number, extent)
             element += index * stride
         group = (min(rows, shape[axis] - row), *shape[axis + 1 :])
-        return _Part(start, Piece(self.piece.offset + element * self.itemsize, group, strides[axis:]), self.itemsize)
+        return _Part(
+            start, Piece(self.piece.offset + element * self.itemsize, group, strides[axis:]), self.itemsize
+        )
 
 
 class AssembledReader(Reader):
-    """Reads tensors in pieces as if they lay in a row. Holds the rows that it put in order last, for the next read."""
+    """Reads tensors in pieces as if they lay in a row. Holds the rows that it put in order last, for the next
+    read.
+    """
 
     def __init__(self, base: Reader, end: int, parts: Sequence[_Part]) -> None:
         self._base = base
@@ -181,17 +190,23 @@ class AssembledReader(Reader):
         return memoryview(result.reshape(-1).view(np.uint8))
 
     def _gather(self, offset: int, strides: Sequence[int], result: np.ndarray[Any, Any]) -> None:
-        """Fill `result`, reading from the first to the last of its elements in one go, or each half for itself."""
+        """Fill `result`, reading from the first to the last of its elements in one go, or each half for
+        itself.
+        """
         import numpy as np
 
         size = result.itemsize
         reach = [(extent - 1) * stride for extent, stride in zip(result.shape, strides, strict=True)]
         span = (1 + sum(reach)) * size
-        wanted = math.prod(extent for extent, stride in zip(result.shape, strides, strict=True) if stride) * size
+        wanted = (
+            math.prod(extent for extent, stride in zip(result.shape, strides, strict=True) if stride) * size
+        )
         if span <= _SHORT or span <= min(_GROUP, 4 * wanted):
             data = np.empty(span // size, result.dtype)
             self._base.read_into(offset, memoryview(data.view(np.uint8)))
-            result[...] = np.lib.stride_tricks.as_strided(data, result.shape, [stride * size for stride in strides])
+            result[...] = np.lib.stride_tricks.as_strided(
+                data, result.shape, [stride * size for stride in strides]
+            )
             return
         axis = max(range(len(reach)), key=lambda number: strides[number] if reach[number] else 0)
         for half in _halves(result.shape[axis]):

@@ -14,7 +14,9 @@ from blockmerge.checkpoints.dtypes import itemsize
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies and what it is: dtype in safetensors' spelling (``"F16"``), shape, offset in bytes."""
+    """Where a tensor lies and what it is: dtype in safetensors' spelling (``"F16"``), shape, offset in
+    bytes.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -36,7 +38,9 @@ class Reader(ABC):
 
     @abstractmethod
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes that begin at `offset`. Raises CheckpointError when they cannot be read."""
+        """Fill `buffer` with the bytes that begin at `offset`. Raises CheckpointError when they cannot be
+        read.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -52,8 +56,9 @@ class Reader(ABC):
 class Checkpoint(ABC):
     """Named tensors that can be looked at without reading them.
 
-    `name` is what messages and recipes call it (a file's name without its folder), `path` is where it is (None: in memory),
-    `tensors` is in the order of the data, `metadata` maps strings to strings, `files` are those it is read from.
+    `name` is what messages and recipes call it (a file's name without its folder), `path` is where it is
+    (None: in memory), `tensors` is in the order of the data, `metadata` maps strings to strings, `files` are
+    those it is read from.
     """
 
     name: str

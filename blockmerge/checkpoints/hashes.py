@@ -22,7 +22,8 @@ class Hashes:
     """The usual hashes of a file, lower-case hexadecimal.
 
     `autov1`: first 8 digits of the SHA-256 of the 65,536 bytes at offset 0x100000 (the old web UI hash).
-    `autov2`: first 10 of the whole file's. `autov3`: first 12 of everything after a safetensors header; None for a file without.
+    `autov2`: first 10 of the whole file's. `autov3`: first 12 of everything after a safetensors header; None
+    for a file without.
     """
 
     autov1: str

@@ -1,4 +1,6 @@
-"""What in a file's metadata misleads the programs that read it, or tells more than its maker would have published."""
+"""What in a file's metadata misleads the programs that read it, or tells more than its maker would have
+published.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,16 @@ _LOCAL_PATH = re.compile(
 def faulty_metadata(metadata: Mapping[str, str], family: str | None) -> dict[str, list[str]]:
     """Return the keys to leave out, by what is wrong with them.
 
-    ``"architecture"``: it names another family than the tensors are of; ``"json"``: should be JSON and is not; ``"paths"``:
-    holds the path of a folder on the computer that wrote the file. What is not wrong at all is not in the result.
+    ``"architecture"``: it names another family than the tensors are of; ``"json"``: should be JSON and is
+    not; ``"paths"``: holds the path of a folder on the computer that wrote the file. What is not wrong at all
+    is not in the result.
     """
     expected = ARCHITECTURES.get(family or "")
     claimed = metadata.get("modelspec.architecture")
     found = {
-        "architecture": ["modelspec.architecture"] if expected and claimed and not claimed.startswith(expected) else [],
+        "architecture": ["modelspec.architecture"]
+        if expected and claimed and not claimed.startswith(expected)
+        else [],
         "json": [key for key in _JSON_KEYS if key in metadata and not _is_json(metadata[key])],
         "paths": [key for key, value in metadata.items() if _LOCAL_PATH.search(value)],
     }

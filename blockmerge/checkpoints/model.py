@@ -1,4 +1,6 @@
-"""A model as merging and comparing see it: its anatomy, and its tensors under the names by which models are matched."""
+"""A model as merging and comparing see it: its anatomy, and its tensors under the names by which models are
+matched.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ EMA_CHOICES = ("drop", "keep", "use")
 
 @dataclass(frozen=True)
 class View:
-    """A checkpoint's tensors under the names of one naming, and how each is made of the tensors in the checkpoint.
+    """A checkpoint's tensors under the names of one naming, and how each is made of the tensors in the
+    checkpoint.
 
     The tensors' offsets are those of `checkpoint`, which puts together what is joined, split or transposed.
     """
@@ -39,8 +42,11 @@ class View:
     origins: Mapping[str, Origin]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, original: Mapping[str, str], naming: str, wanted: str, family: str) -> View:
-        """Look at a checkpoint of one naming through another; `original` maps canonical names to the file's own.
+    def of(
+        cls, checkpoint: Checkpoint, original: Mapping[str, str], naming: str, wanted: str, family: str
+    ) -> View:
+        """Look at a checkpoint of one naming through another; `original` maps canonical names to the file's
+        own.
 
         Raises CheckpointError for a tensor that is not of the shape it takes.
         """
@@ -65,7 +71,8 @@ class View:
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint, what it is, and its tensors: under LDM names (`ldm`), whatever its own naming, or diffusers' (`diffusers`).
+    """A checkpoint, what it is, and its tensors: under LDM names (`ldm`), whatever its own naming, or
+    diffusers' (`diffusers`).
 
     EMA copies are left out, unless they are all the U-Net there is, or wanted: `ema_tensors` are those.
 
@@ -98,13 +105,16 @@ class Model:
     def of(cls, checkpoint: Checkpoint, ema: str = "drop", name: str | None = None) -> Model:
         """Look at a checkpoint's names and shapes; `ema` is one of EMA_CHOICES: what becomes of EMA copies.
 
-        Messages call it `name`, by default the checkpoint's. Raises UnknownFamilyError, with the name, without a known U-Net.
+        Messages call it `name`, by default the checkpoint's. Raises UnknownFamilyError, with the name,
+        without a known U-Net.
         """
         name = checkpoint.name if name is None else name
         original, notes = _matched_names(checkpoint, ema, name)
         shapes = {canonical: checkpoint.tensors[own].shape for canonical, own in original.items()}
         try:
-            anatomy = identify({known: shape for known, shape in shapes.items() if component_of(known) != "ema"})
+            anatomy = identify(
+                {known: shape for known, shape in shapes.items() if component_of(known) != "ema"}
+            )
         except UnknownFamilyError as error:
             raise UnknownFamilyError(f"{shown(name)} {error}") from None
         view = View.of(checkpoint, original, anatomy.naming, "ldm", anatomy.family.name)
@@ -115,8 +125,13 @@ class Model:
             ldm=view,
             original_names=original,
             components=frozenset(map(component_of, view.tensors)),
-            bare=any(canonical in (UNET_PREFIX + own, DIFFUSERS_UNET_PREFIX + own) for canonical, own in original.items()),
-            ema_tensors=tuple(own for own in checkpoint.tensors if component_of(own) == "ema" and own not in used),
+            bare=any(
+                canonical in (UNET_PREFIX + own, DIFFUSERS_UNET_PREFIX + own)
+                for canonical, own in original.items()
+            ),
+            ema_tensors=tuple(
+                own for own in checkpoint.tensors if component_of(own) == "ema" and own not in used
+            ),
             notes=tuple(notes),
             name=name,
         )
@@ -125,11 +140,15 @@ class Model:
         """The model's tensors under the names of a naming, ``"ldm"`` or ``"diffusers"``."""
         if naming == "ldm":
             return self.ldm
-        return View.of(self.source, self.original_names, self.anatomy.naming, naming, self.anatomy.family.name)
+        return View.of(
+            self.source, self.original_names, self.anatomy.naming, naming, self.anatomy.family.name
+        )
 
 
 def _origins(names: Iterable[str], naming: str, wanted: str, family: str) -> dict[str, Origin]:
-    """How the tensors of one naming are made from those of another, or the same: then only LDM's convolutions get their axes."""
+    """How the tensors of one naming are made from those of another, or the same: then only LDM's convolutions
+    get their axes.
+    """
     if naming != wanted:
         return origins_in_ldm(names, family) if wanted == "ldm" else origins_in_diffusers(names, family)
     if naming == "diffusers":
@@ -146,7 +165,8 @@ def _placed(checkpoint: Checkpoint, origin: Origin) -> TensorInfo | Assembly:
         rows, *rest = first.shape or (0,)
         if not first.shape or rows % origin.parts:
             raise CheckpointError(
-                f"{shown(checkpoint.name)}: {shown(origin.names[0])} has the shape {shown(list(first.shape))}, "
+                f"{shown(checkpoint.name)}: {shown(origin.names[0])} has the shape "
+                f"{shown(list(first.shape))}, "
                 f"which does not split into {origin.parts} equal parts"
             )
         info = TensorInfo(first.dtype, (rows // origin.parts, *rest), first.offset)
@@ -167,10 +187,13 @@ def _joined(checkpoint: Checkpoint, origin: Origin, infos: list[TensorInfo]) -> 
     if len(kinds) > 1 or not infos[0].shape:
         said = ", ".join(f"{info.dtype} {list(info.shape)}" for info in infos)
         raise CheckpointError(
-            f"{shown(checkpoint.name)}: {listing(origin.names)} belong together but do not join ({shown(said)})"
+            f"{shown(checkpoint.name)}: {listing(origin.names)} belong together but do not join "
+            f"({shown(said)})"
         )
     shape = (sum(info.shape[0] for info in infos), *infos[0].shape[1:])
-    return Assembly(infos[0].dtype, shape, tuple(Piece.contiguous(info.offset, info.elements) for info in infos))
+    return Assembly(
+        infos[0].dtype, shape, tuple(Piece.contiguous(info.offset, info.elements) for info in infos)
+    )
 
 
 def _matched_names(checkpoint: Checkpoint, ema: str, label: str) -> tuple[dict[str, str], list[str]]:
@@ -187,7 +210,10 @@ def _matched_names(checkpoint: Checkpoint, ema: str, label: str) -> tuple[dict[s
                 continue
         names[canonical] = name
     notes = (
-        [f"{shown(label)} holds {counted(len(twice), 'tensor')} under two names ({listing(twice, 1)}): one of each is used"]
+        [
+            f"{shown(label)} holds {counted(len(twice), 'tensor')} under two names ({listing(twice, 1)}): "
+            "one of each is used"
+        ]
         if twice
         else []
     )
@@ -204,11 +230,15 @@ def _matched_names(checkpoint: Checkpoint, ema: str, label: str) -> tuple[dict[s
 
 
 def vae_view(checkpoint: Checkpoint, naming: str = "ldm") -> View:
-    """Return a VAE's tensors under the names of a naming, from a whole model or a VAE alone, in either naming itself.
+    """Return a VAE's tensors under the names of a naming, from a whole model or a VAE alone, in either naming
+    itself.
 
     Raises CheckpointError for a tensor that is not of the shape it takes.
     """
-    bare = {name: canonical_name(name).removeprefix(VAE_PREFIX).removeprefix("vae/") for name in checkpoint.tensors}
+    bare = {
+        name: canonical_name(name).removeprefix(VAE_PREFIX).removeprefix("vae/")
+        for name in checkpoint.tensors
+    }
     own = {name: short for name, short in bare.items() if short.startswith(VAE_PARTS)}
     if any(short.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for short in own.values()):
         original = {canonical_name(f"vae/{short}"): name for name, short in own.items()}
@@ -216,4 +246,6 @@ def vae_view(checkpoint: Checkpoint, naming: str = "ldm") -> View:
     else:
         original = {VAE_PREFIX + short: name for name, short in own.items()}
         own_naming = "ldm"
-    return View.of(checkpoint, original, own_naming, naming, "sd1")  # the VAE's names are the same in all families
+    return View.of(
+        checkpoint, original, own_naming, naming, "sd1"
+    )  # the VAE's names are the same in all families

@@ -31,23 +31,31 @@ _NO_MODELS = {
 }
 
 
-def open_checkpoint(source: CheckpointLike, name: str = "state dict", variant: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    source: CheckpointLike, name: str = "state dict", variant: str | None = None
+) -> Checkpoint:
     """Return the checkpoint at a path, with its header read and checked and its data untouched.
 
-    What kind of file it is, is seen by what is in it, whatever its name. An opened checkpoint is returned as it is, and a
-    state dict (tensors on any device) is wrapped under `name`. `variant` is for a diffusers folder that has several kinds
-    of weights: ``"fp16"``. Raises CheckpointError when there is none, or none that can be read.
+    What kind of file it is, is seen by what is in it, whatever its name. An opened checkpoint is returned as
+    it is, and a state dict (tensors on any device) is wrapped under `name`. `variant` is for a diffusers
+    folder that has several kinds of weights: ``"fp16"``. Raises CheckpointError when there is none, or none
+    that can be read.
     """
     is_folder = isinstance(source, (str, os.PathLike)) and os.path.isdir(source)
     if variant is not None and not is_folder:
         what = shown(source) if isinstance(source, (str, os.PathLike)) else f"a {type(source).__name__}"
-        raise CheckpointError(f"{what} is no diffusers folder, and only these have variants: '{shown(variant)}' is not to be had")
+        raise CheckpointError(
+            f"{what} is no diffusers folder, and only these have variants: '{shown(variant)}' is not to be "
+            "had"
+        )
     if isinstance(source, Checkpoint):
         return source
     if isinstance(source, Mapping):
         return StateDict(source, name)
     if not isinstance(source, (str, os.PathLike)):
-        raise CheckpointError(f"a {type(source).__name__} is no model: give a path, an opened checkpoint or a state dict")
+        raise CheckpointError(
+            f"a {type(source).__name__} is no model: give a path, an opened checkpoint or a state dict"
+        )
     if not os.fspath(source):
         raise CheckpointError("an empty path is no model: give the path of a .safetensors or .ckpt file")
     if is_folder:
@@ -62,16 +70,22 @@ def open_checkpoint(source: CheckpointLike, name: str = "state dict", variant: s
 
 
 def told_apart(checkpoints: Sequence[Checkpoint]) -> list[str]:
-    """Return what messages call checkpoints: their names, and where two of them have the same, with the folders that differ."""
+    """Return what messages call checkpoints: their names, and where two of them have the same, with the
+    folders that differ.
+    """
     places = [None if one.path is None else Path(os.path.abspath(one.path)).parts for one in checkpoints]
     return [
-        one.name if parts is None else _shortest(parts, [other for other in places if other is not None and other != parts])
+        one.name
+        if parts is None
+        else _shortest(parts, [other for other in places if other is not None and other != parts])
         for one, parts in zip(checkpoints, places, strict=True)
     ]
 
 
 def _shortest(parts: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> str:
-    """The shortest end of a path that no other path has. An absolute path, from its root on, is no other's end."""
+    """The shortest end of a path that no other path has. An absolute path, from its root on, is no other's
+    end.
+    """
     count = next(n for n in range(1, len(parts) + 1) if all(other[-n:] != parts[-n:] for other in others))
     return str(Path(*parts[-count:]))
 

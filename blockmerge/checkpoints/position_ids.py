@@ -1,4 +1,6 @@
-"""`position_ids`: the numbers 0 … 76 of a text encoder's places for words. Tools that blend them as weights break them."""
+"""`position_ids`: the numbers 0 … 76 of a text encoder's places for words. Tools that blend them as weights
+break them.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ POSITIONS = 77
 
 
 def fault_of_position_ids(source: Checkpoint | View, name: str) -> str | None:
-    """Say in what `position_ids` differ from 0 … 76 in shape [1, 77], or return None. Exact floats and int32 do not."""
+    """Say in what `position_ids` differ from 0 … 76 in shape [1, 77], or return None. Exact floats and int32
+    do not.
+    """
     import numpy as np  # where numbers are read, and not before
 
     info = source.tensors[name]
@@ -33,7 +37,10 @@ def fault_of_position_ids(source: Checkpoint | View, name: str) -> str | None:
     first = int(wrong[0])
     what = "not exactly " if bool((np.rint(values) == np.arange(POSITIONS)).all()) else "not "
     found = str(values[first])  # of float32 the shortest text: 0.99, where a format shows 0.9900000095367432
-    return f"{counted(len(wrong), 'position')} {what}0 … {POSITIONS - 1}: the first is {found} in place of {first}"
+    return (
+        f"{counted(len(wrong), 'position')} {what}0 … {POSITIONS - 1}: the first is {found} in place of "
+        f"{first}"
+    )
 
 
 def _numbers(data: bytes, info: TensorInfo) -> np.ndarray[tuple[int], np.dtype[np.generic]] | None:

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 def state_dict_name(number: int) -> str:
-    """Return what messages call one of several state dicts: ``"state dict A"``, or a number where letters end."""
+    """Return what messages call one of several state dicts: ``"state dict A"``, or a number where letters
+    end.
+    """
     return f"state dict {chr(ord('A') + number) if number < 26 else number + 1}"
 
 
@@ -30,7 +32,8 @@ class StateDict(Checkpoint):
         spelling = {
             torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
             torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32",
-            torch.float64: "F64", torch.complex64: "C64", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+            torch.float64: "F64", torch.complex64: "C64", torch.float8_e4m3fn: "F8_E4M3",
+            torch.float8_e5m2: "F8_E5M2",
         }  # fmt: skip
         self.name = name
         self.metadata = {}
@@ -39,10 +42,22 @@ class StateDict(Checkpoint):
         offset = 0
         for key, tensor in self.state_dict.items():
             if not isinstance(key, str):
-                raise CheckpointError(f"{shown(name)} has the name {shown(key)}, which is a {type(key).__name__}, not a text")
-            if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.dtype not in spelling:
-                what = f"a {tensor.dtype} tensor" if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}"
-                raise CheckpointError(f"{shown(name)}: {shown(key)} is {what}, which cannot be merged or copied")
+                raise CheckpointError(
+                    f"{shown(name)} has the name {shown(key)}, which is a {type(key).__name__}, not a text"
+                )
+            if (
+                not isinstance(tensor, torch.Tensor)
+                or tensor.layout != torch.strided
+                or tensor.dtype not in spelling
+            ):
+                what = (
+                    f"a {tensor.dtype} tensor"
+                    if isinstance(tensor, torch.Tensor)
+                    else f"a {type(tensor).__name__}"
+                )
+                raise CheckpointError(
+                    f"{shown(name)}: {shown(key)} is {what}, which cannot be merged or copied"
+                )
             if tensor.is_meta:
                 raise CheckpointError(f"{shown(name)}: {shown(key)} is a meta tensor, which has no values")
             tensors[key] = TensorInfo(spelling[tensor.dtype], tuple(tensor.shape), offset)
@@ -86,7 +101,9 @@ class StateDictReader(Reader):
         self._last = (-1, None)
 
     def _bytes_of(self, index: int) -> torch.Tensor:
-        """A tensor's bytes in a row; only one that is not contiguous is copied for it, and once for all its chunks."""
+        """A tensor's bytes in a row; only one that is not contiguous is copied for it, and once for all its
+        chunks.
+        """
         import torch
 
         last, data = self._last

@@ -9,13 +9,22 @@ from blockmerge.cli.console import json_option, progress_bar, stdout_console
 
 @click.command(short_help="Say what is wrong with a model file.")
 @click.argument("file")
-@click.option("--fix", metavar="OUT", help="Write a copy without what can be repaired: a .safetensors file, or a folder of one.")
+@click.option(
+    "--fix",
+    metavar="OUT",
+    help="Write a copy without what can be repaired: a .safetensors file, or a folder of one.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing copy.")
-@click.option("--threads", metavar="N", type=int, help="How many workers. [default: twice the processors, at most 8]")
+@click.option(
+    "--threads", metavar="N", type=int, help="How many workers. [default: twice the processors, at most 8]"
+)
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but the line that says something is wrong.")
-def check(file: str, fix: str | None, overwrite: bool, threads: int | None, as_json: bool, quiet: bool) -> None:
-    """Look for everything that can be wrong with a model: tensors that are missing, broken or superfluous, NaN, metadata.
+def check(
+    file: str, fix: str | None, overwrite: bool, threads: int | None, as_json: bool, quiet: bool
+) -> None:
+    """Look for everything that can be wrong with a model: tensors that are missing, broken or superfluous,
+    NaN, metadata.
 
     The exit code is 1 when there is an error or a warning; notes alone are 0. Everything is read once.
 
@@ -44,4 +53,6 @@ def check(file: str, fix: str | None, overwrite: bool, threads: int | None, as_j
         print_check(stdout_console(), found)
     if found.faults:
         codes = dict.fromkeys(problem.code for problem in found.faults)
-        raise CheckpointError(f"{shown(found.name)} has {counted(len(found.faults), 'fault')}: {listing(codes, 10)}")
+        raise CheckpointError(
+            f"{shown(found.name)} has {counted(len(found.faults), 'fault')}: {listing(codes, 10)}"
+        )

@@ -1,4 +1,6 @@
-"""What the commands share: where they print, and the progress bar. Loads rich late, since `--help` does without."""
+"""What the commands share: where they print, and the progress bar. Loads rich late, since `--help` does
+without.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,14 @@ if TYPE_CHECKING:
 
 
 def not_empty(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
-    """Refuse an empty text on the command line, which is most likely a variable of the shell that is not set."""
+    """Refuse an empty text on the command line, which is most likely a variable of the shell that is not
+    set.
+    """
     assert parameter.name is not None
     is_given = context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
-    if is_given and not all(text.strip(" ,;\n") for text in (value if isinstance(value, tuple) else (value,))):
+    if is_given and not all(
+        text.strip(" ,;\n") for text in (value if isinstance(value, tuple) else (value,))
+    ):
         raise RecipeError(f"{parameter.opts[0]} is empty: give it a value, or leave it out")
     return value
 
@@ -42,7 +48,9 @@ def stdout_console() -> Console:
 
 @contextmanager
 def progress_bar(what: str, *, quiet: bool = False) -> Iterator[Progress | None]:
-    """Give a progress callback that draws a bar with bytes and rate on stderr; None where that is no terminal."""
+    """Give a progress callback that draws a bar with bytes and rate on stderr; None where that is no
+    terminal.
+    """
     if quiet or not sys.stderr.isatty():
         yield None
         return

@@ -24,10 +24,14 @@ from blockmerge.cli.merge import configs_option, dtype_option, ema_option, namin
 @click.option("--prune", is_flag=True, help="Leave out all that no loader needs.")
 @variant_option
 @configs_option
-@click.option("--threads", metavar="N", type=int, help="How many workers. [default: twice the processors, at most 8]")
+@click.option(
+    "--threads", metavar="N", type=int, help="How many workers. [default: twice the processors, at most 8]"
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option(
-    "--allow-nonfinite", is_flag=True, help="Write NaN and infinity that --dtype makes or keeps, instead of refusing them."
+    "--allow-nonfinite",
+    is_flag=True,
+    help="Write NaN and infinity that --dtype makes or keeps, instead of refusing them.",
 )
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")

@@ -11,8 +11,14 @@ from blockmerge.cli.report import ReportTarget, report_options
 @click.command(short_help="Say which models a merge was made from, and how.")
 @click.argument("merge")
 @click.argument("candidates", metavar="CANDIDATE...", nargs=-1, required=True)
-@click.option("--tensors", is_flag=True, help="Also tell every single tensor, for merges whose weights change within blocks.")
-@click.option("--threads", metavar="N", type=int, help="How many workers. [default: twice the processors, at most 8]")
+@click.option(
+    "--tensors",
+    is_flag=True,
+    help="Also tell every single tensor, for merges whose weights change within blocks.",
+)
+@click.option(
+    "--threads", metavar="N", type=int, help="How many workers. [default: twice the processors, at most 8]"
+)
 @report_options
 def explain(
     merge: str,
@@ -30,8 +36,8 @@ def explain(
       blockmerge explain merged.safetensors a.safetensors b.safetensors c.safetensors
       blockmerge explain merged.safetensors models/ -o report.html
 
-    The fewest candidates that explain the file win. Then the merge is made again in memory and held against the file.
-    Candidates may be models, folders of models, or patterns. Everything is read twice.
+    The fewest candidates that explain the file win. Then the merge is made again in memory and held against
+    the file. Candidates may be models, folders of models, or patterns. Everything is read twice.
     """
     from blockmerge.errors import CheckpointError, listing
     from blockmerge.explaining import explain as find_origin
@@ -46,7 +52,13 @@ def explain(
 
     target.write(
         lambda console: print_explanation(console, found),
-        {"json": lambda: explanation_json(found), "csv": lambda: explanation_csv(found), "html": lambda: explanation_html(found)},
+        {
+            "json": lambda: explanation_json(found),
+            "csv": lambda: explanation_csv(found),
+            "html": lambda: explanation_html(found),
+        },
     )
     if found.left_out:
-        raise CheckpointError(f"{len(found.left_out)} of the candidates could not be used: {listing(found.left_out)}")
+        raise CheckpointError(
+            f"{len(found.left_out)} of the candidates could not be used: {listing(found.left_out)}"
+        )

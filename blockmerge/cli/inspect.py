@@ -9,7 +9,12 @@ from blockmerge.cli.console import json_option, progress_bar, stdout_console
 
 @click.command(short_help="Show what is in a model file.")
 @click.argument("file")
-@click.option("--hash", "hashes", is_flag=True, help="Also compute AutoV1, AutoV2, AutoV3 and SHA-256 (reads the whole file).")
+@click.option(
+    "--hash",
+    "hashes",
+    is_flag=True,
+    help="Also compute AutoV1, AutoV2, AutoV3 and SHA-256 (reads the whole file).",
+)
 @json_option
 def inspect(file: str, hashes: bool, as_json: bool) -> None:
     """Show a model's family, components, blocks and metadata, from its header alone."""

@@ -83,12 +83,13 @@ def run(arguments: list[str]) -> int:
         _say("Interrupted: no unfinished file is left")
         return 130
     except (BrokenPipeError, SystemExit):
-        # Whoever read the output has seen enough (click makes a SystemExit of it). Without this, Python complains once
-        # more when it exits.
+        # Whoever read the output has seen enough (click makes a SystemExit of it). Without this, Python
+        # complains once more when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        # All the library's own are BlockmergeErrors: this is stdout, on a full disk or (on Windows) a closed pipe.
+        # All the library's own are BlockmergeErrors: this is stdout, on a full disk or (on Windows) a closed
+        # pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _say(f"Error: cannot print the result, though all else is done: {reason(error)}")
         return 1
@@ -96,7 +97,8 @@ def run(arguments: list[str]) -> int:
 
 
 def _give_missing_streams() -> None:
-    # A closed stdout or stderr (`>&-`) is None, and its number would go to the next file that is opened: the output.
+    # A closed stdout or stderr (`>&-`) is None, and its number would go to the next file that is opened: the
+    # output.
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))

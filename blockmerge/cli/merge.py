@@ -19,7 +19,8 @@ dtype_option = click.option(
     "--dtype",
     metavar="keep|fp16|bf16|fp32|fp8_…",
     default="keep",
-    help="The output's dtype: keep (each tensor keeps its own), fp16, bf16, fp32, fp8_e4m3fn, fp8_e5m2. [default: keep]",
+    help="The output's dtype: keep (each tensor keeps its own), fp16, bf16, fp32, fp8_e4m3fn, fp8_e5m2. "
+    "[default: keep]",
 )
 
 
@@ -30,7 +31,10 @@ def naming_option(default: str) -> Callable[[Command], Command]:
 
 
 ema_option = click.option(
-    "--ema", metavar="drop|keep|use", default="drop", help="EMA copies: use makes them the U-Net. [default: drop]"
+    "--ema",
+    metavar="drop|keep|use",
+    default="drop",
+    help="EMA copies: use makes them the U-Net. [default: drop]",
 )
 configs_option = click.option(
     "--configs",
@@ -39,40 +43,81 @@ configs_option = click.option(
     help="A diffusers folder whose configs and tokenizers go into a new folder.",
 )
 variant_option = click.option(
-    "--variant", metavar="NAME", callback=not_empty, help="Which weights of a diffusers folder: fp16. [default: the plain ones]"
+    "--variant",
+    metavar="NAME",
+    callback=not_empty,
+    help="Which weights of a diffusers folder: fp16. [default: the plain ones]",
 )
 
 
 @click.command(short_help="Merge models into a new file.")
 @click.argument("models", metavar="A B [C …]", nargs=-1, required=True)
-@click.option("-o", "--output", metavar="PATH", help="Where the merge goes. [default: <A>+<B>-<what is done>.safetensors, here]")
+@click.option(
+    "-o",
+    "--output",
+    metavar="PATH",
+    help="Where the merge goes. [default: <A>+<B>-<what is done>.safetensors, here]",
+)
 @click.option(
     "-p",
     "--preset",
     "presets",
     metavar="NAME",
     multiple=True,
-    help="A preset's name, a preset file, or FILE#NAME; NAME@RATIO, repeated, adds presets up. See `blockmerge presets`.",
+    help="A preset's name, a preset file, or FILE#NAME; NAME@RATIO, repeated, adds presets up. See "
+    "`blockmerge presets`.",
 )
-@click.option("-w", "--weights", metavar="TEXT", help="How much of B: 0.5, or 26 numbers, or BASE=0,IN00-IN05=0.3,M00=skip.")
 @click.option(
-    "--set", "changes", metavar="TEXT", multiple=True, callback=not_empty, help="Change single blocks on top: BASE=0.5,OUT11=1."
+    "-w",
+    "--weights",
+    metavar="TEXT",
+    help="How much of B: 0.5, or 26 numbers, or BASE=0,IN00-IN05=0.3,M00=skip.",
 )
-@click.option("-m", "--method", metavar="NAME", default="weighted_sum", show_default=True, help="See `blockmerge methods`.")
-@click.option("--preset-beta", "presets_beta", metavar="NAME", multiple=True, help="The same for beta, a method's second weight.")
+@click.option(
+    "--set",
+    "changes",
+    metavar="TEXT",
+    multiple=True,
+    callback=not_empty,
+    help="Change single blocks on top: BASE=0.5,OUT11=1.",
+)
+@click.option(
+    "-m",
+    "--method",
+    metavar="NAME",
+    default="weighted_sum",
+    show_default=True,
+    help="See `blockmerge methods`.",
+)
+@click.option(
+    "--preset-beta",
+    "presets_beta",
+    metavar="NAME",
+    multiple=True,
+    help="The same for beta, a method's second weight.",
+)
 @click.option("--weights-beta", metavar="TEXT", help="The same for beta. [default: 0]")
-@click.option("--set-beta", "changes_beta", metavar="TEXT", multiple=True, callback=not_empty, help="The same for beta.")
+@click.option(
+    "--set-beta", "changes_beta", metavar="TEXT", multiple=True, callback=not_empty, help="The same for beta."
+)
 @click.option("--ratios", metavar="NUMBERS", help="average: how much each model counts, A first: 2,1,1.")
-@click.option("--density", metavar="NUMBER", help="ties: the share of each difference that is kept. [default: 0.2]")
-@click.option("--drop-rate", metavar="NUMBER", help="dare: the share of the difference that is dropped. [default: 0.5]")
+@click.option(
+    "--density", metavar="NUMBER", help="ties: the share of each difference that is kept. [default: 0.2]"
+)
+@click.option(
+    "--drop-rate", metavar="NUMBER", help="dare: the share of the difference that is dropped. [default: 0.5]"
+)
 @click.option("--gamma", metavar="NUMBER", help="extract: how fast likeness falls off. [default: 1]")
-@click.option("--number", "own_numbers", metavar="NAME=VALUE", multiple=True, help="A number of a method of your own.")
+@click.option(
+    "--number", "own_numbers", metavar="NAME=VALUE", multiple=True, help="A number of a method of your own."
+)
 @click.option(
     "--rules",
     metavar="TEXT",
     multiple=True,
     callback=not_empty,
-    help="Element rules: OUT03-OUT05:attn2:0.8, NOT BASE:norm:0. Repeated, they add up; the last that fits counts.",
+    help="Element rules: OUT03-OUT05:attn2:0.8, NOT BASE:norm:0. Repeated, they add up; the last that fits "
+    "counts.",
 )
 @click.option(
     "--adjust",
@@ -82,7 +127,14 @@ variant_option = click.option(
     help="Detail, contrast, colours: IN,OUT,OUT2,CONT,BRI,COL1,COL2,COL3.",
 )
 @click.option("--clip", is_flag=True, help="Limit results to what lies between A and B.")
-@click.option("--seed", metavar="N", type=int, default=0, show_default=True, help="For random weights and methods of chance.")
+@click.option(
+    "--seed",
+    metavar="N",
+    type=int,
+    default=0,
+    show_default=True,
+    help="For random weights and methods of chance.",
+)
 @click.option(
     "--vae",
     metavar="auto|a|b|blend|FILE",
@@ -100,11 +152,17 @@ variant_option = click.option(
     metavar="name|resolution",
     help="How 26 weights go to SDXL's 20 blocks. [default: the preset's own table, else by name]",
 )
-@click.option("--device", metavar="cpu|cuda[:N]|auto", default="cpu", show_default=True, help="Where the sums are done.")
-@click.option("--threads", metavar="N", type=int, help="How many workers. [default: twice the processors, at most 8]")
+@click.option(
+    "--device", metavar="cpu|cuda[:N]|auto", default="cpu", show_default=True, help="Where the sums are done."
+)
+@click.option(
+    "--threads", metavar="N", type=int, help="How many workers. [default: twice the processors, at most 8]"
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--allow-nonfinite", is_flag=True, help="Write NaN and infinity instead of refusing them.")
-@click.option("--dry-run", is_flag=True, help="Make all checks that need no weights, show the plan, and write nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Make all checks that need no weights, show the plan, and write nothing."
+)
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 def merge(
@@ -134,7 +192,8 @@ def merge(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Merge A and B (and C, as many as the method takes), block by block, into a new .safetensors file or diffusers folder.
+    """Merge A and B (and C, as many as the method takes), block by block, into a new .safetensors file or
+    diffusers folder.
 
     \b
       blockmerge a.safetensors b.safetensors --preset high_res
@@ -157,7 +216,9 @@ def merge(
         method,
         _with_own(numbers, own_numbers),
         WeightsRequest(presets, weights, ",".join(changes) or None, sdxl_map, seed=seed),
-        WeightsRequest(presets_beta, weights_beta, ",".join(changes_beta) or None, sdxl_map, seed=seed, beta=True),
+        WeightsRequest(
+            presets_beta, weights_beta, ",".join(changes_beta) or None, sdxl_map, seed=seed, beta=True
+        ),
         rules=", ".join(rules),
         **options,
     )
@@ -165,7 +226,12 @@ def merge(
         _check_single(models[0], recipe)
     recipe.weights.check()
     target = output if output is not None else default_output(recipe, models)
-    common: dict[str, Any] = {"device": device, "threads": threads, "overwrite": overwrite, "variant": variant}
+    common: dict[str, Any] = {
+        "device": device,
+        "threads": threads,
+        "overwrite": overwrite,
+        "variant": variant,
+    }
     if dry_run:
         result = plan_only(recipe, models, target, **common)
     else:
@@ -189,7 +255,9 @@ def _with_own(numbers: dict[str, str], texts: tuple[str, ...]) -> dict[str, str]
         if not (name.isidentifier() and equals and value):
             raise RecipeError(f"cannot read --number '{shown(text)}': write NAME=VALUE, as in limit=0.02")
         if name in numbers:
-            raise RecipeError(f"the number {shown(name)} is given twice: {shown(numbers[name])} and {shown(value)}")
+            raise RecipeError(
+                f"the number {shown(name)} is given twice: {shown(numbers[name])} and {shown(value)}"
+            )
         numbers = {**numbers, name: value}
     return numbers
 

@@ -27,7 +27,9 @@ def report_options(command: Command) -> Command:
     """Give a command the options of all reports."""
     for option in (
         click.option("--overwrite", is_flag=True, help="Replace an existing report."),
-        click.option("-o", "--output", metavar="FILE", help="Write the report to a file. Its ending tells the format."),
+        click.option(
+            "-o", "--output", metavar="FILE", help="Write the report to a file. Its ending tells the format."
+        ),
         click.option("--json", "as_json", is_flag=True, help="The same as --format json."),
         click.option("--format", "form", metavar="|".join(FORMATS), help="How to show it. [default: table]"),
     ):
@@ -44,7 +46,9 @@ class ReportTarget:
     overwrite: bool
 
     @classmethod
-    def of(cls, form: str | None, as_json: bool, output: str | None, overwrite: bool, inputs: tuple[str, ...]) -> ReportTarget:
+    def of(
+        cls, form: str | None, as_json: bool, output: str | None, overwrite: bool, inputs: tuple[str, ...]
+    ) -> ReportTarget:
         """Raises RecipeError for an unknown format, OutputError for a place that cannot be written."""
         from blockmerge.checkpoints import check_output
         from blockmerge.errors import OutputError, RecipeError, did_you_mean, shown
@@ -52,7 +56,9 @@ class ReportTarget:
         if form is None:
             form = "json" if as_json else _SUFFIXES.get(Path(output or "").suffix.lower(), "table")
         if form not in FORMATS:
-            raise RecipeError(f"unknown format '{shown(form)}'{did_you_mean(form, FORMATS)} ({', '.join(FORMATS)})")
+            raise RecipeError(
+                f"unknown format '{shown(form)}'{did_you_mean(form, FORMATS)} ({', '.join(FORMATS)})"
+            )
         if output is not None and Path(output).suffix.lower() in _MODELS:
             raise OutputError(f"{shown(output)} has the ending of a model: give the report another")
         path = None if output is None else check_output(output, map(Path, inputs), overwrite=overwrite)

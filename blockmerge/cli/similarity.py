@@ -19,7 +19,9 @@ from blockmerge.cli.report import ReportTarget, report_options
 )
 @click.option("--blocks", is_flag=True, help="Also show every block.")
 @click.option("--matrix", is_flag=True, help="Compare all with all.")
-@click.option("--common-base", metavar="C", help="With --method weights: also the cosine of the differences from C.")
+@click.option(
+    "--common-base", metavar="C", help="With --method weights: also the cosine of the differences from C."
+)
 @click.option("--threads", metavar="N", type=int, help="How many workers, for --method weights.")
 @report_options
 def similarity(
@@ -41,8 +43,8 @@ def similarity(
       blockmerge similarity mine.safetensors refs/ --method weights --blocks
       blockmerge similarity a.safetensors b.safetensors c.safetensors --matrix -o report.html
 
-    The attention similarity is that of ASimilarityCalculator, the same numbers; it reads a few percent of the files. A
-    file that cannot be compared gets a line that says why, the others go on, and the exit code is 1.
+    The attention similarity is that of ASimilarityCalculator, the same numbers; it reads a few percent of the
+    files. A file that cannot be compared gets a line that says why, the others go on, and the exit code is 1.
     """
     from blockmerge.comparing import check_method, similarity_matrix
     from blockmerge.comparing import similarity as compare
@@ -51,7 +53,9 @@ def similarity(
     if matrix and (common_base is not None or blocks):
         raise RecipeError("a matrix shows one number for two models: leave out --blocks and --common-base")
     check_method(method, common_base)
-    target = ReportTarget.of(form, as_json, output, overwrite, (*models, *([common_base] if common_base else [])))
+    target = ReportTarget.of(
+        form, as_json, output, overwrite, (*models, *([common_base] if common_base else []))
+    )
     if matrix:
         with progress_bar("comparing", quiet=target.is_quiet) as progress:
             table = similarity_matrix(models, method, threads=threads, progress=progress)
@@ -62,15 +66,23 @@ def similarity(
 
         target.write(
             lambda console: print_matrix(console, table),
-            {"json": lambda: matrix_json(table), "csv": lambda: matrix_csv(table), "html": lambda: matrix_html(table)},
+            {
+                "json": lambda: matrix_json(table),
+                "csv": lambda: matrix_csv(table),
+                "html": lambda: matrix_html(table),
+            },
         )
         failed = list(table.errors)
     else:
         base, *references = models
         if not references:
-            raise RecipeError(f"nothing to compare {shown(base)} with: name at least one more model, or a folder of them")
+            raise RecipeError(
+                f"nothing to compare {shown(base)} with: name at least one more model, or a folder of them"
+            )
         with progress_bar("comparing", quiet=target.is_quiet) as progress:
-            result = compare(base, references, method, common_base=common_base, threads=threads, progress=progress)
+            result = compare(
+                base, references, method, common_base=common_base, threads=threads, progress=progress
+            )
         from blockmerge.rendering.comparison import print_similarity
         from blockmerge.rendering.csv_text import similarity_csv
         from blockmerge.rendering.html_page import similarity_html

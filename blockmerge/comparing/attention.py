@@ -1,7 +1,8 @@
 """Attention similarity: how alike the self-attention of two U-Nets answers the same random input.
 
-The definition is that of ASimilarityCalculator (Nyanko Lepsoni and RcINS, published with the Certains models), whose
-numbers people quote, down to its random stream. For each layer with d×d matrices q, k, v (as `nn.Linear` holds them):
+The definition is that of ASimilarityCalculator (Nyanko Lepsoni and RcINS, published with the Certains
+models), whose numbers people quote, down to its random stream. For each layer with d×d matrices q, k, v (as
+`nn.Linear` holds them):
 
 - X is drawn from N(0, 1), d×d; Q = X·qᵀ, K = X·kᵀ, V = X·vᵀ; S = softmax(Q·Kᵀ) over the last axis, not scaled
 - the layer's map is M[i, j] = S[i, j] · Σₘ V[m, j]
@@ -32,7 +33,9 @@ T = TypeVar("T")
 SEED = 114514
 
 LAYERS = {"sd1": range(3, 11), "sd2": range(3, 11), "sdxl": range(0, 6), "sdxl_refiner": range(3, 9)}
-"""Which output blocks are looked at. SD1's are the published ones; SDXL's and its refiner's all that have attention."""
+"""Which output blocks are looked at. SD1's are the published ones; SDXL's and its refiner's all that have
+attention.
+"""
 
 _WORKERS = 2
 
@@ -43,7 +46,9 @@ _AT_ONCE = 8  # maps held in memory, of d·d·4 bytes each: 6.6 MB for the wides
 
 
 def check_layers(model: Model) -> list[dict[str, TensorInfo]]:
-    """Return {"q", "k", "v": tensor} of every layer. Raises CheckpointError when one is missing or no d×d matrix of floats."""
+    """Return {"q", "k", "v": tensor} of every layer. Raises CheckpointError when one is missing or no d×d
+    matrix of floats.
+    """
     layers, missing = [], []
     for number in LAYERS[model.anatomy.family.name]:
         prefix = f"{UNET_PREFIX}output_blocks.{number}.1.transformer_blocks.0.attn1.to_"
@@ -53,12 +58,18 @@ def check_layers(model: Model) -> list[dict[str, TensorInfo]]:
         for letter, info in found.items():
             width = next(iter(found.values())).shape[:1]
             if width in ((), (0,)) or info.shape != width * 2:
-                raise CheckpointError(f"{shown(model.name)}: {names[letter]} has the shape {list(info.shape)}, which is not d×d")
+                raise CheckpointError(
+                    f"{shown(model.name)}: {names[letter]} has the shape {list(info.shape)}, which is not d×d"
+                )
             if info.dtype not in FLOAT_DTYPES:
-                raise CheckpointError(f"{shown(model.name)}: {names[letter]} is {info.dtype}, which holds no weights")
+                raise CheckpointError(
+                    f"{shown(model.name)}: {names[letter]} is {info.dtype}, which holds no weights"
+                )
         layers.append(found)
     if missing:
-        raise CheckpointError(f"{shown(model.name)} lacks {len(missing)} attention tensors ({listing(missing, 1)})")
+        raise CheckpointError(
+            f"{shown(model.name)} lacks {len(missing)} attention tensors ({listing(missing, 1)})"
+        )
     return layers
 
 
@@ -68,7 +79,9 @@ class AttentionComparison:
     `models` are of one family. `errors[i]` says why model i could not be compared, else it is None.
     """
 
-    def __init__(self, models: Sequence[Model], *, seed: int = SEED, progress: Progress | None = None) -> None:
+    def __init__(
+        self, models: Sequence[Model], *, seed: int = SEED, progress: Progress | None = None
+    ) -> None:
         self.models = models
         self.errors: list[str | None] = [None] * len(models)
         self._seed = seed
@@ -110,13 +123,17 @@ class AttentionComparison:
         self._total = max(sizes, default=0) * reads
 
     def _compare(self, held: Sequence[int], others: Sequence[int]) -> dict[tuple[int, int], list[float]]:
-        """Compare the models `held` with each other and with the `others`, holding only their own maps in memory."""
+        """Compare the models `held` with each other and with the `others`, holding only their own maps in
+        memory.
+        """
         found: dict[tuple[int, int], list[float]] = {}
         maps: dict[int, torch.Tensor] = {}
         torch_threads = TorchThreads()
         torch_threads.single_here()
         try:
-            with ThreadPoolExecutor(_WORKERS, initializer=torch_threads.single_here, initargs=(_threads_each(),)) as workers:
+            with ThreadPoolExecutor(
+                _WORKERS, initializer=torch_threads.single_here, initargs=(_threads_each(),)
+            ) as workers:
                 for number, current in _in_order(self._steps([*held, *others]), workers):
                     if number == held[0]:  # a new layer
                         maps.clear()
@@ -130,7 +147,11 @@ class AttentionComparison:
                         self._progress(min(self._done, self._total), self._total)
         finally:
             torch_threads.restore()
-        return {pair: values for pair, values in found.items() if all(self.errors[number] is None for number in pair)}
+        return {
+            pair: values
+            for pair, values in found.items()
+            if all(self.errors[number] is None for number in pair)
+        }
 
     def _steps(self, numbers: Sequence[int]) -> Iterator[Callable[[], tuple[int, torch.Tensor | None]]]:
         """For each layer, a step for each model that finds its map."""
@@ -194,14 +215,18 @@ class _Draws:
 
 
 class _Desk:
-    """One worker's buffers, used again for every model: new memory would cost nearly as much as the reading."""
+    """One worker's buffers, used again for every model: new memory would cost nearly as much as the
+    reading.
+    """
 
     def __init__(self) -> None:
         self._raw = aligned_buffer(0)
         self._weights = torch.empty(0)
         self._projected = torch.empty(0)
 
-    def attend(self, model: Model, infos: Mapping[str, TensorInfo], drawn: Future[torch.Tensor]) -> torch.Tensor:
+    def attend(
+        self, model: Model, infos: Mapping[str, TensorInfo], drawn: Future[torch.Tensor]
+    ) -> torch.Tensor:
         """Return a layer's map M, d×d."""
         width = infos["q"].shape[0]
         if len(self._weights) < 2 * width * width:
@@ -224,7 +249,9 @@ class _Desk:
         scores.mul_(sums)
         if not all_finite(scores):
             self._raise_nonfinite(model, infos)
-            raise NonFiniteError(f"{shown(model.name)} has attention weights so large that their products are infinite")
+            raise NonFiniteError(
+                f"{shown(model.name)} has attention weights so large that their products are infinite"
+            )
         return scores
 
     def _read(self, reader: Reader, info: TensorInfo, target: torch.Tensor) -> None:
@@ -234,7 +261,9 @@ class _Desk:
         target.view(-1).copy_(tensor_view(self._raw, info.dtype, info.elements))
 
     def _raise_nonfinite(self, model: Model, infos: Mapping[str, TensorInfo]) -> None:
-        """Raise NonFiniteError when one of the matrices is the reason, which shows in the map and is not looked for before."""
+        """Raise NonFiniteError when one of the matrices is the reason, which shows in the map and is not
+        looked for before.
+        """
         with model.checkpoint.reader() as reader:
             for info in infos.values():
                 matrix = torch.empty(info.shape)
@@ -269,5 +298,7 @@ def _in_order(steps: Iterable[Callable[[], T]], workers: ThreadPoolExecutor) -> 
 
 
 def _threads_each() -> int:
-    """What is left of the processors for each worker: two matrices at once go better than one on all of them."""
+    """What is left of the processors for each worker: two matrices at once go better than one on all of
+    them.
+    """
     return max(1, processors() // _WORKERS)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 class Differences:
     """How the weights of B differ from those of A, over some set of tensors.
 
-    `cosine` is Σab / √(Σa²·Σb²), 1 where both are all zeros and 0 where one is. `relative_difference` is ‖b − a‖ / ‖a‖,
-    None where only a is all zeros. `max_difference` is the largest |b − a|. `difference_cosine` is the cosine of a − c
-    and b − c for a common base c, None where none was given or a or b is c.
+    `cosine` is Σab / √(Σa²·Σb²), 1 where both are all zeros and 0 where one is. `relative_difference` is ‖b −
+    a‖ / ‖a‖, None where only a is all zeros. `max_difference` is the largest |b − a|. `difference_cosine` is
+    the cosine of a − c and b − c for a common base c, None where none was given or a or b is c.
     """
 
     cosine: float
@@ -23,12 +23,13 @@ class Differences:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One reference beside the base. With an `error`, one line about why there is no number, all else is empty.
+    """One reference beside the base. With an `error`, one line about why there is no number, all else is
+    empty.
 
-    `similarity` and `parts` are percent for the method ``"attention"`` (parts: the output blocks looked at) and cosines
-    for ``"weights"`` (parts: all blocks, BASE being everything outside the U-Net). `total`, `blocks` and `components`
-    are for ``"weights"`` only. `hash` is the old (AutoV1) hash, None for what is no file. `notes` tell what could not be
-    compared.
+    `similarity` and `parts` are percent for the method ``"attention"`` (parts: the output blocks looked at)
+    and cosines for ``"weights"`` (parts: all blocks, BASE being everything outside the U-Net). `total`,
+    `blocks` and `components` are for ``"weights"`` only. `hash` is the old (AutoV1) hash, None for what is no
+    file. `notes` tell what could not be compared.
     """
 
     name: str
@@ -44,7 +45,8 @@ class Comparison:
 
 @dataclass(frozen=True)
 class SimilarityResult:
-    """A base and its references, best first, those with errors last. `seed` is None for the method ``"weights"``.
+    """A base and its references, best first, those with errors last. `seed` is None for the method
+    ``"weights"``.
 
     `common_base` is the name of the model that differences were taken from, if one was given.
     """

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 METHODS = ("attention", "weights")
 
-_SDXL_NOTE = "the published definition knows SD1 only: for SDXL, all output blocks with attention are compared the same way"
+_SDXL_NOTE = (
+    "the published definition knows SD1 only: for SDXL, all output blocks with attention are "
+    "compared the same way"
+)
 
 
 def similarity(
@@ -41,18 +44,18 @@ def similarity(
 ) -> SimilarityResult:
     """Say how alike `base` is to every one of `references`.
 
-    >>> report = blockmerge.similarity("mine.safetensors", ["sd12.safetensors", "nai.safetensors"])  # doctest: +SKIP
+    >>> report = blockmerge.similarity("mine.safetensors", ["sd12.safetensors"])  # doctest: +SKIP
 
     `references`: paths, folders (all .safetensors files in them), patterns, opened checkpoints, state dicts.
 
-    ``"attention"`` is the published attention similarity (`blockmerge.comparing.attention`), in percent; it reads a few
-    percent of the files. ``"weights"`` compares all weights: cosine, relative difference ‖b − a‖ / ‖a‖ and the largest
-    difference, per block, per component and in total; with `common_base` also the cosine of the differences from it,
-    which tells relatives apart where all cosines are near 1. `threads` are those of the method ``"weights"``.
-    `progress(done, total)` is told the bytes.
+    ``"attention"`` is the published attention similarity (`blockmerge.comparing.attention`), in percent; it
+    reads a few percent of the files. ``"weights"`` compares all weights: cosine, relative difference ‖b − a‖
+    / ‖a‖ and the largest difference, per block, per component and in total; with `common_base` also the
+    cosine of the differences from it, which tells relatives apart where all cosines are near 1. `threads` are
+    those of the method ``"weights"``. `progress(done, total)` is told the bytes.
 
-    A reference that cannot be read or compared becomes an entry with an error; the others go on.
-    Raises RecipeError for an unknown method and when there is no reference, and what is wrong with the base itself
+    A reference that cannot be read or compared becomes an entry with an error; the others go on. Raises
+    RecipeError for an unknown method and when there is no reference, and what is wrong with the base itself
     (CheckpointError, UnknownFamilyError, NonFiniteError).
     """
     check_method(method, common_base)
@@ -66,7 +69,9 @@ def similarity(
     models = [model, *(source.model for source in usable if source.model is not None)]
     compare = _attention if method == "attention" else _weights
     found = compare(models, common, threads, progress)
-    comparisons = {id(source): replace(result, name=source.name) for source, result in zip(usable, found, strict=True)}
+    comparisons = {
+        id(source): replace(result, name=source.name) for source, result in zip(usable, found, strict=True)
+    }
     rows = [
         Comparison(source.name, error=source.error)
         if source.model is None
@@ -95,8 +100,8 @@ def similarity_matrix(
 ) -> SimilarityMatrix:
     """Compare all models with all, by the same methods as `similarity`.
 
-    The family is that of the first model that can be read. A model that cannot be compared gets a row of None and an
-    entry in `errors`. Raises RecipeError for an unknown method and for fewer than two models.
+    The family is that of the first model that can be read. A model that cannot be compared gets a row of None
+    and an entry in `errors`. Raises RecipeError for an unknown method and for fewer than two models.
     """
     check_method(method)
     thread_count(threads)
@@ -129,10 +134,13 @@ def similarity_matrix(
     )
 
 
-# -- attention ------------------------------------------------------------------------------------------------------
+# -- attention
+# ------------------------------------------------------------------------------------------------------
 
 
-def _attention(models: Sequence[Model], common: Model | None, threads: int | None, progress: Progress | None) -> list[Comparison]:
+def _attention(
+    models: Sequence[Model], common: Model | None, threads: int | None, progress: Progress | None
+) -> list[Comparison]:
     from blockmerge.comparing.attention import AttentionComparison
 
     comparison = AttentionComparison(models, progress=progress)
@@ -160,15 +168,25 @@ def _attention_pairs(
     return {pair: 100 * _mean(values) for pair, values in pairs.items()}, failed
 
 
-# -- weights --------------------------------------------------------------------------------------------------------
+# -- weights
+# --------------------------------------------------------------------------------------------------------
 
 
-def _weights(models: Sequence[Model], common: Model | None, threads: int | None, progress: Progress | None) -> list[Comparison]:
+def _weights(
+    models: Sequence[Model], common: Model | None, threads: int | None, progress: Progress | None
+) -> list[Comparison]:
     from blockmerge.comparing.sums import NOT_FINITE, sum_pairs
 
     everything = [*models, *([] if common is None else [common])]
     columns = range(1, len(models))
-    sums = sum_pairs(everything, [0], columns, common=None if common is None else len(models), threads=threads, progress=progress)
+    sums = sum_pairs(
+        everything,
+        [0],
+        columns,
+        common=None if common is None else len(models),
+        threads=threads,
+        progress=progress,
+    )
     for number in (0, *([] if common is None else [len(models)])):
         if bad := sums.nonfinite(number):
             raise NonFiniteError(f"{shown(everything[number].name)} {NOT_FINITE} in {listing(bad)}")
@@ -182,7 +200,9 @@ def _weights_of_one(models: Sequence[Model], sums: Sums, column: int) -> Compari
     family = base.anatomy.family
     compared = sums.compared(0, column)
     if not compared:
-        return Comparison(model.name, error=f"{shown(model.name)} has no weights in common with {shown(base.name)}")
+        return Comparison(
+            model.name, error=f"{shown(model.name)} has no weights in common with {shown(base.name)}"
+        )
     by_block: dict[str, list[int]] = {block: [] for block in family.blocks}
     by_component: dict[str, list[int]] = {component: [] for component in COMPONENTS}
     for index in compared:
@@ -212,7 +232,9 @@ def _weights_pairs(
     count = len(models)
     for start in range(0, count, MOST_ROWS):
         rows = range(start, min(start + MOST_ROWS, count))
-        sums = sum_pairs(models, rows, range(start, count), cosine_only=True, threads=threads, progress=progress)
+        sums = sum_pairs(
+            models, rows, range(start, count), cosine_only=True, threads=threads, progress=progress
+        )
         for number in range(start, count):
             if error := sums.error_of(number, models[number].name):
                 failed[number] = error
@@ -238,18 +260,26 @@ def _not_compared(base: Model, model: Model, sums: Sums, compared: Sequence[int]
     every = dict.fromkeys((*weights_of(base), *weights_of(model)))
     left = [name for name in every if name not in names and component_of(name) in both]
     if left:
-        yield f"{counted(len(left), 'tensor')} that only one of the two has, or in another shape: not compared ({listing(left)})"
+        yield (
+            f"{counted(len(left), 'tensor')} that only one of the two has, or in another shape: not "
+            f"compared ({listing(left)})"
+        )
 
 
-# -- both -----------------------------------------------------------------------------------------------------------
+# -- both
+# -----------------------------------------------------------------------------------------------------------
 
 
 def check_method(method: str, common_base: object = None) -> None:
     """Raise RecipeError for an unknown method, and for a common base where it is of no use."""
     if method not in METHODS:
-        raise RecipeError(f"unknown method '{shown(method)}'{did_you_mean(method, METHODS)} (attention or weights)")
+        raise RecipeError(
+            f"unknown method '{shown(method)}'{did_you_mean(method, METHODS)} (attention or weights)"
+        )
     if common_base is not None and method != "weights":
-        raise RecipeError("a common base is for the method weights: attention similarity has no differences to take")
+        raise RecipeError(
+            "a common base is for the method weights: attention similarity has no differences to take"
+        )
 
 
 def _of_family(source: Source, base: Model) -> Source:

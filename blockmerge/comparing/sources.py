@@ -1,4 +1,6 @@
-"""From what a user names to models: files, folders and patterns, where one that cannot be read does not stop the others."""
+"""From what a user names to models: files, folders and patterns, where one that cannot be read does not stop
+the others.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from blockmerge.errors import BlockmergeError, CheckpointError, RecipeError, rea
 
 @dataclass(frozen=True)
 class Source:
-    """Something to compare: its name, unique among its kind, and the model, or one line about why there is none."""
+    """Something to compare: its name, unique among its kind, and the model, or one line about why there is
+    none.
+    """
 
     name: str
     model: Model | None
@@ -32,14 +36,17 @@ class Source:
 
 
 def open_sources(models: CheckpointLike | Iterable[CheckpointLike]) -> list[Source]:
-    """Open everything that `models` names: paths, folders (the models in them), patterns, checkpoints, state dicts.
+    """Open everything that `models` names: paths, folders (the models in them), patterns, checkpoints, state
+    dicts.
 
     What cannot be opened becomes a Source with an error. Raises RecipeError when nothing at all was named.
     """
     if isinstance(models, (str, os.PathLike, Checkpoint, Mapping)):
         models = [models]
     if isinstance(models, bytes) or not isinstance(models, Iterable):
-        raise CheckpointError(f"{type(models).__name__} given: name a path, a checkpoint, a state dict, or several of these")
+        raise CheckpointError(
+            f"{type(models).__name__} given: name a path, a checkpoint, a state dict, or several of these"
+        )
     named = (one for model in models for one in _expand(model))
     found = [_open(one, number) for number, one in enumerate(_once_each(named), 1)]
     if not found:

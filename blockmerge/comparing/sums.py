@@ -1,8 +1,9 @@
 """The sums of one streamed pass over the weights of several models, tensor by tensor.
 
-Chunks are summed in float32, which is exact enough over a few hundred thousand elements, and the chunks are added up in
-float64: one float32 sum over a large tensor would be off in the fourth digit. Whole tensors are the workers' tasks, so the
-order of additions, and with it every digit of the result, is the same for any number of threads.
+Chunks are summed in float32, which is exact enough over a few hundred thousand elements, and the chunks are
+added up in float64: one float32 sum over a large tensor would be off in the fourth digit. Whole tensors are
+the workers' tasks, so the order of additions, and with it every digit of the result, is the same for any
+number of threads.
 """
 
 from __future__ import annotations
@@ -38,13 +39,16 @@ MOST_ROWS = 16
 """How many models `sum_pairs` can take as rows at once: it holds a chunk of each."""
 
 AB, DD, MAX, CAB, CAA, CBB = range(6)
-"""What is summed for a pair (a, b): Σab, Σ(b−a)², max|b−a|; with a common base c also Σ(a−c)(b−c), Σ(a−c)², Σ(b−c)²."""
+"""What is summed for a pair (a, b): Σab, Σ(b−a)², max|b−a|; with a common base c also Σ(a−c)(b−c), Σ(a−c)²,
+Σ(b−c)².
+"""
 
 
 class ChunkReader:
     """One worker's handles and buffers: chunks of any model's tensors, as floats ready to be summed.
 
-    The tensor that `read` returns lies in the buffer `slot` and stays valid until that slot is read into again.
+    The tensor that `read` returns lies in the buffer `slot` and stays valid until that slot is read into
+    again.
     """
 
     def __init__(self, models: Sequence[Model], stack: ExitStack) -> None:
@@ -54,8 +58,12 @@ class ChunkReader:
         self._raw = aligned_buffer(0)
         self._wide: dict[int, memoryview] = {}
 
-    def read(self, number: int, info: TensorInfo, start: int, count: int, slot: int, wide: str = "F32") -> torch.Tensor:
-        """Return `count` elements of a tensor of model `number` from element `start` on, in the dtype `wide`."""
+    def read(
+        self, number: int, info: TensorInfo, start: int, count: int, slot: int, wide: str = "F32"
+    ) -> torch.Tensor:
+        """Return `count` elements of a tensor of model `number` from element `start` on, in the dtype
+        `wide`.
+        """
         reader, size = self._reader(number), itemsize(info.dtype) or 0
         wide_size = itemsize(wide) or 0
         if len(self._wide.get(slot, b"")) < count * wide_size:
@@ -89,9 +97,9 @@ class ChunkReader:
 class Sums:
     """Sums of rows × columns models, for every one of `names` (tensors).
 
-    `seen[tensor, model]` says whether the model has the tensor in the shape that the others have; `squares[tensor, model]`
-    is Σx²; `pairs[tensor, row, column, kind]` the sums of a pair (kinds: AB, DD, …; from CAB on 0 without a common base).
-    `errors` maps models that could not be read to why.
+    `seen[tensor, model]` says whether the model has the tensor in the shape that the others have;
+    `squares[tensor, model]` is Σx²; `pairs[tensor, row, column, kind]` the sums of a pair (kinds: AB, DD, …;
+    from CAB on 0 without a common base). `errors` maps models that could not be read to why.
     """
 
     names: tuple[str, ...]
@@ -159,14 +167,17 @@ def sum_pairs(
 ) -> Sums:
     """Compare the models `rows` with the models `columns` (numbers of `models`), in one reading of each.
 
-    Row i and column j are compared where i < j. With `common`, that model is subtracted for the sums CAB, CAA and CBB. With
-    `cosine_only` there is AB alone, which keeps the sums of hundreds of models small.
+    Row i and column j are compared where i < j. With `common`, that model is subtracted for the sums CAB, CAA
+    and CBB. With `cosine_only` there is AB alone, which keeps the sums of hundreds of models small.
     """
     tensors = [weights_of(model) for model in models]
     names = tuple(dict.fromkeys(name for row in rows for name in tensors[row]))
     work = _PairWork(models, tensors, names, list(rows), list(columns), common, 1 if cosine_only else 6)
     largest = sorted(
-        range(len(names)), key=lambda index: -next(tensors[r][names[index]].elements for r in rows if names[index] in tensors[r])
+        range(len(names)),
+        key=lambda index: (
+            -next(tensors[r][names[index]].elements for r in rows if names[index] in tensors[r])
+        ),
     )
     read = {*rows, *columns, *([] if common is None else [common])}
     total = sum(tensors[number][name].nbytes for number in read for name in names if name in tensors[number])
@@ -241,7 +252,9 @@ class _PairWork:
                 if number not in infos or number in self.errors:
                     continue
                 try:
-                    values = chunks.read(number, infos[number], start, count, number if number in self.rows else -1, wide)
+                    values = chunks.read(
+                        number, infos[number], start, count, number if number in self.rows else -1, wide
+                    )
                 except BlockmergeError as error:
                     if number == self.rows[0] and len(self.rows) == 1:
                         raise  # without the base there is nothing to compare
@@ -285,6 +298,8 @@ def _add_pair(found: list[float], a: torch.Tensor, b: torch.Tensor, base: torch.
 
 
 def dot(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Σab of a chunk. Squares of very large and very small float32 values leave float32's range, so those are summed again."""
+    """Σab of a chunk. Squares of very large and very small float32 values leave float32's range, so those are
+    summed again.
+    """
     total = torch.dot(a, b).item()
     return total if _SMALL < abs(total) < math.inf else torch.dot(a.double(), b.double()).item()

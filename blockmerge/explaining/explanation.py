@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 class BlockOrigin:
     """Where a block (or component, or tensor) comes from.
 
-    `weights` maps every parent but the base to how much of it the block took, None where that cannot be told. `uncertainty` is
-    how far rounding may have moved the weights at most. `residual` is what the weights leave unexplained, divided by the
-    largest difference between a candidate and the base. Not `determined`: the parents are equal or collinear here, or
-    too much alike for the merge's dtype. `explained`: nothing is left but rounding.
+    `weights` maps every parent but the base to how much of it the block took, None where that cannot be told.
+    `uncertainty` is how far rounding may have moved the weights at most. `residual` is what the weights leave
+    unexplained, divided by the largest difference between a candidate and the base. Not `determined`: the
+    parents are equal or collinear here, or too much alike for the merge's dtype. `explained`: nothing is left
+    but rounding.
     """
 
     weights: Mapping[str, float | None]
@@ -27,12 +28,12 @@ class BlockOrigin:
 class Explanation:
     """Where a merge comes from, or that it does not come from the candidates.
 
-    `method` is ``"copy"``, ``"weighted_sum"``, ``"add_difference"``, ``"triple_sum"``, ``"linear"`` (more parents), or
-    None when no few of the candidates explain the U-Net; then `parents` is empty, and the blocks tell of the two
-    candidates that come nearest. `base` is the parent (or nearest candidate) that weight 0 stands for. `exact`: merging
-    the parents again with these weights gives the file, within two steps of its dtype everywhere. `preset` is a preset's
-    name, or ``NAME@RATIO`` for one that was scaled. `tensors` is empty unless asked for. `left_out` maps candidates that
-    could not be used to one line about why.
+    `method` is ``"copy"``, ``"weighted_sum"``, ``"add_difference"``, ``"triple_sum"``, ``"linear"`` (more
+    parents), or None when no few of the candidates explain the U-Net; then `parents` is empty, and the blocks
+    tell of the two candidates that come nearest. `base` is the parent (or nearest candidate) that weight 0
+    stands for. `exact`: merging the parents again with these weights gives the file, within two steps of its
+    dtype everywhere. `preset` is a preset's name, or ``NAME@RATIO`` for one that was scaled. `tensors` is
+    empty unless asked for. `left_out` maps candidates that could not be used to one line about why.
     """
 
     merge: str

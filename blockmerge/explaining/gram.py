@@ -1,11 +1,11 @@
 """The two streamed passes of `explain`: inner products of differences from a merge, and merging again.
 
-For a merge M and candidates X₁ … X_k the first pass finds, for every tensor, the Gram matrix G with
-G_ij = ⟨(X_i − M)/u, (X_j − M)/u⟩. All fits of M as a combination of candidates follow from it, whichever of them is the
-base. u is the step of M's dtype at each value's size, so that rounding counts the same everywhere. (The size is M's or
-that of the smallest candidate, whichever is larger: where large values cancel, rounding is theirs.)
-That matters where models differ by little: a small value, whose differences are many steps, tells a weight far more
-sharply than a large one, whose differences rounding has all but swallowed.
+For a merge M and candidates X₁ … X_k the first pass finds, for every tensor, the Gram matrix G with G_ij =
+⟨(X_i − M)/u, (X_j − M)/u⟩. All fits of M as a combination of candidates follow from it, whichever of them is
+the base. u is the step of M's dtype at each value's size, so that rounding counts the same everywhere. (The
+size is M's or that of the smallest candidate, whichever is larger: where large values cancel, rounding is
+theirs.) That matters where models differ by little: a small value, whose differences are many steps, tells a
+weight far more sharply than a large one, whose differences rounding has all but swallowed.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _EXPONENT_BITS = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torc
 class Gram:
     """What the first pass found, tensor by tensor.
 
-    `products[tensor, i, j]` is G, in squares of steps, and `plain` the same without division by u. `elements[tensor]`
-    counts the values, `apart[tensor]` those at which the candidates are not all equal. `finite[tensor]` is False when M
-    itself is not.
+    `products[tensor, i, j]` is G, in squares of steps, and `plain` the same without division by u.
+    `elements[tensor]` counts the values, `apart[tensor]` those at which the candidates are not all equal.
+    `finite[tensor]` is False when M itself is not.
     """
 
     def __init__(self, tensors: int, candidates: int) -> None:
@@ -44,7 +44,9 @@ class Gram:
 
 
 class Remerged:
-    """What the second pass found for hypothesis h: `beyond[tensor, h]` values more than two steps off, `squares` Σ((M̂−M)/u)²."""
+    """What the second pass found for hypothesis h: `beyond[tensor, h]` values more than two steps off,
+    `squares` Σ((M̂−M)/u)².
+    """
 
     def __init__(self, tensors: int, hypotheses: int) -> None:
         self.beyond: Array = np.zeros((tensors, hypotheses))
@@ -54,10 +56,13 @@ class Remerged:
 class Pass:
     """Streams a merge and its candidates, tensor by tensor; `models[0]` is the merge.
 
-    `names` are the tensors to look at; `holders[name]` the numbers of the models that are read for it, the merge first.
+    `names` are the tensors to look at; `holders[name]` the numbers of the models that are read for it, the
+    merge first.
     """
 
-    def __init__(self, models: Sequence[Model], names: Sequence[str], holders: Mapping[str, Sequence[int]]) -> None:
+    def __init__(
+        self, models: Sequence[Model], names: Sequence[str], holders: Mapping[str, Sequence[int]]
+    ) -> None:
         self.models = models
         self.names = names
         self.holders = holders
@@ -88,8 +93,12 @@ class Pass:
         self._run(look, "F64", threads, progress)
         return found
 
-    def remerge(self, coefficients: Mapping[str, Array], threads: int | None, progress: Progress | None) -> Remerged:
-        """Merge again: `coefficients[name][h, i]` is how much of candidate i hypothesis h takes, the sum being 1."""
+    def remerge(
+        self, coefficients: Mapping[str, Array], threads: int | None, progress: Progress | None
+    ) -> Remerged:
+        """Merge again: `coefficients[name][h, i]` is how much of candidate i hypothesis h takes, the sum
+        being 1.
+        """
         found = Remerged(len(self.names), max(len(rows) for rows in coefficients.values()))
 
         def look(index: int, values: Mapping[int, torch.Tensor], dtypes: Sequence[str]) -> None:
@@ -100,9 +109,17 @@ class Pass:
             for hypothesis, row in enumerate(rows):
                 key = tuple(row)
                 if key not in done:
-                    off = _combine(values, row).to(TORCH_DTYPES[dtypes[0]]).to(merge.dtype).sub_(merge).div_(step)
+                    off = (
+                        _combine(values, row)
+                        .to(TORCH_DTYPES[dtypes[0]])
+                        .to(merge.dtype)
+                        .sub_(merge)
+                        .div_(step)
+                    )
                     low, high = torch.aminmax(off)
-                    within = low.item() >= -2 and high.item() <= 2  # nearly always; counting takes several times as long
+                    within = (
+                        low.item() >= -2 and high.item() <= 2
+                    )  # nearly always; counting takes several times as long
                     beyond = 0.0 if within else float((~(off.abs() <= 2)).sum().item())
                     done[key] = (beyond, torch.dot(off, off).item())
                 found.beyond[index, hypothesis] += done[key][0]
@@ -118,8 +135,12 @@ class Pass:
         threads: int | None,
         progress: Progress | None,
     ) -> None:
-        infos = [{number: self.models[number].tensors[name] for number in self.holders[name]} for name in self.names]
-        # Longest first: a worker does whole tensors, so that the order of additions never depends on the threads.
+        infos = [
+            {number: self.models[number].tensors[name] for number in self.holders[name]}
+            for name in self.names
+        ]
+        # Longest first: a worker does whole tensors, so that the order of additions never depends on the
+        # threads.
         tasks = sorted(range(len(infos)), key=lambda index: -infos[index][0].elements)
         total = sum(info.nbytes for of_tensor in infos for info in of_tensor.values())
         # A chunk of every model and a few more are held by each worker, in float64 of twice the size.
@@ -155,7 +176,11 @@ def _stream(
     elements = infos[0].elements
     for start in range(0, elements, chunk):
         count = min(chunk, elements - start)
-        look(index, {number: chunks.read(number, info, start, count, number, wide) for number, info in infos.items()}, dtypes)
+        look(
+            index,
+            {number: chunks.read(number, info, start, count, number, wide) for number, info in infos.items()},
+            dtypes,
+        )
     return sum(info.nbytes for info in infos.values())
 
 
@@ -199,7 +224,9 @@ def _combine(values: Mapping[int, torch.Tensor], row: Array) -> torch.Tensor:
 
 
 def step_of(values: torch.Tensor, dtype: str) -> torch.Tensor:
-    """The distance between neighbouring numbers of `dtype` at the size of each value (a float32 or float64 tensor)."""
+    """The distance between neighbouring numbers of `dtype` at the size of each value (a float32 or float64
+    tensor).
+    """
     mantissa, smallest = MANTISSA[dtype]
     integer, mask = _EXPONENT_BITS[values.dtype]
     powers = values.view(integer).bitwise_and(mask).view(values.dtype)

@@ -14,7 +14,9 @@ _LEAST = 0.005  # weights are looked at this coarsely even where they are known 
 
 @dataclass(frozen=True)
 class Match:
-    """A preset that fits: `weights` are its weights (NaN where it skips), times `ratio`; `distance` in uncertainties."""
+    """A preset that fits: `weights` are its weights (NaN where it skips), times `ratio`; `distance` in
+    uncertainties.
+    """
 
     name: str
     ratio: float
@@ -27,11 +29,13 @@ class Match:
         return self.name if self.ratio == 1 else f"{self.name}@{self.ratio:g}"
 
 
-def matching_presets(family: str, blocks: tuple[str, ...], weights: Array, uncertainty: Array, known: Flags) -> list[Match]:
+def matching_presets(
+    family: str, blocks: tuple[str, ...], weights: Array, uncertainty: Array, known: Flags
+) -> list[Match]:
     """Return the presets that the weights may be, nearest first, unscaled ones before scaled ones.
 
-    BASE is not looked at: tools let it be set apart. Only blocks that are `known` count; without any that differ from 0
-    there is nothing to recognise.
+    BASE is not looked at: tools let it be set apart. Only blocks that are `known` count; without any that
+    differ from 0 there is nothing to recognise.
     """
     looked_at = known & np.array([block != "BASE" for block in blocks])
     if not looked_at.any():
@@ -45,7 +49,10 @@ def matching_presets(family: str, blocks: tuple[str, ...], weights: Array, uncer
         if table is None:
             continue
         theirs = table[looked_at]
-        if np.ptp(theirs) == 0 and theirs[0] in (0, 1):  # all of A, or all of B: that is no preset to recognise
+        if np.ptp(theirs) == 0 and theirs[0] in (
+            0,
+            1,
+        ):  # all of A, or all of B: that is no preset to recognise
             continue
         distance = np.abs(own - theirs) / tolerance
         if (distance <= 1).all():
@@ -53,12 +60,21 @@ def matching_presets(family: str, blocks: tuple[str, ...], weights: Array, uncer
             continue
         if np.ptp(theirs) == 0:  # flat weights times a ratio are simply other flat weights
             continue
-        ratio = float(np.dot(own / tolerance, theirs / tolerance) / np.dot(theirs / tolerance, theirs / tolerance))
-        ratio = round(ratio, 2) if (np.abs(round(ratio, 2) * theirs - own) <= tolerance).all() else round(ratio, 4)
+        ratio = float(
+            np.dot(own / tolerance, theirs / tolerance) / np.dot(theirs / tolerance, theirs / tolerance)
+        )
+        ratio = (
+            round(ratio, 2)
+            if (np.abs(round(ratio, 2) * theirs - own) <= tolerance).all()
+            else round(ratio, 4)
+        )
         distance = np.abs(own - ratio * theirs) / tolerance
         if ratio > 0.02 and (distance <= 1).all():
             scaled.append(Match(preset.name, ratio, table * ratio, float(distance.mean())))
-    return [*sorted(exact, key=lambda match: match.distance), *sorted(scaled, key=lambda match: match.distance)]
+    return [
+        *sorted(exact, key=lambda match: match.distance),
+        *sorted(scaled, key=lambda match: match.distance),
+    ]
 
 
 def _table(preset: Preset, family: str, blocks: tuple[str, ...]) -> Array | None:

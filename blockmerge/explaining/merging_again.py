@@ -23,7 +23,8 @@ def merge_again(
 ) -> tuple[Told, bool]:
     """Hold merges with these weights, with rounder ones and with presets against the file.
 
-    `blocks` are the blocks that the presets' weights are listed for. Returns what fits best, and whether it is exact.
+    `blocks` are the blocks that the presets' weights are listed for. Returns what fits best, and whether it
+    is exact.
     """
     parents = told.parents
     unet = {name: unit for name, unit in told.blocks.items() if name != "BASE"}
@@ -59,7 +60,9 @@ def merge_again(
         for name, unit in units.items()
     }
     picked, preset = _pick(units, unet, errors, matches)
-    exact = all(unit.explained for unit in units.values()) and all(errors[name][1][h] == 0 for name, h in picked.items())
+    exact = all(unit.explained for unit in units.values()) and all(
+        errors[name][1][h] == 0 for name, h in picked.items()
+    )
     refined = {name: replace(unit, coefficients=variants[name][picked[name]]) for name, unit in units.items()}
     return (
         replace(
@@ -74,7 +77,9 @@ def merge_again(
 
 
 def _variants(unit: ToldUnit) -> Array:
-    """The coefficients with weights of two and of three decimals, where rounding allows that, and as they were found."""
+    """The coefficients with weights of two and of three decimals, where rounding allows that, and as they
+    were found.
+    """
     raw = unit.coefficients
     rows = []
     for decimals in (2, 3):
@@ -91,7 +96,9 @@ def _pick(
     errors: Mapping[str, tuple[Array, Array]],
     matches: Sequence[Match],
 ) -> tuple[dict[str, int], str | None]:
-    """Return the number of the variant that each unit takes, and the preset: the roundest that fits as well as any."""
+    """Return the number of the variant that each unit takes, and the preset: the roundest that fits as well
+    as any.
+    """
 
     def as_good(squares: Array, elements: float) -> list[bool]:
         return list(squares <= 1.05 * squares.min() + 0.002 * elements)
@@ -104,5 +111,7 @@ def _pick(
     for name, unit in units.items():
         own = range(len(matches), len(errors[name][0]))
         fits = as_good(errors[name][0], unit.elements)
-        picked[name] = number if number is not None and name in unet else next((n for n in own if fits[n]), own[-1])
+        picked[name] = (
+            number if number is not None and name in unet else next((n for n in own if fits[n]), own[-1])
+        )
     return picked, None if number is None else matches[number].label

@@ -22,7 +22,8 @@ _LEAST = 0.005
 
 @dataclass(frozen=True)
 class Parents:
-    """The parents (numbers of candidates), the base first; how they were combined; which presets the weights may be.
+    """The parents (numbers of candidates), the base first; how they were combined; which presets the weights
+    may be.
 
     `by_tensor`: the weights change within blocks, as element rules make them.
     """
@@ -38,7 +39,9 @@ class Parents:
         return self.subset[0]
 
     def coefficients_for(self, weight: float) -> Array:
-        """How much of each parent a block takes at a weight of this method (of two models, or add difference)."""
+        """How much of each parent a block takes at a weight of this method (of two models, or add
+        difference).
+        """
         return np.array([1.0, weight, -weight] if self.method == "add_difference" else [1.0 - weight, weight])
 
 
@@ -55,7 +58,9 @@ def find_parents(sight: Sight, family: str, least: int = 1) -> Parents | None:
         if fits:
             subset = fits[0].subset
             base = subset[int(np.argmax(fits[0].coefficients.mean(axis=0)))]
-            return Parents((base, *(n for n in subset if n != base)), _plain_method(len(subset)), by_tensor=True)
+            return Parents(
+                (base, *(n for n in subset if n != base)), _plain_method(len(subset)), by_tensor=True
+            )
     found = _without_idle(unet)
     return None if found is None else _best([found], sight, family)
 
@@ -71,9 +76,15 @@ def _without_idle(units: Units) -> Fit | None:
         return None
     found = units.fit(able)
     known = found.determined
-    at_work = np.asarray((np.abs(found.coefficients) > np.maximum(found.uncertainty, _LEAST))[known].any(axis=0)).tolist()
+    at_work = np.asarray(
+        (np.abs(found.coefficients) > np.maximum(found.uncertainty, _LEAST))[known].any(axis=0)
+    ).tolist()
     found = units.fit(tuple(n for n, works in zip(able, at_work, strict=True) if works))
-    return found if len(found.subset) > 1 and found.explained(units.elements).all() and found.determined.any() else None
+    return (
+        found
+        if len(found.subset) > 1 and found.explained(units.elements).all() and found.determined.any()
+        else None
+    )
 
 
 def nearest_pair(blocks: Units) -> Parents:
@@ -89,7 +100,9 @@ def nearest_pair(blocks: Units) -> Parents:
 
 
 def _by_size(units: Units, least: int, most: int) -> Iterator[list[Fit]]:
-    """For `least` … `most` parents, yield the fits that leave nothing but rounding, those about as good as the best."""
+    """For `least` … `most` parents, yield the fits that leave nothing but rounding, those about as good as
+    the best.
+    """
     able = [n for n in range(units.products.shape[1]) if units.have[:, n].all()]
     for size in range(least, min(most, len(able)) + 1):
         if comb(len(able), size) > _MOST_COMBINATIONS:
@@ -104,7 +117,9 @@ def _by_size(units: Units, least: int, most: int) -> Iterator[list[Fit]]:
 
 
 def _parents(found: Fit, sight: Sight, family: str) -> tuple[tuple[float, ...], Parents]:
-    """Choose base, method and presets for a fit; the first value ranks it among other fits, the lowest being the best."""
+    """Choose base, method and presets for a fit; the first value ranks it among other fits, the lowest being
+    the best.
+    """
     blocks = sight.blocks
     unet_names = tuple(name for name in blocks.names if name != "BASE")
     known: Flags = found.determined
@@ -115,7 +130,9 @@ def _parents(found: Fit, sight: Sight, family: str) -> tuple[tuple[float, ...], 
     for place in range(len(found.subset)):
         order = [place, *(n for n in range(len(found.subset)) if n != place)]
         subset = tuple(found.subset[n] for n in order)
-        method, weights, uncertainty = _method(found.coefficients[:, order], found.uncertainty[:, order], known)
+        method, weights, uncertainty = _method(
+            found.coefficients[:, order], found.uncertainty[:, order], known
+        )
         if method == "add_difference" and np.mean(weights[known]) < 0:
             subset, weights = (subset[0], subset[2], subset[1]), -weights
         matches: list[Match] = []
@@ -148,7 +165,11 @@ def _method(coefficients: Array, uncertainty: Array, known: Flags) -> tuple[str,
     if count == 3 and known.any():
         one = np.abs(coefficients[known, 0] - 1) <= np.maximum(uncertainty[known, 0], _LEAST)
         if one.all():
-            return "add_difference", (coefficients[:, 1] - coefficients[:, 2]) / 2, uncertainty[:, 1:].max(axis=1)
+            return (
+                "add_difference",
+                (coefficients[:, 1] - coefficients[:, 2]) / 2,
+                uncertainty[:, 1:].max(axis=1),
+            )
     weights = coefficients[:, 1] if count > 1 else np.zeros(len(coefficients))
     return _plain_method(count), weights, uncertainty.max(axis=1)
 

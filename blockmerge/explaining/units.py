@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 class Compared:
     """The tensors of a merge that candidates can explain.
 
-    `holders[name]` are the numbers of the models that have the tensor in the merge's shape, the merge (0) first; a tensor
-    is looked at when every candidate that has its component at all is among them. `skipped` are the others.
-    `coarseness[tensor, candidate]` is the square of the candidate's dtype's step in steps of the merge's, at least 1.
+    `holders[name]` are the numbers of the models that have the tensor in the merge's shape, the merge (0)
+    first; a tensor is looked at when every candidate that has its component at all is among them. `skipped`
+    are the others. `coarseness[tensor, candidate]` is the square of the candidate's dtype's step in steps of
+    the merge's, at least 1.
     """
 
     names: tuple[str, ...]
@@ -74,14 +75,19 @@ class Units:
         candidates = gram.products.shape[1]
         have = np.array(
             [
-                [all(n in compared.holders[compared.names[t]] for t in members) for n in range(1, candidates + 1)]
+                [
+                    all(n in compared.holders[compared.names[t]] for t in members)
+                    for n in range(1, candidates + 1)
+                ]
                 for members in groups.values()
             ],
             dtype=np.bool_,
         ).reshape(len(groups), candidates)
 
         def add_up(table: Array) -> Array:
-            return np.array([table[members].sum(axis=0) for members in groups.values()]).reshape(-1, *table.shape[1:])
+            return np.array([table[members].sum(axis=0) for members in groups.values()]).reshape(
+                -1, *table.shape[1:]
+            )
 
         return cls(
             tuple(groups),
@@ -150,7 +156,9 @@ class Sight:
 
 @dataclass(frozen=True)
 class ToldUnit:
-    """A block, component or tensor told by some parents (numbers of candidates, the base first where it has it)."""
+    """A block, component or tensor told by some parents (numbers of candidates, the base first where it has
+    it).
+    """
 
     subset: tuple[int, ...]
     coefficients: Array
@@ -175,7 +183,9 @@ class Told:
 
 def tell(sight: Sight, parents: Parents) -> Told:
     """Fit the parents to everything."""
-    blocks, components, tensors = (_tell_units(part, parents) for part in (sight.blocks, sight.components, sight.tensors))
+    blocks, components, tensors = (
+        _tell_units(part, parents) for part in (sight.blocks, sight.components, sight.tensors)
+    )
     return Told(parents, blocks, components, tensors)
 
 
@@ -198,7 +208,9 @@ def _tell_units(units: Units, parents: Parents) -> dict[str, ToldUnit]:
 
 def _unit(units: Units, found: Fit, u: int) -> ToldUnit:
     plain, base = units.plain[u], found.subset[0]
-    apart = [plain[n, n] - 2 * plain[n, base] + plain[base, base] for n in range(len(plain)) if units.have[u, n]]
+    apart = [
+        plain[n, n] - 2 * plain[n, base] + plain[base, base] for n in range(len(plain)) if units.have[u, n]
+    ]
     largest = float(np.sqrt(max(0.0, *apart))) if len(apart) > 1 else 0.0
     own = plain[np.ix_(found.subset, found.subset)]
     left = float(np.sqrt(max(0.0, found.coefficients[u] @ own @ found.coefficients[u])))

@@ -21,9 +21,13 @@ def write_verdict(found: Explanation, *, agrees: bool, by_tensor: bool) -> str:
     if found.method == "copy":
         what = f"The U-Net of {merge} is that of {parents[0]}"
     elif found.method == "add_difference":
-        what = f"{merge} is {parents[0]} plus the difference of {parents[1]} from {parents[2]} (add difference)"
+        what = (
+            f"{merge} is {parents[0]} plus the difference of {parents[1]} from {parents[2]} (add difference)"
+        )
     else:
-        what = f"{merge} is {_TITLES[found.method or 'linear']} of {', '.join(parents[:-1])} and {parents[-1]}"
+        what = (
+            f"{merge} is {_TITLES[found.method or 'linear']} of {', '.join(parents[:-1])} and {parents[-1]}"
+        )
     if found.preset is not None:
         what += f" with the preset {shown(found.preset)}"
     if by_tensor:
@@ -32,7 +36,10 @@ def write_verdict(found: Explanation, *, agrees: bool, by_tensor: bool) -> str:
     if found.method != "copy" and unknown:
         what += f"; in {unknown} of {len(found.blocks)} blocks the weights cannot be told"
     if agrees and not found.exact:
-        return f"{what}. Merged again, all that was compared is the same within two steps of its dtype: see the notes."
+        return (
+            f"{what}. Merged again, all that was compared is the same within two steps of its dtype: see "
+            "the notes."
+        )
     if found.exact:
         return f"{what}. Merged again, it is the same within two steps of its dtype everywhere."
     return f"{what}. Merged again, it is not the same everywhere: see the notes and residuals."
@@ -47,10 +54,16 @@ def _no_parents(found: Explanation) -> str:
     fine = [block for block, origin in unet.items() if origin.explained]
     pair = f"{base} and {shown(others[0])}"
     if len(fine) == len(unet):
-        return f"At its dtype, {merge} cannot be told from merges of {base} with the others: they differ by less than rounding."
+        return (
+            f"At its dtype, {merge} cannot be told from merges of {base} with the others: they differ by "
+            "less than rounding."
+        )
     worst = max(origin.residual or 0.0 for origin in unet.values())
     text = (
-        f"{merge} is not, or not only, a merge of these: the best two leave up to {worst:.2%} of the largest difference "
+        f"{merge} is not, or not only, a merge of these: the best two leave up to {worst:.2%} of the largest "
+        "difference "
         f"unexplained in a block, far more than rounding. The nearest is {base}"
     )
-    return f"{text}; {pair} do explain {len(fine)} of {len(unet)} blocks of the U-Net." if fine else f"{text}."
+    return (
+        f"{text}; {pair} do explain {len(fine)} of {len(unet)} blocks of the U-Net." if fine else f"{text}."
+    )

@@ -5,4 +5,14 @@ from blockmerge.inspecting.inspect import Inspection, Part, inspect
 from blockmerge.inspecting.problems import KINDS, SEVERITIES, CheckResult, Problem
 from blockmerge.inspecting.repair import repair
 
-__all__ = ["KINDS", "SEVERITIES", "CheckResult", "Inspection", "Part", "Problem", "check", "inspect", "repair"]
+__all__ = [
+    "KINDS",
+    "SEVERITIES",
+    "CheckResult",
+    "Inspection",
+    "Part",
+    "Problem",
+    "check",
+    "inspect",
+    "repair",
+]

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from blockmerge.anatomy import is_position_ids, is_schedule
-from blockmerge.checkpoints import FLOAT_DTYPES, CheckpointLike, SafetensorsFile, fault_of_position_ids, open_checkpoint
+from blockmerge.checkpoints import (
+    FLOAT_DTYPES,
+    CheckpointLike,
+    SafetensorsFile,
+    fault_of_position_ids,
+    open_checkpoint,
+)
 from blockmerge.errors import counted, listing, shown
 from blockmerge.inspecting.metadata import check_file, check_metadata
 from blockmerge.inspecting.problems import SEVERITIES, CheckResult, Problem
@@ -16,13 +22,17 @@ from blockmerge.streaming import Progress
 def check(path: CheckpointLike, progress: Progress | None = None, threads: int | None = None) -> CheckResult:
     """Look for everything that can be wrong with a checkpoint; the codes are in `docs/check.md`.
 
-    Names, shapes, dtypes and metadata come from the header; then all floats are read once, for NaN, infinity and zeros, on
-    `threads` threads in a few megabytes of memory. `progress(done, total)` is told the bytes.
-    Raises CheckpointError when it cannot be read. A file that is no Stable Diffusion model is no error, but a problem.
+    Names, shapes, dtypes and metadata come from the header; then all floats are read once, for NaN, infinity
+    and zeros, on `threads` threads in a few megabytes of memory. `progress(done, total)` is told the bytes.
+    Raises CheckpointError when it cannot be read. A file that is no Stable Diffusion model is no error, but a
+    problem.
     """
     subject = Subject.of(open_checkpoint(path))
     checkpoint, anatomy = subject.checkpoint, subject.model.anatomy if subject.model else None
-    problems = [*check_structure(subject), *check_metadata(checkpoint.metadata, anatomy.family.name if anatomy else None)]
+    problems = [
+        *check_structure(subject),
+        *check_metadata(checkpoint.metadata, anatomy.family.name if anatomy else None),
+    ]
     if isinstance(checkpoint, SafetensorsFile):
         problems += check_file(checkpoint)
     problems += _position_ids(subject)
@@ -42,9 +52,15 @@ def _position_ids(subject: Subject) -> Iterator[Problem]:
             continue
         fault = fault_of_position_ids(subject.checkpoint, name)
         if fault is not None:
-            yield Problem.of("broken_position_ids", f"{shown(name)} misplaces the words of a prompt: {fault}", [name])
+            yield Problem.of(
+                "broken_position_ids", f"{shown(name)} misplaces the words of a prompt: {fault}", [name]
+            )
         elif info.dtype in FLOAT_DTYPES:
-            yield Problem.of("float_position_ids", f"{shown(name)} is right, but stored as {info.dtype} and not as I64", [name])
+            yield Problem.of(
+                "float_position_ids",
+                f"{shown(name)} is right, but stored as {info.dtype} and not as I64",
+                [name],
+            )
 
 
 def _values(subject: Subject, progress: Progress | None, threads: int | None) -> Iterator[Problem]:
@@ -61,16 +77,28 @@ def _values(subject: Subject, progress: Progress | None, threads: int | None) ->
     unused = set(subject.unused)
     bad = [name for name, peak in peaks.items() if not peak.is_finite]
     yield from _found(
-        "nan_or_infinity", "with NaN or infinity, which make black images", [name for name in bad if name not in unused]
+        "nan_or_infinity",
+        "with NaN or infinity, which make black images",
+        [name for name in bad if name not in unused],
     )
-    yield from _found("leftover_nan", "that nothing needs, with NaN or infinity", [name for name in bad if name in unused])
+    yield from _found(
+        "leftover_nan", "that nothing needs, with NaN or infinity", [name for name in bad if name in unused]
+    )
     components = subject.components()
     used = {name: peak for name, peak in peaks.items() if name not in unused and components[name] != "other"}
     # Biases may well be 0.
-    zero = [name for name, peak in used.items() if peak.is_zero and (name.endswith("weight") or len(tensors[name].shape) > 1)]
+    zero = [
+        name
+        for name, peak in used.items()
+        if peak.is_zero and (name.endswith("weight") or len(tensors[name].shape) > 1)
+    ]
     yield from _found("zero_weights", "of nothing but zeros, whose layers do nothing", zero)
     large = [name for name, peak in used.items() if peak.overflows_fp16]
-    yield from _found("overflows_fp16", "with values beyond float16's 65504, which make black images in half precision", large)
+    yield from _found(
+        "overflows_fp16",
+        "with values beyond float16's 65504, which make black images in half precision",
+        large,
+    )
 
 
 def _found(code: str, what: str, names: Sequence[str]) -> Iterator[Problem]:

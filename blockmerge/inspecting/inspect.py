@@ -22,7 +22,9 @@ from blockmerge.streaming import Progress
 
 @dataclass(frozen=True)
 class Part:
-    """The size of a component or a block; `bytes` as stored, `dtypes` maps each dtype to its number of tensors."""
+    """The size of a component or a block; `bytes` as stored, `dtypes` maps each dtype to its number of
+    tensors.
+    """
 
     tensors: int
     parameters: int
@@ -35,7 +37,9 @@ class Part:
         dtypes: dict[str, int] = {}
         for info in tensors:
             dtypes[info.dtype] = dtypes.get(info.dtype, 0) + 1
-        return cls(len(tensors), sum(info.elements for info in tensors), sum(info.nbytes for info in tensors), dtypes)
+        return cls(
+            len(tensors), sum(info.elements for info in tensors), sum(info.nbytes for info in tensors), dtypes
+        )
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,9 @@ def inspect(path: CheckpointLike, hashes: bool = False, progress: Progress | Non
     anatomy, why = _identify({names[name]: info.shape for name, info in checkpoint.tensors.items()})
     alone, naming, _ = lone_component(names) or (None, None, 0)
     components: dict[str, list[TensorInfo]] = {component: [] for component in COMPONENTS}
-    blocks: dict[str, list[TensorInfo]] = {block: [] for block in (anatomy.family.blocks[1:] if anatomy else ())}
+    blocks: dict[str, list[TensorInfo]] = {
+        block: [] for block in (anatomy.family.blocks[1:] if anatomy else ())
+    }
     for name, info in checkpoint.tensors.items():
         components[alone or component_of(name)].append(info)
         if anatomy and component_of(names[name]) == "unet":

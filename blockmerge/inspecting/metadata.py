@@ -17,7 +17,8 @@ def check_metadata(metadata: Mapping[str, str], family: str | None) -> Iterator[
     if "architecture" in faults:
         yield Problem.of(
             "metadata_architecture",
-            f"modelspec.architecture says '{shown(metadata['modelspec.architecture'])}', but the tensors are those of "
+            f"modelspec.architecture says '{shown(metadata['modelspec.architecture'])}', but the tensors are "
+            "those of "
             f"{ARCHITECTURES[family or '']}: programs that believe it load the model wrongly",
         )
     if broken := faults.get("json"):
@@ -36,12 +37,14 @@ def check_file(file: SafetensorsFile) -> Iterator[Problem]:
         where = f"the data begins at byte {file.data_start}"
         yield Problem.of(
             "unaligned_data",
-            f"{counted(len(askew), 'tensor')} lie at offsets unfit for their dtype ({where}): some readers are slow on that"
+            f"{counted(len(askew), 'tensor')} lie at offsets unfit for their dtype ({where}): some readers "
+            "are slow on that"
             if askew
             else f"{where}, which is no multiple of {_ALIGNMENT}: some readers are slow on that",
             askew,
         )
     if "format" not in file.metadata:
         yield Problem.of(
-            "no_format", 'the metadata has no "format": transformers 4 refuses such files as parts of a diffusers folder'
+            "no_format",
+            'the metadata has no "format": transformers 4 refuses such files as parts of a diffusers folder',
         )

@@ -57,8 +57,8 @@ KINDS: Mapping[str, Kind] = {
 class Problem:
     """One thing that `check` found.
 
-    `tensors` are all it concerns, under the file's own names (a missing one: under the name it should have); `bytes` is
-    what they take, where that is the point.
+    `tensors` are all it concerns, under the file's own names (a missing one: under the name it should have);
+    `bytes` is what they take, where that is the point.
     """
 
     code: str
@@ -79,8 +79,8 @@ class Problem:
 class CheckResult:
     """What `check` found, the worst first. Family, variant and naming are None without a known U-Net.
 
-    `output` is where a repaired copy was written and `fixed` are the codes of what it no longer has; None and empty where none
-    was asked for.
+    `output` is where a repaired copy was written and `fixed` are the codes of what it no longer has; None and
+    empty where none was asked for.
     """
 
     name: str
@@ -94,4 +94,8 @@ class CheckResult:
     @property
     def faults(self) -> tuple[Problem, ...]:
         """The errors and warnings that were not fixed. Notes say nothing against a model."""
-        return tuple(problem for problem in self.problems if problem.severity != "note" and problem.code not in self.fixed)
+        return tuple(
+            problem
+            for problem in self.problems
+            if problem.severity != "note" and problem.code not in self.fixed
+        )

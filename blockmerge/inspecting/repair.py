@@ -20,16 +20,23 @@ def repair(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> CheckResult:
-    """Write a repaired copy of a checkpoint and say what was wrong with it; `fixed` are the codes that the copy is rid of.
+    """Write a repaired copy of a checkpoint and say what was wrong with it; `fixed` are the codes that the
+    copy is rid of.
 
-    A conversion that prunes does all of it: it writes the usual names, `position_ids` as int64, aligned data and honest
-    metadata, and neither EMA copies nor leftovers. What it cannot repair stays: the copy is checked like the original, and
-    what is found only there is among the problems too.
+    A conversion that prunes does all of it: it writes the usual names, `position_ids` as int64, aligned data
+    and honest metadata, and neither EMA copies nor leftovers. What it cannot repair stays: the copy is
+    checked like the original, and what is found only there is among the problems too.
 
     Raises what `check` and `convert` raise; a file without a known U-Net cannot be repaired.
     """
     written = convert(
-        path, output, prune=True, threads=threads, overwrite=overwrite, allow_nonfinite=True, progress=progress
+        path,
+        output,
+        prune=True,
+        threads=threads,
+        overwrite=overwrite,
+        allow_nonfinite=True,
+        progress=progress,
     ).output
     before = check(path, progress, threads)
     after = check(output, progress, threads)
@@ -37,4 +44,6 @@ def repair(
     known = {problem.code for problem in before.problems}
     fixed = [problem.code for problem in before.problems if problem.code not in remaining]
     new = [problem for problem in after.problems if problem.code not in known]
-    return replace(before, problems=(*before.problems, *new), fixed=tuple(dict.fromkeys(fixed)), output=str(written))
+    return replace(
+        before, problems=(*before.problems, *new), fixed=tuple(dict.fromkeys(fixed)), output=str(written)
+    )

@@ -1,4 +1,6 @@
-"""What names, shapes and dtypes tell: what is missing, unknown, superfluous, or stored in a way that few programs read."""
+"""What names, shapes and dtypes tell: what is missing, unknown, superfluous, or stored in a way that few
+programs read.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +26,31 @@ from blockmerge.errors import CheckpointError, UnknownFamilyError, counted, list
 from blockmerge.inspecting.problems import Problem
 
 _ODD_DTYPES: tuple[tuple[str, Callable[[str], bool], str], ...] = (
-    ("integer_weights", lambda dtype: dtype not in FLOAT_DTYPES, "quantized weights need a program made for them"),
-    ("float64_weights", lambda dtype: dtype == "F64", "twice the size of float32 for nothing, and few programs load it"),
-    ("fp8_weights", lambda dtype: dtype.startswith("F8"), "programs that do not know 8-bit floats refuse them"),
+    (
+        "integer_weights",
+        lambda dtype: dtype not in FLOAT_DTYPES,
+        "quantized weights need a program made for them",
+    ),
+    (
+        "float64_weights",
+        lambda dtype: dtype == "F64",
+        "twice the size of float32 for nothing, and few programs load it",
+    ),
+    (
+        "fp8_weights",
+        lambda dtype: dtype.startswith("F8"),
+        "programs that do not know 8-bit floats refuse them",
+    ),
 )
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint under check. `tensors` are LDM name → tensor, `originals` LDM name → name in the file (the first of several).
+    """A checkpoint under check. `tensors` are LDM name → tensor, `originals` LDM name → name in the file (the
+    first of several).
 
-    `unused` are the file's names of what no loader needs, EMA copies among them. Without a known U-Net `model` is None,
-    `why_unknown` says why, and every tensor counts.
+    `unused` are the file's names of what no loader needs, EMA copies among them. Without a known U-Net
+    `model` is None, `why_unknown` says why, and every tensor counts.
     """
 
     checkpoint: Checkpoint
@@ -56,10 +71,14 @@ class Subject:
             return cls(checkpoint, None, str(error), tensors, originals, ())
         originals = {name: origin.names[0] for name, origin in model.ldm.origins.items()}
         tensors = dict(model.tensors)
-        if model.anatomy.naming == "ldm":  # as they are: a view makes matrices of the VAE the convolutions that they should be
+        if (
+            model.anatomy.naming == "ldm"
+        ):  # as they are: a view makes matrices of the VAE the convolutions that they should be
             tensors = {name: checkpoint.tensors[original] for name, original in originals.items()}
         used = {name for origin in model.ldm.origins.values() for name in origin.names}
-        unused = [name for name in checkpoint.tensors if name not in used and component_of(name) in ("ema", "other")]
+        unused = [
+            name for name in checkpoint.tensors if name not in used and component_of(name) in ("ema", "other")
+        ]
         unused += [originals[name] for name in model.tensors if is_leftover(name, model.anatomy.variant)]
         return cls(checkpoint, model, None, tensors, originals, tuple(unused))
 
@@ -93,38 +112,51 @@ def _against_layout(subject: Subject, family: str) -> Iterator[Problem]:
     if not any(name.startswith(UNET_PREFIX) for name in subject.tensors):
         return
     unused = set(subject.unused)
-    shapes = {name: info.shape for name, info in subject.tensors.items() if subject.originals.get(name) not in unused}
+    shapes = {
+        name: info.shape
+        for name, info in subject.tensors.items()
+        if subject.originals.get(name) not in unused
+    }
     present = set(map(component_of, shapes))
     for component in components_of(family):
         if component not in present:
             yield Problem.of(
-                "missing_component", f"there is no {TITLES[component]}: a loader of whole models has to get one elsewhere"
+                "missing_component",
+                f"there is no {TITLES[component]}: a loader of whole models has to get one elsewhere",
             )
             continue
         gaps = layout_gaps(shapes, family, component)
         if gaps.missing:
             yield Problem.of(
                 "missing_tensors",
-                f"the {TITLES[component]} lacks {counted(len(gaps.missing), 'tensor')} ({listing(gaps.missing)})",
+                f"the {TITLES[component]} lacks {counted(len(gaps.missing), 'tensor')} "
+                f"({listing(gaps.missing)})",
                 gaps.missing,
             )
         # position_ids have a problem of their own, which their shape is a part of.
         if misshapen := {name: shape for name, shape in gaps.misshapen.items() if not is_position_ids(name)}:
-            said = [f"{shown(name)} is {list(shapes[name])}, expected {list(shape)}" for name, shape in misshapen.items()]
+            said = [
+                f"{shown(name)} is {list(shapes[name])}, expected {list(shape)}"
+                for name, shape in misshapen.items()
+            ]
             yield Problem.of(
                 "wrong_shape",
-                f"{counted(len(said), 'tensor')} of the {TITLES[component]} with a wrong shape: {listing(said, width=300)}",
+                f"{counted(len(said), 'tensor')} of the {TITLES[component]} with a wrong shape: "
+                f"{listing(said, width=300)}",
                 subject.in_file(misshapen),
             )
         if gaps.unknown:
             yield _unknown(subject, component, family, gaps.unknown)
     for component in sorted(present - {*components_of(family), "other"}):
-        yield _unknown(subject, component, family, [name for name in shapes if component_of(name) == component])
+        yield _unknown(
+            subject, component, family, [name for name in shapes if component_of(name) == component]
+        )
 
 
 def _unknown(subject: Subject, component: str, family: str, names: Sequence[str]) -> Problem:
     found = (
-        f"{counted(len(names), 'tensor')} of the {TITLES.get(component, component)} that no {FAMILIES[family].title} model has"
+        f"{counted(len(names), 'tensor')} of the {TITLES.get(component, component)} that no "
+        f"{FAMILIES[family].title} model has"
     )
     nbytes = sum(subject.tensors[name].nbytes for name in names)
     return Problem.of("unknown_tensors", f"{found} ({listing(names)})", subject.in_file(names), nbytes)
@@ -138,7 +170,12 @@ def _dtypes(subject: Subject) -> Iterator[Problem]:
         if component_of(name) != "other" and not is_position_ids(name) and original not in unused:
             weights[component_of(name)][original] = info.dtype
     for code, is_odd, why in _ODD_DTYPES:
-        odd = {name: component for component, dtypes in weights.items() for name, dtype in dtypes.items() if is_odd(dtype)}
+        odd = {
+            name: component
+            for component, dtypes in weights.items()
+            for name, dtype in dtypes.items()
+            if is_odd(dtype)
+        }
         if odd:
             stored = " and ".join(sorted({weights[component][name] for name, component in odd.items()}))
             where = ", ".join(TITLES[component] for component in dict.fromkeys(odd.values()))
@@ -146,9 +183,13 @@ def _dtypes(subject: Subject) -> Iterator[Problem]:
     for component, dtypes in weights.items():
         counts = Counter(dtype for dtype in dtypes.values() if dtype in FLOAT_DTYPES).most_common()
         if len(counts) > 1:
-            strays = [name for name, dtype in dtypes.items() if dtype in FLOAT_DTYPES and dtype != counts[0][0]]
+            strays = [
+                name for name, dtype in dtypes.items() if dtype in FLOAT_DTYPES and dtype != counts[0][0]
+            ]
             said = " and ".join(f"{counted(count, 'tensor')} as {dtype}" for dtype, count in counts)
-            yield Problem.of("mixed_dtypes", f"the {TITLES[component]} stores {said} ({listing(strays)})", strays)
+            yield Problem.of(
+                "mixed_dtypes", f"the {TITLES[component]} stores {said} ({listing(strays)})", strays
+            )
 
 
 def _superfluous(subject: Subject) -> Iterator[Problem]:
@@ -156,26 +197,42 @@ def _superfluous(subject: Subject) -> Iterator[Problem]:
     if copies:
         unet = {name for name in subject.tensors if component_of(name) == "unet"}
         whole = unet.issubset(copies.values())
-        what = f"{counted(len(copies), 'EMA tensor')}: a copy of {'the whole U-Net' if whole else 'a part of the U-Net'}"
+        what = (
+            f"{counted(len(copies), 'EMA tensor')}: a copy of "
+            f"{'the whole U-Net' if whole else 'a part of the U-Net'}"
+        )
         yield Problem.of("ema", f"{what} that only training needs", copies, subject.bytes_of(copies))
     if rest := [name for name in subject.unused if name not in copies]:
         what = f"{counted(len(rest), 'tensor')} that no loader needs ({listing(rest)})"
         yield Problem.of("leftovers", what, rest, subject.bytes_of(rest))
     if own := [name for name in subject.in_file(subject.tensors) if component_of(name) == "ema"]:
-        yield Problem.of("ema_only", f"the U-Net is there only as EMA weights ({counted(len(own), 'tensor')})", own)
+        yield Problem.of(
+            "ema_only", f"the U-Net is there only as EMA weights ({counted(len(own), 'tensor')})", own
+        )
     if markers := [name for name in subject.checkpoint.tensors if is_prediction_marker(name)]:
         yield Problem.of(
-            "prediction_marker", f"marked as of another prediction type than the usual ({listing(markers)})", markers
+            "prediction_marker",
+            f"marked as of another prediction type than the usual ({listing(markers)})",
+            markers,
         )
 
 
 def _names(subject: Subject) -> Iterator[Problem]:
     spellings = Counter(map(canonical_name, subject.checkpoint.tensors))
-    odd = {name: canonical for name in subject.checkpoint.tensors if (canonical := canonical_name(name)) != name}
+    odd = {
+        name: canonical for name in subject.checkpoint.tensors if (canonical := canonical_name(name)) != name
+    }
     if twice := [name for name, canonical in odd.items() if spellings[canonical] > 1]:
         what = f"{counted(len(twice), 'tensor')} stored a second time under another name ({listing(twice)})"
         yield Problem.of("two_names", what, twice, subject.bytes_of(twice))
-    old = [name for name, canonical in odd.items() if spellings[canonical] == 1 and component_of(canonical) != "unet"]
+    old = [
+        name
+        for name, canonical in odd.items()
+        if spellings[canonical] == 1 and component_of(canonical) != "unet"
+    ]
     if old:
-        what = f"{counted(len(old), 'tensor')} of the text encoder without text_model. in its name ({listing(old)})"
+        what = (
+            f"{counted(len(old), 'tensor')} of the text encoder without text_model. in its name "
+            f"({listing(old)})"
+        )
         yield Problem.of("novelai_names", f"{what}: not every program finds them", old)

@@ -1,8 +1,9 @@
 """What only the numbers tell: NaN, infinity, zeros, and what float16 cannot hold.
 
-Floats of every format are sign and magnitude, and read as an unsigned integer the magnitude keeps its order, with
-infinity and NaN above all else. So the largest magnitude of a tensor, in bits, answers every question about it, and
-finding it takes two passes of integer arithmetic over each piece, faster than memory delivers it. No torch.
+Floats of every format are sign and magnitude, and read as an unsigned integer the magnitude keeps its order,
+with infinity and NaN above all else. So the largest magnitude of a tensor, in bits, answers every question
+about it, and finding it takes two passes of integer arithmetic over each piece, faster than memory delivers
+it. No torch.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ PIECE_BYTES = 2 << 20
 
 @dataclass(frozen=True)
 class _Bits:
-    """Magnitudes in bits: the first that is no number, and the first that rounds to infinity in float16 (from 65520 on)."""
+    """Magnitudes in bits: the first that is no number, and the first that rounds to infinity in float16 (from
+    65520 on).
+    """
 
     unsigned: str
     not_finite: int
@@ -69,7 +72,8 @@ def peaks_of(
 ) -> dict[str, Peak]:
     """Read float tensors once, on `threads` threads, and return their peaks; empty tensors have none.
 
-    Memory is one piece per thread. Raises CheckpointError when the file cannot be read or was changed meanwhile.
+    Memory is one piece per thread. Raises CheckpointError when the file cannot be read or was changed
+    meanwhile.
     """
     tensors = {name: checkpoint.tensors[name] for name in names}
     pieces = (

@@ -36,17 +36,21 @@ def convert(
 
     >>> blockmerge.convert("model.ckpt", "model.safetensors", dtype="fp16")  # doctest: +SKIP
 
-    `naming` is ``"ldm"`` (a single file) or ``"diffusers"`` (a folder); without it, the output's name says what it is.
-    `vae` bakes in another VAE (a file, a folder or an opened checkpoint). `ema` says what becomes of EMA copies:
-    ``"drop"``, ``"keep"``, or ``"use"`` them as the U-Net. `prune` leaves out all that no loader needs. `configs` is a
-    diffusers folder whose configs and tokenizers go beside the weights of a new folder. The other arguments are those of
-    `merge`. Tensors that the output has no place for are left out and named in the result's notes; values only change
-    with `dtype`.
+    `naming` is ``"ldm"`` (a single file) or ``"diffusers"`` (a folder); without it, the output's name says
+    what it is. `vae` bakes in another VAE (a file, a folder or an opened checkpoint). `ema` says what becomes
+    of EMA copies: ``"drop"``, ``"keep"``, or ``"use"`` them as the U-Net. `prune` leaves out all that no
+    loader needs. `configs` is a diffusers folder whose configs and tokenizers go beside the weights of a new
+    folder. The other arguments are those of `merge`. Tensors that the output has no place for are left out
+    and named in the result's notes; values only change with `dtype`.
 
     Raises a BlockmergeError, as `merge` does.
     """
-    recipe = conversion(naming, vae, str(dtype), ema, prune=prune, configs=configs, allow_nonfinite=allow_nonfinite)
-    return run(recipe, (source,), output, threads=threads, overwrite=overwrite, variant=variant, progress=progress)
+    recipe = conversion(
+        naming, vae, str(dtype), ema, prune=prune, configs=configs, allow_nonfinite=allow_nonfinite
+    )
+    return run(
+        recipe, (source,), output, threads=threads, overwrite=overwrite, variant=variant, progress=progress
+    )
 
 
 def conversion(

@@ -12,7 +12,9 @@ from blockmerge.checkpoints import is_diffusers_folder
 from blockmerge.merging.planning.recipe import Recipe
 
 _NAME, _TOLD, _WEIGHTS, _WORD = 87, 60, 40, 24
-"""The most bytes of UTF-8 that a name has without its ending, what is told of the merge, its weights, and any other word."""
+"""The most bytes of UTF-8 that a name has without its ending, what is told of the merge, its weights, and any
+other word.
+"""
 
 _REFUSED = '<>:"|?*\\/'  # in file names, by Windows
 
@@ -20,8 +22,8 @@ _REFUSED = '<>:"|?*\\/'  # in file names, by Windows
 def default_output(recipe: Recipe, models: Sequence[str]) -> Path:
     """Return `<A>+<B>-<what is done>.safetensors`, in the current folder, for the paths of models.
 
-    Every file system takes its characters and its length, 100 bytes at most. Words that do not fit, or hold other characters,
-    end in a hash instead. Folders are not told, nor what is in a preset's file.
+    Every file system takes its characters and its length, 100 bytes at most. Words that do not fit, or hold
+    other characters, end in a hash instead. Folders are not told, nor what is in a preset's file.
     """
     paths = [Path(os.path.abspath(model)) for model in models]  # "." has no name
     names = "+".join(path.name if path.is_dir() else path.stem for path in paths)

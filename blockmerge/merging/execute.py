@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING
 from blockmerge.checkpoints import Reader
 from blockmerge.errors import NonFiniteError, OutputError, reason, shown
 from blockmerge.merging.planning.plan import Plan, PlannedFile, Run
-from blockmerge.streaming import PAGE, OutputStream, Progress, TorchThreads, aligned_buffer, for_each, processors, thread_count
+from blockmerge.streaming import (
+    PAGE,
+    OutputStream,
+    Progress,
+    TorchThreads,
+    aligned_buffer,
+    for_each,
+    processors,
+    thread_count,
+)
 
 if TYPE_CHECKING:
     from blockmerge.merging.kernel import Kernel
@@ -22,14 +31,17 @@ PIECE_BYTES = 4 << 20
 """What a worker writes in one call. Larger pieces write no faster, and each worker holds one."""
 
 CHUNK_BYTES = 1 << 20
-"""What a worker computes at once: small enough to stay in a cache, large enough that Python is not in the way."""
+"""What a worker computes at once: small enough to stay in a cache, large enough that Python is not in the
+way.
+"""
 
 PIECES_MEMORY = 32 << 20
 """What all workers' pieces may take together, however many workers there are."""
 
 CHUNKS_MEMORY = 4 << 20
-"""What all workers' chunks may take together. The intermediate values of a chunk take up to ten times as much, of 8-bit floats
-twenty times."""
+"""What all workers' chunks may take together. The intermediate values of a chunk take up to ten times as
+much, of 8-bit floats twenty times.
+"""
 
 
 Piece = tuple[int, int]
@@ -65,11 +77,12 @@ def execute(
     *,
     shown_as: Path,
 ) -> None:
-    """Write the planned files to where `path_of` has each, which exists and may be padded to a multiple of PAGE.
+    """Write the planned files to where `path_of` has each, which exists and may be padded to a multiple of
+    PAGE.
 
-    Raises NonFiniteError naming the tensors when something that was computed is NaN or infinite (unless the recipe
-    allows it), CheckpointError when an input cannot be read or was changed meanwhile, OutputError, with the name
-    `shown_as`, when writing fails.
+    Raises NonFiniteError naming the tensors when something that was computed is NaN or infinite (unless the
+    recipe allows it), CheckpointError when an input cannot be read or was changed meanwhile, OutputError,
+    with the name `shown_as`, when writing fails.
     """
     nonfinite: list[str] = []
     done, total = 0, sum(file.size for file in plan.files)
@@ -82,7 +95,13 @@ def execute(
         output = OutputStream(path_of(file.path), direct=pace.direct and file.is_cut_anywhere)
         job = _Job(plan, file, output, pace, device, shown_as, gathered)
         try:
-            for_each(pieces, job.worker, min(_threads(file, pace), len(pieces)), file.size, _part_of(progress, done, total))
+            for_each(
+                pieces,
+                job.worker,
+                min(_threads(file, pace), len(pieces)),
+                file.size,
+                _part_of(progress, done, total),
+            )
         finally:
             job.torch_threads.restore()
         done += file.size
@@ -94,7 +113,9 @@ def execute(
 
 
 def _threads(file: PlannedFile, pace: Pace) -> int:
-    """All of them, but where tensors are computed as a whole no more than processors: each takes its tensor's memory."""
+    """All of them, but where tensors are computed as a whole no more than processors: each takes its tensor's
+    memory.
+    """
     return pace.threads if file.is_cut_anywhere else min(pace.threads, processors())
 
 
@@ -113,7 +134,9 @@ def _ordered_for_loading(pieces: list[Piece], file: PlannedFile) -> list[Piece]:
 
 
 def gather(plan: Plan, pace: Pace) -> object:
-    """For a method that looks at the whole model: go through all tensors once for the figures it needs. Else None."""
+    """For a method that looks at the whole model: go through all tensors once for the figures it needs. Else
+    None.
+    """
     if plan.recipe.method is None or plan.recipe.merge_method.locality != "model":
         return None
     from blockmerge.merging.kernel import Statistics
@@ -202,7 +225,9 @@ class _Worker:
             from blockmerge.merging.kernel import Kernel
 
             self.job.torch_threads.single_here()
-            self.kernel = Kernel(self.job.plan, self.job.file, self.job.device, self.job.pace.chunk_bytes, self.job.gathered)
+            self.kernel = Kernel(
+                self.job.plan, self.job.file, self.job.device, self.job.pace.chunk_bytes, self.job.gathered
+            )
         for start, stop, is_finite in self.kernel.compute(run, low, target, self.reader):
             self.job.note_nonfinite(start, stop, is_finite)
 
@@ -218,19 +243,29 @@ def _explain_nonfinite(plan: Plan, names: list[str]) -> str:
 
     why = {}
     for name in names[:3]:
-        bad = [shown(checkpoint.name) for checkpoint, info in plan.inputs_of(name) if holds_nonfinite(checkpoint, info)]
+        bad = [
+            shown(checkpoint.name)
+            for checkpoint, info in plan.inputs_of(name)
+            if holds_nonfinite(checkpoint, info)
+        ]
         dtype = next(file.tensors[name].dtype for file in plan.files if name in file.tensors)
         method = plan.recipe.merge_method if plan.recipe.method is not None else None
         cause = f"values too large for {dtype}"
         if bad:
             cause = f"NaN or infinity in {' and '.join(bad)}"
         elif method is not None and method.own and plan.decision_of(name).alpha is not None:
-            cause = f"the method {shown(method.name)} makes NaN of finite values, or some too large for {dtype}"
+            cause = (
+                f"the method {shown(method.name)} makes NaN of finite values, or some too large for {dtype}"
+            )
         why[shown(name)] = cause
     verb = "merged" if plan.recipe.method is not None else "converted"
     what = "tensors" if len(names) > 1 else "tensor"
     same = len(why) > 1 and len(set(why.values())) == 1
-    named = f"{', '.join(why)} (each: {cause})" if same else ", ".join(f"{name} ({cause})" for name, cause in why.items())
+    named = (
+        f"{', '.join(why)} (each: {cause})"
+        if same
+        else ", ".join(f"{name} ({cause})" for name, cause in why.items())
+    )
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return (
         f"{len(names)} {verb} {what} would hold NaN or infinity: {named}{more}; "

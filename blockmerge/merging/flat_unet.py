@@ -1,4 +1,6 @@
-"""A U-Net's parameters in flat memory, block after block, and models laid out the same way. Loads torch: imported late."""
+"""A U-Net's parameters in flat memory, block after block, and models laid out the same way. Loads torch:
+imported late.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,11 @@ _COMPILED = "_orig_mod."  # torch.compile wraps a module, and its names
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """The place of one parameter in a flat buffer: `offset`, `shape` and `strides` in elements; `ldm` is its LDM name.
+    """The place of one parameter in a flat buffer: `offset`, `shape` and `strides` in elements; `ldm` is its
+    LDM name.
 
-    `channels` is how many input channels are merged of a first convolution that not all models have whole; else None.
+    `channels` is how many input channels are merged of a first convolution that not all models have whole;
+    else None.
     """
 
     name: str
@@ -46,7 +50,9 @@ class Slot:
 
 @dataclass(frozen=True)
 class Block:
-    """A block's slots: those `inside` its `stretch` of a flat buffer may be merged as one, those `apart` lie before it."""
+    """A block's slots: those `inside` its `stretch` of a flat buffer may be merged as one, those `apart` lie
+    before it.
+    """
 
     name: str
     apart: tuple[Slot, ...]
@@ -58,7 +64,8 @@ class Block:
 class FlatUNet:
     """The parameters of a U-Net module, and where each lies in a flat buffer of `size` elements.
 
-    Blocks follow one another without gaps in the order of the family's; every slot begins at a multiple of 256 bytes.
+    Blocks follow one another without gaps in the order of the family's; every slot begins at a multiple of
+    256 bytes.
     """
 
     family: Family
@@ -70,8 +77,9 @@ class FlatUNet:
     def of(cls, module: torch.nn.Module, models: Sequence[Model]) -> FlatUNet:
         """Lay out a module's parameters for a merge of `models`, which are held against it.
 
-        Raises UnknownFamilyError for a module that is no U-Net; RecipeError for parameters that cannot become views of one
-        flat buffer; CheckpointError for meta tensors; IncompatibleModelsError for models that do not fit.
+        Raises UnknownFamilyError for a module that is no U-Net; RecipeError for parameters that cannot become
+        views of one flat buffer; CheckpointError for meta tensors; IncompatibleModelsError for models that do
+        not fit.
         """
         parameters = _unet_parameters(module)
         _check_parameters(parameters)
@@ -79,14 +87,18 @@ class FlatUNet:
         names = {ldm: origin.names[0] for ldm, origin in unet.ldm.origins.items()}
         _refuse_adapters([name for ldm, name in names.items() if "/" in ldm])  # names that LDM does not have
         if tied := _tied(parameters):
-            raise RecipeError(f"the module's parameters share memory, and cannot be merged on their own: {listing(tied)}")
+            raise RecipeError(
+                f"the module's parameters share memory, and cannot be merged on their own: {listing(tied)}"
+            )
         _the_one("device", {name: parameter.device for name, parameter in parameters.items()})
         dtype = _the_one("dtype", {name: parameter.dtype for name, parameter in parameters.items()})
         if dtype not in _MODULE_DTYPES:
             raise RecipeError(f"the module's parameters are {dtype}: LiveMerge works in fp16, bf16 and fp32")
         channels = _merged_channels(unet, models)
         _check_models(unet, models, names)
-        blocks, size = _lay_out(unet.anatomy.family, names, parameters, channels, _ALIGNMENT // dtype.itemsize)
+        blocks, size = _lay_out(
+            unet.anatomy.family, names, parameters, channels, _ALIGNMENT // dtype.itemsize
+        )
         return cls(unet.anatomy.family, parameters, blocks, size)
 
     def shares_parameters(self, other: FlatUNet) -> bool:
@@ -99,10 +111,11 @@ class FlatUNet:
         return (slot for block in self.blocks for slot in (*block.apart, *block.inside))
 
     def buffers(self, models: Sequence[Model]) -> list[torch.Tensor]:
-        """Return a flat buffer of every model, in the module's dtype and on its device, and one that the module may hold: A.
+        """Return a flat buffer of every model, in the module's dtype and on its device, and one that the
+        module may hold: A.
 
-        Of a first convolution, the channels that A lacks are in the last from the first model that has them. Raises
-        CheckpointError when a model cannot be read, RecipeError when there is no room.
+        Of a first convolution, the channels that A lacks are in the last from the first model that has them.
+        Raises CheckpointError when a model cannot be read, RecipeError when there is no room.
         """
         flats = self._empty(len(models) + 1)
         for flat, model in zip(flats, models, strict=False):
@@ -111,7 +124,11 @@ class FlatUNet:
         out.copy_(of_models[0])
         for slot in self.slots:
             if slot.channels is not None:
-                whole = next(number for number, model in enumerate(models) if model.tensors[slot.ldm].shape == slot.shape)
+                whole = next(
+                    number
+                    for number, model in enumerate(models)
+                    if model.tensors[slot.ldm].shape == slot.shape
+                )
                 slot.whole(out)[:, slot.channels :] = slot.whole(flats[whole])[:, slot.channels :]
         return flats
 
@@ -125,17 +142,25 @@ class FlatUNet:
     def moved(self, flat: torch.Tensor, names: Collection[str]) -> list[str]:
         """Return those parameters of the named blocks that are no longer where `place` has put them."""
         start, size = flat.data_ptr(), flat.itemsize
-        slots = (slot for block in self.blocks if block.name in names for slot in (*block.apart, *block.inside))
-        return [slot.name for slot in slots if self.parameters[slot.name].data_ptr() != start + slot.offset * size]
+        slots = (
+            slot for block in self.blocks if block.name in names for slot in (*block.apart, *block.inside)
+        )
+        return [
+            slot.name for slot in slots if self.parameters[slot.name].data_ptr() != start + slot.offset * size
+        ]
 
     def _empty(self, count: int) -> list[torch.Tensor]:
         parameter = next(iter(self.parameters.values()))
         try:
-            return [torch.zeros(self.size, dtype=parameter.dtype, device=parameter.device) for _ in range(count)]
+            return [
+                torch.zeros(self.size, dtype=parameter.dtype, device=parameter.device) for _ in range(count)
+            ]
         except RuntimeError as error:
             size = self.size * parameter.itemsize / 1e9
             why = shown(str(error).splitlines()[0], 200)
-            raise RecipeError(f"{parameter.device} has no room for {count} U-Nets of {size:.2f} GB each: {why}") from error
+            raise RecipeError(
+                f"{parameter.device} has no room for {count} U-Nets of {size:.2f} GB each: {why}"
+            ) from error
 
     def _fill(self, flat: torch.Tensor, model: Model) -> None:
         slots = {slot.ldm: slot for slot in self.slots}
@@ -150,9 +175,12 @@ class FlatUNet:
 def _unet_parameters(module: Any) -> dict[str, torch.nn.Parameter]:
     if not isinstance(module, torch.nn.Module):
         raise RecipeError(
-            f"a {type(module).__name__} is no torch module: give the U-Net itself, as in LiveMerge(pipe.unet, a, b)"
+            f"a {type(module).__name__} is no torch module: give the U-Net itself, as in "
+            "LiveMerge(pipe.unet, a, b)"
         )
-    named = {name.replace(_COMPILED, ""): found for name, found in module.named_parameters(remove_duplicate=False)}
+    named = {
+        name.replace(_COMPILED, ""): found for name, found in module.named_parameters(remove_duplicate=False)
+    }
     return {name: found for name, found in named.items() if component_of(canonical_name(name)) == "unet"}
 
 
@@ -168,10 +196,13 @@ def _check_parameters(parameters: Mapping[str, torch.nn.Parameter]) -> None:
     # These change the names of what they adapt, so that the U-Net itself would not be seen.
     _refuse_adapters([name for name in parameters if ".base_layer." in name or ".lora_" in name])
     # Quantised weights are subclasses with a memory of their own kind.
-    if special := [(name, found) for name, found in parameters.items() if type(found) is not torch.nn.Parameter]:
+    if special := [
+        (name, found) for name, found in parameters.items() if type(found) is not torch.nn.Parameter
+    ]:
         names, kind = [name for name, _ in special], type(special[0][1]).__name__
         raise RecipeError(
-            f"the module's weights are no plain tensors ({kind}: {listing(names)}): load it without quantisation to merge it live"
+            f"the module's weights are no plain tensors ({kind}: {listing(names)}): load it without "
+            "quantisation to merge it live"
         )
 
 
@@ -194,43 +225,62 @@ def _the_one(what: str, found: Mapping[str, Any]) -> Any:
 
 
 def _merged_channels(unet: Model, models: Sequence[Model]) -> int | None:
-    """How many input channels of the first convolution are merged, None for all: those beyond that not all models have."""
+    """How many input channels of the first convolution are merged, None for all: those beyond that not all
+    models have.
+    """
     channels = unet.tensors[FIRST_CONVOLUTION].shape[1]
-    have = [model.tensors[FIRST_CONVOLUTION].shape[1] for model in models if FIRST_CONVOLUTION in model.tensors]
+    have = [
+        model.tensors[FIRST_CONVOLUTION].shape[1] for model in models if FIRST_CONVOLUTION in model.tensors
+    ]
     return SHARED_CHANNELS if any(count < channels for count in have) else None
 
 
 def _check_models(unet: Model, models: Sequence[Model], names: Mapping[str, str]) -> None:
-    """Raise IncompatibleModelsError unless every model has the module's U-Net; `names` are the module's own by LDM name."""
+    """Raise IncompatibleModelsError unless every model has the module's U-Net; `names` are the module's own
+    by LDM name.
+    """
     for model in models:
         ours, theirs = unet.anatomy.family, model.anatomy.family
         if ours != theirs:
-            raise IncompatibleModelsError(f"the module is {ours.title} and {shown(model.name)} is {theirs.title}")
+            raise IncompatibleModelsError(
+                f"the module is {ours.title} and {shown(model.name)} is {theirs.title}"
+            )
     faults = []
     for model in models:
         found = {ldm: info for ldm, info in model.tensors.items() if component_of(ldm) == "unet"}
         if lacking := [name for ldm, name in names.items() if ldm not in found]:
-            faults.append(f"{shown(model.name)} lacks {counted(len(lacking), 'tensor')} of the module ({listing(lacking)})")
+            faults.append(
+                f"{shown(model.name)} lacks {counted(len(lacking), 'tensor')} of the module "
+                f"({listing(lacking)})"
+            )
         if more := [model.ldm.origins[ldm].names[0] for ldm in found if ldm not in names]:
-            faults.append(f"the module lacks {counted(len(more), 'tensor')} of {shown(model.name)} ({listing(more)})")
+            faults.append(
+                f"the module lacks {counted(len(more), 'tensor')} of {shown(model.name)} ({listing(more)})"
+            )
         wrong = []
         for ldm in found.keys() & names.keys():
             info, shape = found[ldm], unet.tensors[ldm].shape
             if info.dtype not in FLOAT_DTYPES:
                 wrong.append(f"{shown(names[ldm])} holds {info.dtype}")
             elif info.shape != shape and not _fits_first_convolution(ldm, info.shape, shape):
-                wrong.append(f"{shown(names[ldm])} has shape {shown(list(info.shape))}, the module's is {list(shape)}")
+                wrong.append(
+                    f"{shown(names[ldm])} has shape {shown(list(info.shape))}, the module's is {list(shape)}"
+                )
         if wrong:
             faults.append(f"in {shown(model.name)}, {listing(sorted(wrong), width=200)}")
     first = unet.tensors[FIRST_CONVOLUTION].shape
     if not faults and all(model.tensors[FIRST_CONVOLUTION].shape[1] < first[1] for model in models):
-        faults.append(f"{names[FIRST_CONVOLUTION]} of the module takes {first[1]} channels, and no model has so many")
+        faults.append(
+            f"{names[FIRST_CONVOLUTION]} of the module takes {first[1]} channels, and no model has so many"
+        )
     if faults:
         raise IncompatibleModelsError(f"these models do not fit the module: {'; '.join(faults)}")
 
 
 def _fits_first_convolution(ldm: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether it is the first convolution and differs in input channels alone, beyond the four that all have."""
+    """Whether it is the first convolution and differs in input channels alone, beyond the four that all
+    have.
+    """
     if ldm != FIRST_CONVOLUTION or len(shape) != 4 or (shape[0], *shape[2:]) != (wanted[0], *wanted[2:]):
         return False
     return SHARED_CHANNELS in (shape[1], wanted[1])
@@ -249,7 +299,8 @@ def _lay_out(
     def place(ldm: str) -> Slot:
         nonlocal offset
         parameter = parameters[names[ldm]]
-        # Of a tensor whose elements lie densely in another order (channels_last), `empty_like` keeps that order.
+        # Of a tensor whose elements lie densely in another order (channels_last), `empty_like` keeps that
+        # order.
         strides = torch.empty_like(parameter, device="meta").stride()
         only = channels if ldm == FIRST_CONVOLUTION else None
         slot = Slot(names[ldm], ldm, tuple(parameter.shape), strides, offset, only)
@@ -259,10 +310,15 @@ def _lay_out(
     def order(ldm: str) -> int:
         return family.blocks.index(block_of(ldm, family.name))
 
-    # IN00 comes first of all blocks, and a convolution of which a part is merged first in it: so no stretch has a gap.
-    for number, group in groupby(sorted(names, key=lambda ldm: (order(ldm), ldm != FIRST_CONVOLUTION)), order):
+    # IN00 comes first of all blocks, and a convolution of which a part is merged first in it: so no stretch
+    # has a gap.
+    for number, group in groupby(
+        sorted(names, key=lambda ldm: (order(ldm), ldm != FIRST_CONVOLUTION)), order
+    ):
         ldm_names = list(group)
-        apart = tuple(place(ldm) for ldm in ldm_names[: channels is not None and FIRST_CONVOLUTION in ldm_names])
+        apart = tuple(
+            place(ldm) for ldm in ldm_names[: channels is not None and FIRST_CONVOLUTION in ldm_names]
+        )
         start = offset
         inside = tuple(place(ldm) for ldm in ldm_names[len(apart) :])
         blocks.append(Block(family.blocks[number], apart, inside, slice(start, offset)))
@@ -270,7 +326,9 @@ def _lay_out(
 
 
 def _tensors(model: Model, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield tensors of a U-Net, which each are one of the source's, in their shape; the memory of one may be the next's."""
+    """Yield tensors of a U-Net, which each are one of the source's, in their shape; the memory of one may be
+    the next's.
+    """
     if isinstance(model.source, StateDict):  # on whatever device: their bytes need not come through the CPU
         for name in names:
             tensor = model.source.state_dict[model.ldm.origins[name].names[0]].detach()

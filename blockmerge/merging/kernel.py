@@ -1,4 +1,6 @@
-"""The part of a merge that needs torch: computing a run, chunk by chunk. Loaded by the first worker that needs it."""
+"""The part of a merge that needs torch: computing a run, chunk by chunk. Loaded by the first worker that
+needs it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from blockmerge.streaming import TorchThreads, aligned_buffer
 from blockmerge.streaming.tensors import all_finite, tensor_view
 
 Nonfinite = tuple[int, int, Callable[[int, int], bool]]
-"""The output bytes [start, stop) of a chunk that is not finite, and a function that tells it of a part of them."""
+"""The output bytes [start, stop) of a chunk that is not finite, and a function that tells it of a part of
+them.
+"""
 
 _SCAN_BYTES = 4 << 20
 
@@ -31,11 +35,14 @@ _SCAN_BYTES = 4 << 20
 class Kernel:
     """One worker's means to compute: the method, the device, and a buffer for each operand.
 
-    On a GPU each worker has a stream and page-locked buffers of its own: while one reads, another's data is on its way
-    there, a third's is computed with and a fourth's is on its way back. What the device holds is a chunk for each worker.
+    On a GPU each worker has a stream and page-locked buffers of its own: while one reads, another's data is
+    on its way there, a third's is computed with and a fourth's is on its way back. What the device holds is a
+    chunk for each worker.
     """
 
-    def __init__(self, plan: Plan, file: PlannedFile, device: str, chunk_bytes: int, gathered: object = None) -> None:
+    def __init__(
+        self, plan: Plan, file: PlannedFile, device: str, chunk_bytes: int, gathered: object = None
+    ) -> None:
         self._plan, self._file = plan, file
         self._computation = Computation(plan.recipe, plan.numbers, gathered)
         self._check = not plan.recipe.allow_nonfinite
@@ -46,8 +53,11 @@ class Kernel:
         self._chunk_bytes = chunk_bytes
         self._buffers: dict[object, memoryview] = {}
 
-    def compute(self, run: Run, low: int, target: memoryview, reader: Callable[[int], Reader]) -> Iterator[Nonfinite]:
-        """Fill `target`, the output's bytes from `low` on, with a run's result; yield the chunks that are not finite.
+    def compute(
+        self, run: Run, low: int, target: memoryview, reader: Callable[[int], Reader]
+    ) -> Iterator[Nonfinite]:
+        """Fill `target`, the output's bytes from `low` on, with a run's result; yield the chunks that are not
+        finite.
 
         Raises RecipeError, with the first tensor it was about, when a method of the user's own fails.
         """
@@ -58,7 +68,10 @@ class Kernel:
         for at in range(0, count, step):
             elements = min(step, count - at)
             part = target[at * size : (at + elements) * size]
-            inputs = [self._read(run, place, first + at, elements, part, reader) for place in range(len(run.operands))]
+            inputs = [
+                self._read(run, place, first + at, elements, part, reader)
+                for place in range(len(run.operands))
+            ]
             out = tensor_view(part, run.dtype, elements)
             try:
                 finite = self._compute_one(inputs, run, first + at, out)
@@ -88,16 +101,31 @@ class Kernel:
         return max(run.grain, self._chunk_bytes // widest // run.grain * run.grain)
 
     def _read(
-        self, run: Run, place: int, first: int, elements: int, part: memoryview, reader: Callable[[int], Reader]
+        self,
+        run: Run,
+        place: int,
+        first: int,
+        elements: int,
+        part: memoryview,
+        reader: Callable[[int], Reader],
     ) -> torch.Tensor:
-        """An operand's values for these elements of the output, or the whole tensor they are computed from."""
+        """An operand's values for these elements of the output, or the whole tensor they are computed
+        from.
+        """
         operand = run.operands[place]
         whole = run.work.whole if run.work else None
         if whole is not None and not whole.rows:
             first, elements = 0, TensorInfo(operand.dtype, whole.shapes[place], 0).elements
         nbytes = elements * size_of(operand.dtype)
-        # A is read straight into the output, where the result then takes its place: less memory to go through.
-        in_place = place == 0 and operand.dtype == run.dtype and whole is None and not self._clip and self._stream is None
+        # A is read straight into the output, where the result then takes its place: less memory to go
+        # through.
+        in_place = (
+            place == 0
+            and operand.dtype == run.dtype
+            and whole is None
+            and not self._clip
+            and self._stream is None
+        )
         buffer = part if in_place else self._buffer(place, nbytes)
         reader(operand.source).read_into(operand.offset + first * size_of(operand.dtype), buffer)
         values = tensor_view(buffer, operand.dtype, elements) if elements else torch.empty(0)
@@ -134,7 +162,9 @@ class Kernel:
 
 
 class Computation:
-    """What a recipe does to one stretch of tensors, wherever they are: cast, method, clip, change; rounded once."""
+    """What a recipe does to one stretch of tensors, wherever they are: cast, method, clip, change; rounded
+    once.
+    """
 
     def __init__(self, recipe: Recipe, numbers: Mapping[str, Any], gathered: object = None) -> None:
         self._method: Method | None = recipe.merge_method if recipe.method is not None else None
@@ -168,7 +198,9 @@ class Computation:
         if self._clip and len(inputs) > 1:
             clip(*(tensor.reshape(-1) for tensor in inputs[:2]), out=out.view(-1))
 
-    def _merge_whole(self, inputs: list[torch.Tensor], work: Work, whole: Whole, position: int, out: torch.Tensor) -> None:
+    def _merge_whole(
+        self, inputs: list[torch.Tensor], work: Work, whole: Whole, position: int, out: torch.Tensor
+    ) -> None:
         wide = inputs[whole.wider] if whole.wider is not None else None
         if wide is not None:
             inputs = [tensor[:, :SHARED_CHANNELS].contiguous() for tensor in inputs]
@@ -199,7 +231,9 @@ class Computation:
 
 
 class Statistics:
-    """The first pass of a method that looks at the whole model: the figures of every tensor that all models have, VAE aside."""
+    """The first pass of a method that looks at the whole model: the figures of every tensor that all models
+    have, VAE aside.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self._method = plan.recipe.merge_method
@@ -218,7 +252,9 @@ class Statistics:
             readers = [stack.enter_context(view.checkpoint.reader()) for view in self._views]
 
             def look_at(name: str) -> int:
-                figures = self._method.statistics(*map(_read_tensor, readers, (view.tensors[name] for view in self._views)))
+                figures = self._method.statistics(
+                    *map(_read_tensor, readers, (view.tensors[name] for view in self._views))
+                )
                 with self._lock:
                     self._found.append(figures)
                 return self._views[0].tensors[name].nbytes
@@ -231,7 +267,8 @@ class Statistics:
 
 
 def looked_at(views: Sequence[View]) -> list[str]:
-    """The tensors that methods look at which look at whole models: floats of one shape in all of them, VAE and EMA aside.
+    """The tensors that methods look at which look at whole models: floats of one shape in all of them, VAE
+    and EMA aside.
 
     Markers, which hold nothing, are left out.
     """
@@ -257,7 +294,8 @@ def _read_tensor(reader: Reader, info: TensorInfo) -> torch.Tensor:
 def choose_device(device: str, method: Method | None = None) -> str:
     """Return the device that `device` means. Raises RecipeError.
 
-    "auto" is the GPU, where there is one, for the methods that compute enough to be worth the way there and back.
+    "auto" is the GPU, where there is one, for the methods that compute enough to be worth the way there and
+    back.
     """
     if device == "auto":
         heavy = method is not None and (method.locality != "element" or method.random)

@@ -36,14 +36,14 @@ class LiveMerge:
     >>> live.close()  # doctest: +SKIP
 
     `module` is any torch module whose parameters have a U-Net's names, in diffusers or LDM naming: a
-    UNet2DConditionModel, or a whole LDM model, of which only the U-Net is touched. Its dtype (fp16, bf16 or fp32) and device
-    stay. `a`, `b` and `c` are paths, opened checkpoints or state dicts, U-Nets or whole models, in either naming; what is no
-    tensor of the U-Net is not looked at. They are copied to the module's device in its dtype, once. `method` and `numbers` are
-    those of `merge`.
+    UNet2DConditionModel, or a whole LDM model, of which only the U-Net is touched. Its dtype (fp16, bf16 or
+    fp32) and device stay. `a`, `b` and `c` are paths, opened checkpoints or state dicts, U-Nets or whole
+    models, in either naming; what is no tensor of the U-Net is not looked at. They are copied to the module's
+    device in its dtype, once. `method` and `numbers` are those of `merge`.
 
-    From then on the module holds A. `apply` merges; `close`, or leaving a `with` block, gives the module its own parameters
-    back. Meanwhile the parameters are views of one flat buffer, and must stay where they are: no `.to()`, no offloading.
-    Not thread-safe, and not to be applied while the module runs on another stream.
+    From then on the module holds A. `apply` merges; `close`, or leaving a `with` block, gives the module its
+    own parameters back. Meanwhile the parameters are views of one flat buffer, and must stay where they are:
+    no `.to()`, no offloading. Not thread-safe, and not to be applied while the module runs on another stream.
 
     Raises a BlockmergeError when the module or the models cannot be used; the module is then as it was.
     """
@@ -62,7 +62,9 @@ class LiveMerge:
         from blockmerge.merging.flat_unet import FlatUNet
 
         if isinstance(method, (str, os.PathLike)) and os.fspath(method).lower().endswith(SUFFIXES):
-            raise RecipeError(f"LiveMerge takes three models at most: {shown(method)} stands where the method goes")
+            raise RecipeError(
+                f"LiveMerge takes three models at most: {shown(method)} stands where the method goes"
+            )
         self._method = find_method(method)
         self._method.check_names(numbers, others=("method",))
         sources = [a, b, c]
@@ -85,7 +87,9 @@ class LiveMerge:
             self._flats = self._unet.buffers(models)
             self._originals = self._unet.place(self._flats[-1])
         _OPEN.add(self)
-        self._held: dict[str, _Treatment | None] = dict.fromkeys((block.name for block in self._unet.blocks), 0)
+        self._held: dict[str, _Treatment | None] = dict.fromkeys(
+            (block.name for block in self._unet.blocks), 0
+        )
         start = 0.0 if self._method.copies(0.0, 0.0) == 0 else None
         self._weights = BlockWeights.flat(start, self._unet.family.blocks)
         self._weights_beta = BlockWeights.flat(0.0, self._unet.family.blocks)
@@ -94,7 +98,8 @@ class LiveMerge:
     def weights(self) -> BlockWeights:
         """The weights that the module has now; a block that is A's although weight 0 would not be has None.
 
-        They are fit for `merge`, to write what was found. BASE is what was asked for, and counts for nothing here.
+        They are fit for `merge`, to write what was found. BASE is what was asked for, and counts for nothing
+        here.
         """
         return self._weights
 
@@ -117,14 +122,14 @@ class LiveMerge:
     ) -> BlockWeights:
         """Merge with these weights, which are given as to `merge`, and return those that all blocks have now.
 
-        With `keep`, only blocks that `weights`, `weights_beta` (mappings, or texts as in ``"OUT05=0.7"``) or `changes` name get
-        another weight. `seed` is that of random weights, by default the method's or 0.
+        With `keep`, only blocks that `weights`, `weights_beta` (mappings, or texts as in ``"OUT05=0.7"``) or
+        `changes` name get another weight. `seed` is that of random weights, by default the method's or 0.
 
         Blocks whose weights are what they were are not computed. The work is queued on the device's current
         stream; nothing waits for it, unless the method itself does. NaN and infinity are not looked for.
 
-        Raises WeightsError for weights that cannot be used; RecipeError after `close`, or when the parameters are no longer
-        where LiveMerge has put them.
+        Raises WeightsError for weights that cannot be used; RecipeError after `close`, or when the parameters
+        are no longer where LiveMerge has put them.
         """
         import torch
 
@@ -133,11 +138,15 @@ class LiveMerge:
         if "beta" not in self._method.weights and (preset_beta is not None or weights_beta is not None):
             raise RecipeError(f"{self._method.name} takes no 'beta'")
         seed = self._seed if seed is None else seed
-        first = WeightsRequest(preset, weights, changes, sdxl_map, seed, default=self._method.weights["alpha"])
+        first = WeightsRequest(
+            preset, weights, changes, sdxl_map, seed, default=self._method.weights["alpha"]
+        )
         second = WeightsRequest(preset_beta, weights_beta, None, sdxl_map, seed, beta=True)
         alpha = first.change(self._weights) if keep else first.resolve(self._unet.family.name)
         beta = second.change(self._weights_beta) if keep else second.resolve(self._unet.family.name)
-        wanted = {block.name: self._treatment(alpha[block.name], beta[block.name]) for block in self._unet.blocks}
+        wanted = {
+            block.name: self._treatment(alpha[block.name], beta[block.name]) for block in self._unet.blocks
+        }
         changed = {name: treatment for name, treatment in wanted.items() if treatment != self._held[name]}
         with torch.no_grad():
             # Neighbours that are treated alike lie side by side.
@@ -147,14 +156,17 @@ class LiveMerge:
         if moved := self._unet.moved(self._flats[-1], changed):  # looked for while the device computes
             self._held.update(dict.fromkeys(changed))
             raise RecipeError(
-                f"the module's parameters have been moved or replaced ({listing(moved)}): leave it on its device, without "
+                f"the module's parameters have been moved or replaced ({listing(moved)}): leave it on its "
+                "device, without "
                 "offloading, while it is merged live"
             )
         self._weights, self._weights_beta = alpha, beta
         return alpha
 
     def close(self) -> None:
-        """Give the module its own parameters back, bit for bit in the memory they were in, and let go of the models."""
+        """Give the module its own parameters back, bit for bit in the memory they were in, and let go of the
+        models.
+        """
         for name, original in self._originals.items():
             self._unet.parameters[name].data = original
         self._originals, self._flats = {}, []
@@ -177,7 +189,9 @@ class LiveMerge:
 
     def _check_open(self) -> None:
         if not self._flats:
-            raise RecipeError("this LiveMerge is closed, and the module has its own weights again: make a new one")
+            raise RecipeError(
+                "this LiveMerge is closed, and the module has its own weights again: make a new one"
+            )
 
     def _treatment(self, alpha: float | None, beta: float | None) -> _Treatment:
         if alpha is None or beta is None:
@@ -210,9 +224,17 @@ class LiveMerge:
     def _numbers_for(self, weights: tuple[float, float]) -> Mapping[str, Any]:
         """The keywords of the method's function, but for those of chance."""
         if self._method.locality == "model" and not self._gathered:
-            pairs = ([slot.merged(flat).contiguous() for flat in self._flats[:-1]] for slot in self._unet.slots)
-            self._gathered["gathered"] = self._method.gather([self._method.statistics(*pair) for pair in pairs])
-        taken = {name: weight for name, weight in zip(("alpha", "beta"), weights, strict=True) if name in self._method.weights}
+            pairs = (
+                [slot.merged(flat).contiguous() for flat in self._flats[:-1]] for slot in self._unet.slots
+            )
+            self._gathered["gathered"] = self._method.gather(
+                [self._method.statistics(*pair) for pair in pairs]
+            )
+        taken = {
+            name: weight
+            for name, weight in zip(("alpha", "beta"), weights, strict=True)
+            if name in self._method.weights
+        }
         return {**self._numbers, **self._gathered, **taken}
 
     def _merge_slot(self, slot: Slot, numbers: Mapping[str, Any]) -> None:
@@ -222,7 +244,11 @@ class LiveMerge:
         *models, result = self._flats
         inputs = [slot.merged(flat).contiguous() for flat in models]
         target = slot.merged(result)
-        out = target if target.is_contiguous() else torch.empty_like(target, memory_format=torch.contiguous_format)
+        out = (
+            target
+            if target.is_contiguous()
+            else torch.empty_like(target, memory_format=torch.contiguous_format)
+        )
         if self._method.random:
             numbers = {**numbers, "key": key_of(self._seed, slot.ldm), "position": 0}
         if self._method.locality == "element":
@@ -232,7 +258,9 @@ class LiveMerge:
         if out is not target:
             target.copy_(out)
 
-    def _merge_flat(self, inputs: Sequence[torch.Tensor], numbers: Mapping[str, Any], out: torch.Tensor) -> None:
+    def _merge_flat(
+        self, inputs: Sequence[torch.Tensor], numbers: Mapping[str, Any], out: torch.Tensor
+    ) -> None:
         step = len(out) if self._method.own is None else _COPIED_ELEMENTS
         for start in range(0, len(out), max(1, step)):
             part = slice(start, start + step)

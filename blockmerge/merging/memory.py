@@ -47,12 +47,14 @@ def merge_state_dicts(
 
     >>> merged = blockmerge.merge_state_dicts(a, b, preset="high_res")  # doctest: +SKIP
 
-    The dicts are U-Nets or whole models, in LDM or diffusers names (`unet.…`, `vae.…` and so on for whole models), all on
-    one device or several; the result has A's names, and every tensor of it is a new one on the device of A's (of B's, where
-    only B has it), with A's dtype. The values are those that `merge` writes, and the arguments its. NaN and infinity are
-    looked for only with `check_finite`, since that waits for the GPU.
+    The dicts are U-Nets or whole models, in LDM or diffusers names (`unet.…`, `vae.…` and so on for whole
+    models), all on one device or several; the result has A's names, and every tensor of it is a new one on
+    the device of A's (of B's, where only B has it), with A's dtype. The values are those that `merge` writes,
+    and the arguments its. NaN and infinity are looked for only with `check_finite`, since that waits for the
+    GPU.
 
-    Raises a BlockmergeError: NonFiniteError with `check_finite`, else as `merge` does before it reads a weight.
+    Raises a BlockmergeError: NonFiniteError with `check_finite`, else as `merge` does before it reads a
+    weight.
     """
     check_vae_option(vae)
     check_flag("check_finite", check_finite)
@@ -70,8 +72,12 @@ def merge_state_dicts(
     recipe.check_model_count(len(state_dicts))
     for given in state_dicts:
         if not isinstance(given, Mapping):
-            raise CheckpointError(f"a {type(given).__name__} is no state dict: give a dict of tensors (merge() takes files)")
-    models = [Model.of(StateDict(tensors, state_dict_name(number))) for number, tensors in enumerate(state_dicts)]
+            raise CheckpointError(
+                f"a {type(given).__name__} is no state dict: give a dict of tensors (merge() takes files)"
+            )
+    models = [
+        Model.of(StateDict(tensors, state_dict_name(number))) for number, tensors in enumerate(state_dicts)
+    ]
     family = models[0].anatomy.family.name
     decided = decide(models, recipe, recipe.weights.resolve(family), recipe.beta.resolve(family))
     drafter = Drafter(recipe, decided, recipe.resolve_numbers(len(models)), family)
@@ -85,8 +91,8 @@ def merge_state_dicts(
 class _Job:
     """One tensor: what it is computed from, flat or, for a whole, in shape; how; and where the result goes.
 
-    `inputs` are made when they are asked for, as some take memory: joined ones, and those from another device. `kind` is
-    what jobs that can be done together have in common.
+    `inputs` are made when they are asked for, as some take memory: joined ones, and those from another
+    device. `kind` is what jobs that can be done together have in common.
     """
 
     ldm: str
@@ -106,7 +112,9 @@ def _compute(state_dicts: Sequence[Mapping[str, torch.Tensor]], drafter: Drafter
     merged: dict[str, torch.Tensor] = {}
     jobs: list[_Job] = []
     with torch.no_grad():
-        computation = Computation(drafter.recipe, drafter.numbers, _gathered(drafter.recipe, state_dicts, decided))
+        computation = Computation(
+            drafter.recipe, drafter.numbers, _gathered(drafter.recipe, state_dicts, decided)
+        )
         for decision in decided.tensors:
             job = _job(state_dicts, drafter, decision)
             if isinstance(job, _Job):
@@ -116,7 +124,9 @@ def _compute(state_dicts: Sequence[Mapping[str, torch.Tensor]], drafter: Drafter
     return merged
 
 
-def _job(state_dicts: Sequence[Mapping[str, torch.Tensor]], drafter: Drafter, decision: Decision) -> _Job | torch.Tensor:
+def _job(
+    state_dicts: Sequence[Mapping[str, torch.Tensor]], drafter: Drafter, decision: Decision
+) -> _Job | torch.Tensor:
     """What there is to do for a tensor, or the tensor itself, where that is only a copy."""
     import torch
 
@@ -130,10 +140,14 @@ def _job(state_dicts: Sequence[Mapping[str, torch.Tensor]], drafter: Drafter, de
         return values.to(device)
     work = drafter.work(decision, in_pieces=False)
     if work is not None and work.whole is not None:
-        origins = {number: decided.ldm[number].origins.get(decision.ldm) for number in drafter.operands(decision)}
+        origins = {
+            number: decided.ldm[number].origins.get(decision.ldm) for number in drafter.operands(decision)
+        }
     else:
         origins = {number: decided.views[number].origins[decision.key] for number in decision.sources}
-    found = [(number, origin or decided.views[number].origins[decision.key]) for number, origin in origins.items()]
+    found = [
+        (number, origin or decided.views[number].origins[decision.key]) for number, origin in origins.items()
+    ]
     dtypes = [state_dicts[number][origin.names[0]].dtype for number, origin in found]
     out = torch.empty(decision.shape, dtype=TORCH_DTYPES.get(decision.dtype, dtypes[0]), device=device)
     if work is None and not out.is_floating_point():
@@ -189,7 +203,9 @@ def _parts(jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
     yield part
 
 
-def _gathered(recipe: Recipe, state_dicts: Sequence[Mapping[str, torch.Tensor]], decided: Decisions) -> object:
+def _gathered(
+    recipe: Recipe, state_dicts: Sequence[Mapping[str, torch.Tensor]], decided: Decisions
+) -> object:
     """The figures of a method that looks at the whole model."""
     method = recipe.merge_method
     if method.locality != "model":
@@ -199,7 +215,10 @@ def _gathered(recipe: Recipe, state_dicts: Sequence[Mapping[str, torch.Tensor]],
     views = [decided.ldm[number] for number in range(len(state_dicts))]
     figures = []
     for name in looked_at(views):
-        tensors = [_made(tensors, view.origins[name]).contiguous() for tensors, view in zip(state_dicts, views, strict=True)]
+        tensors = [
+            _made(tensors, view.origins[name]).contiguous()
+            for tensors, view in zip(state_dicts, views, strict=True)
+        ]
         figures.append(method.statistics(*(tensor.to(tensors[0].device) for tensor in tensors)))
     return method.gather(figures)
 
@@ -224,10 +243,16 @@ def _made(tensors: Mapping[str, torch.Tensor], origin: Origin) -> torch.Tensor:
 def _check_finite(merged: Mapping[str, torch.Tensor]) -> None:
     from blockmerge.streaming.tensors import TORCH_DTYPES, all_finite
 
-    weights = ((name, tensor) for name, tensor in merged.items() if tensor.dtype in TORCH_DTYPES.values() and tensor.numel())
+    weights = (
+        (name, tensor)
+        for name, tensor in merged.items()
+        if tensor.dtype in TORCH_DTYPES.values() and tensor.numel()
+    )
     nonfinite = [name for name, tensor in weights if not all_finite(tensor)]
     if nonfinite:
-        raise NonFiniteError(f"{counted(len(nonfinite), 'merged tensor')} with NaN or infinity: {listing(nonfinite)}")
+        raise NonFiniteError(
+            f"{counted(len(nonfinite), 'merged tensor')} with NaN or infinity: {listing(nonfinite)}"
+        )
 
 
 def _spelled_as(a: Mapping[str, torch.Tensor], merged: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -64,24 +64,25 @@ def merge(
 ) -> MergeResult:
     """Merge models, block by block, into a new `.safetensors` file or diffusers folder.
 
-    >>> blockmerge.merge("a.safetensors", "b.safetensors", preset="high_res", output="out.safetensors")  # doctest: +SKIP
+    >>> blockmerge.merge("a.safetensors", "b.ckpt", weights=0.5, output="c.safetensors")  # doctest: +SKIP
 
-    `models`: paths, opened checkpoints or state dicts; the first is A. `method` is a method's name (as many models as it
-    takes), ``"module:function"``, or a function decorated with `merge_method`. One of `preset` (a name or a file, or
-    several with their shares, ``["high_res@0.6", "GRAD_A@0.4"]``) and `weights` (all that ``--weights`` takes, a number, a
-    sequence, a mapping, a BlockWeights) says how much of B each block takes; `changes` (``"BASE=0.5,OUT11=1"``) goes on
-    top. The same with `_beta` for methods with a second weight. `rules` are element rules, `adjust` eight numbers
-    (``"0,0,0,1"``), `clip` limits results to what lies between A and B, `seed` is for random weights and methods of chance;
-    `numbers` are the method's own. `dtype` is ``"keep"`` (each tensor keeps A's) or
-    ``"fp16"``, ``"bf16"``, ``"fp32"``, ``"fp8_e4m3fn"``, ``"fp8_e5m2"``, or torch's own. `vae` is ``"auto"``
-    (whole, from A when BASE is at most 0.5, else from B), ``"a"``, ``"b"``, ``"blend"``, or a VAE (a file, an opened
-    checkpoint or a state dict). `naming` is the output's, ``"ldm"`` (a single file) or ``"diffusers"`` (a folder), by default
-    A's. `ema` says what becomes of EMA copies: ``"drop"``, ``"keep"``, or ``"use"`` them as the U-Net. `variant` picks the
-    weights of folders that have several (``"fp16"``), and `configs` is a folder whose configs and tokenizers go into a new
-    one. `progress(done, total)` is told the bytes.
+    `models`: paths, opened checkpoints or state dicts; the first is A. `method` is a method's name (as many
+    models as it takes), ``"module:function"``, or a function decorated with `merge_method`. One of `preset`
+    (a name or a file, or several with their shares, ``["high_res@0.6", "GRAD_A@0.4"]``) and `weights` (all
+    that ``--weights`` takes, a number, a sequence, a mapping, a BlockWeights) says how much of B each block
+    takes; `changes` (``"BASE=0.5,OUT11=1"``) goes on top. The same with `_beta` for methods with a second
+    weight. `rules` are element rules, `adjust` eight numbers (``"0,0,0,1"``), `clip` limits results to what
+    lies between A and B, `seed` is for random weights and methods of chance; `numbers` are the method's own.
+    `dtype` is ``"keep"`` (each tensor keeps A's) or ``"fp16"``, ``"bf16"``, ``"fp32"``, ``"fp8_e4m3fn"``,
+    ``"fp8_e5m2"``, or torch's own. `vae` is ``"auto"`` (whole, from A when BASE is at most 0.5, else from B),
+    ``"a"``, ``"b"``, ``"blend"``, or a VAE (a file, an opened checkpoint or a state dict). `naming` is the
+    output's, ``"ldm"`` (a single file) or ``"diffusers"`` (a folder), by default A's. `ema` says what becomes
+    of EMA copies: ``"drop"``, ``"keep"``, or ``"use"`` them as the U-Net. `variant` picks the weights of
+    folders that have several (``"fp16"``), and `configs` is a folder whose configs and tokenizers go into a
+    new one. `progress(done, total)` is told the bytes.
 
-    All checks that headers allow are made before a weight is read. The models are never changed. The output appears
-    complete or not at all.
+    All checks that headers allow are made before a weight is read. The models are never changed. The output
+    appears complete or not at all.
 
     Raises a BlockmergeError: see `blockmerge.errors` for which and when.
     """
@@ -187,16 +188,23 @@ def _prepare(
     recipe.check_model_count(len(models))
     checkpoints = _open(models, variant)
     labels = told_apart(checkpoints)
-    opened = [Model.of(checkpoint, recipe.ema, label) for checkpoint, label in zip(checkpoints, labels, strict=True)]
+    opened = [
+        Model.of(checkpoint, recipe.ema, label) for checkpoint, label in zip(checkpoints, labels, strict=True)
+    ]
     form = _form(recipe, opened[0], output)
     if recipe.configs is not None and not form.folder:
         raise RecipeError(
-            f"configs go into a diffusers folder only, and {shown(os.fspath(output))} is a single file: leave them out"
+            f"configs go into a diffusers folder only, and {shown(os.fspath(output))} is a single file: "
+            "leave them out"
         )
     plan = make_plan(opened, recipe, form)
     inputs = [file for checkpoint in plan.checkpoints.values() for file in checkpoint.files]
     inputs += [model.source.path for model in opened if isinstance(model.source, DiffusersFolder)]
-    inputs += [Path(path)] if isinstance(path := getattr(recipe.configs, "path", recipe.configs), (str, os.PathLike)) else []
+    inputs += (
+        [Path(path)]
+        if isinstance(path := getattr(recipe.configs, "path", recipe.configs), (str, os.PathLike))
+        else []
+    )
     check = check_output_folder if form.folder else check_output
     return plan, check(output, inputs, overwrite=overwrite)
 
@@ -205,7 +213,9 @@ def _open(models: Sequence[CheckpointLike], variant: str | None) -> list[Checkpo
     """Open the models; a variant is for those that are folders."""
     folders = [isinstance(model, (str, os.PathLike)) and os.path.isdir(model) for model in models]
     return [
-        open_checkpoint(model, name=state_dict_name(number), variant=variant if folder or not any(folders) else None)
+        open_checkpoint(
+            model, name=state_dict_name(number), variant=variant if folder or not any(folders) else None
+        )
         for number, (model, folder) in enumerate(zip(models, folders, strict=True))
     ]
 
@@ -222,18 +232,23 @@ def _form(recipe: Recipe, a: Model, output: object) -> Form:
         naming = recipe.naming or ("ldm" if from_folder else a.anatomy.naming)
         if naming == "diffusers" and a.components != {"unet"}:
             raise OutputError(
-                f"{shown(name)}: a whole model under diffusers' names is a folder; give a folder, or naming='ldm' (--to ldm)"
+                f"{shown(name)}: a whole model under diffusers' names is a folder; give a folder, or "
+                "naming='ldm' (--to ldm)"
             )
         return Form(naming)
     is_folder = name.endswith(("/", os.sep)) or os.path.isdir(name)
     if recipe.naming == "diffusers" or (from_folder and recipe.naming is None):
         return Form("diffusers", folder=True)
     if is_folder:
-        raise OutputError(f"{shown(name)} is a folder: give the output a file name, or naming='diffusers' (--to diffusers)")
+        raise OutputError(
+            f"{shown(name)} is a folder: give the output a file name, or naming='diffusers' (--to diffusers)"
+        )
     raise OutputError(f"{shown(name)}: the output is a .safetensors file; end its name so")
 
 
-def _result(plan: Plan, target: Path, seconds: float, swept: tuple[str, ...], *, dry: bool = False) -> MergeResult:
+def _result(
+    plan: Plan, target: Path, seconds: float, swept: tuple[str, ...], *, dry: bool = False
+) -> MergeResult:
     recipe = plan.recipe
     return MergeResult(
         output=target,
@@ -243,7 +258,9 @@ def _result(plan: Plan, target: Path, seconds: float, swept: tuple[str, ...], *,
         method=recipe.method_name,
         preset=recipe.weights.label if recipe.weights.preset is not None else None,
         weights=dict(plan.weights) if recipe.method is not None else {},
-        weights_beta=dict(plan.beta) if recipe.method is not None and "beta" in recipe.merge_method.weights else None,
+        weights_beta=dict(plan.beta)
+        if recipe.method is not None and "beta" in recipe.merge_method.weights
+        else None,
         models=tuple(plan.models),
         tensors=plan.decided.counts,
         bytes=plan.size,

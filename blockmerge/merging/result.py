@@ -10,10 +10,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Counts:
-    """How many of the output's tensors were computed, how many taken from which model, how many left out, and all written.
+    """How many of the output's tensors were computed, how many taken from which model, how many left out, and
+    all written.
 
-    Those written are the output's own; the others are counted as LDM has them. A tensor that is only cast to another dtype
-    counts as taken from its model.
+    Those written are the output's own; the others are counted as LDM has them. A tensor that is only cast to
+    another dtype counts as taken from its model.
     """
 
     computed: int = 0
@@ -30,10 +31,10 @@ class Counts:
 class MergeResult:
     """A finished merge, or with `dry_run` the plan for one.
 
-    `weights` is what each block took (None: left out of the merge); `bytes` is the output's size; `notes` are texts for
-    the user about everything that was decided for them. `preset` is the preset's name, if one was asked for. `recipe`
-    decides the values, given the models, as the output's metadata has it; the output's naming, variant and configs are not
-    in it, and models and a VAE file are there by name, without folders.
+    `weights` is what each block took (None: left out of the merge); `bytes` is the output's size; `notes` are
+    texts for the user about everything that was decided for them. `preset` is the preset's name, if one was
+    asked for. `recipe` decides the values, given the models, as the output's metadata has it; the output's
+    naming, variant and configs are not in it, and models and a VAE file are there by name, without folders.
     """
 
     output: Path

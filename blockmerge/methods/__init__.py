@@ -1,6 +1,8 @@
-"""What is done to one tensor: pure functions on torch tensors and numbers. No names, no files, no choice of device.
+"""What is done to one tensor: pure functions on torch tensors and numbers. No names, no files, no choice of
+device.
 
-The table is in `blockmerge.methods.table`, which needs no torch; the functions themselves do, and are loaded late.
+The table is in `blockmerge.methods.table`, which needs no torch; the functions themselves do, and are loaded
+late.
 """
 
 from blockmerge.methods.own import merge_method

@@ -1,4 +1,6 @@
-"""What the methods have in common: how wide they compute, that they round once, and how they go through large tensors."""
+"""What the methods have in common: how wide they compute, that they round once, and how they go through large
+tensors.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,24 @@ from typing import Any
 
 import torch
 
-_E4M3FN_OVERFLOW = 464.0  # half a step above 448: beyond it, a value rounds to one that the format does not have
+_E4M3FN_OVERFLOW = (
+    464.0  # half a step above 448: beyond it, a value rounds to one that the format does not have
+)
 _BLOCK = 1 << 19  # elements whose intermediate values stay in a processor's cache
-_DEVICE_BLOCK = 1 << 24  # elements that keep any GPU busy, and whose intermediate values take some hundred megabytes of it
-_SLAB = 1 << 18  # elements of a tensor that are widened at once, where a method goes through it more than once
+_DEVICE_BLOCK = (
+    1 << 24
+)  # elements that keep any GPU busy, and whose intermediate values take some hundred megabytes of it
+_SLAB = (
+    1 << 18
+)  # elements of a tensor that are widened at once, where a method goes through it more than once
 _DEVICE_SLAB = 1 << 22  # the same on a GPU
 _MOST_SCRATCH = 1 << 21  # elements of scratch memory that a thread keeps for a place
 
 
 def wide_dtype(*tensors: torch.Tensor) -> torch.dtype:
-    """Return the dtype to compute in, one step wider than the last tensor, the output; float64 where an input has that."""
+    """Return the dtype to compute in, one step wider than the last tensor, the output; float64 where an input
+    has that.
+    """
     *inputs, out = tensors
     if out.itemsize >= 4 or any(tensor.dtype == torch.float64 for tensor in inputs):
         return exact_dtype(out.device)
@@ -27,7 +37,9 @@ def wide_dtype(*tensors: torch.Tensor) -> torch.dtype:
 
 
 def is_half(*tensors: torch.Tensor) -> bool:
-    """Whether all are of one half-precision dtype: torch's own functions then compute in float32 and round once."""
+    """Whether all are of one half-precision dtype: torch's own functions then compute in float32 and round
+    once.
+    """
     dtype = tensors[0].dtype
     return dtype in (torch.float16, torch.bfloat16) and all(tensor.dtype == dtype for tensor in tensors)
 
@@ -38,7 +50,9 @@ def exact_dtype(device: torch.device) -> torch.dtype:
 
 
 def round_into(out: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Write `values` into `out`, rounded to its dtype; what is too large becomes infinite or NaN, never the largest value."""
+    """Write `values` into `out`, rounded to its dtype; what is too large becomes infinite or NaN, never the
+    largest value.
+    """
     if out.dtype == torch.float8_e4m3fn:
         # torch turns whatever is too large into the largest value, 448, which would hide an overflow.
         values = torch.where(values.float().abs() > _E4M3FN_OVERFLOW, torch.nan, values.float())
@@ -55,10 +69,12 @@ _scratch = _Scratch()
 
 
 def scratch(place: str, count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return an uninitialised flat tensor. On the CPU a small one is the calling thread's own memory for that `place`.
+    """Return an uninitialised flat tensor. On the CPU a small one is the calling thread's own memory for that
+    `place`.
 
-    New memory must be fetched from the system page by page, which takes several times as long as computing with it. Making
-    a view of it takes long too, while all other threads wait for the interpreter: the last one of its kind is kept.
+    New memory must be fetched from the system page by page, which takes several times as long as computing
+    with it. Making a view of it takes long too, while all other threads wait for the interpreter: the last
+    one of its kind is kept.
     """
     if device.type != "cpu" or count > _MOST_SCRATCH:
         return torch.empty(count, dtype=dtype, device=device)
@@ -69,7 +85,9 @@ def scratch(place: str, count: int, dtype: torch.dtype, device: torch.device) ->
         with torch.inference_mode(False):  # what is made in that mode could not be used after it
             if place not in _scratch.memory or _scratch.memory[place].numel() < nbytes:
                 views.clear()
-                _scratch.memory[place] = torch.empty(1 << (nbytes - 1).bit_length(), dtype=torch.uint8, device=device)
+                _scratch.memory[place] = torch.empty(
+                    1 << (nbytes - 1).bit_length(), dtype=torch.uint8, device=device
+                )
             view = views[dtype] = _scratch.memory[place][:nbytes].view(dtype)
     return view
 
@@ -88,12 +106,16 @@ def widened(place: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
 
 
 def exactly(place: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a contiguous copy of a tensor in the widest dtype of its device, in the scratch memory of that `place`."""
+    """Return a contiguous copy of a tensor in the widest dtype of its device, in the scratch memory of that
+    `place`.
+    """
     return widened(place, tensor, exact_dtype(tensor.device))
 
 
 def in_blocks(compute: Callable[..., None]) -> Callable[..., torch.Tensor]:
-    """Make an element-local function of flat tensors go through them in blocks that fit a processor's cache, or a GPU."""
+    """Make an element-local function of flat tensors go through them in blocks that fit a processor's cache,
+    or a GPU.
+    """
 
     @functools.wraps(compute)
     def whole(*models: torch.Tensor, out: torch.Tensor, **numbers: Any) -> torch.Tensor:
@@ -121,7 +143,9 @@ def combine_into(out: torch.Tensor, tensors: Sequence[torch.Tensor], factors: Se
 
 
 def slabs(tensor: torch.Tensor) -> Iterator[slice]:
-    """Yield stretches of the first axis, of about 260 000 elements (on a GPU 4 million), or of one entry each; none if empty."""
+    """Yield stretches of the first axis, of about 260 000 elements (on a GPU 4 million), or of one entry
+    each; none if empty.
+    """
     width = prod(tensor.shape[1:])
     step = max(1, (_SLAB if tensor.device.type == "cpu" else _DEVICE_SLAB) // max(1, width))
     for start in range(0, tensor.shape[0] if width else 0, step):

@@ -1,12 +1,13 @@
-"""Methods that need figures of all tensors first. They take tensors in their real shape and write `out`, of that shape.
+"""Methods that need figures of all tensors first. They take tensors in their real shape and write `out`, of
+that shape.
 
-For the method `name`, `name_statistics(a, b)` gives a tensor's figures, `name_gathered` what they say together, in whatever
-order they come, and the method itself takes that as `gathered`. (The figures of a whole model are a million numbers or two:
-SD1.5 has 0.8 million columns, SDXL 2.0, of 8 bytes each.) All of them stay on the tensors' device, so that nobody waits for
-a GPU.
+For the method `name`, `name_statistics(a, b)` gives a tensor's figures, `name_gathered` what they say
+together, in whatever order they come, and the method itself takes that as `gathered`. (The figures of a whole
+model are a million numbers or two: SD1.5 has 0.8 million columns, SDXL 2.0, of 8 bytes each.) All of them
+stay on the tensors' device, so that nobody waits for a GPU.
 
-Cosines are in float64. *Columns* run along the first axis: there is one for each index of the others; a tensor of one axis
-or none is one column. A column of zeros has no cosine.
+Cosines are in float64. *Columns* run along the first axis: there is one for each index of the others; a
+tensor of one axis or none is one column. A column of zeros has no cosine.
 """
 
 from __future__ import annotations
@@ -15,14 +16,24 @@ from collections.abc import Sequence
 
 import torch
 
-from blockmerge.methods.arithmetic import exact_dtype, exactly, round_into, scratch_like, slabs, wide_dtype, widened
+from blockmerge.methods.arithmetic import (
+    exact_dtype,
+    exactly,
+    round_into,
+    scratch_like,
+    slabs,
+    wide_dtype,
+    widened,
+)
 
 
-def cosine_a(a: torch.Tensor, b: torch.Tensor, *, alpha: float, gathered: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def cosine_a(
+    a: torch.Tensor, b: torch.Tensor, *, alpha: float, gathered: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
     """(1 − k)·B + k·A with k = ((κ + K)/2 − min)/(max − min) − |α|, limited to [0, 1]: SuperMerger's cosineA.
 
-    κ are the column cosines, K is the cosine of A and B whose columns have all been divided by their norms; `gathered` is
-    (min, max). A where a column has no cosine, and everywhere where max = min.
+    κ are the column cosines, K is the cosine of A and B whose columns have all been divided by their norms;
+    `gathered` is (min, max). A where a column has no cosine, and everywhere where max = min.
     """
     columns, whole = _cosines(a, b, normalised=True)
     return _merge(a, b, (columns + whole) / 2, abs(alpha), gathered, out)
@@ -33,11 +44,13 @@ def cosine_a_statistics(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return _cosines(a, b, normalised=True)[0]
 
 
-def cosine_b(a: torch.Tensor, b: torch.Tensor, *, alpha: float, gathered: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def cosine_b(
+    a: torch.Tensor, b: torch.Tensor, *, alpha: float, gathered: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
     """(1 − k)·B + k·A with k = ((κ + K)/2 − min)/(max − min) − α, limited to [0, 1]: SuperMerger's cosineB.
 
-    κ are the column cosines, K is that of the whole tensors; `gathered` is (min, max). A where a column has no cosine, and
-    everywhere where max = min.
+    κ are the column cosines, K is that of the whole tensors; `gathered` is (min, max). A where a column has
+    no cosine, and everywhere where max = min.
     """
     columns, whole = _cosines(a, b, normalised=False)
     return _merge(a, b, (columns + whole) / 2, alpha, gathered, out)
@@ -50,10 +63,11 @@ def cosine_b_statistics(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def middle_range(statistics: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the least and the greatest of all figures but the outermost, [2]; twice the same where there is no figure.
+    """Return the least and the greatest of all figures but the outermost, [2]; twice the same where there is
+    no figure.
 
-    NaN is dropped, then what lies below the 1st percentile, then what lies above the 99th of what is left. Percentiles are
-    the midpoint of the two values they lie between.
+    NaN is dropped, then what lies below the 1st percentile, then what lies above the 99th of what is left.
+    Percentiles are the midpoint of the two values they lie between.
     """
     if not statistics:
         return torch.zeros(2)
@@ -69,13 +83,17 @@ cosine_a_gathered = cosine_b_gathered = middle_range
 
 
 def _percentile(values: torch.Tensor, begin: torch.Tensor, end: torch.Tensor, percent: int) -> torch.Tensor:
-    """Of the sorted values from `begin` up to `end`, all of these being 0-dim; the value at `begin` where there are none."""
+    """Of the sorted values from `begin` up to `end`, all of these being 0-dim; the value at `begin` where
+    there are none.
+    """
     places = percent * (end - begin - 1).clamp(min=0)
     return values[torch.stack([begin + places // 100, begin + -(-places // 100)])].mean()
 
 
 def _cosines(a: torch.Tensor, b: torch.Tensor, *, normalised: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the column cosines [columns], and the cosine of the whole tensors, with or without their columns normalised."""
+    """Return the column cosines [columns], and the cosine of the whole tensors, with or without their columns
+    normalised.
+    """
     rows_a, rows_b = _as_rows(a), _as_rows(b)
     exact = exact_dtype(a.device)
     dots, squares_a, squares_b = torch.zeros(3, rows_a.shape[1], dtype=exact, device=a.device)
@@ -86,12 +104,21 @@ def _cosines(a: torch.Tensor, b: torch.Tensor, *, normalised: bool) -> tuple[tor
         squares_b += wide_b.square_().sum(0)
     columns = (dots / (squares_a.sqrt() * squares_b.sqrt())).clamp_(-1, 1)
     if normalised:  # then every column that is not of zeros has the norm 1
-        dots, squares_a, squares_b = columns.nan_to_num(), (squares_a > 0).to(exact), (squares_b > 0).to(exact)
+        dots, squares_a, squares_b = (
+            columns.nan_to_num(),
+            (squares_a > 0).to(exact),
+            (squares_b > 0).to(exact),
+        )
     return columns, (dots.sum() / (squares_a.sum().sqrt() * squares_b.sum().sqrt())).clamp_(-1, 1)
 
 
 def _merge(
-    a: torch.Tensor, b: torch.Tensor, combined: torch.Tensor, shift: float, gathered: torch.Tensor, out: torch.Tensor
+    a: torch.Tensor,
+    b: torch.Tensor,
+    combined: torch.Tensor,
+    shift: float,
+    gathered: torch.Tensor,
+    out: torch.Tensor,
 ) -> torch.Tensor:
     low, high = gathered.to(a.device, non_blocking=a.device.type != "cpu")
     of_a = combined.sub(low).div_(high - low).sub_(shift).clamp_(0, 1).nan_to_num_(1.0)

@@ -33,28 +33,38 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _LOCALITIES = ("element", "row", "tensor")
 _WEIGHTS = ("alpha", "beta")
 _TAKEN = (
-    "adjust", "allow_nonfinite", "changes", "changes_beta", "check_finite", "clip", "configs", "device", "dtype", "ema", "method",
-    "module", "naming", "out", "output", "overwrite", "preset", "preset_beta", "progress", "rules", "sdxl_map", "threads", "vae",
-    "variant", "weights", "weights_beta",
+    "adjust", "allow_nonfinite", "changes", "changes_beta", "check_finite", "clip", "configs", "device",
+    "dtype", "ema", "method", "module", "naming", "out", "output", "overwrite", "preset", "preset_beta",
+    "progress", "rules", "sdxl_map", "threads", "vae", "variant", "weights", "weights_beta",
 )  # fmt: skip
-"""Arguments of merging, which a number of the same name would never get past. `seed` is not among them: methods get it."""
+"""Arguments of merging, which a number of the same name would never get past. `seed` is not among them:
+methods get it.
+"""
 
 
 @overload
-def merge_method(function: _Function, /, *, locality: str = ..., formula: str = ..., source: str = ...) -> _Function: ...
+def merge_method(
+    function: _Function, /, *, locality: str = ..., formula: str = ..., source: str = ...
+) -> _Function: ...
 @overload
-def merge_method(*, locality: str = ..., formula: str = ..., source: str = ...) -> Callable[[_Function], _Function]: ...
-def merge_method(function: Any = None, /, *, locality: str = "element", formula: str = "", source: str = "") -> Any:
-    """Make a function a merge method, to be given as `method=` or, on the command line, as ``--method module:function``.
+def merge_method(
+    *, locality: str = ..., formula: str = ..., source: str = ...
+) -> Callable[[_Function], _Function]: ...
+def merge_method(
+    function: Any = None, /, *, locality: str = "element", formula: str = "", source: str = ""
+) -> Any:
+    """Make a function a merge method, to be given as `method=` or, on the command line, as ``--method
+    module:function``.
 
-    The function `f(a, b, …, *, alpha, …)` gets one tensor of each model, in float32 or float64, and returns the result, a
-    tensor of the same shape, which is then rounded once; it must depend on nothing else, and not change what it gets.
-    Parameters by position are the models; with ``*others`` it takes any number of them. Parameters by keyword are the weights
-    `alpha` and, if it has one, `beta` (those with a default need not be given), and numbers, with their defaults: a default
-    of type int wants a whole number. No number has the name of an argument of `merge`, but for `seed`, which is merge's.
+    The function `f(a, b, …, *, alpha, …)` gets one tensor of each model, in float32 or float64, and returns
+    the result, a tensor of the same shape, which is then rounded once; it must depend on nothing else, and
+    not change what it gets. Parameters by position are the models; with ``*others`` it takes any number of
+    them. Parameters by keyword are the weights `alpha` and, if it has one, `beta` (those with a default need
+    not be given), and numbers, with their defaults: a default of type int wants a whole number. No number has
+    the name of an argument of `merge`, but for `seed`, which is merge's.
 
-    `locality` is what it must see at once. ``"element"``: it may be given any stretch of a tensor, flat. ``"row"``: any
-    entries of the first axis, in their shape. ``"tensor"``: the whole tensor.
+    `locality` is what it must see at once. ``"element"``: it may be given any stretch of a tensor, flat.
+    ``"row"``: any entries of the first axis, in their shape. ``"tensor"``: the whole tensor.
 
     The parentheses may be left out. Raises RecipeError, naming the function and what it lacks.
     """
@@ -72,7 +82,8 @@ def merge_method(function: Any = None, /, *, locality: str = "element", formula:
 
 
 def own_method(wanted: object) -> Method | None:
-    """Return the Method that is meant by a Method, a decorated function or ``"module:function"``; None for any other name.
+    """Return the Method that is meant by a Method, a decorated function or ``"module:function"``; None for
+    any other name.
 
     Raises RecipeError when the module cannot be imported or has no such method.
     """
@@ -89,28 +100,41 @@ def own_method(wanted: object) -> Method | None:
         wanted = getattr(module, name)
         if not (callable(wanted) or isinstance(wanted, Method)):
             raise RecipeError(
-                f"{shown(f'{module_name}:{name}')} is no function: a method is one, decorated with @blockmerge.merge_method()"
+                f"{shown(f'{module_name}:{name}')} is no function: a method is one, decorated with "
+                "@blockmerge.merge_method()"
             )
     if callable(wanted):
         found = getattr(wanted, "blockmerge_method", None)
         if found is None:
-            raise RecipeError(f"{shown(_name(wanted))} is no merge method: decorate it with @blockmerge.merge_method()")
+            raise RecipeError(
+                f"{shown(_name(wanted))} is no merge method: decorate it with @blockmerge.merge_method()"
+            )
         wanted = found
     return wanted if isinstance(wanted, Method) else None
 
 
 def _import(module: str, function: str) -> ModuleType:
-    """Import a user's module, from the current folder or wherever Python looks. Raises RecipeError when that fails."""
+    """Import a user's module, from the current folder or wherever Python looks. Raises RecipeError when that
+    fails.
+    """
     method = f"method {shown(f'{module}:{function}')}"
     if re.search(r"[/\\]|\.py$", module):
         stem = re.split(r"[/\\]", module)[-1].removesuffix(".py") or "MODULE"
-        raise RecipeError(f"{method}: before the colon goes a module's name, not a path: {shown(f'{stem}:{function}')}")
+        raise RecipeError(
+            f"{method}: before the colon goes a module's name, not a path: {shown(f'{stem}:{function}')}"
+        )
     with _current_folder_first():
         try:
             return importlib.import_module(module)
-        except (Exception, SystemExit) as error:  # a user's module may raise anything, and may be a script that exits
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # a user's module may raise anything, and may be a script that exits
             if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
-                why = f"no module named '{shown(error.name)}', neither in the current folder nor where Python looks"
+                why = (
+                    f"no module named '{shown(error.name)}', neither in the current folder nor where "
+                    "Python looks"
+                )
                 raise RecipeError(f"{method}: {why}") from error
             raise RecipeError(f"{method}: cannot import {shown(module)} ({_why(error)})") from error
 
@@ -120,7 +144,9 @@ def _is_method(value: object) -> bool:
 
 
 def _why(error: BaseException) -> str:
-    """What an error from the user's own code says, and of which class it is, unless it is one of blockmerge's."""
+    """What an error from the user's own code says, and of which class it is, unless it is one of
+    blockmerge's.
+    """
     return shown(error if isinstance(error, BlockmergeError) else f"{type(error).__name__}: {error}", 200)
 
 
@@ -163,22 +189,33 @@ def _usual_weight(method: str, parameter: inspect.Parameter) -> float | None:
     if parameter.default is parameter.empty:
         return None
     if (default := _finite(parameter.default)) is None:
-        raise RecipeError(f"{shown(method)}: the weight {parameter.name} needs a finite number as its default, or none")
+        raise RecipeError(
+            f"{shown(method)}: the weight {parameter.name} needs a finite number as its default, or none"
+        )
     return float(default)
 
 
 def _number(method: str, parameter: inspect.Parameter) -> Number:
     if parameter.name in _TAKEN:
-        raise RecipeError(f"{shown(method)}: a number cannot be called {parameter.name}, which is an argument of merging itself")
+        raise RecipeError(
+            f"{shown(method)}: a number cannot be called {parameter.name}, which is an argument of merging "
+            "itself"
+        )
     if (default := _finite(parameter.default)) is None:
-        raise RecipeError(f"{shown(method)}: the number {parameter.name} needs a finite default, a whole number or a float")
+        raise RecipeError(
+            f"{shown(method)}: the number {parameter.name} needs a finite default, a whole number or a float"
+        )
     if parameter.name == "seed" and (type(default), default) != (int, 0):
-        raise RecipeError(f"{shown(method)}: the seed is the merge's own, and 0 when nobody says: give it that default")
+        raise RecipeError(
+            f"{shown(method)}: the seed is the merge's own, and 0 when nobody says: give it that default"
+        )
     return Number(parameter.name, default, kind="whole number" if isinstance(default, int) else "number")
 
 
 def _finite(value: Any) -> int | float | None:
-    """Return a number, of NumPy's too, as one of Python's; None for anything else, infinity and NaN among them."""
+    """Return a number, of NumPy's too, as one of Python's; None for anything else, infinity and NaN among
+    them.
+    """
     with suppress(OverflowError):
         if isinstance(value, Real) and not isinstance(value, bool):
             number = int(value) if isinstance(value, Integral) else float(value)
@@ -206,7 +243,9 @@ def _rounding(name: str, function: Callable[..., Any]) -> Callable[..., torch.Te
 
 
 def _wrong(result: Any, out: torch.Tensor) -> str:
-    """Say what is wrong with a function's result, and what it must be; nothing for one that can be rounded into `out`."""
+    """Say what is wrong with a function's result, and what it must be; nothing for one that can be rounded
+    into `out`.
+    """
     import torch
 
     if not isinstance(result, torch.Tensor):
@@ -218,7 +257,10 @@ def _wrong(result: Any, out: torch.Tensor) -> str:
     if not result.is_floating_point():
         return f"numbers of {result.dtype}: it must return a tensor of a float dtype, as those that it gets"
     if result.shape != out.shape:
-        return f"shape {list(result.shape)} for tensors of shape {list(out.shape)}: it must return a tensor of the shape it gets"
+        return (
+            f"shape {list(result.shape)} for tensors of shape {list(out.shape)}: it must return a tensor "
+            "of the shape it gets"
+        )
     return ""
 
 

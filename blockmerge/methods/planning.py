@@ -1,7 +1,8 @@
-"""What a plan needs of the methods before any weight is read: which results are copies, of what, and keys for chance.
+"""What a plan needs of the methods before any weight is read: which results are copies, of what, and keys for
+chance.
 
-No torch. A *source* is the number of a model: 0 is A, 1 is B, 2 is C. Weights are read as the decimal numbers that they
-are written as: 0.29 of 100 rows are 29, although the double nearest to 0.29 is a little less.
+No torch. A *source* is the number of a model: 0 is A, 1 is B, 2 is C. Weights are read as the decimal numbers
+that they are written as: 0.29 of 100 rows are 29, although the double nearest to 0.29 is a little less.
 """
 
 from __future__ import annotations
@@ -15,8 +16,12 @@ Rows = tuple[tuple[int, int, int], ...]
 
 
 def key_of(seed: int, name: str) -> int:
-    """Return 64 random bits for a tensor: the first of SHA-256 of the seed, as a decimal, a line feed and the name."""
-    return int.from_bytes(hashlib.sha256(f"{int(seed)}\n{name}".encode("utf-8", "surrogatepass")).digest()[:8], "little")
+    """Return 64 random bits for a tensor: the first of SHA-256 of the seed, as a decimal, a line feed and the
+    name.
+    """
+    return int.from_bytes(
+        hashlib.sha256(f"{int(seed)}\n{name}".encode("utf-8", "surrogatepass")).digest()[:8], "little"
+    )
 
 
 def share(fraction: float, count: int) -> int:
@@ -24,7 +29,8 @@ def share(fraction: float, count: int) -> int:
     return ceil(Fraction(str(fraction)) * count)
 
 
-# -- the weights at which a result is an input ------------------------------------------------------------------------
+# -- the weights at which a result is an input
+# ------------------------------------------------------------------------
 
 
 def never(alpha: float, beta: float = 0.0) -> int | None:
@@ -62,14 +68,15 @@ def twice(alpha: float, beta: float = 0.0) -> int | None:
     return 2 if beta == 1 else a_to_b(alpha) if beta == 0 else None
 
 
-# -- rows of A and B --------------------------------------------------------------------------------------------------
+# -- rows of A and B
+# --------------------------------------------------------------------------------------------------
 
 
 def swapped_rows(shape: tuple[int, ...], alpha: float, beta: float = 0.0) -> Rows:
     """Return which entries of the first axis are whose in a `tensor_sum`.
 
-    α of the rows are B's, from β of the way on, and round the end; α and β are limited to [0, 1]. A tensor without axes is
-    one row, which is B's if α > ½.
+    α of the rows are B's, from β of the way on, and round the end; α and β are limited to [0, 1]. A tensor
+    without axes is one row, which is B's if α > ½.
     """
     if not shape:
         return ((0, 1, int(alpha > 0.5)),)

@@ -1,9 +1,10 @@
-"""Random numbers that depend on a key and a position alone: the same bits however a tensor is cut, on any device.
+"""Random numbers that depend on a key and a position alone: the same bits however a tensor is cut, on any
+device.
 
-The n-th 64 bits of a key are SplitMix64's (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA
-2014; it passes BigCrush): its state after n steps is key + n·γ, so that any of them can be had without those before.
-Each gives the 16 bits of four neighbouring positions, as making the words takes long, or eight normal numbers. Small results
-are in scratch memory, good until the next call.
+The n-th 64 bits of a key are SplitMix64's (Steele, Lea, Flood: "Fast splittable pseudorandom number
+generators", OOPSLA 2014; it passes BigCrush): its state after n steps is key + n·γ, so that any of them can
+be had without those before. Each gives the 16 bits of four neighbouring positions, as making the words takes
+long, or eight normal numbers. Small results are in scratch memory, good until the next call.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ CHANCES = 1 << 16
 
 
 def random_bits(key: int, position: int, count: int, device: torch.device) -> torch.Tensor:
-    """Return 16 random bits, as int16 [count], for each of the positions from `position` on; `key` is of 64 bits."""
+    """Return 16 random bits, as int16 [count], for each of the positions from `position` on; `key` is of 64
+    bits.
+    """
     first = position // _POSITIONS
     words = -(-(position + count) // _POSITIONS) - first
     state, spare = (scratch(place, words, torch.int64, device) for place in ("state", "spare"))
@@ -65,7 +68,9 @@ def _multiples(count: int) -> np.ndarray:
 
 
 def chosen(rate: int, key: int, position: int, count: int, device: torch.device) -> torch.Tensor:
-    """Return 1 with the probability `rate`/65,536, else 0, as int16 [count], for each of the positions from `position` on."""
+    """Return 1 with the probability `rate`/65,536, else 0, as int16 [count], for each of the positions from
+    `position` on.
+    """
     bits = random_bits(key, position, count, device)
     least = CHANCES // 2 - rate  # of the bits as numbers with a sign
     if device.type != "cpu":
@@ -76,10 +81,12 @@ def chosen(rate: int, key: int, position: int, count: int, device: torch.device)
 
 
 def normal(key: int, position: int, count: int, device: torch.device) -> torch.Tensor:
-    """Return a normal number, mean 0 and variance 1, as float16 [count], for each of the positions from `position` on.
+    """Return a normal number, mean 0 and variance 1, as float16 [count], for each of the positions from
+    `position` on.
 
-    It is one of 65,536 equally likely quantiles of the normal distribution, rounded; none is larger than 4.33. Two neighbours,
-    from an even position on, are one of 65,536 pairs, as looking values up is most of the work.
+    It is one of 65,536 equally likely quantiles of the normal distribution, rounded; none is larger than
+    4.33. Two neighbours, from an even position on, are one of 65,536 pairs, as looking values up is most of
+    the work.
     """
     first = position // 2
     count_of_pairs = -(-(position + count) // 2) - first
@@ -89,7 +96,9 @@ def normal(key: int, position: int, count: int, device: torch.device) -> torch.T
         places.copy_(bits.view(torch.uint16))
     else:  # not all devices have that dtype
         places.copy_(bits).bitwise_and_(CHANCES - 1)
-    pairs = torch.index_select(_pairs(device), 0, places, out=scratch("normals", count_of_pairs, torch.int32, device))
+    pairs = torch.index_select(
+        _pairs(device), 0, places, out=scratch("normals", count_of_pairs, torch.int32, device)
+    )
     skipped = position % 2
     return pairs.view(torch.float16)[skipped : skipped + count]
 
@@ -98,9 +107,9 @@ def normal(key: int, position: int, count: int, device: torch.device) -> torch.T
 def _pairs(device: torch.device) -> torch.Tensor:
     """The pairs of float16 that `normal` gives, each seen as an int32 [65536], which takes one copy.
 
-    They are a Hammersley set, of the quantiles at (n + ½)/65,536 and (n' + ½)/65,536, n' being n with its bits in reverse and
-    every other one flipped, without which they would correlate by 0.0013. Both ranges, cut into 2ᵏ and 2¹⁶⁻ᵏ equal parts,
-    make boxes that hold one pair each.
+    They are a Hammersley set, of the quantiles at (n + ½)/65,536 and (n' + ½)/65,536, n' being n with its
+    bits in reverse and every other one flipped, without which they would correlate by 0.0013. Both ranges,
+    cut into 2ᵏ and 2¹⁶⁻ᵏ equal parts, make boxes that hold one pair each.
     """
     number = torch.arange(CHANCES)
     other = torch.zeros_like(number)

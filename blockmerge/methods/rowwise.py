@@ -1,7 +1,9 @@
-"""Methods that need whole rows. They take tensors in their real shape and write `out`, of that shape; all are contiguous.
+"""Methods that need whole rows. They take tensors in their real shape and write `out`, of that shape; all are
+contiguous.
 
-`tensor_sum` takes whole entries of the first axis from A or B, so that a plan may do it as copies (`Method.rows`). `extract`
-looks along the last axis: a tensor of two axes or more may be cut anywhere along the first.
+`tensor_sum` takes whole entries of the first axis from A or B, so that a plan may do it as copies
+(`Method.rows`). `extract` looks along the last axis: a tensor of two axes or more may be cut anywhere along
+the first.
 """
 
 from __future__ import annotations
@@ -11,11 +13,17 @@ import torch
 from blockmerge.methods.arithmetic import exactly, round_into, scratch, scratch_like, slabs
 from blockmerge.methods.planning import Rows, swapped_rows
 
-_SHORT = 4  # entries of a row: along so short an axis torch takes several times as long as from column to column
+_SHORT = (
+    4  # entries of a row: along so short an axis torch takes several times as long as from column to column
+)
 
 
-def tensor_sum(a: torch.Tensor, b: torch.Tensor, *, alpha: float, beta: float = 0.0, out: torch.Tensor) -> torch.Tensor:
-    """α of the rows from B, from β of the way on and round the end, the others from A: SuperMerger's tensor, as meh has it."""
+def tensor_sum(
+    a: torch.Tensor, b: torch.Tensor, *, alpha: float, beta: float = 0.0, out: torch.Tensor
+) -> torch.Tensor:
+    """α of the rows from B, from β of the way on and round the end, the others from A: SuperMerger's tensor,
+    as meh has it.
+    """
     return take_rows(a, b, swapped_rows(out.shape, alpha, beta), 0, out)
 
 
@@ -40,20 +48,26 @@ def extract(
 ) -> torch.Tensor:
     """What B and C have in common, or what they have not: SuperMerger's extract.
 
-    With b = B − A, c = C − A, κ their cosine along the last axis (0 where one of them is 0) and d = ((κ + 1)/2)^γ, the result
-    is A + ((1 − α)·b + α·c)·((1 − β)·d + β·(1 − d)); α and β are limited to [0, 1]. In float64 throughout, since near κ = −1
-    small errors of κ are large ones of d.
+    With b = B − A, c = C − A, κ their cosine along the last axis (0 where one of them is 0) and d = ((κ +
+    1)/2)^γ, the result is A + ((1 − α)·b + α·c)·((1 − β)·d + β·(1 − d)); α and β are limited to [0, 1]. In
+    float64 throughout, since near κ = −1 small errors of κ are large ones of d.
     """
     alpha, beta = (min(1.0, max(0.0, weight)) for weight in (alpha, beta))
     length = max(1, out.shape[-1] if out.dim() > 1 else out.numel())
     rows = [tensor.view(-1, length) for tensor in (a, b, c, out)]
     for part in slabs(rows[0]):
-        wide_a, b_delta, c_delta = (exactly(place, tensor[part]) for place, tensor in zip("abc", rows, strict=False))
+        wide_a, b_delta, c_delta = (
+            exactly(place, tensor[part]) for place, tensor in zip("abc", rows, strict=False)
+        )
         b_delta -= wide_a
         c_delta -= wide_a
         dots, b_square, c_square = (
             _dots(place, one, other)
-            for place, one, other in (("dots", b_delta, c_delta), ("bb", b_delta, b_delta), ("cc", c_delta, c_delta))
+            for place, one, other in (
+                ("dots", b_delta, c_delta),
+                ("bb", b_delta, b_delta),
+                ("cc", c_delta, c_delta),
+            )
         )
         for square in (b_square, c_square):  # where it is 0, so are the dots, and stay
             dots *= square.clamp_(min=torch.finfo(square.dtype).tiny).rsqrt_()
@@ -64,7 +78,9 @@ def extract(
 
 
 def _dots(place: str, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Return the dot product of each row with its other, in the scratch memory of that `place`: the same wherever it stands."""
+    """Return the dot product of each row with its other, in the scratch memory of that `place`: the same
+    wherever it stands.
+    """
     dots = scratch(place, len(one), one.dtype, one.device)
     if one.shape[1] > _SHORT:
         return torch.sum(torch.mul(one, other, out=scratch_like("product", one)), 1, out=dots)
@@ -85,7 +101,8 @@ def _scaled(rows: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
 
 
 def _power(base: torch.Tensor, exponent: float) -> torch.Tensor:
-    """Return base^exponent in place of the base, both at least 0, and 0^0 = 1; of a value the same wherever it stands.
+    """Return base^exponent in place of the base, both at least 0, and 0^0 = 1; of a value the same wherever
+    it stands.
 
     torch's own power is not: it takes the last few elements of a tensor by another way than the others.
     """

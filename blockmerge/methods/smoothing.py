@@ -1,11 +1,13 @@
-"""The filters of `smooth_add_difference`: scipy.ndimage's median_filter(size=3), then gaussian_filter(sigma=1).
+"""The filters of `smooth_add_difference`: scipy.ndimage's median_filter(size=3), then
+gaussian_filter(sigma=1).
 
-Borders are those of its mode ``reflect``: d c b a | a b c d | d c b a. A tensor is gone through in slabs of its first axis,
-each with the rows around it that it depends on, so that only slabs are ever held.
+Borders are those of its mode ``reflect``: d c b a | a b c d | d c b a. A tensor is gone through in slabs of
+its first axis, each with the rows around it that it depends on, so that only slabs are ever held.
 
-The median of 3ⁿ neighbours is found by sorting networks, whose exchanges are of whole slabs at once: along the first axis
-each three neighbours are sorted, along the next three such sorted lists are merged into one, and of the last merge only what
-leads to the middle is computed. So a list is sorted once for all the neighbours that share it.
+The median of 3ⁿ neighbours is found by sorting networks, whose exchanges are of whole slabs at once: along
+the first axis each three neighbours are sorted, along the next three such sorted lists are merged into one,
+and of the last merge only what leads to the middle is computed. So a list is sorted once for all the
+neighbours that share it.
 """
 
 from __future__ import annotations
@@ -27,16 +29,22 @@ _BLOCK = 1 << 15  # elements whose medians are found at once: their sorted lists
 _Array = TypeVar("_Array", torch.Tensor, np.ndarray)
 
 
-def smoothed_slabs(b: torch.Tensor, c: torch.Tensor, wide: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield the filtered B − C of tensors with at least one axis: stretches of the first axis, and the values in `wide`."""
+def smoothed_slabs(
+    b: torch.Tensor, c: torch.Tensor, wide: torch.dtype
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield the filtered B − C of tensors with at least one axis: stretches of the first axis, and the values
+    in `wide`.
+    """
     rows, *inner = b.shape
     if not b.numel():
         return
-    # Neighbours along an axis of one entry are that entry over and over, which changes neither median nor mean.
+    # Neighbours along an axis of one entry are that entry over and over, which changes neither median nor
+    # mean.
     kept = [extent for extent in inner if extent > 1]
     step = max(_LEAST_ROWS, _SLAB // prod(kept))
     margin = 1 + _RADIUS
-    # The longest axis last, where a processor goes fastest: (in, out, height, width) becomes (height, width, out, in).
+    # The longest axis last, where a processor goes fastest: (in, out, height, width) becomes (height, width,
+    # out, in).
     order = [*range(2, len(kept) + 1), 0, *([1] if kept else [])]
     back = [order.index(axis) for axis in range(len(order))]
     row_axis = back[0]
@@ -79,13 +87,22 @@ def _median(values: torch.Tensor, row_axis: int) -> torch.Tensor:
         return _median_of_block(values, torch.minimum, torch.maximum)
     rows = values.shape[row_axis] - 2
     step = max(1, _BLOCK * rows // max(1, values.numel()))
-    parts = [values.narrow(row_axis, start, min(step, rows - start) + 2).numpy() for start in range(0, rows, step)]
-    # numpy's exchanges of small blocks, which stay in a processor's cache, are several times as fast as torch's.
-    return torch.from_numpy(np.concatenate([_median_of_block(part, np.minimum, np.maximum) for part in parts], row_axis))
+    parts = [
+        values.narrow(row_axis, start, min(step, rows - start) + 2).numpy() for start in range(0, rows, step)
+    ]
+    # numpy's exchanges of small blocks, which stay in a processor's cache, are several times as fast as
+    # torch's.
+    return torch.from_numpy(
+        np.concatenate([_median_of_block(part, np.minimum, np.maximum) for part in parts], row_axis)
+    )
 
 
-def _median_of_block(values: _Array, minimum: Callable[..., _Array], maximum: Callable[..., _Array]) -> _Array:
-    """Return the medians of each 3ⁿ neighbours of a tensor or an array; every axis becomes two entries shorter."""
+def _median_of_block(
+    values: _Array, minimum: Callable[..., _Array], maximum: Callable[..., _Array]
+) -> _Array:
+    """Return the medians of each 3ⁿ neighbours of a tensor or an array; every axis becomes two entries
+    shorter.
+    """
     lists = [values]
     for axis in range(values.ndim):
         extent = values.shape[axis] - 2
@@ -103,12 +120,15 @@ def _median_of_block(values: _Array, minimum: Callable[..., _Array], maximum: Ca
 
 
 Exchange = tuple[int, int, str]
-"""Two wires, of which the first gets the smaller value and the second the larger; or only ``"low"`` or ``"high"`` is wanted."""
+"""Two wires, of which the first gets the smaller value and the second the larger; or only ``"low"`` or
+``"high"`` is wanted.
+"""
 
 
 @cache
 def _merging_network(length: int, only_middle: bool) -> tuple[list[Exchange], list[int]]:
-    """Return the exchanges that merge three sorted lists of a length, one after the other on the wires, and the wires in order.
+    """Return the exchanges that merge three sorted lists of a length, one after the other on the wires, and
+    the wires in order.
 
     Of `only_middle` the exchanges that the middle value depends on.
     """
@@ -121,13 +141,17 @@ def _merging_network(length: int, only_middle: bool) -> tuple[list[Exchange], li
     wanted, pruned = {middle}, []
     for low, high in reversed(exchanges):
         if low in wanted or high in wanted:
-            pruned.append((low, high, "both" if {low, high} <= wanted else "low" if low in wanted else "high"))
+            pruned.append(
+                (low, high, "both" if {low, high} <= wanted else "low" if low in wanted else "high")
+            )
             wanted |= {low, high}
     return pruned[::-1], [middle]
 
 
 def _odd_even_merge(one: Sequence[int], other: Sequence[int], exchanges: list[tuple[int, int]]) -> list[int]:
-    """Append the exchanges that merge two sorted lists of wires; return the wires in order. K. E. Batcher, 1968."""
+    """Append the exchanges that merge two sorted lists of wires; return the wires in order. K. E. Batcher,
+    1968.
+    """
     if not one or not other:
         return [*one, *other]
     if len(one) == len(other) == 1:

@@ -25,8 +25,8 @@ Value = float | tuple[float, ...]
 class Number:
     """An extra number of a method.
 
-    `kind` is ``"number"``, ``"whole number"``, or ``"numbers"``: one for each model, whose sum is not 0, and by default 1
-    each. The limits belong to the range, but for `high` where it is `open_above`.
+    `kind` is ``"number"``, ``"whole number"``, or ``"numbers"``: one for each model, whose sum is not 0, and
+    by default 1 each. The limits belong to the range, but for `high` where it is `open_above`.
     """
 
     name: str
@@ -49,7 +49,9 @@ class Number:
         return f"a {self.kind}" + (f" of at least {self.low}" if math.isfinite(self.low) else "")
 
     def check(self, method: str, value: Any, models: int) -> Value:
-        """Return the value that was given as the method is to get it. Raises RecipeError for one out of range."""
+        """Return the value that was given as the method is to get it. Raises RecipeError for one out of
+        range.
+        """
         if self.kind == "numbers":
             try:
                 return self._check_all(value.split(",") if isinstance(value, str) else list(value), models)
@@ -58,7 +60,11 @@ class Number:
                 raise RecipeError(f"{shown(method)}: {self.name} are {self.range}; {why}") from None
         try:
             number = int(str(value)) if self.kind == "whole number" else _as_float(value)
-            if math.isfinite(number) and self.low <= number <= self.high and not (self.open_above and number == self.high):
+            if (
+                math.isfinite(number)
+                and self.low <= number <= self.high
+                and not (self.open_above and number == self.high)
+            ):
                 return number
         except (TypeError, ValueError, ArithmeticError):
             pass
@@ -89,17 +95,18 @@ class Number:
 class Method:
     """A merge method.
 
-    `models` is how many it takes; None is any number from `least` on. `weights` has the block weights that it takes, with the
-    value of each where none is given, None if one must be; `numbers` are its extra numbers.
+    `models` is how many it takes; None is any number from `least` on. `weights` has the block weights that it
+    takes, with the value of each where none is given, None if one must be; `numbers` are its extra numbers.
 
-    `locality` tells the planner how a tensor may be cut: ``"element"`` anywhere; ``"row"`` between the entries of the first
-    axis, where there are two axes or more; ``"tensor"`` not at all; ``"model"`` not at all, and figures of all tensors must be
-    gathered first. `copies(alpha, beta)` is the number of the model (0 = A, 1 = B, 2 = C) whose bytes the result is at these
-    weights, or None. Where there is `rows`, the result is always made of whole rows of A and B: `rows(shape, alpha, beta)` are
-    stretches (start, stop, model) of its first axis.
+    `locality` tells the planner how a tensor may be cut: ``"element"`` anywhere; ``"row"`` between the
+    entries of the first axis, where there are two axes or more; ``"tensor"`` not at all; ``"model"`` not at
+    all, and figures of all tensors must be gathered first. `copies(alpha, beta)` is the number of the model
+    (0 = A, 1 = B, 2 = C) whose bytes the result is at these weights, or None. Where there is `rows`, the
+    result is always made of whole rows of A and B: `rows(shape, alpha, beta)` are stretches (start, stop,
+    model) of its first axis.
 
-    The function of a method that is `random` takes a tensor's `key` (`key_of` its seed and name) and the `position` in it of
-    the first element, in place of the number `seed`.
+    The function of a method that is `random` takes a tensor's `key` (`key_of` its seed and name) and the
+    `position` in it of the first element, in place of the number `seed`.
     """
 
     name: str
@@ -119,8 +126,9 @@ class Method:
     def function(self) -> Compute:
         """The function itself: `f(a, b, …, alpha=…, out=…)` with `beta` and numbers where it has them.
 
-        Element-local ones take flat tensors, all others tensors in their real shape; all are contiguous. Those that look at
-        the whole model take `gathered` as well. In `blockmerge.methods.<locality>wise`, or the user's own.
+        Element-local ones take flat tensors, all others tensors in their real shape; all are contiguous.
+        Those that look at the whole model take `gathered` as well. In `blockmerge.methods.<locality>wise`, or
+        the user's own.
         """
         return self.own or self._named(self.name)
 
@@ -131,7 +139,9 @@ class Method:
 
     @property
     def gather(self) -> Gather:
-        """For a method that looks at the whole model: `f(figures of all tensors)`, in any order, gives its `gathered`."""
+        """For a method that looks at the whole model: `f(figures of all tensors)`, in any order, gives its
+        `gathered`.
+        """
         return self._named(f"{self.name}_gathered")
 
     @property
@@ -145,20 +155,26 @@ class Method:
             raise RecipeError(f"{shown(self.name)} merges {self.count}; {count} given")
 
     def check_names(self, given: Iterable[str], others: Iterable[str] = ()) -> None:
-        """Raise RecipeError for a name that none of its numbers has; `others` could have been meant as well."""
+        """Raise RecipeError for a name that none of its numbers has; `others` could have been meant as
+        well.
+        """
         known = [number.name for number in self.numbers]
         for name in given:
             if name not in known:
                 near = did_you_mean(name, [*known, *others])
-                raise RecipeError(f"unknown argument '{shown(name)}': {shown(self.name)} has no such number{near}")
+                raise RecipeError(
+                    f"unknown argument '{shown(name)}': {shown(self.name)} has no such number{near}"
+                )
 
     def check_numbers(self, given: Mapping[str, Any], models: int) -> dict[str, Value]:
-        """Return all its numbers, for so many models: those that are given, checked, and the others as they are by default.
+        """Return all its numbers, for so many models: those that are given, checked, and the others as they
+        are by default.
 
         Raises RecipeError for a number that it does not have or that is out of range.
         """
         values: dict[str, Value] = {
-            number.name: (1.0,) * models if number.default is None else number.default for number in self.numbers
+            number.name: (1.0,) * models if number.default is None else number.default
+            for number in self.numbers
         }
         self.check_names(given)
         known = {number.name: number for number in self.numbers}
@@ -205,7 +221,8 @@ METHODS: Mapping[str, Method] = {
             name="slerp",
             models=2,
             locality="tensor",
-            formula="(sin((1 − α)Ω)·A/‖A‖ + sin(αΩ)·B/‖B‖)/sin Ω · ((1 − α)‖A‖ + α‖B‖), Ω the angle between A and B; "
+            formula="(sin((1 − α)Ω)·A/‖A‖ + sin(αΩ)·B/‖B‖)/sin Ω · ((1 − α)‖A‖ + α‖B‖), Ω the angle between "
+            "A and B; "
             "weighted_sum where sin Ω or a norm is 0",
             source="Shoemake 1985; sd-mecha's slerp",
             copies=planning.a_to_b,
@@ -214,7 +231,8 @@ METHODS: Mapping[str, Method] = {
             name="cosine_a",
             models=2,
             locality="model",
-            formula="(1 − k)·B + k·A, k = ((κ + K)/2 − min)/(max − min) − |α| limited to [0, 1], κ the cosine of each column, "
+            formula="(1 − k)·B + k·A, k = ((κ + K)/2 − min)/(max − min) − |α| limited to [0, 1], κ the "
+            "cosine of each column, "
             "K that of A and B with normalised columns, min and max of all κ but the outermost 1 %",
             source="SuperMerger's cosineA",
             copies=planning.never,
@@ -223,7 +241,8 @@ METHODS: Mapping[str, Method] = {
             name="cosine_b",
             models=2,
             locality="model",
-            formula="(1 − k)·B + k·A, k = (κ − min)/(max − min) − α limited to [0, 1], κ the mean of the cosine of each column "
+            formula="(1 − k)·B + k·A, k = (κ − min)/(max − min) − α limited to [0, 1], κ the mean of the "
+            "cosine of each column "
             "and that of A and B, min and max of all κ but the outermost 1 %",
             source="SuperMerger's cosineB",
             copies=planning.never,
@@ -232,7 +251,8 @@ METHODS: Mapping[str, Method] = {
             name="tensor_sum",
             models=2,
             locality="row",
-            formula="rows ⌊nβ⌋ … ⌊n(α + β)⌋ of n from B, the others from A; if α + β > 1, rows ⌊n(α + β − 1)⌋ … ⌊nβ⌋ from A, the "
+            formula="rows ⌊nβ⌋ … ⌊n(α + β)⌋ of n from B, the others from A; if α + β > 1, rows ⌊n(α + β − "
+            "1)⌋ … ⌊nβ⌋ from A, the "
             "others from B; α, β limited to [0, 1]",
             source="SuperMerger's tensor, meh",
             weights=_ALPHA_BETA,
@@ -312,7 +332,8 @@ METHODS: Mapping[str, Method] = {
             name="extract",
             models=3,
             locality="row",
-            formula="A + ((1 − α)b + αc)·((1 − β)d + β(1 − d)), b = B − A, c = C − A, d = ((κ + 1)/2)^γ, κ the cosine of b and c "
+            formula="A + ((1 − α)b + αc)·((1 − β)d + β(1 − d)), b = B − A, c = C − A, d = ((κ + 1)/2)^γ, κ "
+            "the cosine of b and c "
             "along the last axis; α, β limited to [0, 1]",
             source="SuperMerger's extract",
             weights=_ALPHA_BETA,
@@ -337,7 +358,14 @@ METHODS: Mapping[str, Method] = {
             source="DARE, arXiv 2311.03099",
             copies=planning.a_at_zero,
             numbers=(
-                Number("drop_rate", 0.5, "p, the share of the differences that is dropped", low=0, high=1, open_above=True),
+                Number(
+                    "drop_rate",
+                    0.5,
+                    "p, the share of the differences that is dropped",
+                    low=0,
+                    high=1,
+                    open_above=True,
+                ),
                 _SEED,
             ),
             random=True,
@@ -346,17 +374,21 @@ METHODS: Mapping[str, Method] = {
             name="ties",
             models=None,
             locality="tensor",
-            formula="A + α·mean of the deltas Xᵢ − A that are among their tensor's ⌈k·n⌉ largest and have the sign of their sum",
+            formula="A + α·mean of the deltas Xᵢ − A that are among their tensor's ⌈k·n⌉ largest and have "
+            "the sign of their sum",
             source="TIES, arXiv 2306.01708",
             copies=planning.a_at_zero,
-            numbers=(Number("density", 0.2, "k, the share of each delta's values that is kept", low=0, high=1),),
+            numbers=(
+                Number("density", 0.2, "k, the share of each delta's values that is kept", low=0, high=1),
+            ),
         ),
         Method(
             name="model_stock",
             models=None,
             least=3,
             locality="tensor",
-            formula="A + α·t·mean of the n deltas Xᵢ − A, t = n·c/(1 + (n − 1)·c) limited to [0, 1], c their mean cosine",
+            formula="A + α·t·mean of the n deltas Xᵢ − A, t = n·c/(1 + (n − 1)·c) limited to [0, 1], c their "
+            "mean cosine",
             source="Model Stock, arXiv 2403.19522",
             copies=planning.a_at_zero,
         ),
@@ -365,10 +397,11 @@ METHODS: Mapping[str, Method] = {
 
 
 def find_method(method: object) -> Method:
-    """Return the method of that name, or the user's own: ``"module:function"``, the decorated function, or a Method.
+    """Return the method of that name, or the user's own: ``"module:function"``, the decorated function, or a
+    Method.
 
-    A module is looked for in the current folder, then where Python looks. Raises RecipeError, with the nearest known name,
-    when there is none, and for what is nothing of the kind.
+    A module is looked for in the current folder, then where Python looks. Raises RecipeError, with the
+    nearest known name, when there is none, and for what is nothing of the kind.
     """
     from blockmerge.methods.own import own_method
 
@@ -377,10 +410,14 @@ def find_method(method: object) -> Method:
         return found
     if not isinstance(method, str):
         raise RecipeError(
-            f"a method is a name, a function decorated with @blockmerge.merge_method() or a Method; {type(method).__name__} given"
+            "a method is a name, a function decorated with @blockmerge.merge_method() or a Method; "
+            f"{type(method).__name__} given"
         )
     if method not in METHODS:
-        raise RecipeError(f"unknown method '{shown(method)}'{did_you_mean(method, METHODS)} ('blockmerge methods' lists them)")
+        raise RecipeError(
+            f"unknown method '{shown(method)}'{did_you_mean(method, METHODS)} ('blockmerge methods' lists "
+            "them)"
+        )
     return METHODS[method]
 
 

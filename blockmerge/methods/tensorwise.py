@@ -1,7 +1,8 @@
-"""Methods that need a whole tensor. They take tensors in their real shape and write `out`, of that shape and contiguous.
+"""Methods that need a whole tensor. They take tensors in their real shape and write `out`, of that shape and
+contiguous.
 
-Large tensors are gone through in stretches, so that what is widened stays small; sums are in float64. Figures stay on the
-tensors' device, so that nobody waits for a GPU.
+Large tensors are gone through in stretches, so that what is widened stays small; sums are in float64. Figures
+stay on the tensors' device, so that nobody waits for a GPU.
 """
 
 from __future__ import annotations
@@ -11,7 +12,16 @@ from collections.abc import Iterable
 
 import torch
 
-from blockmerge.methods.arithmetic import exact_dtype, exactly, round_into, scratch, scratch_like, slabs, wide_dtype, widened
+from blockmerge.methods.arithmetic import (
+    exact_dtype,
+    exactly,
+    round_into,
+    scratch,
+    scratch_like,
+    slabs,
+    wide_dtype,
+    widened,
+)
 from blockmerge.methods.planning import share, swapped_columns
 from blockmerge.methods.rowwise import take_rows
 from blockmerge.methods.smoothing import smoothed_slabs
@@ -22,8 +32,9 @@ _PARALLEL = 1e-12  # 1 − |cosine| below which float64 cannot tell two directio
 def slerp(a: torch.Tensor, b: torch.Tensor, *, alpha: float, out: torch.Tensor) -> torch.Tensor:
     """Go from A to B along the sphere, and from one norm to the other along a line.
 
-    With Ω the angle between A and B, the result is (sin((1 − α)Ω)·A/‖A‖ + sin(αΩ)·B/‖B‖) / sin Ω · ((1 − α)‖A‖ + α‖B‖);
-    a weighted sum where sin Ω or a norm is 0. K. Shoemake, "Animating rotation with quaternion curves", 1985.
+    With Ω the angle between A and B, the result is (sin((1 − α)Ω)·A/‖A‖ + sin(αΩ)·B/‖B‖) / sin Ω · ((1 −
+    α)‖A‖ + α‖B‖); a weighted sum where sin Ω or a norm is 0. K. Shoemake, "Animating rotation with quaternion
+    curves", 1985.
     """
     flat_a, flat_b, flat_out = (tensor.view(-1) for tensor in (a, b, out))
     squares_a, product, squares_b = _products(flat_a, flat_b)
@@ -51,13 +62,20 @@ def _products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return sums
 
 
-def tensor_sum_columns(a: torch.Tensor, b: torch.Tensor, *, alpha: float, beta: float = 0.0, out: torch.Tensor) -> torch.Tensor:
-    """As `tensor_sum`, on the second axis of tensors that have one: SuperMerger's tensor2, without its fault."""
+def tensor_sum_columns(
+    a: torch.Tensor, b: torch.Tensor, *, alpha: float, beta: float = 0.0, out: torch.Tensor
+) -> torch.Tensor:
+    """As `tensor_sum`, on the second axis of tensors that have one: SuperMerger's tensor2, without its
+    fault.
+    """
     return take_rows(a, b, swapped_columns(out.shape, alpha, beta), min(1, out.dim() - 1), out)
 
 
-def smooth_add_difference(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, *, alpha: float, out: torch.Tensor) -> torch.Tensor:
-    """A + α·G(M(B − C)), M a median filter of size 3 and G a Gaussian of σ = 1 over every axis: SuperMerger's smoothAdd.
+def smooth_add_difference(
+    a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, *, alpha: float, out: torch.Tensor
+) -> torch.Tensor:
+    """A + α·G(M(B − C)), M a median filter of size 3 and G a Gaussian of σ = 1 over every axis: SuperMerger's
+    smoothAdd.
 
     Borders are scipy.ndimage's ``reflect`` (the edge value repeated), and the Gaussian ends at 4σ.
     """
@@ -71,9 +89,9 @@ def smooth_add_difference(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, *, 
 def ties(*models: torch.Tensor, alpha: float, density: float = 0.2, out: torch.Tensor) -> torch.Tensor:
     """A + α·(the mean of those deltas Xᵢ − A that are large and whose sign wins): TIES, arXiv 2306.01708.
 
-    Of each delta the share `density` of largest magnitude is kept, ⌈k·n⌉ of n values and whatever equals the smallest of them
-    in magnitude. The sign of an element is that of the sum of what was kept; the mean is of the kept deltas that have it, 0
-    where there is none or the sum is 0.
+    Of each delta the share `density` of largest magnitude is kept, ⌈k·n⌉ of n values and whatever equals the
+    smallest of them in magnitude. The sign of an element is that of the sum of what was kept; the mean is of
+    the kept deltas that have it, 0 where there is none or the sum is 0.
     """
     a, *others = (model.view(-1) for model in models)
     flat_out = out.view(-1)
@@ -81,7 +99,9 @@ def ties(*models: torch.Tensor, alpha: float, density: float = 0.2, out: torch.T
     borders = [_smallest_kept(other, a, wide, share(density, a.numel())) for other in others]
     for part in slabs(flat_out):
         wide_a = widened("a", a[part], wide)
-        deltas = [widened(f"delta {number}", other[part], wide).sub_(wide_a) for number, other in enumerate(others)]
+        deltas = [
+            widened(f"delta {number}", other[part], wide).sub_(wide_a) for number, other in enumerate(others)
+        ]
         mask = scratch_like("mask", wide_a)  # of numbers, which multiply in a tenth of the time of booleans
         for delta, border in zip(deltas, borders, strict=True):
             delta.mul_(torch.abs(delta, out=mask).ge_(border))
@@ -95,7 +115,9 @@ def ties(*models: torch.Tensor, alpha: float, density: float = 0.2, out: torch.T
     return out
 
 
-def _smallest_kept(other: torch.Tensor, a: torch.Tensor, wide: torch.dtype, count: int) -> torch.Tensor | float:
+def _smallest_kept(
+    other: torch.Tensor, a: torch.Tensor, wide: torch.dtype, count: int
+) -> torch.Tensor | float:
     """Return the magnitude of the count-th largest of the deltas; infinity where none is to be kept."""
     if count == 0:
         return math.inf
@@ -122,8 +144,8 @@ def _sum(deltas: Iterable[torch.Tensor]) -> torch.Tensor:
 def model_stock(*models: torch.Tensor, alpha: float, out: torch.Tensor) -> torch.Tensor:
     """A + α·t·(the mean of the n deltas Xᵢ − A): Model Stock, arXiv 2403.19522.
 
-    t = n·c/(1 + (n − 1)·c), c being the mean of the pairwise cosines of the deltas (0 with a delta of zeros); t is limited to
-    [0, 1].
+    t = n·c/(1 + (n − 1)·c), c being the mean of the pairwise cosines of the deltas (0 with a delta of zeros);
+    t is limited to [0, 1].
     """
     a, *others = (model.view(-1) for model in models)
     flat_out = out.view(-1)
@@ -140,7 +162,9 @@ def model_stock(*models: torch.Tensor, alpha: float, out: torch.Tensor) -> torch
     lengths = norms.outer(norms)
     cosines = torch.where(lengths > 0, gram / lengths, 0).clamp_(-1, 1)
     upper = torch.triu_indices(count, count, 1, device=out.device)
-    cosine = cosines[upper[0], upper[1]].mean().clamp(0, 1)  # a negative one would give a negative t, or one divided by 0
+    cosine = (
+        cosines[upper[0], upper[1]].mean().clamp(0, 1)
+    )  # a negative one would give a negative t, or one divided by 0
     step = alpha * (count * cosine / (1 + (count - 1) * cosine)).clamp(max=1)
     for part in slabs(flat_out):
         wide_a = widened("a", a[part], wide)

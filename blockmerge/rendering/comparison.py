@@ -18,12 +18,22 @@ if TYPE_CHECKING:
     from blockmerge.comparing import Comparison, Differences, SimilarityMatrix, SimilarityResult
     from blockmerge.explaining import BlockOrigin, Explanation
 
-_TITLES = {"text_encoder": "text encoder", "text_encoder_2": "second text encoder", "vae": "VAE", "unet": "U-Net"}
+_TITLES = {
+    "text_encoder": "text encoder",
+    "text_encoder_2": "second text encoder",
+    "vae": "VAE",
+    "unet": "U-Net",
+}
 
 
 def print_similarity(console: Console, result: SimilarityResult, *, blocks: bool = False) -> None:
-    """Print the base, then each reference with its number, best first; with `blocks` a heat map of blocks × models."""
-    _line(console, Text.assemble(("base  ", "dim"), (shown(result.base), "bold"), f"  {_hash(result.base_hash)}"))
+    """Print the base, then each reference with its number, best first; with `blocks` a heat map of blocks ×
+    models.
+    """
+    _line(
+        console,
+        Text.assemble(("base  ", "dim"), (shown(result.base), "bold"), f"  {_hash(result.base_hash)}"),
+    )
     if result.seed is not None:
         _line(console, Text.assemble(("seed  ", "dim"), str(result.seed)))
     if result.common_base is not None:
@@ -55,7 +65,10 @@ def print_matrix(console: Console, result: SimilarityMatrix) -> None:
         table.add_row(str(number), *cells)
     for number, name in enumerate(result.names, 1):
         error = result.errors.get(name)
-        _line(console, Text.assemble((f"{number}  ", "bold"), shown(name), f"  not compared: {error}" if error else ""))
+        _line(
+            console,
+            Text.assemble((f"{number}  ", "bold"), shown(name), f"  not compared: {error}" if error else ""),
+        )
     for note in result.notes:
         _line(console, Text(f"- {note}"))
     console.print()
@@ -69,7 +82,9 @@ def print_explanation(console: Console, found: Explanation) -> None:
     single = [name for name in found.parents if name != found.base]
     if found.method in ("weighted_sum", "add_difference") and found.parents:
         weights = {block: origin.weights.get(single[0]) for block, origin in found.blocks.items()}
-        _line(console, Text(f"how much of {shown(single[0])} each block took ({shown(found.base)} is the base)"))
+        _line(
+            console, Text(f"how much of {shown(single[0])} each block took ({shown(found.base)} is the base)")
+        )
         if len(weights) in (20, 26):
             console.print(WeightsU(weights, unknown="?"))
             console.print()
@@ -113,7 +128,9 @@ def _attention_table(result: SimilarityResult) -> Table:
 
 def _weights_table(result: SimilarityResult) -> Table:
     based = result.common_base is not None
-    table = _table("reference", "hash", ">cosine", ">difference", ">largest", *([">of differences"] if based else []))
+    table = _table(
+        "reference", "hash", ">cosine", ">difference", ">largest", *([">of differences"] if based else [])
+    )
     for one in result.references:
         total = one.total
         cells = (
@@ -128,7 +145,9 @@ def _weights_table(result: SimilarityResult) -> Table:
         )
         table.add_row(Text(shown(one.name), "bold"), _hash(one.hash), *cells)
         for component, found in one.components.items():
-            table.add_row(Text(f"  {_TITLES.get(component, component)}", "dim"), "", *_component_cells(found, based))
+            table.add_row(
+                Text(f"  {_TITLES.get(component, component)}", "dim"), "", *_component_cells(found, based)
+            )
     return table
 
 
@@ -184,7 +203,9 @@ def _table(*headings: str) -> Table:
     for heading in headings:
         right = heading.startswith(">")
         title = Text(heading.removeprefix(">"))
-        table.add_column(title, justify="right" if right else "left", no_wrap=right or heading == "hash", overflow="fold")
+        table.add_column(
+            title, justify="right" if right else "left", no_wrap=right or heading == "hash", overflow="fold"
+        )
     return table
 
 

@@ -19,13 +19,27 @@ def similarity_csv(result: SimilarityResult) -> str:
     if result.method == "attention":
         head = ["reference", "hash", "part", "similarity", "error"]
         return _text([head, *(row for one in result.references for row in _attention_rows(one))])
-    head = ["reference", "hash", "part", "similarity", "relative_difference", "max_difference", "difference_similarity", "error"]
+    head = [
+        "reference",
+        "hash",
+        "part",
+        "similarity",
+        "relative_difference",
+        "max_difference",
+        "difference_similarity",
+        "error",
+    ]
     return _text([head, *(row for one in result.references for row in _weights_rows(one))])
 
 
 def matrix_csv(result: SimilarityMatrix) -> str:
     """The matrix with the models' names along both sides."""
-    return _text([["", *result.names], *([name, *row] for name, row in zip(result.names, result.similarity, strict=True))])
+    return _text(
+        [
+            ["", *result.names],
+            *([name, *row] for name, row in zip(result.names, result.similarity, strict=True)),
+        ]
+    )
 
 
 def explanation_csv(found: Explanation) -> str:
@@ -33,8 +47,20 @@ def explanation_csv(found: Explanation) -> str:
     others = list(dict.fromkeys(name for origin in found.blocks.values() for name in origin.weights))
     head = ["kind", "name", *others, "uncertainty", "residual", "determined", "explained"]
     rows = [
-        [kind, name, *(one.weights.get(n) for n in others), one.uncertainty, one.residual, one.determined, one.explained]
-        for kind, part in (("block", found.blocks), ("component", found.components), ("tensor", found.tensors))
+        [
+            kind,
+            name,
+            *(one.weights.get(n) for n in others),
+            one.uncertainty,
+            one.residual,
+            one.determined,
+            one.explained,
+        ]
+        for kind, part in (
+            ("block", found.blocks),
+            ("component", found.components),
+            ("tensor", found.tensors),
+        )
         for name, one in part.items()
     ]
     return _text([head, *rows])

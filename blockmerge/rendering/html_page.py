@@ -1,4 +1,6 @@
-"""Comparisons as one self-contained HTML page: no script, nothing fetched, legible in light, in dark and on paper."""
+"""Comparisons as one self-contained HTML page: no script, nothing fetched, legible in light, in dark and on
+paper.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def similarity_html(result: SimilarityResult) -> str:
 
 def matrix_html(result: SimilarityMatrix) -> str:
     """All models beside all."""
-    return _render("matrix.html", result=result, span=span_of(value for row in result.similarity for value in row))
+    return _render(
+        "matrix.html", result=result, span=span_of(value for row in result.similarity for value in row)
+    )
 
 
 def explanation_html(found: Explanation) -> str:
@@ -43,13 +47,18 @@ def explanation_html(found: Explanation) -> str:
         "explanation.html",
         found=found,
         others=others,
-        weights={other: _along_the_u({b: o.weights.get(other) for b, o in found.blocks.items()}) for other in others},
+        weights={
+            other: _along_the_u({b: o.weights.get(other) for b, o in found.blocks.items()})
+            for other in others
+        },
         parts={title: origins for title, origins in tables.items() if origins},
     )
 
 
 def _along_the_u(weights: Mapping[str, float | None]) -> list[tuple[str, str, float | None]]:
-    """(place, block, weight) in the order of a two-column grid: inputs down the left, outputs up the right."""
+    """(place, block, weight) in the order of a two-column grid: inputs down the left, outputs up the
+    right.
+    """
     inputs = [block for block in weights if block.startswith("IN")]
     outputs = [block for block in reversed(list(weights)) if block.startswith("OUT")]
     pairs = [block for pair in zip(inputs, outputs, strict=False) for block in pair]
@@ -86,6 +95,11 @@ def _templates() -> Environment:
         finalize=_without_control_characters,
     )
     environment.globals.update(
-        warmth=warmth, value_text=value_text, difference_text=difference_text, weight_text=weight_text, remark=remark, bar=_bar
+        warmth=warmth,
+        value_text=value_text,
+        difference_text=difference_text,
+        weight_text=weight_text,
+        remark=remark,
+        bar=_bar,
     )
     return environment

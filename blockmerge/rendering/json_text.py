@@ -39,7 +39,9 @@ def check_json(found: CheckResult) -> str:
 
 
 def methods_json(methods: Sequence[Method]) -> str:
-    """A list of methods; `models` is null where it is any number, `weights` are the block weights that each takes."""
+    """A list of methods; `models` is null where it is any number, `weights` are the block weights that each
+    takes.
+    """
     return _dumps(
         [
             {
@@ -103,7 +105,12 @@ def explanation_json(found: Explanation) -> str:
 
 
 def _comparison(one: Comparison, result: SimilarityResult) -> dict[str, Any]:
-    fields: dict[str, Any] = {"name": one.name, "hash": one.hash, "similarity": one.similarity, "parts": dict(one.parts)}
+    fields: dict[str, Any] = {
+        "name": one.name,
+        "hash": one.hash,
+        "similarity": one.similarity,
+        "parts": dict(one.parts),
+    }
     if result.method == "weights":
         kinds = {"relative_difference": "relative_difference", "max_difference": "max_difference"}
         if result.common_base is not None:
@@ -112,7 +119,10 @@ def _comparison(one: Comparison, result: SimilarityResult) -> dict[str, Any]:
             fields[key] = None if one.total is None else getattr(one.total, attribute)
             fields[f"{key}_parts"] = {block: getattr(found, attribute) for block, found in one.blocks.items()}
         fields["components"] = {
-            component: {"similarity": found.cosine, **{key: getattr(found, attribute) for key, attribute in kinds.items()}}
+            component: {
+                "similarity": found.cosine,
+                **{key: getattr(found, attribute) for key, attribute in kinds.items()},
+            }
             for component, found in one.components.items()
         }
     return {**fields, "notes": one.notes, "error": one.error}

@@ -46,12 +46,17 @@ def print_merge(console: Console, result: MergeResult) -> None:
     for note in result.notes:
         _line(console, Text(f"- {note}"))
     if result.dry_run:
-        _line(console, Text(f"dry run: would write {shown(result.output)}, {size(result.bytes)} in {result.runs} runs"))
+        _line(
+            console,
+            Text(f"dry run: would write {shown(result.output)}, {size(result.bytes)} in {result.runs} runs"),
+        )
     else:
         rate = f"{size(round(result.bytes / max(result.seconds, 1e-9)))}/s"
         _line(
             console,
-            Text.assemble((shown(result.output), "bold"), f"  {size(result.bytes)} in {result.seconds:.2f} s ({rate})"),
+            Text.assemble(
+                (shown(result.output), "bold"), f"  {size(result.bytes)} in {result.seconds:.2f} s ({rate})"
+            ),
         )
 
 
@@ -82,10 +87,17 @@ def print_check(console: Console, found: CheckResult) -> None:
     for code in found.fixed:
         _line(console, Text.assemble((f"{'fixed':<7}  ", "green"), code))
     counts = Counter(problem.severity for problem in found.problems)
-    _line(console, Text(", ".join(counted(count, severity) for severity, count in counts.items()) or "nothing is wrong"))
+    _line(
+        console,
+        Text(", ".join(counted(count, severity) for severity, count in counts.items()) or "nothing is wrong"),
+    )
     if found.output is not None:
         fixed = f"fixed {', '.join(found.fixed)}" if found.fixed else "nothing was to be repaired"
-        wrong = "; still wrong: " + ", ".join(dict.fromkeys(problem.code for problem in found.faults)) if found.faults else ""
+        wrong = (
+            "; still wrong: " + ", ".join(dict.fromkeys(problem.code for problem in found.faults))
+            if found.faults
+            else ""
+        )
         _line(console, Text(f"wrote {shown(found.output)}: {fixed}{wrong}"))
 
 
@@ -96,7 +108,11 @@ def print_presets(console: Console, presets: Sequence[Preset]) -> None:
     table.add_column("SDXL", no_wrap=True)
     table.add_column("what it does")
     for preset in presets:
-        table.add_row(Text(shown(preset.name)), "own" if preset.sdxl else "by name", Text(shown(preset.description, 400)))
+        table.add_row(
+            Text(shown(preset.name)),
+            "own" if preset.sdxl else "by name",
+            Text(shown(preset.description, 400)),
+        )
     names = max((cell_len(shown(preset.name)) for preset in presets), default=0)
     print_table(console, table, names + len("  by name  ") + _DESCRIPTION)
 
@@ -106,9 +122,8 @@ def print_methods(console: Console, methods: Sequence[Method]) -> None:
     for method in methods:
         _line(console, Text(method.name, "bold"))
         _line(console, Text(f"  {shown(method.formula, 400)}"))
-        _line(
-            console, Text(f"  {', '.join((method.count, *method.weights, *(number.name for number in method.numbers)))}", "dim")
-        )
+        taken = (method.count, *method.weights, *(number.name for number in method.numbers))
+        _line(console, Text(f"  {', '.join(taken)}", "dim"))
 
 
 _CUTS = {
@@ -125,7 +140,9 @@ def print_method(console: Console, method: Method) -> None:
     _line(console, Text(f"  {shown(method.formula, 400)}"))
     facts = [("models", method.count)]
     for weight, usual in method.weights.items():
-        facts.append((weight, "a weight for each block" + ("" if usual is None else f", {usual:g} by default")))
+        facts.append(
+            (weight, "a weight for each block" + ("" if usual is None else f", {usual:g} by default"))
+        )
     for number in method.numbers:
         default = "1 each" if number.default is None else f"{number.default:g}"
         about = f"; {shown(number.text, 400)}" if number.text else ""
@@ -164,14 +181,17 @@ def size(count: int) -> str:
 
 
 def _title(found: Inspection | CheckResult, unknown: str) -> Text:
-    what = f"{_FAMILY_TITLES[found.family]}, {found.variant}, {found.naming} names" if found.family else unknown
+    what = (
+        f"{_FAMILY_TITLES[found.family]}, {found.variant}, {found.naming} names" if found.family else unknown
+    )
     return Text.assemble((shown(found.name), "bold"), f"  {what}")
 
 
 def _counts(result: MergeResult) -> Iterator[str]:
     counts = result.tensors
     models = [
-        (count, shown(name)) for count, name in zip((counts.from_a, counts.from_b, counts.from_c), result.models, strict=False)
+        (count, shown(name))
+        for count, name in zip((counts.from_a, counts.from_b, counts.from_c), result.models, strict=False)
     ]
     if result.method == "convert":
         yield f"{counted(counts.written, 'tensor')} written"
@@ -191,7 +211,9 @@ def _parts(title: str, parts: Mapping[str, Part]) -> Table:
     for heading in ("tensors", "parameters", "size", "dtypes"):
         table.add_column(heading, justify="left" if heading == "dtypes" else "right", no_wrap=True)
     for name, part in parts.items():
-        dtypes = ", ".join(f"{dtype} {count}" if len(part.dtypes) > 1 else dtype for dtype, count in part.dtypes.items())
+        dtypes = ", ".join(
+            f"{dtype} {count}" if len(part.dtypes) > 1 else dtype for dtype, count in part.dtypes.items()
+        )
         table.add_row(name, f"{part.tensors:,}", f"{part.parameters:,}", size(part.bytes), dtypes)
     return table
 

@@ -1,4 +1,6 @@
-"""The U: input blocks down the left, output blocks up the right, the middle at the bottom, a bar for each weight."""
+"""The U: input blocks down the left, output blocks up the right, the middle at the bottom, a bar for each
+weight.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +30,18 @@ class WeightsU:
             return
         lines = [self._cell("BASE", full, empty), Text()]
         for block, opposite in zip(inputs, reversed(outputs), strict=True):
-            lines.append(Text.assemble(self._cell(block, full, empty), "    ", self._cell(opposite, full, empty)))
+            lines.append(
+                Text.assemble(self._cell(block, full, empty), "    ", self._cell(opposite, full, empty))
+            )
         lines.append(Text.assemble(" " * 14, self._cell("M00", full, empty)))
         yield from (_whole(line) if line else line for line in lines)
 
     def _cell(self, block: str, full: str, empty: str) -> Text:
         weight = self.weights[block]
         if weight is None:
-            return Text.assemble((f"{block:<5} ", "bold"), (f"{self.unknown:>6} ", "dim"), ("-" * _BAR, "dim"))
+            return Text.assemble(
+                (f"{block:<5} ", "bold"), (f"{self.unknown:>6} ", "dim"), ("-" * _BAR, "dim")
+            )
         filled = round(min(1.0, max(0.0, weight)) * _BAR)
         if 0 < weight < 1:  # a block that takes a little must not look like one that takes nothing
             filled = min(_BAR - 1, max(1, filled))

@@ -1,4 +1,6 @@
-"""Memory for workers: aligned for direct writes and for tensors of any dtype, and given back when it is dropped."""
+"""Memory for workers: aligned for direct writes and for tensors of any dtype, and given back when it is
+dropped.
+"""
 
 from __future__ import annotations
 

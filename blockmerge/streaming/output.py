@@ -1,8 +1,8 @@
 """Writing a large file in pieces from many threads, past the page cache where the system can.
 
-O_DIRECT hands aligned memory straight to the disk: no copy into the page cache, and nothing left to flush at the end.
-Where a file system or an operating system lacks it, writes are buffered and flushed every now and then while other
-threads go on, so that the final flush finds little to do.
+O_DIRECT hands aligned memory straight to the disk: no copy into the page cache, and nothing left to flush at
+the end. Where a file system or an operating system lacks it, writes are buffered and flushed every now and
+then while other threads go on, so that the final flush finds little to do.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Buffers seen as tensors, and the check that a tensor is finite. Loads torch: imported only where weights are computed."""
+"""Buffers seen as tensors, and the check that a tensor is finite. Loads torch: imported only where weights
+are computed.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,9 @@ def tensor_view(buffer: memoryview, dtype: str, elements: int) -> torch.Tensor:
 def all_finite(tensor: torch.Tensor) -> bool:
     """Whether a non-empty tensor holds neither NaN nor infinity.
 
-    Both show in a sum, which is the cheapest look at every value; only a sum that is not finite, which many or large
-    finite values can make too, is looked at again. The sum is left in the tensor's own dtype: asking for a wider one makes
-    torch convert all of a half-precision tensor first, which takes ten times as long.
+    Both show in a sum, which is the cheapest look at every value; only a sum that is not finite, which many
+    or large finite values can make too, is looked at again. The sum is left in the tensor's own dtype: asking
+    for a wider one makes torch convert all of a half-precision tensor first, which takes ten times as long.
     """
     if tensor.itemsize == 1:  # torch has no sums of 8-bit floats
         tensor = tensor.float()

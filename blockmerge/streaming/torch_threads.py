@@ -6,7 +6,9 @@ import threading
 
 _lock = threading.Lock()
 _saved: list[int] = []
-"""torch's number of threads before the first of the jobs that are under way, and once more for each of them."""
+"""torch's number of threads before the first of the jobs that are under way, and once more for each of
+them.
+"""
 
 
 class TorchThreads:

@@ -24,7 +24,9 @@ _POLL = 0.05  # seconds between two looks at the progress
 
 
 def thread_count(threads: int | None) -> int:
-    """Return how many threads to use when `threads` are asked for. Raises RecipeError for what is no count."""
+    """Return how many threads to use when `threads` are asked for. Raises RecipeError for what is no
+    count.
+    """
     if threads is None:
         return default_threads()
     if isinstance(threads, bool) or not isinstance(threads, Integral) or threads < 1:
@@ -33,7 +35,9 @@ def thread_count(threads: int | None) -> int:
 
 
 def default_threads() -> int:
-    """Twice the processors, since half of the workers wait for the disk; never more than 8, which keeps memory small."""
+    """Twice the processors, since half of the workers wait for the disk; never more than 8, which keeps
+    memory small.
+    """
     return max(2, min(8, 2 * processors()))
 
 
@@ -51,12 +55,15 @@ def for_each(
 ) -> None:
     """Do all `tasks` on `threads` threads, or one at least.
 
-    `worker()` is entered once in each thread and gives the function that does one task and returns its bytes. The first
-    error stops all threads and is raised here; so does an exception in this thread, such as Ctrl-C. When this returns
-    or raises, no thread is running any more.
+    `worker()` is entered once in each thread and gives the function that does one task and returns its bytes.
+    The first error stops all threads and is raised here; so does an exception in this thread, such as Ctrl-C.
+    When this returns or raises, no thread is running any more.
     """
     pool = _Pool(iter(tasks), worker)
-    running = [threading.Thread(target=pool.run, name=f"blockmerge-{number}", daemon=True) for number in range(max(1, threads))]
+    running = [
+        threading.Thread(target=pool.run, name=f"blockmerge-{number}", daemon=True)
+        for number in range(max(1, threads))
+    ]
     try:
         for thread in running:
             thread.start()
@@ -76,9 +83,13 @@ def for_each(
 
 
 class _Pool(Generic[Task]):
-    """What the threads share. They are counted here, as Python takes a thread whose `join` Ctrl-C interrupts for ended."""
+    """What the threads share. They are counted here, as Python takes a thread whose `join` Ctrl-C interrupts
+    for ended.
+    """
 
-    def __init__(self, tasks: Iterator[Task], worker: Callable[[], AbstractContextManager[Callable[[Task], int]]]) -> None:
+    def __init__(
+        self, tasks: Iterator[Task], worker: Callable[[], AbstractContextManager[Callable[[Task], int]]]
+    ) -> None:
         self.tasks = tasks
         self.worker = worker
         self.lock = threading.Lock()  # not a Condition or an Event: Ctrl-C can leave theirs locked
@@ -114,11 +125,15 @@ class _Pool(Generic[Task]):
             return _END if self.over else next(self.tasks, _END)
 
     def sleep(self) -> None:
-        """Wait for a moment, or until no thread runs: an unlimited wait cannot be interrupted on every system."""
+        """Wait for a moment, or until no thread runs: an unlimited wait cannot be interrupted on every
+        system.
+        """
         self.last_ended.acquire(timeout=_POLL)
 
     def end(self) -> None:
-        """Wait for all threads, whatever happens meanwhile: a second Ctrl-C is raised when they have ended."""
+        """Wait for all threads, whatever happens meanwhile: a second Ctrl-C is raised when they have
+        ended.
+        """
         interrupted: KeyboardInterrupt | None = None
         while True:
             try:

@@ -1,4 +1,6 @@
-"""`Adjust`: detail, contrast, brightness and colour tone, set at the first and last layers of the U-Net after a merge."""
+"""`Adjust`: detail, contrast, brightness and colour tone, set at the first and last layers of the U-Net after
+a merge.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ _SDXL_TONES = ((0, 0, 1), (1, 0, 0), (-1, -1, 0), (-1, 1, 0))
 
 
 class Change(NamedTuple):
-    """What is done to a merged tensor: times `scale`, then plus `shift`, one number for each entry of its only axis."""
+    """What is done to a merged tensor: times `scale`, then plus `shift`, one number for each entry of its
+    only axis.
+    """
 
     scale: float = 1.0
     shift: tuple[float, ...] | None = None
@@ -27,8 +31,8 @@ class Change(NamedTuple):
 class Adjust:
     """SuperMerger's eight numbers; 0 changes nothing, and about −5 to 5 is usual.
 
-    `into`, `out` and `out2` add detail (and noise), `contrast` contrast, `brightness` brightness, and the colours go from
-    cyan to red, magenta to green, yellow to blue.
+    `into`, `out` and `out2` add detail (and noise), `contrast` contrast, `brightness` brightness, and the
+    colours go from cyan to red, magenta to green, yellow to blue.
     """
 
     into: float = 0.0
@@ -48,12 +52,16 @@ class Adjust:
         """
         words = [word.strip() for word in text.split(",")] if text.strip() else []
         if len(words) > 8:
-            raise WeightsError(f"adjust '{shown(text)}': {counted(len(words), 'number')} given; there are eight: {_NAMES}")
+            raise WeightsError(
+                f"adjust '{shown(text)}': {counted(len(words), 'number')} given; there are eight: {_NAMES}"
+            )
         numbers = []
         for name, word in zip(_NAMES.split(","), words, strict=False):
             number = finite_number(word)
             if number is None:
-                raise WeightsError(f"adjust '{shown(text)}': {name} is '{shown(word)}', which is not a number ({_NAMES})")
+                raise WeightsError(
+                    f"adjust '{shown(text)}': {name} is '{shown(word)}', which is not a number ({_NAMES})"
+                )
             numbers.append(number)
         return cls(*numbers)
 
@@ -66,8 +74,8 @@ class Adjust:
     def for_tensor(self, name: str, family: str) -> Change | None:
         """Return what is done to a tensor, or None when nothing is.
 
-        `name` is its name in LDM naming. The shift of `out.2.bias` has four numbers, as the tensor has. The formulas are
-        SuperMerger's: weights × (1 − n/100) and biases × (1 + n/50); SD2 has the colours of SD1.
+        `name` is its name in LDM naming. The shift of `out.2.bias` has four numbers, as the tensor has. The
+        formulas are SuperMerger's: weights × (1 − n/100) and biases × (1 + n/50); SD2 has the colours of SD1.
         """
         match name.removeprefix(UNET_PREFIX):
             case "input_blocks.0.0.weight":
@@ -83,7 +91,10 @@ class Adjust:
             case "out.2.bias":
                 amounts = (self.brightness, self.red, self.green, self.blue)
                 tones = zip(*(_SDXL_TONES if family == "sdxl" else _SD_TONES), strict=True)
-                channels = (sum(amount * tone for amount, tone in zip(amounts, channel, strict=True)) for channel in tones)
+                channels = (
+                    sum(amount * tone for amount, tone in zip(amounts, channel, strict=True))
+                    for channel in tones
+                )
                 shift = tuple(0.02 * value for value in (self.contrast, *channels))
                 change = Change(shift=shift if any(shift) else None)
             case _:

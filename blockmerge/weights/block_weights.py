@@ -15,7 +15,9 @@ DECIMALS = "; decimals are written with a point, as in 0.5"
 """Said where a comma seems to stand for one."""
 
 _LARGEST = 1e6
-"""Larger weights are refused: they are slips of the pen, and the largest floats do not fit torch's float32."""
+"""Larger weights are refused: they are slips of the pen, and the largest floats do not fit torch's
+float32.
+"""
 
 
 class BlockWeights(Mapping[str, float | None]):
@@ -25,8 +27,9 @@ class BlockWeights(Mapping[str, float | None]):
     >>> weights["BASE"], weights["IN04"], weights.complement()["BASE"]
     (0.0, 0.5, 1.0)
 
-    26 blocks (SD1, SD2) or 20 (SDXL). A weight is how much of B the block takes, 0 all A and 1 all B; values outside
-    [0, 1] are allowed. None, or the word "skip", leaves the block out of the merge, and stays None in all arithmetic.
+    26 blocks (SD1, SD2) or 20 (SDXL). A weight is how much of B the block takes, 0 all A and 1 all B; values
+    outside [0, 1] are allowed. None, or the word "skip", leaves the block out of the merge, and stays None in
+    all arithmetic.
 
     Raises WeightsError for unknown or missing blocks and for values that are not numbers from -1e6 to 1e6.
     """
@@ -40,7 +43,8 @@ class BlockWeights(Mapping[str, float | None]):
                 raise unknown_block(block, blocks)
         if missing := [block for block in blocks if block not in weights]:
             raise WeightsError(
-                f"no weight for block {missing[0]}: {len(SD_BLOCKS)} or {len(SDXL_BLOCKS)} are needed, {len(weights)} given"
+                f"no weight for block {missing[0]}: {len(SD_BLOCKS)} or {len(SDXL_BLOCKS)} are needed, "
+                f"{len(weights)} given"
             )
         self._weights = {block: checked_weight(weights[block], block) for block in blocks}
 
@@ -105,7 +109,9 @@ class BlockWeights(Mapping[str, float | None]):
         return self.scale(1.0 - ratio).add(_checked_other(other).scale(ratio))
 
     def replace(self, changes: Mapping[str, float | None]) -> BlockWeights:
-        """The same with the weights of some blocks changed. Raises WeightsError for a block that is not there."""
+        """The same with the weights of some blocks changed. Raises WeightsError for a block that is not
+        there.
+        """
         for block in changes:
             if block not in self._weights:
                 raise unknown_block(block, self.blocks)
@@ -114,8 +120,8 @@ class BlockWeights(Mapping[str, float | None]):
     def for_sdxl(self, by: str = "name") -> BlockWeights:
         """The 26 weights carried over to SDXL's 20 blocks; 20 weights stay as they are.
 
-        ``"name"`` keeps the weights of the blocks that SDXL has too (as SuperMerger does). ``"resolution"`` gives SDXL's
-        OUT*k* what SD1's OUT*(k+3)* has, since those work at the same resolution.
+        ``"name"`` keeps the weights of the blocks that SDXL has too (as SuperMerger does). ``"resolution"``
+        gives SDXL's OUT*k* what SD1's OUT*(k+3)* has, since those work at the same resolution.
         """
         if len(self) == len(SDXL_BLOCKS):
             return self
@@ -125,7 +131,9 @@ class BlockWeights(Mapping[str, float | None]):
         return BlockWeights({block: self._weights[source.get(block, block)] for block in SDXL_BLOCKS})
 
     def _map(self, function: Callable[[float], float]) -> BlockWeights:
-        return BlockWeights({block: None if weight is None else function(weight) for block, weight in self._weights.items()})
+        return BlockWeights(
+            {block: None if weight is None else function(weight) for block, weight in self._weights.items()}
+        )
 
 
 def check_sdxl_map(by: object) -> None:
@@ -141,7 +149,8 @@ def blocks_of_list(count: int) -> tuple[str, ...]:
             return blocks[-count:]
     hint = DECIMALS if count == 2 else ""  # 0,5
     raise WeightsError(
-        f"{counted(count, 'weight')} given; 26 are needed (25 without BASE), or 20 for SDXL (19 without BASE){hint}"
+        f"{counted(count, 'weight')} given; 26 are needed (25 without BASE), or 20 for SDXL (19 without "
+        f"BASE){hint}"
     )
 
 
@@ -156,12 +165,16 @@ def unknown_block(block: object, blocks: Sequence[str]) -> WeightsError:
 
 
 def checked_weight(weight: object, block: str) -> float | None:
-    """A weight as a float, None for "skip". Raises WeightsError, naming the block, when it is none or too large."""
+    """A weight as a float, None for "skip". Raises WeightsError, naming the block, when it is none or too
+    large.
+    """
     if weight is None or (isinstance(weight, str) and weight.casefold() == "skip"):
         return None
     number = _checked_number(weight, f"weight of {block}")
     if abs(number) > _LARGEST:
-        raise WeightsError(f"weight of {block} is {number:.12g}: at most {_LARGEST:,.0f} is allowed, and 0 to 1 is usual")
+        raise WeightsError(
+            f"weight of {block} is {number:.12g}: at most {_LARGEST:,.0f} is allowed, and 0 to 1 is usual"
+        )
     return number + 0.0  # -0.0 becomes 0.0
 
 
@@ -177,5 +190,7 @@ def _checked_number(value: object, what: str) -> float:
 
 def _checked_other(other: object) -> BlockWeights:
     if not isinstance(other, BlockWeights):
-        raise WeightsError(f"BlockWeights are needed; {type(other).__name__} given (load_preset gives those of a preset)")
+        raise WeightsError(
+            f"BlockWeights are needed; {type(other).__name__} given (load_preset gives those of a preset)"
+        )
     return other

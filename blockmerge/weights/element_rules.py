@@ -1,8 +1,8 @@
 """Element rules: weights for single kinds of tensor, on top of those of the blocks.
 
-``BLOCKS:ELEMENTS:RATIO``, several separated by commas or new lines: ``OUT03-OUT05:attn2:0.8, NOT BASE:norm:0``. The
-grammar is SuperMerger's elemental merge, but that a range may be written, blocks are the family's own, and what cannot
-be read is an error.
+``BLOCKS:ELEMENTS:RATIO``, several separated by commas or new lines: ``OUT03-OUT05:attn2:0.8, NOT
+BASE:norm:0``. The grammar is SuperMerger's elemental merge, but that a range may be written, blocks are the
+family's own, and what cannot be read is an error.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class ElementRules:
     def parse(cls, text: str) -> ElementRules:
         """Read rules separated by commas or new lines; an empty text holds none.
 
-        BLOCKS and ELEMENTS are words separated by spaces: names and ranges of blocks, parts of tensors' names. An empty
-        field takes everything, and NOT in front turns a field round. RATIO is a number as for blocks, or ``skip``.
-        Raises WeightsError that quotes the rule with the wrong part marked ``>>so<<``.
+        BLOCKS and ELEMENTS are words separated by spaces: names and ranges of blocks, parts of tensors'
+        names. An empty field takes everything, and NOT in front turns a field round. RATIO is a number as for
+        blocks, or ``skip``. Raises WeightsError that quotes the rule with the wrong part marked ``>>so<<``.
         """
         texts = [rule.strip() for rule in re.split(r"[,\n\r]", text) if rule.strip()]
         return cls(tuple(_parse_rule(rule, number) for number, rule in enumerate(texts, start=1)))
@@ -77,9 +77,13 @@ class ElementRules:
         return bool(self.rules)
 
     def resolve(self, family: str) -> FamilyRules:
-        """Return the rules for a family's blocks. Raises WeightsError, quoting the rule, for a block it does not have."""
+        """Return the rules for a family's blocks. Raises WeightsError, quoting the rule, for a block it does
+        not have.
+        """
         order = FAMILIES[family].blocks
-        return FamilyRules(tuple(_with_blocks(rule, number, order) for number, rule in enumerate(self.rules, start=1)))
+        return FamilyRules(
+            tuple(_with_blocks(rule, number, order) for number, rule in enumerate(self.rules, start=1))
+        )
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,8 @@ class FamilyRules:
     rules: tuple[tuple[ElementRule, frozenset[str]], ...]
 
     def weight(self, block: str, name: str, otherwise: float | None) -> float | None:
-        """Return the weight of a tensor: that of the last rule that takes it, or `otherwise`. None means `skip`.
+        """Return the weight of a tensor: that of the last rule that takes it, or `otherwise`. None means
+        `skip`.
 
         `name` is the tensor's name in LDM naming, whatever the model's own naming is.
         """
@@ -99,10 +104,14 @@ class FamilyRules:
         return otherwise
 
     def idle(self, tensors: Iterable[tuple[str, str]]) -> list[str]:
-        """Return the rules that take none of the `tensors`, given as (block, LDM name): most likely a slip of the pen."""
+        """Return the rules that take none of the `tensors`, given as (block, LDM name): most likely a slip of
+        the pen.
+        """
         known = list(tensors)
         return [
-            str(rule) for rule, blocks in self.rules if not any(block in blocks and _takes(rule, name) for block, name in known)
+            str(rule)
+            for rule, blocks in self.rules
+            if not any(block in blocks and _takes(rule, name) for block, name in known)
         ]
 
 
@@ -121,7 +130,9 @@ def _parse_rule(text: str, number: int) -> ElementRule:
         if words == ["NOT"]:
             raise _error(number, fields, index, "expected names after NOT")
         if "NOT" in words[1:]:
-            raise _error(number, fields, index, "NOT stands in front of the whole field, once", words.index("NOT", 1))
+            raise _error(
+                number, fields, index, "NOT stands in front of the whole field, once", words.index("NOT", 1)
+            )
     skip = fields[2].casefold() == "skip"
     ratio = None if skip else finite_number(fields[2])
     if ratio is None and not skip:
@@ -154,6 +165,8 @@ def _error(number: int, fields: Sequence[str], field: int, why: str, word: int |
     quoted = [shown(text) for text in fields]
     words = [fields[field]] if word is None else fields[field].split(" ")
     at = word or 0
-    before, wrong, after = (shown(" ".join(part)) for part in (words[:at], words[at : at + 1], words[at + 1 :]))
+    before, wrong, after = (
+        shown(" ".join(part)) for part in (words[:at], words[at : at + 1], words[at + 1 :])
+    )
     quoted[field] = f"{before} >>{wrong}<< {after}".strip()
     return WeightsError(f"element rule {number}, '{':'.join(quoted)}': {why}")

@@ -1,7 +1,7 @@
 """Preset files: our own TOML form, and the two text forms in use elsewhere.
 
-- TOML: `name`, `weights` (26 numbers, or 25 without BASE), and optionally `sdxl` (20 or 19), `aliases`, `source`,
-  `description`.
+- TOML: `name`, `weights` (26 numbers, or 25 without BASE), and optionally `sdxl` (20 or 19), `aliases`,
+  `source`, `description`.
 - SuperMerger's list: a line ``NAME<tab>26 numbers separated by commas`` or ``NAME:numbers`` for each preset.
 - merge-block-weighted's list: the same with 25 numbers.
 
@@ -29,7 +29,9 @@ _LARGEST = 1 << 20  # bytes; a preset file is a page of text, and somebody may n
 
 @dataclass(frozen=True)
 class Preset:
-    """A named set of weights as they are written: for SD1 and SD2, and for SDXL where the preset has its own table for it."""
+    """A named set of weights as they are written: for SD1 and SD2, and for SDXL where the preset has its own
+    table for it.
+    """
 
     name: str
     written: WeightsLike
@@ -62,7 +64,9 @@ class Preset:
 
 
 def read_preset_file(path: Path) -> list[Preset]:
-    """Read all presets of a file. Raises PresetError that names the file and the line or key that is wrong."""
+    """Read all presets of a file. Raises PresetError that names the file and the line or key that is
+    wrong.
+    """
     try:
         with path.open("rb") as file:
             data = file.read(_LARGEST + 1)
@@ -81,16 +85,24 @@ def read_preset_file(path: Path) -> list[Preset]:
 def _from_toml(text: str, path: Path) -> Preset:
     try:
         table = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # a ValueError of its own is that of a number of thousands of digits
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a ValueError of its own is that of a number of thousands of digits
         why = shown(error) if isinstance(error, tomllib.TOMLDecodeError) else "too deep, or a number too long"
         raise PresetError(f"preset file {shown(path)} is not TOML: {why}") from error
     known = {"name", "weights", "sdxl", "aliases", "source", "description"}
     if unknown := sorted(table.keys() - known):
-        raise PresetError(f"preset file {shown(path)}: unknown key '{shown(unknown[0])}'; known are {', '.join(sorted(known))}")
+        raise PresetError(
+            f"preset file {shown(path)}: unknown key '{shown(unknown[0])}'; known are "
+            f"{', '.join(sorted(known))}"
+        )
     if "weights" not in table:
         raise PresetError(f"preset file {shown(path)} has no 'weights'")
     aliases = table.get("aliases", [])
-    if not isinstance(aliases, list) or not all(isinstance(alias, str) and alias.strip() for alias in aliases):
+    if not isinstance(aliases, list) or not all(
+        isinstance(alias, str) and alias.strip() for alias in aliases
+    ):
         raise PresetError(f"preset file {shown(path)}: 'aliases' is not a list of texts")
     name = table.get("name", path.stem)
     if not isinstance(name, str) or not name.strip() or len(name.splitlines()) > 1:
@@ -98,7 +110,9 @@ def _from_toml(text: str, path: Path) -> Preset:
     return Preset(
         name=name.strip(),
         written=_checked(table["weights"], SD_BLOCKS, f"preset file {shown(path)}: 'weights'"),
-        written_for_sdxl=_checked(table["sdxl"], SDXL_BLOCKS, f"preset file {shown(path)}: 'sdxl'") if "sdxl" in table else None,
+        written_for_sdxl=_checked(table["sdxl"], SDXL_BLOCKS, f"preset file {shown(path)}: 'sdxl'")
+        if "sdxl" in table
+        else None,
         aliases=tuple(aliases),
         source=_text(table, "source", path),
         description=_text(table, "description", path),
@@ -118,7 +132,10 @@ def _checked(value: object, blocks: tuple[str, ...], where: str) -> WeightsLike:
     try:
         parse_weights(value, "sdxl" if blocks == SDXL_BLOCKS else "sd1")
         if isinstance(value, list) and not len(blocks) - 1 <= len(value) <= len(blocks):
-            raise WeightsError(f"{len(value)} weights given where {len(blocks)} (or {len(blocks) - 1} without BASE) are needed")
+            raise WeightsError(
+                f"{len(value)} weights given where {len(blocks)} (or {len(blocks) - 1} without BASE) are "
+                "needed"
+            )
     except WeightsError as error:
         raise PresetError(f"{where}: {error}") from error
     return value
@@ -134,7 +151,8 @@ def _from_lines(text: str, path: Path) -> list[Preset]:
         if not rest or not name or not rest[0]:
             raise PresetError(f"{where}: expected NAME, a tab or colon, and 26 or 25 numbers")
         if re.search(r"(^|,)\s*E[RUX]\s*(,|$)", rest[0]):
-            # SuperMerger's random number for each tensor, not each block. A list with one such line is still useful.
+            # SuperMerger's random number for each tensor, not each block. A list with one such line is still
+            # useful.
             continue
         found.append(Preset(name, _checked(rest[0], SD_BLOCKS, where), source=path.name))
     if not found:

@@ -2,7 +2,8 @@
 
 Looked for in this order, so that a user's preset hides a shipped one of the same name:
 
-1. the user's folder: `blockmerge/presets` in the config folder (`~/.config`, `%APPDATA%`, `~/Library/Application Support`)
+1. the user's folder: `blockmerge/presets` in the config folder (`~/.config`, `%APPDATA%`,
+   `~/Library/Application Support`)
 2. the presets that come with blockmerge
 
 Upper and lower case, `-` and `_` are the same in names.
@@ -47,7 +48,9 @@ def preset_names() -> list[str]:
 
 
 def presets() -> list[Preset]:
-    """Return all presets, the user's own first, without those that a user's preset hides and files that are none."""
+    """Return all presets, the user's own first, without those that a user's preset hides and files that are
+    none.
+    """
     return list(_by_own_name().values())
 
 
@@ -59,7 +62,9 @@ def unreadable_presets() -> list[str]:
 def find_preset(name: str) -> Preset:
     """Return a preset by name, alias, path, or ``FILE#NAME``. Raises PresetError when there is none."""
     if not isinstance(name, (str, os.PathLike)):
-        raise PresetError(f"a preset is a name or a file, not a {type(name).__name__}: give weights as weights=")
+        raise PresetError(
+            f"a preset is a name or a file, not a {type(name).__name__}: give weights as weights="
+        )
     name = os.fspath(name)
     known = _by_name()
     if preset := known.get(_fold(name)):
@@ -69,20 +74,23 @@ def find_preset(name: str) -> Preset:
         return _from_file(Path(path), inner)
     names = [name for preset in known.values() for name in (preset.name, *preset.aliases)]
     raise PresetError(
-        f"unknown preset '{shown(name)}'{did_you_mean(name, names)} ('blockmerge presets' lists them){_unreadable(name)}"
+        f"unknown preset '{shown(name)}'{did_you_mean(name, names)} ('blockmerge presets' lists "
+        f"them){_unreadable(name)}"
     )
 
 
 def find_share(text: str) -> tuple[Preset, float]:
     """Return the preset and the ratio that ``NAME@RATIO`` means; without ``@RATIO`` it is 1.
 
-    What is itself a preset's name or file is that, whatever @ it holds. Raises PresetError when there is none, or the
-    ratio is not a number.
+    What is itself a preset's name or file is that, whatever @ it holds. Raises PresetError when there is
+    none, or the ratio is not a number.
     """
     try:
         return find_preset(text), 1.0
     except PresetError as error:
-        name, at, tail = os.fspath(text).rpartition("@") if isinstance(text, (str, os.PathLike)) else ("", "", "")
+        name, at, tail = (
+            os.fspath(text).rpartition("@") if isinstance(text, (str, os.PathLike)) else ("", "", "")
+        )
         if not at:
             raise
         ratio = finite_number(tail)
@@ -92,7 +100,9 @@ def find_share(text: str) -> tuple[Preset, float]:
             # "hi_res@0.6" is told of hi_res, "me@work/x.toml" of the whole.
             raise error if ratio is None else without from None
     if ratio is None:
-        raise PresetError(f"'{shown(tail)}' in '{shown(text)}' is not a number: write NAME@RATIO, as in high_res@0.6")
+        raise PresetError(
+            f"'{shown(tail)}' in '{shown(text)}' is not a number: write NAME@RATIO, as in high_res@0.6"
+        )
     return preset, ratio
 
 
@@ -104,7 +114,9 @@ def user_folder() -> Path:
 
 
 def shipped_folder() -> Path:
-    """The folder of the presets that come with blockmerge: inside the package, or beside it in a source checkout."""
+    """The folder of the presets that come with blockmerge: inside the package, or beside it in a source
+    checkout.
+    """
     package = Path(__file__).parents[1]
     inside = package / "presets"
     return inside if inside.is_dir() else package.parent / "presets"
@@ -115,14 +127,20 @@ def _from_file(path: Path, inner: str) -> Preset:
     if not inner:
         if len(found) != 1:
             names = listing((preset.name for preset in found), limit=5)
-            raise PresetError(f"{shown(path)} holds {len(found)} presets ({names}): write {shown(path.name)}#NAME")
+            raise PresetError(
+                f"{shown(path)} holds {len(found)} presets ({names}): write {shown(path.name)}#NAME"
+            )
         return found[0]
     wanted = [preset for preset in found if _fold(inner) in (_fold(preset.name), *map(_fold, preset.aliases))]
     if len(wanted) > 1:
-        raise PresetError(f"{shown(path)} holds {len(wanted)} presets of the name '{shown(inner)}': remove all but one")
+        raise PresetError(
+            f"{shown(path)} holds {len(wanted)} presets of the name '{shown(inner)}': remove all but one"
+        )
     if wanted:
         return wanted[0]
-    raise PresetError(f"no preset '{shown(inner)}' in {shown(path)}{did_you_mean(inner, [preset.name for preset in found])}")
+    raise PresetError(
+        f"no preset '{shown(inner)}' in {shown(path)}{did_you_mean(inner, [preset.name for preset in found])}"
+    )
 
 
 def _by_name() -> dict[str, Preset]:
@@ -145,13 +163,19 @@ def _by_own_name() -> dict[str, Preset]:
 def _all() -> list[Preset]:
     """All presets, the user's own first, also those that are hidden."""
     folders = (_presets_in(folder)[0] for folder in (user_folder(), shipped_folder()))
-    return [preset for found in folders for preset in sorted(found, key=lambda preset: preset.name.casefold())]
+    return [
+        preset for found in folders for preset in sorted(found, key=lambda preset: preset.name.casefold())
+    ]
 
 
 def _unreadable(name: str) -> str:
-    """What an unknown preset's message says of files that cannot be read: of that name, if there is one, or of the first."""
+    """What an unknown preset's message says of files that cannot be read: of that name, if there is one, or
+    of the first.
+    """
     faults = sorted(_presets_in(user_folder())[1], key=lambda fault: _fold(fault[0].stem) != _fold(name))
-    return f"; {faults[0][1]}" + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else "") if faults else ""
+    return (
+        f"; {faults[0][1]}" + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else "") if faults else ""
+    )
 
 
 def _fold(name: str) -> str:

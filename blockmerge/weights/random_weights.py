@@ -1,4 +1,6 @@
-"""Weights left to chance, so that they can be had again: each follows from a seed and the block's name alone."""
+"""Weights left to chance, so that they can be had again: each follows from a seed and the block's name
+alone.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ _MOST_DIGITS = 12
 _LIMITS = f"the lower limit comes first, then the upper, then 0 to {_MOST_DIGITS} digits"
 
 _LETTERS = {"R": "random", "U": "random(-0.5,1.5)", "X": "random"}
-"""SuperMerger's (README, "Let the Dice roll"). The limits of its X are set elsewhere; they are 0 and 1 until they are."""
+"""SuperMerger's (README, "Let the Dice roll"). The limits of its X are set elsewhere; they are 0 and 1 until
+they are.
+"""
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,8 @@ class RandomWeight:
     >>> RandomWeight(0.2, 0.8).draw(seed=1, block="IN04")
     0.644
 
-    Raises WeightsError when the limits are not two numbers in order, or the digits not a whole number from 0 to 12.
+    Raises WeightsError when the limits are not two numbers in order, or the digits not a whole number from 0
+    to 12.
     """
 
     low: float = 0.0
@@ -48,14 +53,17 @@ class RandomWeight:
 
 
 def random_weight(text: str) -> RandomWeight | None:
-    """Read ``random``, ``random(LOW,HIGH)``, ``random(LOW,HIGH,DIGITS)``, R, U or X; None for what is none of them.
+    """Read ``random``, ``random(LOW,HIGH)``, ``random(LOW,HIGH,DIGITS)``, R, U or X; None for what is none of
+    them.
 
     Raises WeightsError for what begins so and cannot be read.
     """
     text = _LETTERS.get(text, text)
     if not text.casefold().startswith("random"):
         return None
-    match = re.fullmatch(r"random(?:\(([^,()]+),([^,()]+)(?:,\s*(\d{1,2})\s*)?\))?", text, re.IGNORECASE | re.ASCII)
+    match = re.fullmatch(
+        r"random(?:\(([^,()]+),([^,()]+)(?:,\s*(\d{1,2})\s*)?\))?", text, re.IGNORECASE | re.ASCII
+    )
     if match is None:
         raise WeightsError(f"cannot read '{shown(text)}': {_FORM}")
     if match[1] is None:

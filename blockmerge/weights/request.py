@@ -1,4 +1,6 @@
-"""`WeightsRequest`: presets or weights, and changes on top, as a user asks for them before the family is known."""
+"""`WeightsRequest`: presets or weights, and changes on top, as a user asks for them before the family is
+known.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,11 @@ _OPTIONS = {"preset": "--preset", "weights": "--weights", "changes": "--set"}
 class WeightsRequest:
     """What a user says about weights: either `preset` or `weights`, then `changes` (``BASE=0.5,OUT11=1``).
 
-    `preset` is one text or several, each a name, a file, or one of them scaled (``high_res@0.6``); several are added up,
-    and a block that one of them skips is skipped. `seed` is for random weights. `default` is the weight of all blocks
-    when nothing is said; without one, something must be. With `beta`, the request is for the second weight: its default
-    is 0, its random numbers are others than alpha's, and messages speak of `weights_beta`.
+    `preset` is one text or several, each a name, a file, or one of them scaled (``high_res@0.6``); several
+    are added up, and a block that one of them skips is skipped. `seed` is for random weights. `default` is
+    the weight of all blocks when nothing is said; without one, something must be. With `beta`, the request is
+    for the second weight: its default is 0, its random numbers are others than alpha's, and messages speak of
+    `weights_beta`.
 
     Raises WeightsError for a seed that is no whole number and for an unknown `sdxl_map`.
     """
@@ -56,23 +59,33 @@ class WeightsRequest:
         return not (self.preset is None and self.weights is None and self.changes is None)
 
     def check(self) -> None:
-        """Raise WeightsError when neither or both of preset and weights are given, PresetError for no known preset."""
+        """Raise WeightsError when neither or both of preset and weights are given, PresetError for no known
+        preset.
+        """
         if self.preset is None and self.weights is None and self.default is None:
             raise WeightsError(
-                "how much of B? give a preset (--preset high_res) or weights (--weights 0.5); 'blockmerge presets' lists them"
+                "how much of B? give a preset (--preset high_res) or weights (--weights 0.5); 'blockmerge "
+                "presets' lists them"
             )
         if self.preset is not None and self.weights is not None:
             whose = " for beta" if self.beta else ""
             options = f"{self._option('preset')} or {self._option('weights')}"
-            raise WeightsError(f"both a preset and weights are given{whose}: give {options}; {self._option('changes')} go on top")
+            raise WeightsError(
+                f"both a preset and weights are given{whose}: give {options}; {self._option('changes')} go "
+                "on top"
+            )
         self._shares()
 
     def resolve(self, family: str) -> BlockWeights:
-        """Return the weights for a family. Raises WeightsError when they cannot be read, and as `check` does."""
+        """Return the weights for a family. Raises WeightsError when they cannot be read, and as `check`
+        does.
+        """
         self.check()
         seed = f"beta {self.seed}" if self.beta else self.seed
         if shares := self._shares():
-            scaled = [preset.weights_for(family, self.sdxl_map, seed).scale(ratio) for preset, ratio in shares]
+            scaled = [
+                preset.weights_for(family, self.sdxl_map, seed).scale(ratio) for preset, ratio in shares
+            ]
             weights = reduce(BlockWeights.add, scaled)
         else:
             asked = self.default if self.weights is None else self.weights
@@ -102,11 +115,13 @@ class WeightsRequest:
     def label(self) -> str:
         """What is asked for, for results and file names.
 
-        The presets' names with their ratios (``"high_res@0.6+GRAD_A@0.4"``), the weight when one number is given for all
-        blocks, or the text of the weights, which may be long.
+        The presets' names with their ratios (``"high_res@0.6+GRAD_A@0.4"``), the weight when one number is
+        given for all blocks, or the text of the weights, which may be long.
         """
         if shares := self._shares():
-            return "+".join(preset.name if ratio == 1 else f"{preset.name}@{ratio:g}" for preset, ratio in shares)
+            return "+".join(
+                preset.name if ratio == 1 else f"{preset.name}@{ratio:g}" for preset, ratio in shares
+            )
         value = self.default if self.weights is None else self.weights
         if isinstance(value, (int, float)):
             return f"{value:g}"
@@ -116,7 +131,9 @@ class WeightsRequest:
     @property
     def is_random(self) -> bool:
         """Whether any weight is left to chance, and so to the seed."""
-        return is_random((self.weights, self.changes)) or any(preset.is_random for preset, _ in self._shares())
+        return is_random((self.weights, self.changes)) or any(
+            preset.is_random for preset, _ in self._shares()
+        )
 
     def heeds_map(self, family: str) -> bool:
         """Whether a family's weights depend on `sdxl_map`. Raises WeightsError as `resolve` does."""
@@ -126,7 +143,10 @@ class WeightsRequest:
         if self.preset is None:
             return []
         with self._blamed_on("preset"):
-            return [find_share(text) for text in (self.preset if isinstance(self.preset, tuple) else (self.preset,))]
+            return [
+                find_share(text)
+                for text in (self.preset if isinstance(self.preset, tuple) else (self.preset,))
+            ]
 
     def _option(self, name: str) -> str:
         return f"{name}_beta ({_OPTIONS[name]}-beta)" if self.beta else f"{name} ({_OPTIONS[name]})"

@@ -1,4 +1,5 @@
-"""Hostile model files, one function for each. Those that would run something only ever create the file `canary`.
+"""Hostile model files, one function for each. Those that would run something only ever create the file
+`canary`.
 
 Over 500 lines, since it is one list of small files that tests take whole.
 """
@@ -10,7 +11,9 @@ import struct
 import zipfile
 
 PICKLES = {}
-"""Hostile pickles, to be put into a torch file of either layout: name → (what makes it, given a canary; the words of its refusal)."""
+"""Hostile pickles, to be put into a torch file of either layout: name → (what makes it, given a canary; the
+words of its refusal).
+"""
 
 RUNNING = {}
 """Those of the pickles that Python's own unpickler would run: name → what makes it."""
@@ -69,12 +72,23 @@ def proto(*parts, version=2):
 
 def storage(key="0", kind="FloatStorage", elements=4, more=b""):
     """A reference to a storage; in a stream `more` says of what it is a view, as a rule None."""
-    return b"(" + text("storage") + named("torch", kind) + text(key) + text("cpu") + integer(elements) + more + b"tQ"
+    return (
+        b"("
+        + text("storage")
+        + named("torch", kind)
+        + text(key)
+        + text("cpu")
+        + integer(elements)
+        + more
+        + b"tQ"
+    )
 
 
 def tensor(offset=0, shape=(4,), strides=(1,), stored=None):
     axes = [b"(" + b"".join(map(integer, values)) + b"t" for values in (shape, strides)]
-    return called("torch._utils", "_rebuild_tensor_v2", stored or storage(), integer(offset), *axes, b"\x89", b"}")
+    return called(
+        "torch._utils", "_rebuild_tensor_v2", stored or storage(), integer(offset), *axes, b"\x89", b"}"
+    )
 
 
 def state_dict(**tensors):
@@ -101,7 +115,9 @@ def zipped(data=GOOD, storages=(("0", DATA),), extra=(), compress=()):
 
 
 def streamed(data=GOOD_STREAM, storages=(("0", DATA),), system=None, sizes=None):
-    """A torch file of the layout before: its storages are of 4-byte elements, and there are none that the pickle does not name."""
+    """A torch file of the layout before: its storages are of 4-byte elements, and there are none that the
+    pickle does not name.
+    """
     storages = storages if text("storage") in data else ()
     magic = proto(b"\x8a\x0a" + (0x1950A86A20F9469CFC6C).to_bytes(10, "little"))
     system = proto(b"}" + text("little_endian") + b"\x88s") if system is None else system
@@ -125,7 +141,14 @@ def os_system(canary):
 
 @running("os.system")
 def os_system_beside_a_state_dict(canary):
-    return proto(b"}(", text("state_dict"), b"}", text("callbacks"), called("os", "system", text(f"touch {canary}")), b"u")
+    return proto(
+        b"}(",
+        text("state_dict"),
+        b"}",
+        text("callbacks"),
+        called("os", "system", text(f"touch {canary}")),
+        b"u",
+    )
 
 
 @running("os.system")
@@ -146,12 +169,16 @@ def builtins_eval_of_python_2(canary):
 @running("builtins.getattr")
 def nested_getattr(canary):
     module = called("builtins", "__import__", text("os"))
-    return proto(named("builtins", "getattr"), b"(", module, text("system"), b"tR(", text(f"touch {canary}"), b"tR")
+    return proto(
+        named("builtins", "getattr"), b"(", module, text("system"), b"tR(", text(f"touch {canary}"), b"tR"
+    )
 
 
 @running("torch.serialization.os.system")
 def a_path_through_torch(canary):
-    return proto(text("torch.serialization"), text("os.system"), b"\x93(", text(f"touch {canary}"), b"tR", version=4)
+    return proto(
+        text("torch.serialization"), text("os.system"), b"\x93(", text(f"touch {canary}"), b"tR", version=4
+    )
 
 
 @running("subprocess.check_call")
@@ -169,7 +196,9 @@ def runpy_code(canary):
 def reduce_chain(canary):
     """Calls of what calls returned."""
     getter = called("operator", "attrgetter", text("system"))
-    return proto(getter, b"(", called("importlib", "import_module", text("os")), b"tR(", text(f"touch {canary}"), b"tR")
+    return proto(
+        getter, b"(", called("importlib", "import_module", text("os")), b"tR(", text(f"touch {canary}"), b"tR"
+    )
 
 
 @running("attacks_canary.anything")
@@ -236,7 +265,9 @@ def recursion_bomb(canary):
 @pickle("lies in a tensor, not in a storage")
 def recursion_bomb_of_tensors(canary):
     wrap = b"q\x020h\x01(h\x02K\x00))tR"
-    return proto(b"}", text("a"), named("torch._utils", "_rebuild_tensor_v2"), b"q\x010", b"N", wrap * 50_000, b"s")
+    return proto(
+        b"}", text("a"), named("torch._utils", "_rebuild_tensor_v2"), b"q\x010", b"N", wrap * 50_000, b"s"
+    )
 
 
 @pickle("no state dict, but: a, a list")
@@ -300,7 +331,10 @@ def a_long_number(canary):
 @pickle("names a tensor by a key that is no text")
 def keys_of_one_hash(canary):
     """-1 and -2 have one hash, and so have all tuples of them: a dict of these takes quadratic time."""
-    keys = (b"(" + b"".join(b"J" + struct.pack("<i", -1 - (n >> bit & 1)) for bit in range(16)) + b"tN" for n in range(30_000))
+    keys = (
+        b"(" + b"".join(b"J" + struct.pack("<i", -1 - (n >> bit & 1)) for bit in range(16)) + b"tN"
+        for n in range(30_000)
+    )
     return proto(b"}(", *keys, b")", tensor(), b"u")
 
 
@@ -470,7 +504,10 @@ def storage_key_that_climbs(canary):
 @file("more than 600,000 steps")
 def stream_of_five_long_pickles():
     """Each alone would do."""
-    return streamed(data=proto(b"}" + b"N0" * 200_000), system=proto(b"}" + text("little_endian") + b"\x88s" + b"N0" * 200_000))
+    return streamed(
+        data=proto(b"}" + b"N0" * 200_000),
+        system=proto(b"}" + text("little_endian") + b"\x88s" + b"N0" * 200_000),
+    )
 
 
 @file("leads out of the archive")

@@ -1,4 +1,6 @@
-"""Checkpoints that are one file: opened carefully, read by position, and known again when they have changed."""
+"""Checkpoints that are one file: opened carefully, read by position, and known again when they have
+changed.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ class FileCheckpoint(Checkpoint):
 
     @contextmanager
     def _opened(self, kind: str) -> Iterator[tuple[BinaryIO, int]]:
-        """Open the file to read what is in it; yields it and its size. Raises CheckpointError for OSError and ValueError."""
+        """Open the file to read what is in it; yields it and its size. Raises CheckpointError for OSError and
+        ValueError.
+        """
         try:
             # Looked at before it is opened: opening a named pipe would wait for a writer for ever.
             if not stat.S_ISREG(os.stat(self.path).st_mode):
@@ -40,7 +44,9 @@ class FileCheckpoint(Checkpoint):
             raise CheckpointError(f"cannot open {shown(self.path)}: {reason(error)}") from error
         except ValueError as error:
             # Also embedded null characters in the path, which the operating system refuses as a ValueError.
-            raise CheckpointError(f"{shown(self.path)} is not a valid {kind} file: {shown(error, 1000)}") from error
+            raise CheckpointError(
+                f"{shown(self.path)} is not a valid {kind} file: {shown(error, 1000)}"
+            ) from error
 
     def reader(self) -> FileReader:
         """Open a reader of this file's bytes; offsets count from the file's start."""
@@ -53,14 +59,17 @@ class FileCheckpoint(Checkpoint):
         except OSError as error:
             raise CheckpointError(f"cannot read {shown(self.path)}: {reason(error)}") from error
         if not same:
-            raise CheckpointError(f"{shown(self.path)} was changed while it was being read; nothing was written")
+            raise CheckpointError(
+                f"{shown(self.path)} was changed while it was being read; nothing was written"
+            )
 
 
 class FileReader(Reader):
     """Positioned reads from a file into the caller's buffers.
 
-    Seek and read on a handle of its own, which is as fast as `pread` and there on every system. Not a memory map: a
-    mapped file that is cut short, or lies on a drive that goes away, kills the process instead of raising an error.
+    Seek and read on a handle of its own, which is as fast as `pread` and there on every system. Not a memory
+    map: a mapped file that is cut short, or lies on a drive that goes away, kills the process instead of
+    raising an error.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -71,17 +80,23 @@ class FileReader(Reader):
             raise CheckpointError(f"cannot open {shown(path)}: {reason(error)}") from error
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from `offset` on. Raises CheckpointError on a read error and when the file ends too early."""
+        """Fill `buffer` from `offset` on. Raises CheckpointError on a read error and when the file ends too
+        early.
+        """
         try:
             self._file.seek(offset)
             done = 0
             while done < len(buffer):
                 count = self._file.readinto(buffer[done:])
                 if not count:
-                    raise CheckpointError(f"{shown(self._name)} was cut short while it was being read, at byte {offset + done}")
+                    raise CheckpointError(
+                        f"{shown(self._name)} was cut short while it was being read, at byte {offset + done}"
+                    )
                 done += count
         except OSError as error:
-            raise CheckpointError(f"cannot read {shown(self._name)} at byte {offset}: {reason(error)}") from error
+            raise CheckpointError(
+                f"cannot read {shown(self._name)} at byte {offset}: {reason(error)}"
+            ) from error
 
     def close(self) -> None:
         """Close the file."""
@@ -94,8 +109,8 @@ def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    # The thousands of new objects of a header set off a full collection, which goes through all of torch's objects too and
-    # takes ten times as long as reading the header; none of the objects here can be garbage.
+    # The thousands of new objects of a header set off a full collection, which goes through all of torch's
+    # objects too and takes ten times as long as reading the header; none of the objects here can be garbage.
     was_on = gc.isenabled()
     gc.disable()
     try:

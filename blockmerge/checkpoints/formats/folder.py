@@ -1,8 +1,10 @@
-"""diffusers folders: a component in each subfolder, with its weights in one file or in shards that an index lists.
+"""diffusers folders: a component in each subfolder, with its weights in one file or in shards that an index
+lists.
 
-Weights are called `diffusion_pytorch_model` (diffusers) or `model` (transformers; `pytorch_model` in torch's format), a
-variant's `model.fp16.safetensors`. Shards are listed in `model.safetensors.index.json`, a variant's in
-`model.safetensors.index.fp16.json`, once also `model.safetensors.fp16.index.json` or `model.fp16.safetensors.index.json`.
+Weights are called `diffusion_pytorch_model` (diffusers) or `model` (transformers; `pytorch_model` in torch's
+format), a variant's `model.fp16.safetensors`. Shards are listed in `model.safetensors.index.json`, a
+variant's in `model.safetensors.index.fp16.json`, once also `model.safetensors.fp16.index.json` or
+`model.fp16.safetensors.index.json`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,15 @@ from blockmerge.errors import CheckpointError, did_you_mean, listing, reason, sh
 MODEL_INDEX = "model_index.json"
 _MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
 # Found even without a model_index.json; it may name more.
-_PARTS = (*_MODELS, "scheduler", "tokenizer", "tokenizer_2", "feature_extractor", "safety_checker", "image_encoder")
+_PARTS = (
+    *_MODELS,
+    "scheduler",
+    "tokenizer",
+    "tokenizer_2",
+    "feature_extractor",
+    "safety_checker",
+    "image_encoder",
+)
 _STEMS = {"diffusion_pytorch_model": "diffusion_pytorch_model", "model": "model", "pytorch_model": "model"}
 _STEM, _KIND, _SHARD = rf"(?P<stem>{'|'.join(_STEMS)})", r"(?P<kind>safetensors|bin)", r"-\d{5}-of-\d{5}"
 _ONE_OF_SHARDS = re.compile(rf"{_STEM}(\.[^.]+)?{_SHARD}(\.[^.]+)?\.{_KIND}")
@@ -36,16 +46,17 @@ LARGEST_CARRIED = 64_000_000  # bytes, also of all together; the largest tokeniz
 
 
 class DiffusersFolder(Checkpoint):
-    """An opened diffusers folder, or one component's folder: headers and indexes have been read and checked, data has not.
+    """An opened diffusers folder, or one component's folder: headers and indexes have been read and checked,
+    data has not.
 
-    Tensors are named `component/name` (``"unet/conv_in.weight"``), in a component's own folder just `name`; their
-    offsets lie in one address space over all `files`. `components` gives for each folder with weights (``""`` for the
-    folder itself) the stem of their files' names. `carried` are the other files that belong to the model, as relative
-    paths: model_index.json, configs, tokenizers.
+    Tensors are named `component/name` (``"unet/conv_in.weight"``), in a component's own folder just `name`;
+    their offsets lie in one address space over all `files`. `components` gives for each folder with weights
+    (``""`` for the folder itself) the stem of their files' names. `carried` are the other files that belong
+    to the model, as relative paths: model_index.json, configs, tokenizers.
 
-    `variant` asks for weights as in ``model.fp16.safetensors``; components that lack it give their plain ones.
-    Raises CheckpointError, in one line that names the file or folder, when there is no such variant, when something is
-    missing or damaged, and when the folder is no model.
+    `variant` asks for weights as in ``model.fp16.safetensors``; components that lack it give their plain
+    ones. Raises CheckpointError, in one line that names the file or folder, when there is no such variant,
+    when something is missing or damaged, and when the folder is no model.
     """
 
     path: Path
@@ -58,14 +69,17 @@ class DiffusersFolder(Checkpoint):
             folders = _component_folders(self.path)
             if not folders:
                 raise CheckpointError(
-                    f"{shown(path)} is a folder without a model: give a .safetensors file, or a diffusers folder (unet/, vae/, "
+                    f"{shown(path)} is a folder without a model: give a .safetensors file, or a diffusers "
+                    "folder (unet/, vae/, "
                     f"text_encoder/ with diffusion_pytorch_model.safetensors or model.safetensors)"
                 )
             chosen = _choose(self.path, folders, variant)
             self.carried = tuple(_carried(self.path, "" in folders))
         except OSError as error:
             raise CheckpointError(f"cannot open {shown(path)}: {reason(error)}") from error
-        self.components: Mapping[str, str] = {component: _STEMS[weights.stem] for component, weights in chosen.items()}
+        self.components: Mapping[str, str] = {
+            component: _STEMS[weights.stem] for component, weights in chosen.items()
+        }
         self.metadata = {}
         self._files: list[Checkpoint] = []
         self._starts: list[int] = []
@@ -86,11 +100,16 @@ class DiffusersFolder(Checkpoint):
             file.name = f"{self.name}/{prefix}{shard}"
             missing = [name for name in promised if name not in file.tensors]
             if missing:
-                raise CheckpointError(f"{shown(index)} says that {shown(shard)} holds {listing(missing)}: it does not")
+                raise CheckpointError(
+                    f"{shown(index)} says that {shown(shard)} holds {listing(missing)}: it does not"
+                )
             twice = [name for name in file.tensors if prefix + name in self.tensors]
             if twice:
-                raise CheckpointError(f"{shown(folder / shard)} holds {listing(twice)}, which another shard holds too")
-            # One byte of a gap, so that nobody takes the end of one file and the start of the next for one stretch.
+                raise CheckpointError(
+                    f"{shown(folder / shard)} holds {listing(twice)}, which another shard holds too"
+                )
+            # One byte of a gap, so that nobody takes the end of one file and the start of the next for one
+            # stretch.
             start = 1 + max((info.offset + info.nbytes for info in self.tensors.values()), default=-1)
             self._files.append(file)
             self._starts.append(start)
@@ -108,7 +127,9 @@ class DiffusersFolder(Checkpoint):
 
 
 def is_diffusers_folder(path: str | os.PathLike[str]) -> bool:
-    """Say whether a path is a diffusers folder, whole or in part, or the folder of one component with its config.json."""
+    """Say whether a path is a diffusers folder, whole or in part, or the folder of one component with its
+    config.json.
+    """
     folder = Path(path)
     try:
         return folder.is_dir() and ((folder / MODEL_INDEX).is_file() or bool(_component_folders(folder)))
@@ -117,7 +138,8 @@ def is_diffusers_folder(path: str | os.PathLike[str]) -> bool:
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """Return what lies in a folder and is no part of a model, as relative paths: what would be lost with the folder.
+    """Return what lies in a folder and is no part of a model, as relative paths: what would be lost with the
+    folder.
 
     Raises OSError, and CheckpointError for a model_index.json that cannot be read.
     """
@@ -133,7 +155,9 @@ def foreign_files(folder: Path) -> list[str]:
 def _is_of_a_part(path: Path) -> bool:
     if path.name in _OF_THE_SYSTEM:
         return True
-    return not path.is_dir() and any(kind.fullmatch(path.name) for kind in (_SINGLE, _ONE_OF_SHARDS, _INDEX, _CONFIG))
+    return not path.is_dir() and any(
+        kind.fullmatch(path.name) for kind in (_SINGLE, _ONE_OF_SHARDS, _INDEX, _CONFIG)
+    )
 
 
 class _FolderReader(Reader):
@@ -166,7 +190,8 @@ class _Weights:
 
     @property
     def rank(self) -> tuple[bool, bool]:
-        # Where both are there: safetensors before .bin; diffusers looks for an index first, transformers for a single file.
+        # Where both are there: safetensors before .bin; diffusers looks for an index first, transformers for
+        # a single file.
         return self.kind == "bin", self.is_index != (self.stem == "diffusion_pytorch_model")
 
 
@@ -183,19 +208,29 @@ def _weights(folder: Path) -> list[_Weights]:
             variant = match["v1"] or match["v2"] or match["v3"]
             found.append(_Weights(name, match["stem"], match["kind"], variant, is_index=True))
     if shards and not found:
-        raise CheckpointError(f"{shown(folder)} holds shards ({listing(shards, 1)}) without their index, a .index.json file")
+        raise CheckpointError(
+            f"{shown(folder)} holds shards ({listing(shards, 1)}) without their index, a .index.json file"
+        )
     return sorted(found, key=lambda weights: weights.rank)
 
 
 def _part_folders(folder: Path) -> list[str]:
-    """The subfolders that belong to a model: those of the usual names and those that model_index.json names."""
+    """The subfolders that belong to a model: those of the usual names and those that model_index.json
+    names.
+    """
     index = folder / MODEL_INDEX
     named = _read_json(index) if index.is_file() else {}
-    return [name for name in sorted(os.listdir(folder)) if (name in _PARTS or name in named) and (folder / name).is_dir()]
+    return [
+        name
+        for name in sorted(os.listdir(folder))
+        if (name in _PARTS or name in named) and (folder / name).is_dir()
+    ]
 
 
 def _component_folders(folder: Path) -> dict[str, list[_Weights]]:
-    """{subfolder: its weights}; ``""`` for the folder of a single component; nothing where there is no model."""
+    """{subfolder: its weights}; ``""`` for the folder of a single component; nothing where there is no
+    model.
+    """
     found = {part: weights for part in _part_folders(folder) if (weights := _weights(folder / part))}
     if (folder / MODEL_INDEX).is_file() or any(part in _MODELS for part in found):
         return found
@@ -206,11 +241,15 @@ def _component_folders(folder: Path) -> dict[str, list[_Weights]]:
 def _choose(folder: Path, folders: Mapping[str, list[_Weights]], variant: str | None) -> dict[str, _Weights]:
     there = sorted({weights.variant for found in folders.values() for weights in found if weights.variant})
     if variant is not None and variant not in there:
-        have = f"it has {listing(there)}{did_you_mean(variant, there)}" if there else "it has only plain weights"
+        have = (
+            f"it has {listing(there)}{did_you_mean(variant, there)}" if there else "it has only plain weights"
+        )
         raise CheckpointError(f"{shown(folder)} has no weights of the variant '{shown(variant)}': {have}")
     chosen = {}
     for component, found in folders.items():
-        best = next((weights for wanted in (variant, None) for weights in found if weights.variant == wanted), None)
+        best = next(
+            (weights for wanted in (variant, None) for weights in found if weights.variant == wanted), None
+        )
         if best is None:
             others = sorted({weights.variant for weights in found if weights.variant})
             raise CheckpointError(
@@ -235,7 +274,11 @@ def _carried(folder: Path, is_component: bool) -> Iterator[str]:
 def _read_index(path: Path) -> dict[str, list[str]]:
     """{shard: names of its tensors}, checked but for what the shards themselves hold."""
     table = _read_json(path).get("weight_map")
-    if not isinstance(table, dict) or not table or not all(isinstance(shard, str) for shard in table.values()):
+    if (
+        not isinstance(table, dict)
+        or not table
+        or not all(isinstance(shard, str) for shard in table.values())
+    ):
         raise CheckpointError(f"{shown(path)} has no weight_map from tensors to files")
     shards: dict[str, list[str]] = {}
     for name, shard in table.items():
@@ -243,7 +286,9 @@ def _read_index(path: Path) -> dict[str, list[str]]:
     # Only files that are called shards: no other folder's, no pipes, no further folders.
     strange = [shard for shard in shards if not re.fullmatch(r"[^/\\:\0]+\.(safetensors|bin)", shard)]
     if strange:
-        raise CheckpointError(f"{shown(path)} names files that are no weights in its own folder: {listing(strange)}")
+        raise CheckpointError(
+            f"{shown(path)} names files that are no weights in its own folder: {listing(strange)}"
+        )
     missing = [shard for shard in shards if not os.path.exists(path.parent / shard)]
     if missing:
         raise CheckpointError(f"{shown(path)} lists shards that are missing: {listing(missing)}")

@@ -1,12 +1,13 @@
-"""Pickles read as data: a small machine that imports nothing, looks nothing up and calls nothing that a pickle names.
+"""Pickles read as data: a small machine that imports nothing, looks nothing up and calls nothing that a
+pickle names.
 
-It knows the opcodes that pickle protocols 2 to 5 write, and of everything a pickle can name only what rebuilds tensors
-and dicts. What training scripts are known to leave beside a state dict becomes an inert `Unbuilt`; any other name is
-refused where it is named. Storages are described, never loaded. The formats are those of Python's `pickletools` and of
-`torch.save` (torch/_utils.py, torch/serialization.py).
+It knows the opcodes that pickle protocols 2 to 5 write, and of everything a pickle can name only what
+rebuilds tensors and dicts. What training scripts are known to leave beside a state dict becomes an inert
+`Unbuilt`; any other name is refused where it is named. Storages are described, never loaded. The formats are
+those of Python's `pickletools` and of `torch.save` (torch/_utils.py, torch/serialization.py).
 
-Everything is bounded before it is made: a count against the bytes there are and `LARGEST_PICKLE`, operations by
-`_MOST_OPERATIONS`, for all pickles of a file together.
+Everything is bounded before it is made: a count against the bytes there are and `LARGEST_PICKLE`, operations
+by `_MOST_OPERATIONS`, for all pickles of a file together.
 """
 
 from __future__ import annotations
@@ -26,37 +27,41 @@ _LONGEST_INT = 64  # bytes; none in a model file is longer than torch's magic nu
 
 _INERT_MODULES = frozenset({
     # state dicts of trainers: their callbacks, loops, schedulers and configurations
-    "pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "torchmetrics", "omegaconf", "accelerate",
-    "transformers", "diffusers", "deepspeed", "bitsandbytes", "peft", "tensorflow", "wandb", "yaml", "easydict", "ml_collections",
+    "pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "torchmetrics", "omegaconf",
+    "accelerate", "transformers", "diffusers", "deepspeed", "bitsandbytes", "peft", "tensorflow", "wandb",
+    "yaml", "easydict", "ml_collections",
     # the training code itself
     "ldm", "sgm", "taming", "k_diffusion", "main", "__main__",
     # values: dtypes, devices, random states, paths, dates
-    "torch", "torchvision", "numpy", "collections", "argparse", "pathlib", "datetime", "enum", "typing", "types", "functools",
-    "uuid", "decimal",
+    "torch", "torchvision", "numpy", "collections", "argparse", "pathlib", "datetime", "enum", "typing",
+    "types", "functools", "uuid", "decimal",
 })  # fmt: skip
 """Modules whose names training scripts are known to leave in checkpoints. Nothing of them is ever built."""
 
 _INERT_NAMES = frozenset(
     [f"{builtins}.{name}" for builtins in ("builtins", "__builtin__") for name in (
-        "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object", "range", "set", "slice",
-        "str", "tuple", "long", "unicode",
+        "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object",
+        "range", "set", "slice", "str", "tuple", "long", "unicode",
     )]
-    + [f"{copyreg}.{name}" for copyreg in ("copyreg", "copy_reg") for name in ("_reconstructor", "__newobj__", "__newobj_ex__")]
+    + [f"{copyreg}.{name}" for copyreg in ("copyreg", "copy_reg") for name in (
+        "_reconstructor", "__newobj__", "__newobj_ex__",
+    )]
 )  # fmt: skip
 
 _REFUSED_NAMES = frozenset({"torch.storage._load_from_bytes"})  # a pickle inside the pickle
 
 _STORAGES = {
-    "Double": "F64", "Float": "F32", "Half": "F16", "BFloat16": "BF16", "Long": "I64", "Int": "I32", "Short": "I16", "Char": "I8",
-    "Byte": "U8", "Bool": "BOOL", "Untyped": "U8", "ComplexFloat": "C64", "ComplexDouble": "complex128", "QInt8": "qint8",
-    "QUInt8": "quint8", "QInt32": "qint32", "QUInt4x2": "quint4x2", "QUInt2x4": "quint2x4",
+    "Double": "F64", "Float": "F32", "Half": "F16", "BFloat16": "BF16", "Long": "I64", "Int": "I32",
+    "Short": "I16", "Char": "I8", "Byte": "U8", "Bool": "BOOL", "Untyped": "U8", "ComplexFloat": "C64",
+    "ComplexDouble": "complex128", "QInt8": "qint8", "QUInt8": "quint8", "QInt32": "qint32",
+    "QUInt4x2": "quint4x2", "QUInt2x4": "quint2x4",
 }  # fmt: skip
 
 _DTYPES = {
-    "float64": "F64", "double": "F64", "float32": "F32", "float": "F32", "float16": "F16", "half": "F16", "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int64": "I64", "long": "I64", "int32": "I32", "int": "I32",
-    "int16": "I16", "short": "I16", "int8": "I8", "uint8": "U8", "uint16": "U16", "uint32": "U32", "uint64": "U64",
-    "bool": "BOOL", "complex64": "C64", "cfloat": "C64",
+    "float64": "F64", "double": "F64", "float32": "F32", "float": "F32", "float16": "F16", "half": "F16",
+    "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int64": "I64", "long": "I64",
+    "int32": "I32", "int": "I32", "int16": "I16", "short": "I16", "int8": "I8", "uint8": "U8",
+    "uint16": "U16", "uint32": "U32", "uint64": "U64", "bool": "BOOL", "complex64": "C64", "cfloat": "C64",
 }  # fmt: skip
 
 
@@ -69,7 +74,9 @@ class Unbuilt:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dtype:
-    """The dtype that a dtype or a type of storage stands for, as safetensors spells it, else as torch does."""
+    """The dtype that a dtype or a type of storage stands for, as safetensors spells it, else as torch
+    does.
+    """
 
     name: str
 
@@ -85,7 +92,9 @@ class Storage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredTensor:
-    """What a pickle says of a tensor, none of it checked: strides and `offset` in elements; None: the storage's dtype."""
+    """What a pickle says of a tensor, none of it checked: strides and `offset` in elements; None: the
+    storage's dtype.
+    """
 
     storage: Any
     offset: Any
@@ -97,16 +106,20 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Builder:
-    """A name that stands for something: what makes it of its arguments. Raises ValueError or TypeError for others."""
+    """A name that stands for something: what makes it of its arguments. Raises ValueError or TypeError for
+    others.
+    """
 
     build: Callable[..., object]
 
 
 def pickles_in(file: BinaryIO, size: int, storages: dict[str, Storage]) -> Iterator[object]:
-    """Read the pickles in `file`, which holds at most `size` bytes more, one by one; each leaves the file behind it.
+    """Read the pickles in `file`, which holds at most `size` bytes more, one by one; each leaves the file
+    behind it.
 
-    Yields plain data: numbers, texts, bytes, None, tuples, lists (also for sets), dicts, and the classes above.
-    `storages` gets every storage that is named. Raises ValueError, in words for people, for what is refused or damaged.
+    Yields plain data: numbers, texts, bytes, None, tuples, lists (also for sets), dicts, and the classes
+    above. `storages` gets every storage that is named. Raises ValueError, in words for people, for what is
+    refused or damaged.
     """
     machine = _Machine(file, size, storages)
     while True:
@@ -116,7 +129,8 @@ def pickles_in(file: BinaryIO, size: int, storages: dict[str, Storage]) -> Itera
 class _Machine:
     def __init__(self, file: BinaryIO, size: int, storages: dict[str, Storage]) -> None:
         self.file = file
-        # For all pickles together: a file of the old layout holds five, and each could use up all that there is.
+        # For all pickles together: a file of the old layout holds five, and each could use up all that there
+        # is.
         self.left = min(size, LARGEST_PICKLE)  # an upper bound: opcodes are not counted
         self.operations = iter(range(_MOST_OPERATIONS))
         self.storages = storages
@@ -212,21 +226,30 @@ class _Machine:
             raise ValueError("its pickle calls what is no name")
 
     def build(self) -> None:
-        # The state of a dict (its attributes, such as `_metadata`) and of what is not built anyway is left out.
+        # The state of a dict (its attributes, such as `_metadata`) and of what is not built anyway is left
+        # out.
         self.stack.pop()
         if not self.stack:
             raise IndexError
 
     def persistent(self) -> None:
         match self.stack.pop():
-            case ("storage", Dtype(name=dtype), str(key), _, int(elements), *views) if len(views) < 2 and elements >= 0:
+            case ("storage", Dtype(name=dtype), str(key), _, int(elements), *views) if (
+                len(views) < 2 and elements >= 0
+            ):
                 if views and views[0] is not None:
-                    raise ValueError("it holds views of storages, as torch wrote them before 0.4: save it anew with torch")
+                    raise ValueError(
+                        "it holds views of storages, as torch wrote them before 0.4: save it anew with torch"
+                    )
                 storage = self.storages.setdefault(key, Storage(key, dtype, elements))
                 self.push(storage if storage.dtype == dtype else Storage(key, dtype, elements))
             case ("storage", Unbuilt(what=what), *_):
                 raise ValueError(f"it holds a storage of the unknown type {shown(what)}")
-            case ("module", Unbuilt() as module, *_):  # the class of a model that was saved whole, with its source
+            case (
+                "module",
+                Unbuilt() as module,
+                *_,
+            ):  # the class of a model that was saved whole, with its source
                 self.push(module)
             case _:
                 raise ValueError("its pickle refers to something outside it that is no storage")
@@ -238,7 +261,10 @@ def _refused_opcode(code: bytes) -> str:
     if not code:
         return _CUT_SHORT
     known = [opcode.name for opcode in pickletools.opcodes if opcode.code == code.decode("latin1")]
-    return f"its pickle holds the opcode {known[0] if known else repr(code)}, which torch never writes: it is refused"
+    return (
+        f"its pickle holds the opcode {known[0] if known else repr(code)}, which torch never writes: it "
+        "is refused"
+    )
 
 
 def _key(key: object) -> object:
@@ -259,11 +285,16 @@ def _named(module: str, name: str) -> object:
             return Dtype(_STORAGES[kind])
         if name in _DTYPES and module == "torch":
             return Dtype(_DTYPES[name])
-    # A dotted name may lead from an innocent module to any other that it imports; in a class, it is a class too.
+    # A dotted name may lead from an innocent module to any other that it imports; in a class, it is a class
+    # too.
     walks = "." in name and not name[0].isupper()
-    if full in _INERT_NAMES or (module.split(".")[0] in _INERT_MODULES and full not in _REFUSED_NAMES and not walks):
+    if full in _INERT_NAMES or (
+        module.split(".")[0] in _INERT_MODULES and full not in _REFUSED_NAMES and not walks
+    ):
         return Unbuilt(full)
-    raise ValueError(f"its pickle names {shown(full)}, which no model needs: it is refused, and nothing of it was run")
+    raise ValueError(
+        f"its pickle names {shown(full)}, which no model needs: it is refused, and nothing of it was run"
+    )
 
 
 def _ordered_dict() -> dict[object, object]:
@@ -288,7 +319,11 @@ def _rebuild_parameter(data: object, *_: object) -> object:
 
 def _rebuild_from_type(function: object, _type: object, arguments: object, _state: object) -> object:
     """A tensor that had attributes of its own."""
-    if not isinstance(function, _Builder) or function.build is _rebuild_from_type or not isinstance(arguments, tuple):
+    if (
+        not isinstance(function, _Builder)
+        or function.build is _rebuild_from_type
+        or not isinstance(arguments, tuple)
+    ):
         raise TypeError
     return function.build(*arguments)
 
@@ -406,4 +441,6 @@ _OPERATIONS: dict[bytes, Callable[[_Machine], object]] = {
     b"b": lambda m: m.build(),
     b"Q": lambda m: m.persistent(),
 }
-"""What each opcode does. INST, OBJ, EXT1…4, PERSID, out-of-band buffers and the texts of protocol 0 are none of them."""
+"""What each opcode does. INST, OBJ, EXT1…4, PERSID, out-of-band buffers and the texts of protocol 0 are none
+of them.
+"""

@@ -1,8 +1,8 @@
 """safetensors files: a strict reader of headers, positioned reads, and the header of a new file.
 
-The format: 8 bytes little-endian header length N, N bytes of JSON (it may be padded with spaces), then the data. Each
-entry has `dtype`, `shape` and `data_offsets` [begin, end) from the data's start; `__metadata__` maps strings to strings.
-Everything is checked before a byte of data is touched, against the file's true size.
+The format: 8 bytes little-endian header length N, N bytes of JSON (it may be padded with spaces), then the
+data. Each entry has `dtype`, `shape` and `data_offsets` [begin, end) from the data's start; `__metadata__`
+maps strings to strings. Everything is checked before a byte of data is touched, against the file's true size.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ LARGEST_HEADER = 100_000_000  # bytes; the reference reader's limit
 class SafetensorsFile(FileCheckpoint):
     """An opened safetensors file: its header has been read and checked, its data has not.
 
-    Raises CheckpointError, in one line with the file's name, when it is missing, no regular file, or not valid.
+    Raises CheckpointError, in one line with the file's name, when it is missing, no regular file, or not
+    valid.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -36,7 +37,8 @@ class SafetensorsFile(FileCheckpoint):
 
 
 def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], alignment: int) -> bytes:
-    """Return the first bytes of a file: length and JSON, padded with spaces so that the data starts at `alignment`.
+    """Return the first bytes of a file: length and JSON, padded with spaces so that the data starts at
+    `alignment`.
 
     The offsets in `tensors` count from the data's start.
     """
@@ -58,7 +60,9 @@ def _read_header(file: Any, size: int) -> tuple[dict[str, TensorInfo], dict[str,
         raise ValueError("it is empty" if size == 0 else f"it has only {counted(size, 'byte')}")
     length = int.from_bytes(file.read(8), "little")
     if length > LARGEST_HEADER:  # letters read as a length
-        raise ValueError("it does not begin with a safetensors header (a text, a .ckpt, or a broken download?)")
+        raise ValueError(
+            "it does not begin with a safetensors header (a text, a .ckpt, or a broken download?)"
+        )
     if length > size - 8:
         raise ValueError(f"its header would be {length} bytes long, but the file has {size} (cut short?)")
     raw = file.read(length)
@@ -99,7 +103,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
         counts = Counter(name for name, _ in pairs)
-        raise ValueError(f"its header holds a name twice: {listing(name for name, count in counts.items() if count > 1)}")
+        raise ValueError(
+            f"its header holds a name twice: {listing(name for name, count in counts.items() if count > 1)}"
+        )
     for name in table:
         # JSON can spell half of a surrogate pair, which cannot be written as UTF-8 again.
         if not name.isascii():
@@ -144,7 +150,10 @@ def _checked_entry(entry: Any, data_start: int) -> tuple[int, int, TensorInfo]:
     if not _counts(shape) or len(shape) > _MOST_AXES:
         raise ValueError(f"has the shape {_brief(shape)}; shapes are lists of whole numbers from 0 up")
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"has the data_offsets {_brief(offsets)}; these are two whole numbers, the second not below the first")
+        raise ValueError(
+            f"has the data_offsets {_brief(offsets)}; these are two whole numbers, the second not below the "
+            "first"
+        )
     begin, end = offsets
     # Multiplied step by step and given up early: a hostile shape must not make a number of a million digits.
     needed = 0 if 0 in shape else size
@@ -153,7 +162,10 @@ def _checked_entry(entry: Any, data_start: int) -> tuple[int, int, TensorInfo]:
         if needed > end - begin:
             break
     if needed != end - begin:
-        raise ValueError(f"has {counted(end - begin, 'byte')} of data, which shape {shown(shape, 60)} in {dtype} does not take")
+        raise ValueError(
+            f"has {counted(end - begin, 'byte')} of data, which shape {shown(shape, 60)} in {dtype} does not "
+            "take"
+        )
     return begin, end, TensorInfo(dtype, tuple(shape), data_start + begin)
 
 
@@ -164,7 +176,14 @@ def _more(count: int, many: bool) -> str:
 def _brief(value: object, limit: int = 60) -> str:
     # A hostile value may be of megabytes: what is not shown is not spelled either.
     return shown(
-        json.dumps(value[:20] if isinstance(value, (list, str)) else value if not isinstance(value, dict) else "an object"), limit
+        json.dumps(
+            value[:20]
+            if isinstance(value, (list, str))
+            else value
+            if not isinstance(value, dict)
+            else "an object"
+        ),
+        limit,
     )
 
 

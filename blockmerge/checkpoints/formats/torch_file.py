@@ -1,9 +1,11 @@
-"""Files of `torch.save`, zip archives and the streams before them, opened without torch and without running anything.
+"""Files of `torch.save`, zip archives and the streams before them, opened without torch and without running
+anything.
 
-A zip (torch 1.6 and later) holds `<folder>/data.pkl`, a pickle that names storages, and `<folder>/data/<key>`, the bytes
-of each, stored as they are. The legacy stream is a row of pickles (magic number, protocol, system, the object, the keys of its
-storages), then for each key 8 bytes with its number of elements and its bytes. Storages are found by their offset and read
-as late as the data of a safetensors file. The formats are those of torch/serialization.py.
+A zip (torch 1.6 and later) holds `<folder>/data.pkl`, a pickle that names storages, and
+`<folder>/data/<key>`, the bytes of each, stored as they are. The legacy stream is a row of pickles (magic
+number, protocol, system, the object, the keys of its storages), then for each key 8 bytes with its number of
+elements and its bytes. Storages are found by their offset and read as late as the data of a safetensors file.
+The formats are those of torch/serialization.py.
 """
 
 from __future__ import annotations
@@ -18,7 +20,14 @@ from blockmerge.checkpoints.assembled import Assembled, Assembly, Piece
 from blockmerge.checkpoints.checkpoint import TensorInfo
 from blockmerge.checkpoints.dtypes import itemsize
 from blockmerge.checkpoints.formats.file import FileCheckpoint
-from blockmerge.checkpoints.formats.pickles import LARGEST_PICKLE, Dtype, Storage, StoredTensor, Unbuilt, pickles_in
+from blockmerge.checkpoints.formats.pickles import (
+    LARGEST_PICKLE,
+    Dtype,
+    Storage,
+    StoredTensor,
+    Unbuilt,
+    pickles_in,
+)
 from blockmerge.checkpoints.formats.zip_entries import read_entries
 from blockmerge.errors import listing, shown
 
@@ -33,17 +42,21 @@ _ROOM = 1 << 20  # bytes by which an expanded tensor may exceed its file
 
 
 def begins_torch_file(head: bytes) -> bool:
-    """Whether a file that begins so (9 bytes or more) is a zip archive or a pickle. A safetensors file has a "{" at byte 8."""
+    """Whether a file that begins so (9 bytes or more) is a zip archive or a pickle. A safetensors file has a
+    "{" at byte 8.
+    """
     return head.startswith(b"PK\3\4") or (head[:1] == b"\x80" and head[8:9] != b"{")
 
 
 class TorchFile(Assembled):
-    """An opened file of `torch.save`: what it describes has been read and checked, its data has not. It has no metadata.
+    """An opened file of `torch.save`: what it describes has been read and checked, its data has not. It has
+    no metadata.
 
-    Its tensors are those of the state dict: the dict itself, or what it holds under "state_dict". Numbers and texts in it are
-    skipped, and so is what lies beside it. Raises CheckpointError, in one line with the file's name, when it is missing,
-    damaged, holds no state dict or tensors that safetensors files cannot hold, and when its pickle names anything but tensors,
-    dicts and what training scripts are known to leave beside them.
+    Its tensors are those of the state dict: the dict itself, or what it holds under "state_dict". Numbers and
+    texts in it are skipped, and so is what lies beside it. Raises CheckpointError, in one line with the
+    file's name, when it is missing, damaged, holds no state dict or tensors that safetensors files cannot
+    hold, and when its pickle names anything but tensors, dicts and what training scripts are known to leave
+    beside them.
     """
 
     path: Path
@@ -87,7 +100,10 @@ def _read_zip(file: BinaryIO, size: int) -> tuple[object, dict[str, TensorInfo]]
     pickles = [name for name in entries if name.rpartition("/")[2] == "data.pkl" and name.count("/") < 2]
     if len(pickles) != 1:
         holds = f"it holds {listing(entries)}" if entries else "it is empty"
-        raise ValueError(f"it is a zip archive without one data.pkl, as torch writes it ({holds}): unpack it if a model is in it")
+        raise ValueError(
+            f"it is a zip archive without one data.pkl, as torch writes it ({holds}): unpack it if a model "
+            "is in it"
+        )
     folder = pickles[0].removesuffix("data.pkl")
     if folder + "constants.pkl" in entries:
         raise ValueError("it is a TorchScript program, not a state dict")
@@ -191,7 +207,9 @@ def _kind(value: object) -> str:
 def _locate(
     name: str, tensor: StoredTensor, storages: Mapping[str, TensorInfo], file_size: int
 ) -> tuple[int, str, TensorInfo | Assembly]:
-    """Return (where its first byte lies, name, place) of a tensor. Raises ValueError, with its name, when that makes no sense."""
+    """Return (where its first byte lies, name, place) of a tensor. Raises ValueError, with its name, when
+    that makes no sense.
+    """
     label = f"its tensor {shown(name)}"
     storage, offset, shape, strides = tensor.storage, tensor.offset, tensor.shape, tensor.strides
     if not isinstance(storage, Storage):
@@ -203,7 +221,12 @@ def _locate(
         raise ValueError(f"{label} has the dtype {unknown}, which cannot be merged or copied")
     if tensor.metadata:
         raise ValueError(f"{label} is a conjugate or negative view: save it resolved")
-    if not (_counts(shape) and _counts(strides) and len(shape) == len(strides) <= _MOST_AXES and _counts((offset,))):
+    if not (
+        _counts(shape)
+        and _counts(strides)
+        and len(shape) == len(strides) <= _MOST_AXES
+        and _counts((offset,))
+    ):
         raise ValueError(f"{label} has a shape, strides or an offset that no tensor has")
     held = storages[storage.key]
     begin = held.offset

@@ -1,8 +1,9 @@
 """The entries of a zip archive, found without unpacking anything.
 
-Stricter than Python's `zipfile`, and quick with a thousand entries: nothing may overlap, nothing may be named twice, both
-descriptions of an entry must agree, and the directory must be of a size that a model can have. The format is PKWARE's
-APPNOTE.TXT, sections 4.3.7 (local header), 4.3.12 (directory), 4.3.14 to 4.3.16 (its end).
+Stricter than Python's `zipfile`, and quick with a thousand entries: nothing may overlap, nothing may be named
+twice, both descriptions of an entry must agree, and the directory must be of a size that a model can have.
+The format is PKWARE's APPNOTE.TXT, sections 4.3.7 (local header), 4.3.12 (directory), 4.3.14 to 4.3.16 (its
+end).
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ _STORED = 0
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One entry: where its header begins, its size in the archive, how it is stored, and where the next thing begins."""
+    """One entry: where its header begins, its size in the archive, how it is stored, and where the next thing
+    begins.
+    """
 
     name: str
     header: int
@@ -32,20 +35,27 @@ class Entry:
     limit: int
 
     def locate(self, file: BinaryIO) -> int:
-        """Return where the entry's bytes begin. Raises ValueError when it is compressed, or its header says something else."""
+        """Return where the entry's bytes begin. Raises ValueError when it is compressed, or its header says
+        something else.
+        """
         if not self.stored:
             raise ValueError(
-                f"its {shown(self.name)} is compressed, which torch never does: unpack the archive and zip it stored"
+                f"its {shown(self.name)} is compressed, which torch never does: unpack the archive and zip "
+                "it stored"
             )
         file.seek(self.header)
         raw_name = self.name.encode("utf-8", "surrogateescape")
         data = file.read(30 + len(raw_name))
         if len(data) < 30 or data[:4] != _LOCAL or data[30:] != raw_name:
-            raise ValueError(f"the header of its {shown(self.name)} is not where the archive's directory says")
+            raise ValueError(
+                f"the header of its {shown(self.name)} is not where the archive's directory says"
+            )
         name, extra = struct.unpack_from("<HH", data, 26)
         start: int = self.header + 30 + name + extra
         if name != len(raw_name) or start + self.size > self.limit:
-            raise ValueError(f"its {shown(self.name)} reaches into what comes after it: the archive's sizes lie")
+            raise ValueError(
+                f"its {shown(self.name)} reaches into what comes after it: the archive's sizes lie"
+            )
         return start
 
 
@@ -68,7 +78,9 @@ def read_entries(file: BinaryIO, size: int) -> dict[str, Entry]:
         if ".." in name.replace("\\", "/").split("/") or name.startswith(("/", "\\")):
             raise ValueError(f"the archive's entry {shown(name)} leads out of the archive")
         if header + 30 + len(name) + held > limit:
-            raise ValueError(f"the archive's entry {shown(name)} reaches into what comes after it: its sizes lie")
+            raise ValueError(
+                f"the archive's entry {shown(name)} reaches into what comes after it: its sizes lie"
+            )
         entries[name] = Entry(name, header, held, stored, limit)
     return entries
 
@@ -111,7 +123,9 @@ def _parse_directory(data: bytes, count: int) -> list[tuple[str, int, int, bool]
     while position < len(data) and len(found) < _MOST_ENTRIES:
         if data[position : position + 4] != _ENTRY or len(data) - position < 46:
             raise ValueError("the archive's directory is damaged")
-        flags, method, packed, size, name_length, extra_length, comment = struct.unpack_from("<HH8xLLHHH", data, position + 8)
+        flags, method, packed, size, name_length, extra_length, comment = struct.unpack_from(
+            "<HH8xLLHHH", data, position + 8
+        )
         header = struct.unpack_from("<L", data, position + 42)[0]
         name_end = position + 46 + name_length
         stop = name_end + extra_length + comment
@@ -122,7 +136,9 @@ def _parse_directory(data: bytes, count: int) -> list[tuple[str, int, int, bool]
             size, packed, header = _wide(data[name_end : name_end + extra_length], size, packed, header)
         stored = method == _STORED and not flags & 1  # bit 0: encrypted
         if stored and size != packed:
-            raise ValueError(f"the archive's entry {shown(name)} has two sizes: {packed} and {counted(size, 'byte')}")
+            raise ValueError(
+                f"the archive's entry {shown(name)} has two sizes: {packed} and {counted(size, 'byte')}"
+            )
         found.append((name, header, packed, stored))
         position = stop
     if len(found) != count:

@@ -1,10 +1,11 @@
-"""What the writers of files and of folders ask of the disk: locked temp files, space, flushing, and sweeping up.
+"""What the writers of files and of folders ask of the disk: locked temp files, space, flushing, and sweeping
+up.
 
-A writer holds a lock on a temp file for as long as it lives. What a killed one leaves is unlocked: the next writer in that
-folder finds it and removes it. A file under way is its own lock; a folder under way, `X.tmp`, has the file `X.lock` beside
-it (inside, it would have to go just before the folder gets its name, and leave it unguarded), which holds the name that the
-folder is to get. `X.old` is the folder of that name, moved aside for a moment to be replaced: it is never removed, but put
-back.
+A writer holds a lock on a temp file for as long as it lives. What a killed one leaves is unlocked: the next
+writer in that folder finds it and removes it. A file under way is its own lock; a folder under way, `X.tmp`,
+has the file `X.lock` beside it (inside, it would have to go just before the folder gets its name, and leave
+it unguarded), which holds the name that the folder is to get. `X.old` is the folder of that name, moved aside
+for a moment to be replaced: it is never removed, but put back.
 """
 
 from __future__ import annotations
@@ -36,10 +37,14 @@ _LONGEST_NAME = 4096  # bytes
 
 
 def check_space(target: Path, size: int) -> None:
-    """Raise OutputError when `size` bytes are not free where `target` is to lie, OSError when that cannot be told."""
+    """Raise OutputError when `size` bytes are not free where `target` is to lie, OSError when that cannot be
+    told.
+    """
     free = shutil.disk_usage(target.parent).free
     if free < size:
-        raise OutputError(f"not enough space for {shown(target)}: it needs {_mega(size)}, {_mega(free)} are free")
+        raise OutputError(
+            f"not enough space for {shown(target)}: it needs {_mega(size)}, {_mega(free)} are free"
+        )
 
 
 def status(path: Path) -> os.stat_result | None:
@@ -68,7 +73,9 @@ def create_locked(folder: Path, suffix: str) -> tuple[Path, int]:
 
 
 def unlock_and_remove(path: Path, file: int) -> None:
-    """Remove a file made by `create_locked`, if it is still there, and close it. An error is no reason to stop."""
+    """Remove a file made by `create_locked`, if it is still there, and close it. An error is no reason to
+    stop.
+    """
     if os.name == "nt":  # Windows removes no open file
         os.close(file)
     # Elsewhere removed before it is unlocked, so that no other writer can find it as a leftover.
@@ -104,7 +111,10 @@ def _sweep_writer(stem: Path) -> Iterator[str]:
         if _put_back(aside, target):
             yield f"put {shown(target)} back, which an interrupted run had moved aside"
         else:
-            yield f"{shown(aside.name)} is a folder that an interrupted run moved aside: rename it, or remove it"
+            yield (
+                f"{shown(aside.name)} is a folder that an interrupted run moved aside: rename it, or "
+                "remove it"
+            )
 
 
 def _put_back(aside: Path, target: str) -> bool:
@@ -127,7 +137,9 @@ def _take_lock(path: Path) -> str | None:
 
 
 def _lock(file: int) -> bool:
-    """Lock a file for as long as it is open, or say that somebody else has. Where files cannot be locked: True."""
+    """Lock a file for as long as it is open, or say that somebody else has. Where files cannot be locked:
+    True.
+    """
     if fcntl is None:
         return True
     try:
@@ -142,7 +154,8 @@ def _lock(file: int) -> bool:
 def _remove_if_abandoned(path: Path) -> bool:
     """Remove a temp file that no living writer holds, and say whether it was one."""
     if fcntl is None:
-        # Windows removes no open file, but a writer closes its file just before it renames it: leave young ones alone.
+        # Windows removes no open file, but a writer closes its file just before it renames it: leave young
+        # ones alone.
         if time.time() - path.stat().st_mtime < _YOUNG:
             return False
         path.unlink()
@@ -203,7 +216,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Let two folders of one file system change names at once, or say that the system cannot. Raises OSError."""
+    """Let two folders of one file system change names at once, or say that the system cannot. Raises
+    OSError.
+    """
     if sys.platform != "linux":
         return False
     try:

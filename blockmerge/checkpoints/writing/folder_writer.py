@@ -1,8 +1,10 @@
-"""The atomic writer of folders: as of files, a new folder appears under its name complete and safe on the disk, or not at all.
+"""The atomic writer of folders: as of files, a new folder appears under its name complete and safe on the
+disk, or not at all.
 
-A folder of that name that is to be replaced stands there until the new one is complete. Then the two change names at once,
-where the system can do that; elsewhere the old one is moved aside for the moment that the new one takes to get its name. It is
-removed when the new one stands, and put back when it does not, if need be by the next writer in that place.
+A folder of that name that is to be replaced stands there until the new one is complete. Then the two change
+names at once, where the system can do that; elsewhere the old one is moved aside for the moment that the new
+one takes to get its name. It is removed when the new one stands, and put back when it does not, if need be by
+the next writer in that place.
 """
 
 from __future__ import annotations
@@ -21,18 +23,24 @@ from blockmerge.checkpoints.writing import disk
 from blockmerge.errors import CheckpointError, OutputError, listing, reason, shown
 
 
-def check_output_folder(path: str | os.PathLike[str], inputs: Iterable[Path] = (), *, overwrite: bool = False) -> Path:
+def check_output_folder(
+    path: str | os.PathLike[str], inputs: Iterable[Path] = (), *, overwrite: bool = False
+) -> Path:
     """Return where the output folder will really lie (a symlink at `path` stays one; its target is written).
 
-    `inputs` are all files and folders that are read: of a folder with symlinked files, both.
-    Raises OutputError when it exists and `overwrite` is false, when it would take other things than a model with it, when it
-    is, holds or lies in one of the `inputs`, when it is no folder, or the folder it is to lie in is missing.
+    `inputs` are all files and folders that are read: of a folder with symlinked files, both. Raises
+    OutputError when it exists and `overwrite` is false, when it would take other things than a model with it,
+    when it is, holds or lies in one of the `inputs`, when it is no folder, or the folder it is to lie in is
+    missing.
     """
     try:
         target = Path(os.path.realpath(path))
         for model in inputs:
             if _holds(target, model) or _holds(model, target):
-                raise OutputError(f"the output {shown(path)} is, holds or lies in the input {shown(model)}: give another name")
+                raise OutputError(
+                    f"the output {shown(path)} is, holds or lies in the input {shown(model)}: give another "
+                    "name"
+                )
         parent_exists, status = target.parent.is_dir(), disk.status(target)
         if status is not None:
             if not stat.S_ISDIR(status.st_mode):
@@ -51,7 +59,9 @@ def check_output_folder(path: str | os.PathLike[str], inputs: Iterable[Path] = (
 def _holds(folder: Path, path: Path) -> bool:
     """Say whether `path` is `folder` or lies in it, by whatever names."""
     place = Path(os.path.realpath(path))
-    return os.path.exists(folder) and any(os.path.exists(at) and os.path.samefile(folder, at) for at in (place, *place.parents))
+    return os.path.exists(folder) and any(
+        os.path.exists(at) and os.path.samefile(folder, at) for at in (place, *place.parents)
+    )
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -61,22 +71,26 @@ def _check_replaceable(folder: Path) -> None:
     except CheckpointError as error:
         raise OutputError(f"{shown(folder)} is not replaced: {error}") from error
     if not is_model and os.listdir(folder):
-        raise OutputError(f"{shown(folder)} holds no diffusers model but {listing(os.listdir(folder))}: give another name")
+        raise OutputError(
+            f"{shown(folder)} holds no diffusers model but {listing(os.listdir(folder))}: give another name"
+        )
     if foreign:
         raise OutputError(
-            f"{shown(folder)} holds what is no part of a model: {listing(foreign)}: move that elsewhere, or give another name"
+            f"{shown(folder)} holds what is no part of a model: {listing(foreign)}: move that elsewhere, or "
+            "give another name"
         )
 
 
 class AtomicFolder:
     """A folder under way. Use as a context manager; without `commit()` nothing remains of it.
 
-    `files` maps the relative paths (with ``/``) of the files it is to hold to their sizes in bytes, which are reserved, or
-    to their whole contents, which are written at once. `path_of` tells where a file lies meanwhile, to be opened by as many
-    writers as it takes. `target` comes from `check_output_folder`. `swept` tells which leftovers of killed processes were
-    found beside it.
+    `files` maps the relative paths (with ``/``) of the files it is to hold to their sizes in bytes, which are
+    reserved, or to their whole contents, which are written at once. `path_of` tells where a file lies
+    meanwhile, to be opened by as many writers as it takes. `target` comes from `check_output_folder`. `swept`
+    tells which leftovers of killed processes were found beside it.
 
-    Raises OutputError when the folder cannot be written, has not enough space, or is to hold a file outside itself.
+    Raises OutputError when the folder cannot be written, has not enough space, or is to hold a file outside
+    itself.
     """
 
     def __init__(self, target: Path, files: Mapping[str, int | bytes], *, overwrite: bool = False) -> None:
@@ -116,8 +130,8 @@ class AtomicFolder:
     def commit(self) -> None:
         """Cut the files to their sizes, flush them to the disk and give the folder its name.
 
-        Raises OutputError when that fails, when something of that name has appeared meanwhile, and when a folder that is to be
-        replaced has got other things in it than a model.
+        Raises OutputError when that fails, when something of that name has appeared meanwhile, and when a
+        folder that is to be replaced has got other things in it than a model.
         """
         temp = self._at(disk.TEMP)
         try:
@@ -159,8 +173,15 @@ class AtomicFolder:
     def _create(self, name: str, content: int | bytes) -> None:
         inside = PurePosixPath(name)
         # Component names come from files that may be hostile.
-        if not inside.name or inside.is_absolute() or ".." in inside.parts or any(mark in name for mark in "\\:\0"):
-            raise OutputError(f"cannot write {shown(self.target)}: '{shown(name)}' is no name for a file in a folder")
+        if (
+            not inside.name
+            or inside.is_absolute()
+            or ".." in inside.parts
+            or any(mark in name for mark in "\\:\0")
+        ):
+            raise OutputError(
+                f"cannot write {shown(self.target)}: '{shown(name)}' is no name for a file in a folder"
+            )
         path = self.path_of(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -189,7 +210,9 @@ class AtomicFolder:
 
     def _failed(self, error: OSError) -> OutputError:
         if isinstance(error, FileExistsError) or error.errno in (errno.ENOTEMPTY, errno.ENOTDIR):
-            return OutputError(f"{shown(self.target)} has appeared meanwhile: give another name, or overwrite (--overwrite)")
+            return OutputError(
+                f"{shown(self.target)} has appeared meanwhile: give another name, or overwrite (--overwrite)"
+            )
         return OutputError(f"cannot write {shown(self.target)}: {reason(error)}")
 
 

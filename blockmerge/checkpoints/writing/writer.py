@@ -1,8 +1,8 @@
 """The atomic writer: a new file appears under its name complete and safe on the disk, or not at all.
 
-The data goes into a temp file beside the target, with its space reserved before any work is done; when it is complete
-it is flushed to the disk and renamed. A process that is killed leaves its temp file behind, but unlocked: the next
-writer in that folder finds it and removes it.
+The data goes into a temp file beside the target, with its space reserved before any work is done; when it is
+complete it is flushed to the disk and renamed. A process that is killed leaves its temp file behind, but
+unlocked: the next writer in that folder finds it and removes it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from blockmerge.checkpoints.writing import disk
 from blockmerge.errors import OutputError, reason, shown
 
 
-def check_output(path: str | os.PathLike[str], inputs: Iterable[Path] = (), *, overwrite: bool = False) -> Path:
+def check_output(
+    path: str | os.PathLike[str], inputs: Iterable[Path] = (), *, overwrite: bool = False
+) -> Path:
     """Return where the output will really lie (a symlink at `path` stays one; its target is written).
 
-    Raises OutputError when it exists and `overwrite` is false, when it is one of the `inputs` (also through a symlink or
-    a hard link), when it is no regular file, or its folder is missing.
+    Raises OutputError when it exists and `overwrite` is false, when it is one of the `inputs` (also through a
+    symlink or a hard link), when it is no regular file, or its folder is missing.
     """
     try:
         target = Path(os.path.realpath(path))
@@ -49,8 +51,8 @@ def check_output(path: str | os.PathLike[str], inputs: Iterable[Path] = (), *, o
 class AtomicFile:
     """A file under way. Use as a context manager; without `commit()` nothing remains of it.
 
-    `path` is the temp file, to be opened by as many writers as it takes, with `size` bytes reserved. `target` comes
-    from `check_output`. `swept` tells which leftovers of killed processes were found in the folder.
+    `path` is the temp file, to be opened by as many writers as it takes, with `size` bytes reserved. `target`
+    comes from `check_output`. `swept` tells which leftovers of killed processes were found in the folder.
 
     Raises OutputError when the folder cannot be written or has not enough space.
     """
@@ -81,7 +83,9 @@ class AtomicFile:
         self.discard()
 
     def path_of(self, name: str) -> Path:
-        """Where the data goes; the name tells nothing here, there is one file (`AtomicFolder` has several)."""
+        """Where the data goes; the name tells nothing here, there is one file (`AtomicFolder` has
+        several).
+        """
         return self.path
 
     def commit(self) -> None:
@@ -109,7 +113,8 @@ class AtomicFile:
             disk.unlock_and_remove(self.path, self._file)
             self._file = None
         elif self.path != self.target:
-            # An error here must not hide the one that led here, and after a rename there is nothing left to lose.
+            # An error here must not hide the one that led here, and after a rename there is nothing left to
+            # lose.
             with contextlib.suppress(OSError):
                 self.path.unlink(missing_ok=True)
 
@@ -130,5 +135,7 @@ class AtomicFile:
 
     def _failed(self, error: OSError) -> OutputError:
         if isinstance(error, FileExistsError):
-            return OutputError(f"{shown(self.target)} has appeared meanwhile: give another name, or overwrite (--overwrite)")
+            return OutputError(
+                f"{shown(self.target)} has appeared meanwhile: give another name, or overwrite (--overwrite)"
+            )
         return OutputError(f"cannot write {shown(self.target)}: {reason(error)}")

@@ -1,8 +1,8 @@
 """What becomes of every tensor: the policies, applied to names, dtypes and shapes alone.
 
-Files and state dicts share this, so that both merge alike. Everything is decided under LDM names, whatever the models'
-own; the last step gives each tensor the place and the name that it has in the output. What it decides is in
-`docs/policies.md`.
+Files and state dicts share this, so that both merge alike. Everything is decided under LDM names, whatever
+the models' own; the last step gives each tensor the place and the name that it has in the output. What it
+decides is in `docs/policies.md`.
 """
 
 from __future__ import annotations
@@ -60,10 +60,11 @@ FIRST_CONVOLUTION = UNET_PREFIX + "input_blocks.0.0.weight"
 class Decision:
     """What becomes of one tensor of the output.
 
-    `name` is its name in the output, `ldm` the LDM tensor that it is or is a part of, and `key` what the sources' views
-    call it. `sources` are the models it is read from (0 = A, 1 = B, …, VAE_FILE). With `alpha` it is computed by the
-    method, without it is the one source's, cast to `dtype` where that differs; with `literal` it is those bytes. `wider`
-    is the model whose additional input channels are kept, where only the first four are merged; `change` is what `adjust` does.
+    `name` is its name in the output, `ldm` the LDM tensor that it is or is a part of, and `key` what the
+    sources' views call it. `sources` are the models it is read from (0 = A, 1 = B, …, VAE_FILE). With `alpha`
+    it is computed by the method, without it is the one source's, cast to `dtype` where that differs; with
+    `literal` it is those bytes. `wider` is the model whose additional input channels are kept, where only the
+    first four are merged; `change` is what `adjust` does.
     """
 
     name: str
@@ -83,8 +84,8 @@ class Decision:
 class Decisions:
     """All tensors of the output in A's order, then what only others have; counts and notes.
 
-    `views` are the sources under the output's names, `ldm` the models under LDM's, which methods that look at more than
-    single elements are defined on.
+    `views` are the sources under the output's names, `ldm` the models under LDM's, which methods that look at
+    more than single elements are defined on.
     """
 
     tensors: tuple[Decision, ...]
@@ -112,10 +113,12 @@ def decide(
     naming: str | None = None,
     folder: bool = False,
 ) -> Decisions:
-    """Apply the policies; the output has the names of `naming`, by default A's, and is one file or dict, or a `folder`.
+    """Apply the policies; the output has the names of `naming`, by default A's, and is one file or dict, or a
+    `folder`.
 
-    Raises IncompatibleModelsError, naming the first few tensors and counting the rest, when U-Nets hold different
-    tensors, or floats in one model only, when shapes differ, or the VAE that was asked for is not there.
+    Raises IncompatibleModelsError, naming the first few tensors and counting the rest, when U-Nets hold
+    different tensors, or floats in one model only, when shapes differ, or the VAE that was asked for is not
+    there.
     """
     return _Judge(models, recipe, weights, beta, naming or models[0].anatomy.naming, folder).decide()
 
@@ -140,8 +143,12 @@ class _Judge:
 
     def decide(self) -> Decisions:
         _check_kinds(self.models)
-        if self.recipe.ema == "use" and not any(plain_names_of_ema(model.source.tensors) for model in self.models):
-            raise IncompatibleModelsError(f"no EMA copies to use in {self._names()}: leave out ema='use' (--ema use)")
+        if self.recipe.ema == "use" and not any(
+            plain_names_of_ema(model.source.tensors) for model in self.models
+        ):
+            raise IncompatibleModelsError(
+                f"no EMA copies to use in {self._names()}: leave out ema='use' (--ema use)"
+            )
         self.family = self.models[0].anatomy.family.name
         self.views: dict[int, View] = {number: model.ldm for number, model in enumerate(self.models)}
         self.notes += _same_files(self.models)
@@ -156,7 +163,9 @@ class _Judge:
         if self.recipe.adjust:
             decisions = list(map(self._adjusted, decisions))
         if self.faults:
-            raise IncompatibleModelsError(f"{self._names()} cannot be merged: {listing(self.faults, width=300)}")
+            raise IncompatibleModelsError(
+                f"{self._names()} cannot be merged: {listing(self.faults, width=300)}"
+            )
         self._describe(decisions)
         counts = self._counts(decisions)
         if self.naming == "diffusers":
@@ -165,7 +174,8 @@ class _Judge:
         counts = replace(counts, written=len(decisions))
         return Decisions(tuple(self._spelled(decisions)), self.views, ldm, counts, tuple(self.notes))
 
-    # -- one tensor -----------------------------------------------------------------------------------------------
+    # -- one tensor
+    # -----------------------------------------------------------------------------------------------
 
     def _decide_one(self, name: str) -> Decision | None:
         component = component_of(name)
@@ -177,7 +187,11 @@ class _Judge:
             self.pruned.append(name)
             return self._leave_out()
         if component == "vae" and self.vae_source is not None:
-            return self._take(name, self.vae_source) if name in self.views[self.vae_source].tensors else self._leave_out()
+            return (
+                self._take(name, self.vae_source)
+                if name in self.views[self.vae_source].tensors
+                else self._leave_out()
+            )
         if is_prediction_marker(name):
             return self._take(name, 0, fixed_dtype=True) if 0 in holders else self._leave_out()
         if is_position_ids(name):
@@ -216,14 +230,18 @@ class _Judge:
         shape = shapes[wider or 0]
         if source is not None:
             return Decision(name, name, name, dtype, shape, (source,), wider=wider)
-        return Decision(name, name, name, dtype, shape, tuple(range(len(self.models))), alpha, beta, wider=wider)
+        return Decision(
+            name, name, name, dtype, shape, tuple(range(len(self.models))), alpha, beta, wider=wider
+        )
 
     def _adjusted(self, decision: Decision) -> Decision:
         if decision.dtype not in FLOAT_DTYPES:
             return decision
         change = self.recipe.adjust.for_tensor(decision.ldm, self.family)
         if change and change.shift and decision.shape != (len(change.shift),):
-            self.faults.append(f"{shown(decision.ldm)} (shape {list(decision.shape)}: adjust sets the colours of 4 channels)")
+            self.faults.append(
+                f"{shown(decision.ldm)} (shape {list(decision.shape)}: adjust sets the colours of 4 channels)"
+            )
         return replace(decision, change=change)
 
     def _take(self, name: str, source: int, *, fixed_dtype: bool = False) -> Decision:
@@ -251,11 +269,13 @@ class _Judge:
         if fault_of_position_ids(self.views[source], name) is not None:
             self.restored.append(name)
         elif self.recipe.method is not None or decision.dtype not in FLOAT_DTYPES:
-            return decision  # exact floats do no harm, and a merge has no business with them; converting puts them right
+            # Exact floats do no harm, and a merge has no business with them; converting puts them right.
+            return decision
         literal = struct.pack(f"<{POSITIONS}q", *range(POSITIONS))
         return replace(decision, dtype="I64", shape=(1, POSITIONS), sources=(), literal=literal)
 
-    # -- the models as wholes -------------------------------------------------------------------------------------
+    # -- the models as wholes
+    # -------------------------------------------------------------------------------------
 
     def _names(self) -> str:
         *first, last = [shown(model.name) for model in self.models]
@@ -275,13 +295,17 @@ class _Judge:
             raise IncompatibleModelsError(f"these models cannot be merged: {'; '.join(lacking)}")
 
     def _choose_vae(self) -> int | None:
-        """Return the model that the VAE is taken from as a whole, or None where it follows BASE like all else."""
+        """Return the model that the VAE is taken from as a whole, or None where it follows BASE like all
+        else.
+        """
         vae = self.recipe.vae
         has_vae = [number for number, model in enumerate(self.models) if "vae" in model.components]
         if isinstance(vae, str) and vae in _letters(self.models):
             number = _letters(self.models).index(vae)
             if number not in has_vae:
-                raise IncompatibleModelsError(f"{shown(self.models[number].name)} has no VAE: give another as vae (--vae)")
+                raise IncompatibleModelsError(
+                    f"{shown(self.models[number].name)} has no VAE: give another as vae (--vae)"
+                )
             return number
         if vae == "blend" or vae == "auto":
             if len(has_vae) < 2:
@@ -291,7 +315,9 @@ class _Judge:
                 return None
             weight_one_is_b = self.recipe.merge_method.copies(1.0, 0.0) == 1
             chosen = has_vae[1] if weight_one_is_b and base is not None and base > 0.5 else has_vae[0]
-            self.notes.append(f"the VAE is taken whole from {shown(self.models[chosen].name)} (--vae blend would blend it)")
+            self.notes.append(
+                f"the VAE is taken whole from {shown(self.models[chosen].name)} (--vae blend would blend it)"
+            )
             return chosen
         return self._open_vae_file()
 
@@ -299,25 +325,40 @@ class _Judge:
         try:
             checkpoint = open_checkpoint(self.recipe.vae)
         except CheckpointError as error:
-            choices = "" if self.recipe.method is None else ", ".join(("auto", *_letters(self.models), "blend", ""))
+            choices = (
+                "" if self.recipe.method is None else ", ".join(("auto", *_letters(self.models), "blend", ""))
+            )
             raise CheckpointError(f"{error}; vae (--vae) takes {choices}a file or a folder") from error
         view = vae_view(checkpoint)
         shapes = {name: info.shape for name, info in view.tensors.items()}
         gaps = layout_gaps(shapes, self.family, "vae")
         if gaps.missing:
-            raise IncompatibleModelsError(f"{shown(checkpoint.name)} is no complete VAE: it lacks {listing(gaps.missing)}")
-        of_models = {name: info.shape for model in reversed(self.models) for name, info in model.tensors.items()}
-        wrong = [name for name, shape in shapes.items() if name in gaps.misshapen or of_models.get(name, shape) != shape]
+            raise IncompatibleModelsError(
+                f"{shown(checkpoint.name)} is no complete VAE: it lacks {listing(gaps.missing)}"
+            )
+        of_models = {
+            name: info.shape for model in reversed(self.models) for name, info in model.tensors.items()
+        }
+        wrong = [
+            name
+            for name, shape in shapes.items()
+            if name in gaps.misshapen or of_models.get(name, shape) != shape
+        ]
         if wrong:
-            raise IncompatibleModelsError(f"{shown(checkpoint.name)} is a VAE of another shape: {listing(wrong)}")
+            raise IncompatibleModelsError(
+                f"{shown(checkpoint.name)} is a VAE of another shape: {listing(wrong)}"
+            )
         self.views[VAE_FILE] = view
         name = checkpoint.name
-        if isinstance(checkpoint, DiffusersFolder) and "" in checkpoint.components:  # the folder of a VAE alone is called "vae"
+        if (
+            isinstance(checkpoint, DiffusersFolder) and "" in checkpoint.components
+        ):  # the folder of a VAE alone is called "vae"
             name = os.path.join(os.path.basename(os.path.dirname(os.path.abspath(checkpoint.path))), name)
         self.notes.append(f"the VAE is {shown(name)}")
         return VAE_FILE
 
-    # -- the output's naming --------------------------------------------------------------------------------------
+    # -- the output's naming
+    # --------------------------------------------------------------------------------------
 
     def _has_place(self, name: str) -> bool:
         if self.naming == "ldm":
@@ -325,14 +366,23 @@ class _Judge:
         return "/" in name or bool(relation_of(name, self.family).diffusers)
 
     def _in_diffusers(self, decisions: Sequence[Decision]) -> list[Decision]:
-        """The same under diffusers' names: most tensors become one, some three, all read through the sources' other views."""
-        source_of_vae = {VAE_FILE: vae_view(self.views[VAE_FILE].checkpoint, "diffusers")} if VAE_FILE in self.views else {}
+        """The same under diffusers' names: most tensors become one, some three, all read through the sources'
+        other views.
+        """
+        source_of_vae = (
+            {VAE_FILE: vae_view(self.views[VAE_FILE].checkpoint, "diffusers")}
+            if VAE_FILE in self.views
+            else {}
+        )
         self.views = {**{n: model.view("diffusers") for n, model in enumerate(self.models)}, **source_of_vae}
         placed: dict[str, Decision] = {}
         doubles = []
-        # A part that lacks its others keeps its own name; where another model has the whole, that goes first and wins.
+        # A part that lacks its others keeps its own name; where another model has the whole, that goes first
+        # and wins.
         for decision in sorted(decisions, key=lambda decision: "/" in decision.ldm):
-            relation = Relation((decision.ldm,)) if "/" in decision.ldm else relation_of(decision.ldm, self.family)
+            relation = (
+                Relation((decision.ldm,)) if "/" in decision.ldm else relation_of(decision.ldm, self.family)
+            )
             for place in relation.diffusers:
                 shape = decision.shape
                 if decision.sources and decision.wider is None:
@@ -343,10 +393,16 @@ class _Judge:
                     placed[place] = replace(decision, name=place, key=place, shape=shape)
         if doubles:
             self.notes.append(
-                f"{counted(len(doubles), 'tensor')} left out, since the output has others of that name ({listing(doubles)})"
+                f"{counted(len(doubles), 'tensor')} left out, since the output has others of that name "
+                f"({listing(doubles)})"
             )
-        of_a = self.views[0].tensors  # A's order again: the parts of joined tensors do not stand side by side in every file
-        return sorted(placed.values(), key=lambda decision: of_a[decision.key].offset if decision.key in of_a else sys.maxsize)
+        of_a = self.views[
+            0
+        ].tensors  # A's order again: the parts of joined tensors do not stand side by side in every file
+        return sorted(
+            placed.values(),
+            key=lambda decision: of_a[decision.key].offset if decision.key in of_a else sys.maxsize,
+        )
 
     def _spelled(self, decisions: Sequence[Decision]) -> Sequence[Decision]:
         """A's spelling where the output is a U-Net alone; else the full names, which every loader accepts."""
@@ -358,13 +414,20 @@ class _Judge:
             prefix = UNET_PREFIX if self.naming == "ldm" else DIFFUSERS_UNET_PREFIX
             return [replace(decision, name=decision.name.removeprefix(prefix)) for decision in decisions]
         if self.naming == "ldm":
-            self.notes.append(f"the U-Net's names get the prefix {UNET_PREFIX}, as a file with more than a U-Net needs it")
+            self.notes.append(
+                f"the U-Net's names get the prefix {UNET_PREFIX}, as a file with more than a U-Net needs it"
+            )
         return decisions
 
-    # -- afterwards -----------------------------------------------------------------------------------------------
+    # -- afterwards
+    # -----------------------------------------------------------------------------------------------
 
     def _counts(self, decisions: Sequence[Decision]) -> Counts:
-        taken = Counter(decision.sources[0] for decision in decisions if len(decision.sources) == 1 and decision.alpha is None)
+        taken = Counter(
+            decision.sources[0]
+            for decision in decisions
+            if len(decision.sources) == 1 and decision.alpha is None
+        )
         return Counts(
             computed=sum(len(decision.sources) != 1 or decision.alpha is not None for decision in decisions),
             from_a=taken[0],
@@ -378,33 +441,48 @@ class _Judge:
     def _describe(self, decisions: Sequence[Decision]) -> None:
         self._describe_components()
         for holders, names in self.only_in.items():
-            first, only = shown(self.models[holders[0]].name), ", ".join(shown(self.models[n].name) for n in holders)
+            first, only = (
+                shown(self.models[holders[0]].name),
+                ", ".join(shown(self.models[n].name) for n in holders),
+            )
             whence = "there" if len(holders) == 1 else first
-            self.notes.append(f"{_tensors_are(len(names))} only in {only} and copied from {whence} ({listing(names)})")
+            self.notes.append(
+                f"{_tensors_are(len(names))} only in {only} and copied from {whence} ({listing(names)})"
+            )
         if self.homeless:
             where = "a diffusers folder" if self.naming == "diffusers" else "a file in LDM names"
             self.notes.append(
-                f"{counted(len(self.homeless), 'tensor')} left out, which {where} has no place for ({listing(self.homeless)})"
+                f"{counted(len(self.homeless), 'tensor')} left out, which {where} has no place for "
+                f"({listing(self.homeless)})"
             )
         if self.pruned:
-            self.notes.append(f"{counted(len(self.pruned), 'tensor')} left out, which no loader needs ({listing(self.pruned)})")
+            self.notes.append(
+                f"{counted(len(self.pruned), 'tensor')} left out, which no loader needs "
+                f"({listing(self.pruned)})"
+            )
         if self.counted["kept"]:
             kept = _tensors_are(self.counted["kept"], "integer or schedule tensor")
             self.notes.append(f"{kept} copied from {shown(self.models[0].name)}")
         if self.mixed:
             self.notes.append(
-                f"{_tensors_are(len(self.mixed))} of floats in some models only, and copied from the first that has them "
+                f"{_tensors_are(len(self.mixed))} of floats in some models only, and copied from the first "
+                "that has them "
                 f"({listing(self.mixed, width=300)})"
             )
         if self.restored:
             self.notes.append(f"broken position_ids restored to 0, 1, 2, … ({listing(self.restored)})")
         if idle := self.rules.idle(self.ruled):
             self.notes.append(
-                f"{counted(len(idle), 'element rule')} without effect, since no merged tensor fits: {listing(idle)}"
+                f"{counted(len(idle), 'element rule')} without effect, since no merged tensor fits: "
+                f"{listing(idle)}"
             )
         self._describe_markers()
         for which, weights in (("weights", self.weights), ("weights for beta", self.beta)):
-            if outside := [block for block, weight in (weights or {}).items() if weight is not None and not 0 <= weight <= 1]:
+            if outside := [
+                block
+                for block, weight in (weights or {}).items()
+                if weight is not None and not 0 <= weight <= 1
+            ]:
                 self.notes.append(f"{which} outside 0 to 1 go beyond the models: {listing(outside)}")
         casts = Counter(
             (self.views[source].tensors[decision.key].dtype, decision.dtype)
@@ -416,9 +494,13 @@ class _Judge:
             self.notes.append(f"{_tensors_are(count)} converted from {given} to {wanted}")
 
     def _describe_components(self) -> None:
-        for component in sorted(set[str]().union(*(model.components for model in self.models)) - {"other", "unet"}):
+        for component in sorted(
+            set[str]().union(*(model.components for model in self.models)) - {"other", "unet"}
+        ):
             holders = [model for model in self.models if component in model.components]
-            if len(holders) == len(self.models) or (component == "vae" and (self.vae_source == VAE_FILE or len(holders) > 1)):
+            if len(holders) == len(self.models) or (
+                component == "vae" and (self.vae_source == VAE_FILE or len(holders) > 1)
+            ):
                 continue
             stale = ", as it was: it does not follow the merge" if component == "ema" else ""
             title = TITLES.get(component, component)
@@ -427,12 +509,18 @@ class _Judge:
             self.notes.append(f"the {title} is only in {only} and copied from {whence}{stale}")
         for model in self.models:
             if model.ema_tensors:
-                is_stale = self.recipe.method is not None and any(component_of(name) == "unet" for name in model.source.tensors)
+                is_stale = self.recipe.method is not None and any(
+                    component_of(name) == "unet" for name in model.source.tensors
+                )
                 left_out = f"left out {counted(len(model.ema_tensors), 'EMA tensor')} of {shown(model.name)}"
-                self.notes.append(f"{left_out}{', which would be stale' if is_stale else ''} ({listing(model.ema_tensors)})")
+                self.notes.append(
+                    f"{left_out}{', which would be stale' if is_stale else ''} ({listing(model.ema_tensors)})"
+                )
 
     def _describe_markers(self) -> None:
-        markers = [sorted(name for name in model.tensors if is_prediction_marker(name)) for model in self.models]
+        markers = [
+            sorted(name for name in model.tensors if is_prediction_marker(name)) for model in self.models
+        ]
         if all(found == markers[0] for found in markers):
             return
         said = [
@@ -440,7 +528,8 @@ class _Judge:
             for m, found in zip(self.models, markers, strict=True)
         ]
         self.notes.append(
-            f"warning: prediction markers differ ({'; '.join(said)}): U-Nets of different prediction types do not blend"
+            f"warning: prediction markers differ ({'; '.join(said)}): U-Nets of different prediction types "
+            "do not blend"
         )
 
 
@@ -469,13 +558,16 @@ def _check_kinds(models: Sequence[Model]) -> None:
         ours, theirs = first.anatomy, other.anatomy
         if ours.family != theirs.family:
             raise IncompatibleModelsError(
-                f"{shown(first.name)} is {ours.family.title} and {shown(other.name)} is {theirs.family.title}: "
+                f"{shown(first.name)} is {ours.family.title} and {shown(other.name)} is "
+                f"{theirs.family.title}: "
                 "only models of one family can be merged"
             )
 
 
 def _wider_first_convolution(name: str, shapes: Sequence[tuple[int, ...]]) -> int | None:
-    """Return the first model with additional input channels in the U-Net's first convolution, or None for any other case."""
+    """Return the first model with additional input channels in the U-Net's first convolution, or None for any
+    other case.
+    """
     if name != FIRST_CONVOLUTION or any(len(shape) != 4 for shape in shapes):
         return None
     if len({(shape[0], *shape[2:]) for shape in shapes}) > 1:

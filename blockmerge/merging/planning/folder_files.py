@@ -1,4 +1,6 @@
-"""What makes a diffusers folder of the tensors of a merge: its weight files, cut into shards, and all that lies beside them."""
+"""What makes a diffusers folder of the tensors of a merge: its weight files, cut into shards, and all that
+lies beside them.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,24 @@ from blockmerge.checkpoints import (
     TensorInfo,
     open_checkpoint,
 )
-from blockmerge.errors import CheckpointError, IncompatibleModelsError, UnknownFamilyError, listing, reason, shown
+from blockmerge.errors import (
+    CheckpointError,
+    IncompatibleModelsError,
+    UnknownFamilyError,
+    listing,
+    reason,
+    shown,
+)
 from blockmerge.merging.planning.decisions import Decision
 
 SHARD_BYTES = 10_000_000_000
 """The largest weight file in a folder, as diffusers itself cuts them ("10GB")."""
 
 _SCHEDULER = "scheduler/scheduler_config.json"
-_GUESSED = "nothing tells whether this SD2 model predicts v or noise: scheduler_config.json says v_prediction, as of SD2.1 at 768"
+_GUESSED = (
+    "nothing tells whether this SD2 model predicts v or noise: scheduler_config.json says "
+    "v_prediction, as of SD2.1 at 768"
+)
 _TEXT = ("hidden_size", "num_hidden_layers")
 _STRUCTURE = {
     "unet": ("in_channels", "block_out_channels", "cross_attention_dim", "addition_embed_type"),
@@ -36,8 +48,12 @@ _STRUCTURE = {
 _TRANSFORMERS_STEM, _DIFFUSERS_STEM = "model", "diffusion_pytorch_model"
 
 
-def split_folder(decisions: Sequence[Decision], models: Sequence[Model]) -> tuple[dict[str, list[Decision]], dict[str, bytes]]:
-    """Return {weight file: its tensors}, and {index file: its bytes} for the components that take several files."""
+def split_folder(
+    decisions: Sequence[Decision], models: Sequence[Model]
+) -> tuple[dict[str, list[Decision]], dict[str, bytes]]:
+    """Return {weight file: its tensors}, and {index file: its bytes} for the components that take several
+    files.
+    """
     components: dict[str, list[Decision]] = {}
     for decision in decisions:
         components.setdefault(decision.name.partition("/")[0], []).append(decision)
@@ -64,32 +80,45 @@ def folder_files(
 ) -> tuple[dict[str, bytes], list[str]]:
     """Return {path: bytes} of all that lies beside the weights, and notes for the user.
 
-    Configs, tokenizers and scheduler come from the folder `configs`, else from the first model that is a folder; what none
-    of them has, or has for other tensors, is worked out from shapes. What A's markers and metadata say of its prediction goes
-    before another folder's scheduler. Raises CheckpointError when files cannot be read, IncompatibleModelsError when a
-    component is too incomplete to have a config, or `configs` is of another kind of model.
+    Configs, tokenizers and scheduler come from the folder `configs`, else from the first model that is a
+    folder; what none of them has, or has for other tensors, is worked out from shapes. What A's markers and
+    metadata say of its prediction goes before another folder's scheduler. Raises CheckpointError when files
+    cannot be read, IncompatibleModelsError when a component is too incomplete to have a config, or `configs`
+    is of another kind of model.
     """
     known = _known_prediction(models[0], anatomy)
     guessed = not known and (anatomy.family.name, anatomy.variant) == ("sd2", "base")
     try:
         made = folder_configs(
-            {d.key: d.shape for d in decisions}, anatomy.family.name, **({"prediction": "v_prediction"} if guessed else known)
+            {d.key: d.shape for d in decisions},
+            anatomy.family.name,
+            **({"prediction": "v_prediction"} if guessed else known),
         )
     except UnknownFamilyError as error:
-        raise IncompatibleModelsError(f"{shown(models[0].name)} cannot become a diffusers folder: it {error}") from None
+        raise IncompatibleModelsError(
+            f"{shown(models[0].name)} cannot become a diffusers folder: it {error}"
+        ) from None
     source = _folder_of_configs(models, configs)
     if source is None:
-        notes = ["a single file holds no tokenizers: the new folder has none (--configs FOLDER takes them from another)"]
+        notes = [
+            "a single file holds no tokenizers: the new folder has none (--configs FOLDER takes them from "
+            "another)"
+        ]
         return {path: _json(content) for path, content in made.items()}, notes + [_GUESSED] * guessed
     components = {decision.name.partition("/")[0] for decision in decisions}
     carried = {
-        path: data for path, data in _carried(source).items() if path.count("/") == 0 or _belongs(path, components, source)
+        path: data
+        for path, data in _carried(source).items()
+        if path.count("/") == 0 or _belongs(path, components, source)
     }
     differing = _differing(carried, made)
-    faults = [f"{path} says {key} {values}" for (path, key), values in differing.items() if key != "in_channels"]
+    faults = [
+        f"{path} says {key} {values}" for (path, key), values in differing.items() if key != "in_channels"
+    ]
     if faults and configs is not None:
         raise IncompatibleModelsError(
-            f"{shown(source.name)} has configs of another kind of model than {shown(models[0].name)} ({listing(faults)}): "
+            f"{shown(source.name)} has configs of another kind of model than {shown(models[0].name)} "
+            f"({listing(faults)}): "
             f"give a folder of {anatomy.family.title}"
         )
     fitting = {path: data for path, data in carried.items() if path not in {unfit for unfit, _ in differing}}
@@ -100,7 +129,11 @@ def folder_files(
         scheduler = _scheduler(files[_SCHEDULER], made[_SCHEDULER], prediction_settings(**known))
         if scheduler != _parsed(files[_SCHEDULER]):
             files[_SCHEDULER] = _json(scheduler)
-            index["scheduler"] = ["diffusers", scheduler["_class_name"]] if scheduler is made[_SCHEDULER] else index["scheduler"]
+            index["scheduler"] = (
+                ["diffusers", scheduler["_class_name"]]
+                if scheduler is made[_SCHEDULER]
+                else index["scheduler"]
+            )
             what = f"{scheduler['prediction_type']}, as {shown(models[0].name)} is marked"
             notes.append(f"scheduler_config.json says {what}; that of {shown(source.name)} says otherwise")
     files["model_index.json"] = _json(index)
@@ -108,20 +141,25 @@ def folder_files(
 
 
 def notes_of_single_file(a: Model) -> list[str]:
-    """What a single file cannot say of A, as notes for the user. Raises CheckpointError when A's configs cannot be read."""
+    """What a single file cannot say of A, as notes for the user. Raises CheckpointError when A's configs
+    cannot be read.
+    """
     if not (_is_pipeline(a.source) and _SCHEDULER in a.source.carried):
         return []
     prediction = (_parsed(_read(a.source, _SCHEDULER)) or {}).get("prediction_type", "epsilon")
     if prediction == "epsilon":
         return []
     return [
-        f"warning: {shown(a.name)} predicts {shown(prediction)}, as its scheduler_config.json says, which a single file has no "
+        f"warning: {shown(a.name)} predicts {shown(prediction)}, as its scheduler_config.json says, which a "
+        "single file has no "
         f"place for: set that in the program that loads it"
     ]
 
 
 def _known_prediction(a: Model, anatomy: Anatomy) -> dict[str, Any]:
-    """What the U-Net predicts, as markers and metadata of a file tell it: arguments of `prediction_settings`, or none."""
+    """What the U-Net predicts, as markers and metadata of a file tell it: arguments of `prediction_settings`,
+    or none.
+    """
     markers = {name for name in a.tensors if is_prediction_marker(name)}
     if "v_pred" in markers:
         return {"prediction": "v_prediction", "zero_snr": "ztsnr" in markers}
@@ -134,7 +172,9 @@ def _known_prediction(a: Model, anatomy: Anatomy) -> dict[str, Any]:
 
 
 def _scheduler(carried: bytes, made: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """A carried scheduler with what the model decides, or the one that is made where that cannot be had of it."""
+    """A carried scheduler with what the model decides, or the one that is made where that cannot be had of
+    it.
+    """
     config = _parsed(carried) or made
     if "rescale_betas_zero_snr" in settings and config.get("_class_name") == "PNDMScheduler":
         return made
@@ -145,7 +185,9 @@ def _folder_of_configs(models: Sequence[Model], configs: CheckpointLike | None) 
     if configs is not None:
         found: Checkpoint = open_checkpoint(configs)
         if not _is_pipeline(found):
-            raise CheckpointError(f"{shown(found.name)} is no diffusers folder, so there are no configs to take from it")
+            raise CheckpointError(
+                f"{shown(found.name)} is no diffusers folder, so there are no configs to take from it"
+            )
         return found
     return next((model.source for model in models if _is_pipeline(model.source)), None)
 
@@ -163,7 +205,8 @@ def _carried(source: DiffusersFolder) -> dict[str, bytes]:
         size += len(files[path])
         if size > LARGEST_CARRIED:
             raise CheckpointError(
-                f"{shown(source.path)}: its configs and tokenizers have more than {LARGEST_CARRIED // 10**6} MB, which no model "
+                f"{shown(source.path)}: its configs and tokenizers have more than {LARGEST_CARRIED // 10**6} "
+                "MB, which no model "
                 f"needs: take out what is none of them"
             )
     return files
@@ -177,13 +220,19 @@ def _read(source: DiffusersFolder, path: str) -> bytes:
 
 
 def _belongs(path: str, components: set[str], source: DiffusersFolder) -> bool:
-    """Whether a file's folder is one without weights, as a tokenizer's, or that of a component that the output has."""
+    """Whether a file's folder is one without weights, as a tokenizer's, or that of a component that the
+    output has.
+    """
     folder = path.partition("/")[0]
     return folder in components or folder not in source.components
 
 
-def _differing(carried: Mapping[str, bytes], made: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], str]:
-    """{(config, key): both values} for all that makes carried configs those of other tensors than the output's."""
+def _differing(
+    carried: Mapping[str, bytes], made: Mapping[str, Mapping[str, Any]]
+) -> dict[tuple[str, str], str]:
+    """{(config, key): both values} for all that makes carried configs those of other tensors than the
+    output's.
+    """
     found = {}
     for component, keys in _STRUCTURE.items():
         path = f"{component}/config.json"
@@ -191,11 +240,15 @@ def _differing(carried: Mapping[str, bytes], made: Mapping[str, Mapping[str, Any
             continue
         config = _parsed(carried[path]) or {}
         pairs = {key: (config.get(key), made[path].get(key)) for key in keys}
-        found.update({(path, key): f"{json.dumps(a)}, not {json.dumps(b)}" for key, (a, b) in pairs.items() if a != b})
+        found.update(
+            {(path, key): f"{json.dumps(a)}, not {json.dumps(b)}" for key, (a, b) in pairs.items() if a != b}
+        )
     return found
 
 
-def _index(data: bytes, made: Mapping[str, Any], components: set[str], source: DiffusersFolder) -> dict[str, Any]:
+def _index(
+    data: bytes, made: Mapping[str, Any], components: set[str], source: DiffusersFolder
+) -> dict[str, Any]:
     """model_index.json with exactly the components that the folder has."""
     index = _parsed(data) or dict(made)
     for part, entry in made.items():

@@ -10,7 +10,8 @@ RECIPE_KEY = "blockmerge.recipe"
 
 _NO_LONGER_TRUE = ("sshs_", "sd_merge_", "blockmerge.")
 _NO_LONGER_TRUE_KEYS = frozenset(
-    f"modelspec.{key}" for key in ("title", "date", "hash_sha256", "author", "description", "thumbnail", "merged_from")
+    f"modelspec.{key}"
+    for key in ("title", "date", "hash_sha256", "author", "description", "thumbnail", "merged_from")
 )
 
 
@@ -21,5 +22,9 @@ def output_metadata(of_a: Mapping[str, str], recipe: str, family: str) -> dict[s
     """
     faulty = {key for keys in faulty_metadata(of_a, family).values() for key in keys}
     dropped = faulty | _NO_LONGER_TRUE_KEYS
-    kept = {key: value for key, value in of_a.items() if not key.startswith(_NO_LONGER_TRUE) and key not in dropped}
+    kept = {
+        key: value
+        for key, value in of_a.items()
+        if not key.startswith(_NO_LONGER_TRUE) and key not in dropped
+    }
     return {**kept, "format": "pt", RECIPE_KEY: recipe}

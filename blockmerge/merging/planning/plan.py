@@ -1,8 +1,8 @@
 """The plan: what will be done, byte by byte, made from the headers alone.
 
-The output is a sequence of runs, each a stretch of bytes that get the same treatment. Neighbouring tensors join into one
-run where they lie side by side in every file that is read, so that a merge is a few dozen long runs instead of a
-thousand small tensors.
+The output is a sequence of runs, each a stretch of bytes that get the same treatment. Neighbouring tensors
+join into one run where they lie side by side in every file that is read, so that a merge is a few dozen long
+runs instead of a thousand small tensors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ LDM = 1000
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """Where a run reads: a checkpoint by its number in the plan, an offset in bytes, and the dtype found there."""
+    """Where a run reads: a checkpoint by its number in the plan, an offset in bytes, and the dtype found
+    there.
+    """
 
     source: int
     offset: int
@@ -41,8 +43,9 @@ class Operand:
 class Whole:
     """A tensor that its method must see as what it is: the operands' shapes under LDM names.
 
-    `origin` says which part of the result is the output; with `wider`, that operand's additional input channels are kept,
-    and the method sees what all have in common. `rows` says that the first axis may be cut.
+    `origin` says which part of the result is the output; with `wider`, that operand's additional input
+    channels are kept, and the method sees what all have in common. `rows` says that the first axis may be
+    cut.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -69,8 +72,9 @@ class Work:
 class Run:
     """A contiguous stretch of output bytes that get the same treatment.
 
-    `literal` bytes as they are; or one operand copied (dtype ``"U8"`` on both sides) or cast; or with `work` computed from
-    all operands. It may be cut after every `grain` elements. `position` is that of the first element in its tensor.
+    `literal` bytes as they are; or one operand copied (dtype ``"U8"`` on both sides) or cast; or with `work`
+    computed from all operands. It may be cut after every `grain` elements. `position` is that of the first
+    element in its tensor.
     """
 
     start: int
@@ -98,7 +102,12 @@ class Run:
             return False
         if self.work is not None and (self.work.whole is not None or self.work.key is not None):
             return False
-        if (self.start, self.dtype, self.work, len(self.operands)) != (other.stop, other.dtype, other.work, len(other.operands)):
+        if (self.start, self.dtype, self.work, len(self.operands)) != (
+            other.stop,
+            other.dtype,
+            other.work,
+            len(other.operands),
+        ):
             return False
         return all(
             mine.source == theirs.source
@@ -110,7 +119,9 @@ class Run:
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """One file of the output: `path` within a folder, or empty; tensors by the names of decisions, offsets from its start."""
+    """One file of the output: `path` within a folder, or empty; tensors by the names of decisions, offsets
+    from its start.
+    """
 
     path: str
     tensors: Mapping[str, TensorInfo]
@@ -127,7 +138,9 @@ class PlannedFile:
         return all(run.grain == 1 for run in self.runs)
 
     def pieces(self, size: int) -> list[tuple[int, int]]:
-        """Return the stretches (start, stop) that are each written at once: of `size` bytes, or what cannot be cut smaller."""
+        """Return the stretches (start, stop) that are each written at once: of `size` bytes, or what cannot
+        be cut smaller.
+        """
         if self.is_cut_anywhere:
             return [(start, min(start + size, self.size)) for start in range(0, self.size, size)]
         pieces: list[tuple[int, int]] = []
@@ -161,7 +174,9 @@ class Form:
 
 @dataclass(frozen=True)
 class Plan:
-    """A merge, ready to be carried out: the files that are computed and, in a folder, the `small_files` beside them."""
+    """A merge, ready to be carried out: the files that are computed and, in a folder, the `small_files`
+    beside them.
+    """
 
     recipe: Recipe
     anatomy: Anatomy
@@ -211,8 +226,8 @@ def size_of(dtype: str) -> int:
 def make_plan(models: Sequence[Model], recipe: Recipe, form: Form) -> Plan:
     """Plan a merge from the checkpoints' headers. Reads no weights.
 
-    Raises what the recipe, the models or the weights are refused for: RecipeError, WeightsError, UnknownFamilyError,
-    IncompatibleModelsError, CheckpointError.
+    Raises what the recipe, the models or the weights are refused for: RecipeError, WeightsError,
+    UnknownFamilyError, IncompatibleModelsError, CheckpointError.
     """
     family = models[0].anatomy.family.name
     weights, beta = recipe.weights.resolve(family), recipe.beta.resolve(family)
@@ -223,7 +238,9 @@ def make_plan(models: Sequence[Model], recipe: Recipe, form: Form) -> Plan:
     described = recipe.described([source.name for source in sources], weights, beta)
     metadata = output_metadata(sources[0].metadata, json.dumps(described, ensure_ascii=False), family)
     drafter = Drafter(recipe, decided, numbers, family)
-    anatomy = identify({d.key: d.shape for d in decided.tensors if component_of(d.ldm) != "ema"})  # B may have widened it
+    anatomy = identify(
+        {d.key: d.shape for d in decided.tensors if component_of(d.ldm) != "ema"}
+    )  # B may have widened it
     small_files: dict[str, bytes] = {}
     if form.folder:
         shards, indexes = split_folder(decided.tensors, models)
@@ -237,13 +254,17 @@ def make_plan(models: Sequence[Model], recipe: Recipe, form: Form) -> Plan:
     return Plan(recipe, anatomy, weights, beta, numbers, decided, form, tuple(files), small_files)
 
 
-def _plan_file(path: str, decisions: Sequence[Decision], drafter: Drafter, metadata: Mapping[str, str]) -> PlannedFile:
+def _plan_file(
+    path: str, decisions: Sequence[Decision], drafter: Drafter, metadata: Mapping[str, str]
+) -> PlannedFile:
     order = _aligned_order(decisions)
     tensors = _lay_out(order)
     # In a folder, the component is the file's place, not a part of its tensors' names.
     in_file = {name.partition("/")[2] if path else name: info for name, info in tensors.items()}
     header = encode_header(in_file, metadata, PAGE)
-    tensors = {name: TensorInfo(info.dtype, info.shape, len(header) + info.offset) for name, info in tensors.items()}
+    tensors = {
+        name: TensorInfo(info.dtype, info.shape, len(header) + info.offset) for name, info in tensors.items()
+    }
     runs = [Run(0, len(header), "U8", literal=header)]
     for decision in order:
         for run in drafter.runs(decision, tensors[decision.name].offset):
@@ -258,7 +279,8 @@ def _plan_file(path: str, decisions: Sequence[Decision], drafter: Drafter, metad
 
 
 def _aligned_order(decisions: Sequence[Decision]) -> Sequence[Decision]:
-    """A's order; or, where that would put a tensor at an offset that does not suit its dtype, the widest dtypes first.
+    """A's order; or, where that would put a tensor at an offset that does not suit its dtype, the widest
+    dtypes first.
 
     The reference reader cannot open a file in which, say, an int64 tensor begins at an odd byte.
     """
@@ -293,7 +315,9 @@ class Drafter:
     family: str
 
     def runs(self, decision: Decision, start: int) -> Iterator[Run]:
-        """Yield the runs that make one tensor: one, but for the methods and first convolutions that go row by row."""
+        """Yield the runs that make one tensor: one, but for the methods and first convolutions that go row by
+        row.
+        """
         if decision.literal is not None:
             yield Run(start, len(decision.literal), "U8", literal=decision.literal)
             return
@@ -315,7 +339,8 @@ class Drafter:
     def work(self, decision: Decision, *, in_pieces: bool = True) -> Work | None:
         """What is computed for a tensor, or None where it is copied or cast.
 
-        With `in_pieces`, additional input channels are left to runs of their own; else they belong to the work.
+        With `in_pieces`, additional input channels are left to runs of their own; else they belong to the
+        work.
         """
         if decision.alpha is None and decision.change is None and (in_pieces or decision.wider is None):
             return None
@@ -325,7 +350,13 @@ class Drafter:
         origin = self.origin(decision)
         whole = decision.change is not None or (method is not None and method.locality != "element")
         whole = whole or (random and origin.transposed) or (not in_pieces and decision.wider is not None)
-        return Work(decision.alpha, decision.beta, key, self._seen_whole(decision, origin) if whole else None, decision.change)
+        return Work(
+            decision.alpha,
+            decision.beta,
+            key,
+            self._seen_whole(decision, origin) if whole else None,
+            decision.change,
+        )
 
     def origin(self, decision: Decision) -> Origin:
         """Which part of its LDM tensor the output is."""
@@ -334,13 +365,17 @@ class Drafter:
         return origins_in_diffusers((decision.ldm,), self.family)[decision.key]
 
     def operands(self, decision: Decision) -> list[int]:
-        """The models that a whole tensor is computed from; besides, the one whose additional input channels are kept."""
+        """The models that a whole tensor is computed from; besides, the one whose additional input channels
+        are kept.
+        """
         wider = () if decision.wider is None else (decision.wider,)
         return list(dict.fromkeys((*decision.sources, *wider)))
 
     def _is_as_in_ldm(self, decision: Decision) -> bool:
         origin = self.origin(decision)
-        return not origin.transposed and origin.parts == 1 and decision.wider is None and decision.change is None
+        return (
+            not origin.transposed and origin.parts == 1 and decision.wider is None and decision.change is None
+        )
 
     def _ldm_info(self, number: int, decision: Decision) -> tuple[int, TensorInfo]:
         """Where a model holds a tensor under its LDM name, and the number of that view."""
@@ -353,7 +388,11 @@ class Drafter:
         numbers = self.operands(decision)
         shapes = tuple(self._ldm_info(number, decision)[1].shape for number in numbers)
         wider = None if decision.wider is None else numbers.index(decision.wider)
-        by_rows = decision.alpha is not None and self.recipe.merge_method.locality == "row" and self._is_as_in_ldm(decision)
+        by_rows = (
+            decision.alpha is not None
+            and self.recipe.merge_method.locality == "row"
+            and self._is_as_in_ldm(decision)
+        )
         return Whole(shapes, origin, wider, by_rows and len(decision.shape) > 1 and decision.shape[0] > 0)
 
     def _whole(self, decision: Decision, start: int, work: Work, whole: Whole) -> Run:
@@ -364,7 +403,9 @@ class Drafter:
         grain = max(1, elements // decision.shape[0] if whole.rows else elements)
         return Run(start, elements, decision.dtype, operands, work, grain=grain)
 
-    def _swapped(self, decision: Decision, start: int, found: Sequence[TensorInfo], method: Method) -> Iterator[Run]:
+    def _swapped(
+        self, decision: Decision, start: int, found: Sequence[TensorInfo], method: Method
+    ) -> Iterator[Run]:
         assert method.rows is not None
         width = TensorInfo("U8", decision.shape[1:], 0).elements
         for first, last, source in method.rows(decision.shape, decision.alpha, decision.beta):
@@ -372,7 +413,9 @@ class Drafter:
             yield _run(decision.dtype, start, elements, [(found[source], first * width)], (source,), None)
             start += elements * size_of(decision.dtype)
 
-    def _widened(self, decision: Decision, start: int, found: Sequence[TensorInfo], work: Work | None) -> Iterator[Run]:
+    def _widened(
+        self, decision: Decision, start: int, found: Sequence[TensorInfo], work: Work | None
+    ) -> Iterator[Run]:
         assert decision.wider is not None
         rows, channels, *kernel = decision.shape
         pixels = kernel[0] * kernel[1]

@@ -28,12 +28,14 @@ _NO_BETA, _NO_RULES, _NO_CHANGE = WeightsRequest(beta=True), ElementRules(), Adj
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to merge and how; `dtype` may be spelled as torch does. Raises RecipeError when an option has an unknown value.
+    """What to merge and how; `dtype` may be spelled as torch does. Raises RecipeError when an option has an
+    unknown value.
 
-    Without a `method`, one model is converted. `naming` is the output's, ``"ldm"`` or ``"diffusers"``, or None for A's;
-    `ema` is one of EMA_CHOICES; `prune` leaves out what no loader needs; `configs` is a folder whose configs and tokenizers
-    go into a new one. `beta` and `numbers` are for methods that have them; `rules` override the weights of single tensors;
-    `clip` and `adjust` are done to what the method gives, in this order.
+    Without a `method`, one model is converted. `naming` is the output's, ``"ldm"`` or ``"diffusers"``, or
+    None for A's; `ema` is one of EMA_CHOICES; `prune` leaves out what no loader needs; `configs` is a folder
+    whose configs and tokenizers go into a new one. `beta` and `numbers` are for methods that have them;
+    `rules` override the weights of single tensors; `clip` and `adjust` are done to what the method gives, in
+    this order.
     """
 
     weights: WeightsRequest
@@ -60,7 +62,9 @@ class Recipe:
         object.__setattr__(self, "dtype", _TORCH_DTYPES.get(self.dtype, self.dtype))
         if self.dtype != "keep" and self.dtype not in DTYPES:
             known = ["keep", *DTYPES]
-            raise RecipeError(f"unknown dtype '{shown(self.dtype)}'{did_you_mean(self.dtype, known)} ({', '.join(known)})")
+            raise RecipeError(
+                f"unknown dtype '{shown(self.dtype)}'{did_you_mean(self.dtype, known)} ({', '.join(known)})"
+            )
         if self.ema not in EMA_CHOICES:
             raise RecipeError(f"unknown choice '{shown(self.ema)}' for EMA copies: {', '.join(EMA_CHOICES)}")
         if self.naming not in (None, *NAMINGS):
@@ -104,7 +108,9 @@ class Recipe:
             raise RecipeError(f"converting takes 1 model; {count} given")
 
     def resolve_numbers(self, models: int) -> dict[str, Any]:
-        """Return all numbers that the method takes for so many models. Raises RecipeError for one out of range."""
+        """Return all numbers that the method takes for so many models. Raises RecipeError for one out of
+        range.
+        """
         return {} if self._method is None else self._method.check_numbers(self.numbers, models)
 
     @property
@@ -114,14 +120,17 @@ class Recipe:
         return has_seed or self.weights.is_random or self.beta.is_random
 
     def idle(self, family: str) -> Iterator[str]:
-        """Say which arguments are without effect on models of a family. Raises WeightsError for weights that cannot be used."""
+        """Say which arguments are without effect on models of a family. Raises WeightsError for weights that
+        cannot be used.
+        """
         if self.weights.seed and not self.is_random:
             yield "seed (--seed) without effect, since nothing is left to chance"
         if self.weights.sdxl_map and not (self.weights.heeds_map(family) or self.beta.heeds_map(family)):
             yield "sdxl_map (--sdxl-map) without effect, since these weights are the same with any"
 
     def described(self, models: Sequence[str], weights: BlockWeights, beta: BlockWeights) -> dict[str, Any]:
-        """What decides the values, as plain data for results and the output's metadata; `models` are their names.
+        """What decides the values, as plain data for results and the output's metadata; `models` are their
+        names.
 
         Not in it: the output's naming, variant and configs, and the folders that models and VAE are in.
         """
@@ -131,7 +140,9 @@ class Recipe:
             "models": [model.encode("utf-8", "replace").decode() for model in models],
             "preset": self.weights.label if self.weights.preset else None,
             "weights": dict(weights) if self._method is not None else None,
-            "weights_beta": dict(beta) if self._method is not None and "beta" in self._method.weights else None,
+            "weights_beta": dict(beta)
+            if self._method is not None and "beta" in self._method.weights
+            else None,
             "numbers": self.resolve_numbers(len(models)),
             "rules": str(self.rules),
             "adjust": str(self.adjust) if self.adjust else "",
@@ -152,7 +163,9 @@ class Recipe:
 
 
 def check_flag(name: str, value: object) -> None:
-    """Raise RecipeError for an argument that is neither True nor False: any text would count as True, "no" as well."""
+    """Raise RecipeError for an argument that is neither True nor False: any text would count as True, "no" as
+    well.
+    """
     if not isinstance(value, bool):
         raise RecipeError(f"{name} is True or False; {type(value).__name__} given")
 
@@ -170,8 +183,8 @@ def make_recipe(
 ) -> Recipe:
     """Read what was given as text. The seed of the weights is that of the method as well, where it has one.
 
-    Raises RecipeError, naming the argument, for what is no text, and for a number that the method does not have: one of
-    the caller's own `arguments` may have been meant.
+    Raises RecipeError, naming the argument, for what is no text, and for a number that the method does not
+    have: one of the caller's own `arguments` may have been meant.
     """
     for name, text, example in (("rules", rules, "OUT03-OUT05:attn2:0.5"), ("adjust", adjust, "0,0,0,1")):
         if not isinstance(text, str):
