@@ -13,7 +13,8 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from blockmerge.anatomy import LAYOUTS, component_of, is_position_ids, layout
-from blockmerge.checkpoints import AtomicFile, TensorInfo, check_output, encode_header, itemsize
+from blockmerge.checkpoints import AtomicFile, TensorInfo, check_output, encode_header
+from blockmerge.dtypes import itemsize
 from blockmerge.errors import OutputError, RecipeError, reason, shown
 
 if TYPE_CHECKING:

@@ -19,7 +19,14 @@ from blockmerge.anatomy.names import (
     lone_component,
     plain_names_of_ema,
 )
-from blockmerge.anatomy.renaming import Origin, Relation, origins_in_diffusers, origins_in_ldm, relation_of
+from blockmerge.anatomy.renaming import (
+    Origin,
+    Relation,
+    Rows,
+    origins_in_diffusers,
+    origins_in_ldm,
+    relation_of,
+)
 
 __all__ = [
     "COMPONENTS",
@@ -36,6 +43,7 @@ __all__ = [
     "LayoutGaps",
     "Origin",
     "Relation",
+    "Rows",
     "block_of",
     "canonical_name",
     "component_of",

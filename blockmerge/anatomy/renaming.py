@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 from blockmerge.anatomy.layouts import layout
@@ -33,6 +33,27 @@ class Origin:
     parts: int = 1
     transposed: bool = False
     axes: int | None = None
+
+    @property
+    def rows(self) -> tuple[Rows, ...]:
+        """Transitional."""
+        if self.parts > 1:
+            return (Rows(self.names[0], self.part, self.part + 1, self.parts),)
+        return tuple(map(Rows, self.names))
+
+    def renamed(self, names: Mapping[str, str]) -> Origin:
+        """Transitional."""
+        return replace(self, names=tuple(names[one] for one in self.names))
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Transitional."""
+
+    name: str
+    start: int = 0
+    stop: int = 1
+    of: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,15 +2,15 @@
 
 from blockmerge.checkpoints.assembled import Assembled, Assembly, Piece
 from blockmerge.checkpoints.checkpoint import Checkpoint, Reader, TensorInfo
-from blockmerge.checkpoints.dtypes import FLOAT_DTYPES, itemsize
 from blockmerge.checkpoints.formats.folder import LARGEST_CARRIED, DiffusersFolder, is_diffusers_folder
 from blockmerge.checkpoints.formats.safetensors_file import SafetensorsFile, encode_header
 from blockmerge.checkpoints.formats.torch_file import TorchFile
 from blockmerge.checkpoints.hashes import Hashes, hash_file, old_hash
 from blockmerge.checkpoints.metadata import ARCHITECTURES, faulty_metadata
-from blockmerge.checkpoints.model import EMA_CHOICES, VAE_PREFIX, Model, View, vae_view
+from blockmerge.checkpoints.model import EMA_CHOICES, VAE_PREFIX, Model, made, vae_tensors
 from blockmerge.checkpoints.open import SUFFIXES, CheckpointLike, open_checkpoint, told_apart
 from blockmerge.checkpoints.position_ids import POSITIONS, fault_of_position_ids
+from blockmerge.checkpoints.reading import Readers, read
 from blockmerge.checkpoints.state_dict import StateDict, state_dict_name
 from blockmerge.checkpoints.writing.disk import check_space
 from blockmerge.checkpoints.writing.folder_writer import AtomicFolder, check_output_folder
@@ -19,7 +19,6 @@ from blockmerge.checkpoints.writing.writer import AtomicFile, check_output
 __all__ = [
     "ARCHITECTURES",
     "EMA_CHOICES",
-    "FLOAT_DTYPES",
     "LARGEST_CARRIED",
     "POSITIONS",
     "SUFFIXES",
@@ -35,11 +34,11 @@ __all__ = [
     "Model",
     "Piece",
     "Reader",
+    "Readers",
     "SafetensorsFile",
     "StateDict",
     "TensorInfo",
     "TorchFile",
-    "View",
     "check_output",
     "check_output_folder",
     "check_space",
@@ -48,10 +47,11 @@ __all__ = [
     "faulty_metadata",
     "hash_file",
     "is_diffusers_folder",
-    "itemsize",
+    "made",
     "old_hash",
     "open_checkpoint",
+    "read",
     "state_dict_name",
     "told_apart",
-    "vae_view",
+    "vae_tensors",
 ]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from blockmerge.checkpoints.checkpoint import Checkpoint, Reader, TensorInfo
-from blockmerge.checkpoints.dtypes import itemsize
+from blockmerge.dtypes import itemsize
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from blockmerge.checkpoints.dtypes import itemsize
+from blockmerge.dtypes import itemsize
 
 
 @dataclass(frozen=True, slots=True)

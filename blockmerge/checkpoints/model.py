@@ -4,8 +4,8 @@ matched.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from blockmerge.anatomy import (
     DIFFUSERS_UNET_PREFIX,
@@ -13,100 +13,45 @@ from blockmerge.anatomy import (
     VAE_PARTS,
     Anatomy,
     Origin,
+    Rows,
     canonical_name,
     component_of,
     identify,
-    origins_in_diffusers,
     origins_in_ldm,
     plain_names_of_ema,
     relation_of,
 )
-from blockmerge.checkpoints.assembled import Assembled, Assembly, Piece
-from blockmerge.checkpoints.checkpoint import Checkpoint, TensorInfo
+from blockmerge.checkpoints.checkpoint import Checkpoint
 from blockmerge.errors import CheckpointError, UnknownFamilyError, counted, listing, shown
+from blockmerge.expressions import Expression, Joined, Part, Reshaped, Stored, Transposed, leaves_of, simplify
 
 VAE_PREFIX = "first_stage_model."
 EMA_CHOICES = ("drop", "keep", "use")
 
 
-@dataclass(frozen=True)
-class View:
-    """A checkpoint's tensors under the names of one naming, and how each is made of the tensors in the
-    checkpoint.
-
-    The tensors' offsets are those of `checkpoint`, which puts together what is joined, split or transposed.
-    """
-
-    checkpoint: Checkpoint
-    tensors: Mapping[str, TensorInfo]
-    origins: Mapping[str, Origin]
-
-    @classmethod
-    def of(
-        cls, checkpoint: Checkpoint, original: Mapping[str, str], naming: str, wanted: str, family: str
-    ) -> View:
-        """Look at a checkpoint of one naming through another; `original` maps canonical names to the file's
-        own.
-
-        Raises CheckpointError for a tensor that is not of the shape it takes.
-        """
-        origins = {
-            name: replace(origin, names=tuple(original[one] for one in origin.names))
-            for name, origin in _origins(original, naming, wanted, family).items()
-        }
-        placed = {name: _placed(checkpoint, origin) for name, origin in origins.items()}
-        infos = {name: info for name, info in placed.items() if isinstance(info, TensorInfo)}
-        if len(infos) == len(placed):
-            return cls(checkpoint, infos, origins)
-        assembled = Assembled(checkpoint, placed)
-        return cls(assembled, assembled.tensors, origins)
-
-    def read(self, name: str) -> bytes:
-        """Return the bytes of one tensor; meant for small ones."""
-        buffer = bytearray(self.tensors[name].nbytes)
-        with self.checkpoint.reader() as reader:
-            reader.read_into(self.tensors[name].offset, memoryview(buffer))
-        return bytes(buffer)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
-    """A checkpoint, what it is, and its tensors: under LDM names (`ldm`), whatever its own naming, or
-    diffusers' (`diffusers`).
+    """A checkpoint, what it is, and its `tensors` under LDM names, whatever its own naming.
 
     EMA copies are left out, unless they are all the U-Net there is, or wanted: `ema_tensors` are those.
-
-    `name` is what messages call it.
-
-    `bare` says that its U-Net's names lack the prefix of whole models.
+    `name` is what messages call it. `bare` says that its U-Net's names lack the prefix of whole models.
     """
 
     source: Checkpoint
     anatomy: Anatomy
-    ldm: View
-    original_names: Mapping[str, str]
+    tensors: Mapping[str, Expression]
     components: frozenset[str]
     bare: bool
     ema_tensors: tuple[str, ...]
     notes: tuple[str, ...]
     name: str
 
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """LDM name → tensor; offsets are those of `checkpoint`."""
-        return self.ldm.tensors
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """What `tensors` are read from."""
-        return self.ldm.checkpoint
-
     @classmethod
     def of(cls, checkpoint: Checkpoint, ema: str = "drop", name: str | None = None) -> Model:
         """Look at a checkpoint's names and shapes; `ema` is one of EMA_CHOICES: what becomes of EMA copies.
 
         Messages call it `name`, by default the checkpoint's. Raises UnknownFamilyError, with the name,
-        without a known U-Net.
+        without a known U-Net, and CheckpointError for a tensor that is not of the shape it takes.
         """
         name = checkpoint.name if name is None else name
         original, notes = _matched_names(checkpoint, ema, name)
@@ -117,14 +62,13 @@ class Model:
             )
         except UnknownFamilyError as error:
             raise UnknownFamilyError(f"{shown(name)} {error}") from None
-        view = View.of(checkpoint, original, anatomy.naming, "ldm", anatomy.family.name)
+        tensors = _in_ldm(checkpoint, original, anatomy.naming, anatomy.family.name)
         used = set(original.values())
         return cls(
             source=checkpoint,
             anatomy=anatomy,
-            ldm=view,
-            original_names=original,
-            components=frozenset(map(component_of, view.tensors)),
+            tensors=tensors,
+            components=frozenset(map(component_of, tensors)),
             bare=any(
                 canonical in (UNET_PREFIX + own, DIFFUSERS_UNET_PREFIX + own)
                 for canonical, own in original.items()
@@ -136,64 +80,59 @@ class Model:
             name=name,
         )
 
-    def view(self, naming: str) -> View:
-        """The model's tensors under the names of a naming, ``"ldm"`` or ``"diffusers"``."""
-        if naming == "ldm":
-            return self.ldm
-        return View.of(
-            self.source, self.original_names, self.anatomy.naming, naming, self.anatomy.family.name
-        )
+    def names_in_file(self, name: str) -> tuple[str, ...]:
+        """What the source calls the tensors that one is made of."""
+        return tuple(one.name for one in leaves_of(self.tensors[name]) if isinstance(one, Stored))
 
 
-def _origins(names: Iterable[str], naming: str, wanted: str, family: str) -> dict[str, Origin]:
-    """How the tensors of one naming are made from those of another, or the same: then only LDM's convolutions
-    get their axes.
+def made(origin: Origin, tensors: Mapping[str, Expression], whose: str) -> Expression:
+    """Return the tensor that an origin describes, of tensors by the names that it has for them.
+
+    Raises CheckpointError, with the name `whose` they are, when they are not of the shapes that it takes.
     """
-    if naming != wanted:
-        return origins_in_ldm(names, family) if wanted == "ldm" else origins_in_diffusers(names, family)
-    if naming == "diffusers":
-        return {name: Origin((name,)) for name in names}
-    return {name: Origin((name,), axes=4 if relation_of(name, family).squeezed else None) for name in names}
-
-
-def _placed(checkpoint: Checkpoint, origin: Origin) -> TensorInfo | Assembly:
-    """Where a tensor's values lie."""
-    first, *others = [checkpoint.tensors[name] for name in origin.names]
-    if others:
-        return _joined(checkpoint, origin, [first, *others])
-    if origin.parts > 1:
-        rows, *rest = first.shape or (0,)
-        if not first.shape or rows % origin.parts:
-            raise CheckpointError(
-                f"{shown(checkpoint.name)}: {shown(origin.names[0])} has the shape "
-                f"{shown(list(first.shape))}, "
-                f"which does not split into {origin.parts} equal parts"
-            )
-        info = TensorInfo(first.dtype, (rows // origin.parts, *rest), first.offset)
-        return TensorInfo(info.dtype, info.shape, first.offset + origin.part * info.nbytes)
-    if origin.transposed and len(first.shape) == 2:
-        rows, columns = first.shape
-        return Assembly(first.dtype, (columns, rows), (Piece(first.offset, (columns, rows), (1, columns)),))
-    shape = first.shape
+    rows = [_rows(tensors[one.name], one, whose) for one in origin.rows]
+    if len({(one.dtype, one.shape[1:]) for one in rows}) > 1 or (len(rows) > 1 and not rows[0].shape):
+        names = dict.fromkeys(one.name for one in origin.rows)
+        said = ", ".join(f"{tensors[name].dtype} {list(tensors[name].shape)}" for name in names)
+        raise CheckpointError(f"{shown(whose)}: {listing(names)} belong together but do not join ({said})")
+    tensor = Joined(tuple(rows)) if len(rows) > 1 else rows[0]
+    shape = tensor.shape
+    if origin.transposed and len(shape) == 2:
+        return Transposed(tensor)
     if origin.axes == 4 and len(shape) == 2:
-        shape = (*shape, 1, 1)
-    elif origin.axes == 2 and len(shape) == 4 and shape[2:] == (1, 1):
-        shape = shape[:2]
-    return first if shape == first.shape else TensorInfo(first.dtype, shape, first.offset)
+        return Reshaped(tensor, (*shape, 1, 1))
+    if origin.axes == 2 and len(shape) == 4 and shape[2:] == (1, 1):
+        return Reshaped(tensor, shape[:2])
+    return tensor
 
 
-def _joined(checkpoint: Checkpoint, origin: Origin, infos: list[TensorInfo]) -> Assembly:
-    kinds = {(info.dtype, info.shape[1:]) for info in infos}
-    if len(kinds) > 1 or not infos[0].shape:
-        said = ", ".join(f"{info.dtype} {list(info.shape)}" for info in infos)
+def _rows(tensor: Expression, rows: Rows, whose: str) -> Expression:
+    if rows.of == 1:
+        return tensor
+    if not tensor.shape or tensor.shape[0] % rows.of:
         raise CheckpointError(
-            f"{shown(checkpoint.name)}: {listing(origin.names)} belong together but do not join "
-            f"({shown(said)})"
+            f"{shown(whose)}: {shown(rows.name)} has the shape {shown(list(tensor.shape))}, "
+            f"which does not split into {rows.of} equal parts"
         )
-    shape = (sum(info.shape[0] for info in infos), *infos[0].shape[1:])
-    return Assembly(
-        infos[0].dtype, shape, tuple(Piece.contiguous(info.offset, info.elements) for info in infos)
-    )
+    unit = tensor.shape[0] // rows.of
+    return Part(tensor, rows.start * unit, rows.stop * unit)
+
+
+def _in_ldm(
+    checkpoint: Checkpoint, original: Mapping[str, str], naming: str, family: str
+) -> dict[str, Expression]:
+    """A checkpoint's tensors under LDM names; `original` maps canonical names to the file's own."""
+    if naming == "diffusers":
+        origins = origins_in_ldm(original, family)
+    else:
+        origins = {
+            name: Origin((name,), axes=4 if relation_of(name, family).squeezed else None) for name in original
+        }
+    stored: dict[str, Expression] = {own: Stored.of(checkpoint, own) for own in original.values()}
+    return {
+        name: simplify(made(origin.renamed(original), stored, checkpoint.name))
+        for name, origin in origins.items()
+    }
 
 
 def _matched_names(checkpoint: Checkpoint, ema: str, label: str) -> tuple[dict[str, str], list[str]]:
@@ -229,9 +168,8 @@ def _matched_names(checkpoint: Checkpoint, ema: str, label: str) -> tuple[dict[s
     return names, notes
 
 
-def vae_view(checkpoint: Checkpoint, naming: str = "ldm") -> View:
-    """Return a VAE's tensors under the names of a naming, from a whole model or a VAE alone, in either naming
-    itself.
+def vae_tensors(checkpoint: Checkpoint, family: str) -> dict[str, Expression]:
+    """Return a VAE's tensors under LDM names, from a whole model or a VAE alone, in either naming itself.
 
     Raises CheckpointError for a tensor that is not of the shape it takes.
     """
@@ -241,11 +179,10 @@ def vae_view(checkpoint: Checkpoint, naming: str = "ldm") -> View:
     }
     own = {name: short for name, short in bare.items() if short.startswith(VAE_PARTS)}
     if any(short.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for short in own.values()):
-        original = {canonical_name(f"vae/{short}"): name for name, short in own.items()}
-        own_naming = "diffusers"
-    else:
-        original = {VAE_PREFIX + short: name for name, short in own.items()}
-        own_naming = "ldm"
-    return View.of(
-        checkpoint, original, own_naming, naming, "sd1"
-    )  # the VAE's names are the same in all families
+        return _in_ldm(
+            checkpoint,
+            {canonical_name(f"vae/{short}"): name for name, short in own.items()},
+            "diffusers",
+            family,
+        )
+    return _in_ldm(checkpoint, {VAE_PREFIX + short: name for name, short in own.items()}, "ldm", family)

@@ -6,31 +6,30 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from blockmerge.checkpoints.dtypes import itemsize
+from blockmerge.checkpoints.reading import read
+from blockmerge.dtypes import itemsize
 from blockmerge.errors import counted
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from blockmerge.checkpoints.checkpoint import Checkpoint, TensorInfo
-    from blockmerge.checkpoints.model import View
+    from blockmerge.expressions import Expression
 
 POSITIONS = 77
 """How many tokens a CLIP text encoder reads: `position_ids` are an int64 [1, 77] of 0 … 76."""
 
 
-def fault_of_position_ids(source: Checkpoint | View, name: str) -> str | None:
+def fault_of_position_ids(tensor: Expression) -> str | None:
     """Say in what `position_ids` differ from 0 … 76 in shape [1, 77], or return None. Exact floats and int32
     do not.
     """
     import numpy as np  # where numbers are read, and not before
 
-    info = source.tensors[name]
-    if info.shape != (1, POSITIONS):
-        return f"its shape is {list(info.shape[:8])}, expected [1, {POSITIONS}]"
-    values = _numbers(source.read(name), info)
+    if tensor.shape != (1, POSITIONS):
+        return f"its shape is {list(tensor.shape[:8])}, expected [1, {POSITIONS}]"
+    values = _numbers(read(tensor), tensor.dtype)
     if values is None:
-        return f"its dtype is {info.dtype}"
+        return f"its dtype is {tensor.dtype}"
     wrong = np.flatnonzero(values != np.arange(POSITIONS))
     if not len(wrong):
         return None
@@ -43,12 +42,12 @@ def fault_of_position_ids(source: Checkpoint | View, name: str) -> str | None:
     )
 
 
-def _numbers(data: bytes, info: TensorInfo) -> np.ndarray[tuple[int], np.dtype[np.generic]] | None:
+def _numbers(data: bytes, dtype: str) -> np.ndarray[tuple[int], np.dtype[np.generic]] | None:
     import numpy as np
 
-    kind = {"I": "i", "U": "u", "F": "f"}.get(info.dtype[0])
-    if info.dtype == "BF16":
+    kind = {"I": "i", "U": "u", "F": "f"}.get(dtype[0])
+    if dtype == "BF16":
         return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
-    if kind is None or info.dtype.startswith("F8"):
+    if kind is None or dtype.startswith("F8"):
         return None
-    return np.frombuffer(data, f"<{kind}{itemsize(info.dtype)}")
+    return np.frombuffer(data, f"<{kind}{itemsize(dtype)}")

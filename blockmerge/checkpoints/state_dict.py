@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from blockmerge.checkpoints.checkpoint import Checkpoint, Reader, TensorInfo
+from blockmerge.dtypes import DTYPES, torch_dtype
 from blockmerge.errors import CheckpointError, shown
 
 if TYPE_CHECKING:
@@ -29,12 +30,7 @@ class StateDict(Checkpoint):
     def __init__(self, state_dict: Mapping[str, torch.Tensor], name: str = "state dict") -> None:
         import torch
 
-        spelling = {
-            torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
-            torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32",
-            torch.float64: "F64", torch.complex64: "C64", torch.float8_e4m3fn: "F8_E4M3",
-            torch.float8_e5m2: "F8_E5M2",
-        }  # fmt: skip
+        spelling = {torch_dtype(name): name for name, dtype in DTYPES.items() if dtype.torch}
         self.name = name
         self.metadata = {}
         self.state_dict = dict(state_dict)
@@ -63,6 +59,10 @@ class StateDict(Checkpoint):
             tensors[key] = TensorInfo(spelling[tensor.dtype], tuple(tensor.shape), offset)
             offset += tensor.numel() * tensor.element_size()
         self.tensors = tensors
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor of that name, without its history."""
+        return self.state_dict[name].detach()
 
     def reader(self) -> StateDictReader:
         """Open a reader of the tensors' bytes."""

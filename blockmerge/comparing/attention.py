@@ -23,8 +23,10 @@ from typing import TypeVar
 import torch
 
 from blockmerge.anatomy import UNET_PREFIX
-from blockmerge.checkpoints import FLOAT_DTYPES, Model, Reader, TensorInfo
+from blockmerge.checkpoints import Model, Readers
+from blockmerge.dtypes import FLOAT_DTYPES
 from blockmerge.errors import BlockmergeError, CheckpointError, NonFiniteError, listing, shown
+from blockmerge.expressions import Expression
 from blockmerge.streaming import Progress, TorchThreads, aligned_buffer, processors
 from blockmerge.streaming.tensors import all_finite, tensor_view
 
@@ -45,7 +47,7 @@ _ROWS_AT_ONCE = 128
 _AT_ONCE = 8  # maps held in memory, of d·d·4 bytes each: 6.6 MB for the widest layers
 
 
-def check_layers(model: Model) -> list[dict[str, TensorInfo]]:
+def check_layers(model: Model) -> list[dict[str, Expression]]:
     """Return {"q", "k", "v": tensor} of every layer. Raises CheckpointError when one is missing or no d×d
     matrix of floats.
     """
@@ -87,7 +89,7 @@ class AttentionComparison:
         self._seed = seed
         self._progress = progress
         self._first_error: BlockmergeError | None = None
-        self._layers: list[list[dict[str, TensorInfo]]] = []
+        self._layers: list[list[dict[str, Expression]]] = []
         for number, model in enumerate(models):
             self._layers.append([])
             self._guarded(number, lambda: self._layers[-1].extend(check_layers(model)))  # noqa: B023 (called at once)
@@ -225,7 +227,7 @@ class _Desk:
         self._projected = torch.empty(0)
 
     def attend(
-        self, model: Model, infos: Mapping[str, TensorInfo], drawn: Future[torch.Tensor]
+        self, model: Model, infos: Mapping[str, Expression], drawn: Future[torch.Tensor]
     ) -> torch.Tensor:
         """Return a layer's map M, d×d."""
         width = infos["q"].shape[0]
@@ -233,7 +235,7 @@ class _Desk:
             self._weights = torch.empty(2 * width * width)
             self._projected = torch.empty(2 * width * width)
         weights = self._weights[: 2 * width * width].view(2, width, width)
-        with model.checkpoint.reader() as reader:
+        with Readers() as reader:
             self._read(reader, infos["v"], weights[0])
             x = drawn.result()
             if len(x) != width:
@@ -254,17 +256,17 @@ class _Desk:
             )
         return scores
 
-    def _read(self, reader: Reader, info: TensorInfo, target: torch.Tensor) -> None:
+    def _read(self, reader: Readers, info: Expression, target: torch.Tensor) -> None:
         if len(self._raw) < info.nbytes:
             self._raw = aligned_buffer(info.nbytes)
-        reader.read_into(info.offset, self._raw[: info.nbytes])
+        reader.read_into(info, 0, self._raw[: info.nbytes])
         target.view(-1).copy_(tensor_view(self._raw, info.dtype, info.elements))
 
-    def _raise_nonfinite(self, model: Model, infos: Mapping[str, TensorInfo]) -> None:
+    def _raise_nonfinite(self, model: Model, infos: Mapping[str, Expression]) -> None:
         """Raise NonFiniteError when one of the matrices is the reason, which shows in the map and is not
         looked for before.
         """
-        with model.checkpoint.reader() as reader:
+        with Readers() as reader:
             for info in infos.values():
                 matrix = torch.empty(info.shape)
                 self._read(reader, info, matrix)

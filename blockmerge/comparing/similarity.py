@@ -297,7 +297,7 @@ def _notes(method: str, base: Model) -> tuple[str, ...]:
 
 
 def _hash(model: Model) -> str | None:
-    checkpoint = model.checkpoint
+    checkpoint = model.source
     try:
         return old_hash(checkpoint) if len(checkpoint.files) == 1 else None
     except BlockmergeError:  # it went away meanwhile, which its row says

@@ -12,16 +12,16 @@ from pathlib import Path
 
 from blockmerge.anatomy import is_position_ids, is_schedule
 from blockmerge.checkpoints import (
-    FLOAT_DTYPES,
     SUFFIXES,
     Checkpoint,
     CheckpointLike,
     Model,
-    TensorInfo,
     is_diffusers_folder,
     open_checkpoint,
 )
+from blockmerge.dtypes import FLOAT_DTYPES
 from blockmerge.errors import BlockmergeError, CheckpointError, RecipeError, reason, shown
+from blockmerge.expressions import Expression
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _once_each(models: Iterable[CheckpointLike | Source]) -> Iterator[Checkpoint
 
 def is_same_file(one: Model, other: Model) -> bool:
     """Whether two models are the same files under one name or two."""
-    a, b = ([os.path.realpath(file) for file in model.checkpoint.files] for model in (one, other))
+    a, b = ([os.path.realpath(file) for file in model.source.files] for model in (one, other))
     return bool(a) and a == b
 
 
@@ -136,7 +136,7 @@ def open_model(model: CheckpointLike, name: str) -> Model:
     return Model.of(open_checkpoint(model, name=name))
 
 
-def weights_of(model: Model) -> dict[str, TensorInfo]:
+def weights_of(model: Model) -> dict[str, Expression]:
     """Return a model's weights: its float tensors without noise schedules and position numbers."""
     return {
         name: info

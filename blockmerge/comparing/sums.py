@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,11 +17,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from blockmerge.checkpoints import Model, Reader, TensorInfo, itemsize
+from blockmerge.checkpoints import Model, Readers
 from blockmerge.comparing.arrays import Array, Flags
 from blockmerge.comparing.results import Differences
 from blockmerge.comparing.sources import weights_of
+from blockmerge.dtypes import itemsize
 from blockmerge.errors import BlockmergeError, listing, shown
+from blockmerge.expressions import Expression
 from blockmerge.streaming import Progress, TorchThreads, aligned_buffer, for_each, thread_count
 from blockmerge.streaming.tensors import tensor_view
 
@@ -52,45 +53,30 @@ class ChunkReader:
     """
 
     def __init__(self, models: Sequence[Model], stack: ExitStack) -> None:
-        self._models = models
-        self._readers = OrderedDict[int, Reader]()
-        stack.callback(self._close)
+        self._readers = stack.enter_context(Readers())
         self._raw = aligned_buffer(0)
         self._wide: dict[int, memoryview] = {}
 
     def read(
-        self, number: int, info: TensorInfo, start: int, count: int, slot: int, wide: str = "F32"
+        self, number: int, info: Expression, start: int, count: int, slot: int, wide: str = "F32"
     ) -> torch.Tensor:
         """Return `count` elements of a tensor of model `number` from element `start` on, in the dtype
         `wide`.
         """
-        reader, size = self._reader(number), itemsize(info.dtype) or 0
+        size = itemsize(info.dtype) or 0
         wide_size = itemsize(wide) or 0
         if len(self._wide.get(slot, b"")) < count * wide_size:
             self._wide[slot] = aligned_buffer(count * wide_size)
         target = self._wide[slot][: count * wide_size]
         result = tensor_view(target, wide, count)
         if info.dtype == wide:
-            reader.read_into(info.offset + start * size, target)
+            self._readers.read_into(info, start * size, target)
             return result
         if len(self._raw) < count * size:
             self._raw = aligned_buffer(count * size)
         raw = self._raw[: count * size]
-        reader.read_into(info.offset + start * size, raw)
+        self._readers.read_into(info, start * size, raw)
         return result.copy_(tensor_view(raw, info.dtype, count))
-
-    def _reader(self, number: int) -> Reader:
-        if number in self._readers:
-            self._readers.move_to_end(number)
-        else:
-            if len(self._readers) == _MOST_OPEN:
-                self._readers.popitem(last=False)[1].close()
-            self._readers[number] = self._models[number].checkpoint.reader()
-        return self._readers[number]
-
-    def _close(self) -> None:
-        while self._readers:
-            self._readers.popitem()[1].close()
 
 
 @dataclass(frozen=True)
@@ -188,7 +174,7 @@ def sum_pairs(
         work.torch_threads.restore()
     for number in sorted(read - work.errors.keys()):
         try:
-            models[number].checkpoint.check_unchanged()
+            models[number].source.check_unchanged()
         except BlockmergeError as error:
             if number == common or list(rows) == [number]:
                 raise
@@ -202,7 +188,7 @@ class _PairWork:
     def __init__(
         self,
         models: Sequence[Model],
-        tensors: Sequence[Mapping[str, TensorInfo]],
+        tensors: Sequence[Mapping[str, Expression]],
         names: Sequence[str],
         rows: Sequence[int],
         columns: Sequence[int],

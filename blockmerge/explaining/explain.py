@@ -68,8 +68,8 @@ def explain(
         if 0 in bad or len(bad) == len(usable):
             raise NonFiniteError("; ".join(bad.values()))
         # They are left out like all others that cannot be used, and it is begun anew without them.
-        rest = [models[number].checkpoint for number in range(1, len(models)) if number not in bad]
-        found = explain(merged.checkpoint, rest, tensors=tensors, threads=threads, progress=progress)
+        rest = [models[number].source for number in range(1, len(models)) if number not in bad]
+        found = explain(merged.source, rest, tensors=tensors, threads=threads, progress=progress)
         return replace(
             found, left_out={**left_out, **{names[number - 1]: why for number, why in bad.items()}}
         )

@@ -17,10 +17,11 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import torch
 
-from blockmerge.checkpoints import Model, TensorInfo
+from blockmerge.checkpoints import Model
 from blockmerge.comparing.arrays import Array, Flags
 from blockmerge.comparing.sums import CHUNK, ChunkReader, dot
 from blockmerge.explaining.linear_fit import MANTISSA
+from blockmerge.expressions import Expression
 from blockmerge.streaming import Progress, TorchThreads, for_each, thread_count
 from blockmerge.streaming.tensors import TORCH_DTYPES
 
@@ -159,12 +160,12 @@ class Pass:
         finally:
             torch_threads.restore()
         for model in self.models:
-            model.checkpoint.check_unchanged()
+            model.source.check_unchanged()
 
 
 def _stream(
     index: int,
-    infos: Mapping[int, TensorInfo],
+    infos: Mapping[int, Expression],
     chunks: ChunkReader,
     wide: str,
     chunk: int,

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 
 from blockmerge.anatomy import is_position_ids, is_schedule
 from blockmerge.checkpoints import (
-    FLOAT_DTYPES,
     CheckpointLike,
     SafetensorsFile,
     fault_of_position_ids,
     open_checkpoint,
 )
+from blockmerge.dtypes import FLOAT_DTYPES
 from blockmerge.errors import counted, listing, shown
+from blockmerge.expressions import Stored
 from blockmerge.inspecting.metadata import check_file, check_metadata
 from blockmerge.inspecting.problems import SEVERITIES, CheckResult, Problem
 from blockmerge.inspecting.structure import Subject, check_structure
@@ -50,7 +51,7 @@ def _position_ids(subject: Subject) -> Iterator[Problem]:
     for name, info in subject.checkpoint.tensors.items():
         if not is_position_ids(name):
             continue
-        fault = fault_of_position_ids(subject.checkpoint, name)
+        fault = fault_of_position_ids(Stored.of(subject.checkpoint, name))
         if fault is not None:
             yield Problem.of(
                 "broken_position_ids", f"{shown(name)} misplaces the words of a prompt: {fault}", [name]

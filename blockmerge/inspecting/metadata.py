@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from blockmerge.checkpoints import ARCHITECTURES, SafetensorsFile, faulty_metadata, itemsize
+from blockmerge.checkpoints import ARCHITECTURES, SafetensorsFile, faulty_metadata
+from blockmerge.dtypes import itemsize
 from blockmerge.errors import counted, listing, shown
 from blockmerge.inspecting.problems import Problem
 

@@ -21,8 +21,10 @@ from blockmerge.anatomy import (
     layout_gaps,
     plain_names_of_ema,
 )
-from blockmerge.checkpoints import FLOAT_DTYPES, Checkpoint, Model, TensorInfo
+from blockmerge.checkpoints import Checkpoint, Model, TensorInfo
+from blockmerge.dtypes import FLOAT_DTYPES
 from blockmerge.errors import CheckpointError, UnknownFamilyError, counted, listing, shown
+from blockmerge.expressions import Expression
 from blockmerge.inspecting.problems import Problem
 
 _ODD_DTYPES: tuple[tuple[str, Callable[[str], bool], str], ...] = (
@@ -56,7 +58,7 @@ class Subject:
     checkpoint: Checkpoint
     model: Model | None
     why_unknown: str | None
-    tensors: Mapping[str, TensorInfo]
+    tensors: Mapping[str, TensorInfo | Expression]
     originals: Mapping[str, str]
     unused: tuple[str, ...]
 
@@ -67,15 +69,15 @@ class Subject:
             model = Model.of(checkpoint)
         except (CheckpointError, UnknownFamilyError) as error:
             originals = {canonical_name(name): name for name in checkpoint.tensors}
-            tensors = {canonical: checkpoint.tensors[name] for canonical, name in originals.items()}
-            return cls(checkpoint, None, str(error), tensors, originals, ())
-        originals = {name: origin.names[0] for name, origin in model.ldm.origins.items()}
-        tensors = dict(model.tensors)
+            found = {canonical: checkpoint.tensors[name] for canonical, name in originals.items()}
+            return cls(checkpoint, None, str(error), found, originals, ())
+        originals = {name: model.names_in_file(name)[0] for name in model.tensors}
+        tensors: dict[str, TensorInfo | Expression] = dict(model.tensors)
         if (
             model.anatomy.naming == "ldm"
         ):  # as they are: a view makes matrices of the VAE the convolutions that they should be
             tensors = {name: checkpoint.tensors[original] for name, original in originals.items()}
-        used = {name for origin in model.ldm.origins.values() for name in origin.names}
+        used = {name for one in model.tensors for name in model.names_in_file(one)}
         unused = [
             name for name in checkpoint.tensors if name not in used and component_of(name) in ("ema", "other")
         ]

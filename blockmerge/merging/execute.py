@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blockmerge.checkpoints import Reader
+from blockmerge.checkpoints import Readers
 from blockmerge.errors import NonFiniteError, OutputError, reason, shown
-from blockmerge.merging.planning.plan import Plan, PlannedFile, Run
+from blockmerge.expressions import Gathered, methods_of
+from blockmerge.merging.planning.plan import Plan
+from blockmerge.merging.planning.runs import PlannedFile, Run
 from blockmerge.streaming import (
     PAGE,
     OutputStream,
@@ -86,37 +88,25 @@ def execute(
     """
     nonfinite: list[str] = []
     done, total = 0, sum(file.size for file in plan.files)
-    gathered = gather(plan, pace)
+    gathered = gather(plan.gathered, pace)
     for file in plan.files:
-        pieces = file.pieces(pace.piece_bytes)
+        pieces = list(file.pieces(pace.piece_bytes))
         if "torch" not in sys.modules:
             pieces = _ordered_for_loading(pieces, file)
-        # Direct writes need whole pages, which tensors that cannot be cut do not end at.
-        output = OutputStream(path_of(file.path), direct=pace.direct and file.is_cut_anywhere)
-        job = _Job(plan, file, output, pace, device, shown_as, gathered)
+        job = _Job(
+            plan, file, OutputStream(path_of(file.path), direct=pace.direct), pace, device, shown_as, gathered
+        )
         try:
-            for_each(
-                pieces,
-                job.worker,
-                min(_threads(file, pace), len(pieces)),
-                file.size,
-                _part_of(progress, done, total),
-            )
+            progressed = _part_of(progress, done, total)
+            for_each(pieces, job.worker, min(pace.threads, len(pieces)), file.size, progressed)
         finally:
             job.torch_threads.restore()
         done += file.size
         nonfinite += [name for name in file.tensors if name in job.nonfinite]
-    for checkpoint in plan.checkpoints.values():
+    for checkpoint in plan.decided.checkpoints:
         checkpoint.check_unchanged()
     if nonfinite:
         raise NonFiniteError(_explain_nonfinite(plan, nonfinite))
-
-
-def _threads(file: PlannedFile, pace: Pace) -> int:
-    """All of them, but where tensors are computed as a whole no more than processors: each takes its tensor's
-    memory.
-    """
-    return pace.threads if file.is_cut_anywhere else min(pace.threads, processors())
 
 
 def _part_of(progress: Progress | None, before: int, total: int) -> Progress | None:
@@ -133,20 +123,19 @@ def _ordered_for_loading(pieces: list[Piece], file: PlannedFile) -> list[Piece]:
     return [*computed[:1], *copied, *computed[1:]]
 
 
-def gather(plan: Plan, pace: Pace) -> object:
-    """For a method that looks at the whole model: go through all tensors once for the figures it needs. Else
-    None.
-    """
-    if plan.recipe.method is None or plan.recipe.merge_method.locality != "model":
-        return None
-    from blockmerge.merging.kernel import Statistics
+def gather(wanted: Sequence[Gathered], pace: Pace) -> dict[Gathered, object]:
+    """Go through all tensors of each, and return what the methods say of them."""
+    found: dict[Gathered, object] = {}
+    for one in wanted:
+        from blockmerge.merging.kernel import Gathering
 
-    statistics = Statistics(plan)
-    try:
-        for_each(statistics.names, statistics.worker, min(pace.threads, processors()), statistics.total)
-    finally:
-        statistics.torch_threads.restore()
-    return statistics.gathered()
+        gathering = Gathering(one)
+        try:
+            for_each(one.tensors, gathering.worker, min(pace.threads, processors()), gathering.total)
+        finally:
+            gathering.torch_threads.restore()
+        found[one] = gathering.gathered()
+    return found
 
 
 class _Job:
@@ -160,18 +149,16 @@ class _Job:
         pace: Pace,
         device: str,
         shown_as: Path,
-        gathered: object,
+        gathered: Mapping[Gathered, object],
     ) -> None:
+        self.plan, self.file, self.output = plan, file, output
+        self.pace, self.device, self.shown_as = pace, device, shown_as
         self.gathered = gathered
-        self.shown_as = shown_as
-        self.plan = plan
-        self.file = file
-        self.output = output
-        self.pace = pace
-        self.device = device
         self.nonfinite: set[str] = set()
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self.torch_threads = TorchThreads()
+        # Whole tensors take whole tensors' memory: no more of them at once than can be computed at once.
+        self.large = threading.BoundedSemaphore(processors())
 
     @contextmanager
     def worker(self) -> Iterator[Callable[[Piece], int]]:
@@ -185,7 +172,7 @@ class _Job:
         """Find out which tensors in the bytes [start, stop) of the output are not finite."""
         for name, info in self.file.tensors_between(start, stop):
             if not is_finite(max(start, info.offset), min(stop, info.offset + info.nbytes)):
-                with self._lock:
+                with self.lock:
                     self.nonfinite.add(name)
 
 
@@ -194,47 +181,45 @@ class _Worker:
 
     def __init__(self, job: _Job, stack: ExitStack) -> None:
         self.job = job
-        self.stack = stack
-        self.readers: dict[int, Reader] = {}
-        self.piece = aligned_buffer(job.pace.piece_bytes)
+        self.readers = stack.enter_context(Readers())
         self.writer = stack.enter_context(job.output.writer())
+        self.piece = aligned_buffer(job.pace.piece_bytes)
         self.kernel: Kernel | None = None
 
     def do_piece(self, piece: Piece) -> int:
-        file = self.job.file
         start, stop = piece
-        if stop - start > len(self.piece):
-            self.piece = aligned_buffer(stop - start)
-        for run in file.runs_between(start, stop):
+        runs = list(self.job.file.runs_between(start, stop))
+        large = any(run.grain_bytes > self.job.pace.chunk_bytes for run in runs)
+        with self.job.large if large else nullcontext():
+            self.fill(runs, start, stop)
+            # Whole pages, as direct writes need them; the last page is cut to the file's size at the end.
+            is_last = stop == self.job.file.size
+            end = -(-(stop - start) // PAGE) * PAGE if is_last and start % PAGE == 0 else stop - start
+            self.writer.write(start, self.piece[:end])
+        return stop - start
+
+    def fill(self, runs: Sequence[Run], start: int, stop: int) -> None:
+        room = -(-(stop - start) // PAGE) * PAGE
+        if room > len(self.piece):
+            self.piece = aligned_buffer(room)
+        for run in runs:
             low, high = max(start, run.start), min(stop, run.stop)
             target = self.piece[low - start : high - start]
-            if run.literal is not None:
-                target[:] = run.literal[low - run.start : high - run.start]
-            elif run.is_computed:
+            if run.is_computed:
                 self.compute(run, low, target)
             else:
                 operand = run.operands[0]
-                self.reader(operand.source).read_into(operand.offset + low - run.start, target)
-        # Whole pages, as direct writes need them; the last page is cut to the file's size at the end.
-        end = -(-(stop - start) // PAGE) * PAGE if file.is_cut_anywhere else stop - start
-        self.writer.write(start, self.piece[:end])
-        return stop - start
+                self.readers.read_into(operand.source, operand.offset + low - run.start, target)
 
     def compute(self, run: Run, low: int, target: memoryview) -> None:
         if self.kernel is None:
             from blockmerge.merging.kernel import Kernel
 
-            self.job.torch_threads.single_here()
-            self.kernel = Kernel(
-                self.job.plan, self.job.file, self.job.device, self.job.pace.chunk_bytes, self.job.gathered
-            )
-        for start, stop, is_finite in self.kernel.compute(run, low, target, self.reader):
+            job = self.job
+            job.torch_threads.single_here()
+            self.kernel = Kernel(job.plan, job.file, job.device, job.pace.chunk_bytes, job.gathered)
+        for start, stop, is_finite in self.kernel.compute(run, low, target, self.readers):
             self.job.note_nonfinite(start, stop, is_finite)
-
-    def reader(self, source: int) -> Reader:
-        if source not in self.readers:
-            self.readers[source] = self.stack.enter_context(self.job.plan.checkpoints[source].reader())
-        return self.readers[source]
 
 
 def _explain_nonfinite(plan: Plan, names: list[str]) -> str:
@@ -243,29 +228,21 @@ def _explain_nonfinite(plan: Plan, names: list[str]) -> str:
 
     why = {}
     for name in names[:3]:
-        bad = [
-            shown(checkpoint.name)
-            for checkpoint, info in plan.inputs_of(name)
-            if holds_nonfinite(checkpoint, info)
-        ]
-        dtype = next(file.tensors[name].dtype for file in plan.files if name in file.tensors)
-        method = plan.recipe.merge_method if plan.recipe.method is not None else None
-        cause = f"values too large for {dtype}"
+        inputs = plan.inputs_of(name)
+        bad = dict.fromkeys(shown(one.source.name) for one in inputs if holds_nonfinite(one))
+        tensor = plan.tensor(name)
+        cause = f"values too large for {tensor.dtype}"
         if bad:
             cause = f"NaN or infinity in {' and '.join(bad)}"
-        elif method is not None and method.own and plan.decision_of(name).alpha is not None:
-            cause = (
-                f"the method {shown(method.name)} makes NaN of finite values, or some too large for {dtype}"
-            )
+        elif own := [method for method in methods_of(tensor.expression) if method.own]:
+            makes = f"the method {shown(own[0].name)} makes NaN of finite values"
+            cause = f"{makes}, or some too large for {tensor.dtype}"
         why[shown(name)] = cause
-    verb = "merged" if plan.recipe.method is not None else "converted"
+    verb = "merged" if plan.recipe.changes_values else "converted"
     what = "tensors" if len(names) > 1 else "tensor"
     same = len(why) > 1 and len(set(why.values())) == 1
-    named = (
-        f"{', '.join(why)} (each: {cause})"
-        if same
-        else ", ".join(f"{name} ({cause})" for name, cause in why.items())
-    )
+    each = ", ".join(f"{name} ({cause})" for name, cause in why.items())
+    named = f"{', '.join(why)} (each: {cause})" if same else each
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return (
         f"{len(names)} {verb} {what} would hold NaN or infinity: {named}{more}; "

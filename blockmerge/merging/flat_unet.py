@@ -6,20 +6,23 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from math import prod
 from typing import Any
 
 import torch
 
 from blockmerge.anatomy import Family, block_of, canonical_name, component_of
-from blockmerge.checkpoints import FLOAT_DTYPES, Model, StateDict
+from blockmerge.checkpoints import Model, Readers, StateDict, TensorInfo
+from blockmerge.dtypes import DTYPES, FLOAT_DTYPES, torch_dtype
 from blockmerge.errors import IncompatibleModelsError, RecipeError, counted, listing, shown
-from blockmerge.merging.planning.decisions import FIRST_CONVOLUTION, SHARED_CHANNELS
+from blockmerge.expressions import Expression, Stored
+from blockmerge.merging.planning.combining import FIRST_CONVOLUTION, SHARED_CHANNELS
 from blockmerge.streaming import aligned_buffer
 from blockmerge.streaming.tensors import tensor_view
 
 _ALIGNMENT = 256  # bytes: what GPUs fetch at once, and more than any kernel asks for
 _MODULE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_DTYPE_NAMES = {torch_dtype(name): name for name in DTYPES if DTYPES[name].torch}
 _COMPILED = "_orig_mod."  # torch.compile wraps a module, and its names
 
 
@@ -27,9 +30,6 @@ _COMPILED = "_orig_mod."  # torch.compile wraps a module, and its names
 class Slot:
     """The place of one parameter in a flat buffer: `offset`, `shape` and `strides` in elements; `ldm` is its
     LDM name.
-
-    `channels` is how many input channels are merged of a first convolution that not all models have whole;
-    else None.
     """
 
     name: str
@@ -37,27 +37,42 @@ class Slot:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     offset: int
-    channels: int | None
 
-    def whole(self, flat: torch.Tensor) -> torch.Tensor:
+    @property
+    def end(self) -> int:
+        """The element after the last."""
+        return self.offset + prod(self.shape)
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
         """The parameter in a flat buffer, a view in its own shape."""
         return flat.as_strided(self.shape, self.strides, self.offset)
-
-    def merged(self, flat: torch.Tensor) -> torch.Tensor:
-        """What of the parameter is merged, a view."""
-        return self.whole(flat) if self.channels is None else self.whole(flat)[:, : self.channels]
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block's slots: those `inside` its `stretch` of a flat buffer may be merged as one, those `apart` lie
-    before it.
+    """A block's slots, one behind the other in a flat buffer."""
+
+    name: str
+    slots: tuple[Slot, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class FlatModel:
+    """A model in a flat buffer: a source of tensors, as the checkpoints of other merges are.
+
+    A tensor has the model's own shape, which may have fewer input channels than the slot that it lies in.
     """
 
     name: str
-    apart: tuple[Slot, ...]
-    inside: tuple[Slot, ...]
-    stretch: slice
+    flat: torch.Tensor
+    slots: Mapping[str, Slot]
+    tensors: Mapping[str, TensorInfo]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor by its LDM name, a view in the model's own shape."""
+        whole = self.slots[name].of(self.flat)
+        shape = self.tensors[name].shape
+        return whole if whole.shape == shape else whole[:, : shape[1]]
 
 
 @dataclass(frozen=True)
@@ -84,7 +99,7 @@ class FlatUNet:
         parameters = _unet_parameters(module)
         _check_parameters(parameters)
         unet = Model.of(StateDict(parameters, "the module"))
-        names = {ldm: origin.names[0] for ldm, origin in unet.ldm.origins.items()}
+        names = {ldm: unet.names_in_file(ldm)[0] for ldm in unet.tensors}
         _refuse_adapters([name for ldm, name in names.items() if "/" in ldm])  # names that LDM does not have
         if tied := _tied(parameters):
             raise RecipeError(
@@ -94,11 +109,8 @@ class FlatUNet:
         dtype = _the_one("dtype", {name: parameter.dtype for name, parameter in parameters.items()})
         if dtype not in _MODULE_DTYPES:
             raise RecipeError(f"the module's parameters are {dtype}: LiveMerge works in fp16, bf16 and fp32")
-        channels = _merged_channels(unet, models)
         _check_models(unet, models, names)
-        blocks, size = _lay_out(
-            unet.anatomy.family, names, parameters, channels, _ALIGNMENT // dtype.itemsize
-        )
+        blocks, size = _lay_out(unet.anatomy.family, names, parameters, _ALIGNMENT // dtype.itemsize)
         return cls(unet.anatomy.family, parameters, blocks, size)
 
     def shares_parameters(self, other: FlatUNet) -> bool:
@@ -108,43 +120,45 @@ class FlatUNet:
     @property
     def slots(self) -> Iterator[Slot]:
         """All slots, block after block."""
-        return (slot for block in self.blocks for slot in (*block.apart, *block.inside))
+        return (slot for block in self.blocks for slot in block.slots)
 
-    def buffers(self, models: Sequence[Model]) -> list[torch.Tensor]:
-        """Return a flat buffer of every model, in the module's dtype and on its device, and one that the
+    def copies(self, models: Sequence[Model]) -> tuple[list[FlatModel], torch.Tensor]:
+        """Return every model in flat memory, in the module's dtype and on its device, and a buffer that the
         module may hold: A.
 
-        Of a first convolution, the channels that A lacks are in the last from the first model that has them.
-        Raises CheckpointError when a model cannot be read, RecipeError when there is no room.
+        Of a first convolution, the input channels that A lacks are in the last from the first model that has
+        them. Raises CheckpointError when a model cannot be read, RecipeError when there is no room.
         """
-        flats = self._empty(len(models) + 1)
-        for flat, model in zip(flats, models, strict=False):
+        *flats, out = self._empty(len(models) + 1)
+        slots = {slot.ldm: slot for slot in self.slots}
+        dtype = _DTYPE_NAMES[out.dtype]
+        copies = []
+        for flat, model, letter in zip(flats, models, "ABC", strict=False):
             self._fill(flat, model)
-        *of_models, out = flats
-        out.copy_(of_models[0])
+            tensors = {
+                ldm: TensorInfo(dtype, model.tensors[ldm].shape, slot.offset * out.itemsize)
+                for ldm, slot in slots.items()
+            }
+            copies.append(FlatModel(letter, flat, slots, tensors))
+        out.copy_(flats[0])
         for slot in self.slots:
-            if slot.channels is not None:
-                whole = next(
-                    number
-                    for number, model in enumerate(models)
-                    if model.tensors[slot.ldm].shape == slot.shape
-                )
-                slot.whole(out)[:, slot.channels :] = slot.whole(flats[whole])[:, slot.channels :]
-        return flats
+            whole = next(one for one in copies if one.tensors[slot.ldm].shape == slot.shape)
+            if whole is not copies[0]:
+                channels = copies[0].tensors[slot.ldm].shape[1]
+                slot.of(out)[:, channels:] = slot.of(whole.flat)[:, channels:]
+        return copies, out
 
     def place(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """Make the parameters views of a flat buffer, and return what they were of."""
         originals = {slot.name: self.parameters[slot.name].data for slot in self.slots}
         for slot in self.slots:
-            self.parameters[slot.name].data = slot.whole(flat)
+            self.parameters[slot.name].data = slot.of(flat)
         return originals
 
     def moved(self, flat: torch.Tensor, names: Collection[str]) -> list[str]:
         """Return those parameters of the named blocks that are no longer where `place` has put them."""
         start, size = flat.data_ptr(), flat.itemsize
-        slots = (
-            slot for block in self.blocks if block.name in names for slot in (*block.apart, *block.inside)
-        )
+        slots = (slot for block in self.blocks if block.name in names for slot in block.slots)
         return [
             slot.name for slot in slots if self.parameters[slot.name].data_ptr() != start + slot.offset * size
         ]
@@ -164,8 +178,8 @@ class FlatUNet:
 
     def _fill(self, flat: torch.Tensor, model: Model) -> None:
         slots = {slot.ldm: slot for slot in self.slots}
-        for ldm, tensor in _tensors(model, sorted(slots, key=lambda ldm: model.tensors[ldm].offset)):
-            target = slots[ldm].whole(flat)
+        for ldm, tensor in _tensors(model, sorted(slots, key=lambda ldm: _offset(model.tensors[ldm]))):
+            target = slots[ldm].of(flat)
             if ldm == FIRST_CONVOLUTION:  # the channels that both have
                 shared = min(target.shape[1], tensor.shape[1])
                 target, tensor = target[:, :shared], tensor[:, :shared]
@@ -224,17 +238,6 @@ def _the_one(what: str, found: Mapping[str, Any]) -> Any:
     return next(iter(first_with))
 
 
-def _merged_channels(unet: Model, models: Sequence[Model]) -> int | None:
-    """How many input channels of the first convolution are merged, None for all: those beyond that not all
-    models have.
-    """
-    channels = unet.tensors[FIRST_CONVOLUTION].shape[1]
-    have = [
-        model.tensors[FIRST_CONVOLUTION].shape[1] for model in models if FIRST_CONVOLUTION in model.tensors
-    ]
-    return SHARED_CHANNELS if any(count < channels for count in have) else None
-
-
 def _check_models(unet: Model, models: Sequence[Model], names: Mapping[str, str]) -> None:
     """Raise IncompatibleModelsError unless every model has the module's U-Net; `names` are the module's own
     by LDM name.
@@ -253,7 +256,7 @@ def _check_models(unet: Model, models: Sequence[Model], names: Mapping[str, str]
                 f"{shown(model.name)} lacks {counted(len(lacking), 'tensor')} of the module "
                 f"({listing(lacking)})"
             )
-        if more := [model.ldm.origins[ldm].names[0] for ldm in found if ldm not in names]:
+        if more := [model.names_in_file(ldm)[0] for ldm in found if ldm not in names]:
             faults.append(
                 f"the module lacks {counted(len(more), 'tensor')} of {shown(model.name)} ({listing(more)})"
             )
@@ -290,39 +293,24 @@ def _lay_out(
     family: Family,
     names: Mapping[str, str],
     parameters: Mapping[str, torch.nn.Parameter],
-    channels: int | None,
     alignment: int,
 ) -> tuple[tuple[Block, ...], int]:
-    blocks: list[Block] = []
+    blocks: dict[str, list[Slot]] = {block: [] for block in family.blocks}
     offset = 0
-
-    def place(ldm: str) -> Slot:
-        nonlocal offset
+    # A first convolution that not all models have whole is merged on its own: first in its block, it parts
+    # nothing.
+    order = sorted(
+        names, key=lambda ldm: (family.blocks.index(block_of(ldm, family.name)), ldm != FIRST_CONVOLUTION)
+    )
+    for ldm in order:
         parameter = parameters[names[ldm]]
         # Of a tensor whose elements lie densely in another order (channels_last), `empty_like` keeps that
         # order.
         strides = torch.empty_like(parameter, device="meta").stride()
-        only = channels if ldm == FIRST_CONVOLUTION else None
-        slot = Slot(names[ldm], ldm, tuple(parameter.shape), strides, offset, only)
+        slot = Slot(names[ldm], ldm, tuple(parameter.shape), strides, offset)
+        blocks[block_of(ldm, family.name)].append(slot)
         offset += -(-parameter.numel() // alignment) * alignment
-        return slot
-
-    def order(ldm: str) -> int:
-        return family.blocks.index(block_of(ldm, family.name))
-
-    # IN00 comes first of all blocks, and a convolution of which a part is merged first in it: so no stretch
-    # has a gap.
-    for number, group in groupby(
-        sorted(names, key=lambda ldm: (order(ldm), ldm != FIRST_CONVOLUTION)), order
-    ):
-        ldm_names = list(group)
-        apart = tuple(
-            place(ldm) for ldm in ldm_names[: channels is not None and FIRST_CONVOLUTION in ldm_names]
-        )
-        start = offset
-        inside = tuple(place(ldm) for ldm in ldm_names[len(apart) :])
-        blocks.append(Block(family.blocks[number], apart, inside, slice(start, offset)))
-    return tuple(blocks), offset
+    return tuple(Block(name, tuple(slots)) for name, slots in blocks.items() if slots), offset
 
 
 def _tensors(model: Model, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -331,14 +319,19 @@ def _tensors(model: Model, names: Sequence[str]) -> Iterator[tuple[str, torch.Te
     """
     if isinstance(model.source, StateDict):  # on whatever device: their bytes need not come through the CPU
         for name in names:
-            tensor = model.source.state_dict[model.ldm.origins[name].names[0]].detach()
+            tensor = model.source.state_dict[model.names_in_file(name)[0]].detach()
             yield name, tensor.reshape(model.tensors[name].shape)
         return
     buffer = aligned_buffer(max(model.tensors[name].nbytes for name in names))
-    with model.checkpoint.reader() as reader:
+    with Readers() as readers:
         for name in names:
             info = model.tensors[name]
             if info.elements:
-                reader.read_into(info.offset, buffer[: info.nbytes])
+                readers.read_into(info, 0, buffer[: info.nbytes])
                 yield name, tensor_view(buffer, info.dtype, info.elements).view(info.shape)
     model.source.check_unchanged()
+
+
+def _offset(tensor: Expression) -> int:
+    """Where a tensor begins in its file, so that files are read from front to back."""
+    return tensor.offset if isinstance(tensor, Stored) else 0

@@ -6,21 +6,20 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
 
-from blockmerge.anatomy import component_of, is_position_ids, is_schedule
-from blockmerge.checkpoints import FLOAT_DTYPES, Checkpoint, Reader, TensorInfo, View
+from blockmerge.checkpoints import Readers
+from blockmerge.dtypes import size_of
 from blockmerge.errors import RecipeError, shown
-from blockmerge.merging.planning.decisions import SHARED_CHANNELS
-from blockmerge.merging.planning.plan import Plan, PlannedFile, Run, Whole, Work, size_of
-from blockmerge.merging.planning.recipe import Recipe
+from blockmerge.expressions import Expression, Gathered, Stored
+from blockmerge.merging.planning.plan import Plan
+from blockmerge.merging.planning.runs import PlannedFile, Run
 from blockmerge.methods import Method
-from blockmerge.methods.arithmetic import round_into, wide_dtype
-from blockmerge.methods.elementwise import cast, clip
 from blockmerge.streaming import TorchThreads, aligned_buffer
 from blockmerge.streaming.tensors import all_finite, tensor_view
 
@@ -33,7 +32,7 @@ _SCAN_BYTES = 4 << 20
 
 
 class Kernel:
-    """One worker's means to compute: the method, the device, and a buffer for each operand.
+    """One worker's means to compute: the device, what was gathered, and a buffer for each operand.
 
     On a GPU each worker has a stream and page-locked buffers of its own: while one reads, another's data is
     on its way there, a third's is computed with and a fourth's is on its way back. What the device holds is a
@@ -41,21 +40,22 @@ class Kernel:
     """
 
     def __init__(
-        self, plan: Plan, file: PlannedFile, device: str, chunk_bytes: int, gathered: object = None
+        self,
+        plan: Plan,
+        file: PlannedFile,
+        device: str,
+        chunk_bytes: int,
+        gathered: Mapping[Gathered, object],
     ) -> None:
-        self._plan, self._file = plan, file
-        self._computation = Computation(plan.recipe, plan.numbers, gathered)
+        self._plan, self._file, self._gathered = plan, file, gathered
         self._check = not plan.recipe.allow_nonfinite
-        self._clip = plan.recipe.clip
         self._device = torch.device(device)
         on_gpu = self._device.type == "cuda"
         self._stream = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._chunk_bytes = chunk_bytes
         self._buffers: dict[object, memoryview] = {}
 
-    def compute(
-        self, run: Run, low: int, target: memoryview, reader: Callable[[int], Reader]
-    ) -> Iterator[Nonfinite]:
+    def compute(self, run: Run, low: int, target: memoryview, readers: Readers) -> Iterator[Nonfinite]:
         """Fill `target`, the output's bytes from `low` on, with a run's result; yield the chunks that are not
         finite.
 
@@ -64,26 +64,25 @@ class Kernel:
         size = size_of(run.dtype)
         first = (low - run.start) // size
         count = len(target) // size
-        step = self._step(run, size, count)
+        step = self._step(run)
         for at in range(0, count, step):
             elements = min(step, count - at)
             part = target[at * size : (at + elements) * size]
-            inputs = [
-                self._read(run, place, first + at, elements, part, reader)
+            operands = [
+                self._read(run, place, first + at, elements, part, readers)
                 for place in range(len(run.operands))
             ]
             out = tensor_view(part, run.dtype, elements)
             try:
-                finite = self._compute_one(inputs, run, first + at, out)
+                finite = self._compute_one(operands, run, first + at, out)
             except RecipeError as error:
                 raise RecipeError(f"{error} (at {shown(self._ldm_at(low + at * size))})") from error
             except RuntimeError as error:
                 if self._device.type == "cpu":
                     raise
                 why = shown(str(error).splitlines()[0], 200)
-                raise RecipeError(
-                    f"{self._device} cannot do this merge: {why} (fewer threads, or the device cpu, can)"
-                ) from error
+                hint = "fewer threads, or the device cpu, can"
+                raise RecipeError(f"{self._device} cannot do this merge: {why} ({hint})") from error
             if not finite:
                 start = low + at * size
                 yield start, start + len(part), _part_is_finite(out, start, size)
@@ -91,47 +90,37 @@ class Kernel:
     def _ldm_at(self, offset: int) -> str:
         """The LDM name of the tensor at an offset of the output."""
         name, _ = next(self._file.tensors_between(offset, offset + 1))
-        return self._plan.decision_of(name).ldm
+        return self._plan.tensor(name).ldm
 
-    def _step(self, run: Run, size: int, count: int) -> int:
-        """How many elements are computed at once."""
-        if run.grain > 1 and not (run.work and run.work.whole and run.work.whole.rows):
-            return max(1, count)
-        widest = max(size, *(size_of(operand.dtype) for operand in run.operands))
-        return max(run.grain, self._chunk_bytes // widest // run.grain * run.grain)
+    def _step(self, run: Run) -> int:
+        """How many elements are computed at once: what fits a chunk, in whole grains."""
+        sizes = [size_of(one.dtype) for one in run.operands if not isinstance(one.source, Gathered)]
+        return max(1, self._chunk_bytes // max(size_of(run.dtype), *sizes) // run.grain) * run.grain
 
     def _read(
-        self,
-        run: Run,
-        place: int,
-        first: int,
-        elements: int,
-        part: memoryview,
-        reader: Callable[[int], Reader],
-    ) -> torch.Tensor:
-        """An operand's values for these elements of the output, or the whole tensor they are computed
-        from.
-        """
-        operand = run.operands[place]
-        whole = run.work.whole if run.work else None
-        if whole is not None and not whole.rows:
-            first, elements = 0, TensorInfo(operand.dtype, whole.shapes[place], 0).elements
-        nbytes = elements * size_of(operand.dtype)
+        self, run: Run, place: int, first: int, elements: int, part: memoryview, readers: Readers
+    ) -> Any:
+        """An operand for these elements of the output: as many of its own, its rows, or all of it."""
+        operand, slot = run.operands[place], run.program.slots[place]
+        if isinstance(operand.source, Gathered):
+            return self._gathered[operand.source]
+        shape: tuple[int, ...]
+        match run.program.locality:
+            case "element":
+                begin, shape = first, (elements,)
+            case "row":
+                width = prod(slot.shape[1:])
+                begin, shape = first // run.grain * width, (elements // run.grain, *slot.shape[1:])
+            case _:
+                begin, shape = 0, slot.shape
+        count = prod(shape)
+        nbytes = count * size_of(operand.dtype)
         # A is read straight into the output, where the result then takes its place: less memory to go
         # through.
-        in_place = (
-            place == 0
-            and operand.dtype == run.dtype
-            and whole is None
-            and not self._clip
-            and self._stream is None
-        )
+        in_place = place == 0 and run.program.may_overwrite_first and self._stream is None
         buffer = part if in_place else self._buffer(place, nbytes)
-        reader(operand.source).read_into(operand.offset + first * size_of(operand.dtype), buffer)
-        values = tensor_view(buffer, operand.dtype, elements) if elements else torch.empty(0)
-        if whole is None:
-            return values
-        return values.view(whole.shapes[place] if not whole.rows else (-1, *whole.shapes[place][1:]))
+        readers.read_into(operand.source, operand.offset + begin * size_of(operand.dtype), buffer)
+        return tensor_view(buffer, operand.dtype, count).view(shape)
 
     def _buffer(self, place: object, nbytes: int) -> memoryview:
         held = self._buffers.get(place)
@@ -143,16 +132,18 @@ class Kernel:
             self._buffers[place] = held
         return held[:nbytes]
 
-    def _compute_one(self, inputs: list[torch.Tensor], run: Run, first: int, out: torch.Tensor) -> bool:
+    def _compute_one(self, operands: list[Any], run: Run, first: int, out: torch.Tensor) -> bool:
         """Write the result into `out`, which is on the CPU, and say whether it is finite (or need not be)."""
-        position = run.position + first
         if self._stream is None:
-            self._computation.run(inputs, run.work, position, out)
+            run.program.run(operands, _in_shape(out, run), first)
             return not self._check or all_finite(out)
         with torch.cuda.stream(self._stream):
-            there = [tensor.to(self._device, non_blocking=True) for tensor in inputs]
+            there = [
+                one.to(self._device, non_blocking=True) if isinstance(one, torch.Tensor) else one
+                for one in operands
+            ]
             result = torch.empty_like(out, device=self._device)
-            self._computation.run(there, run.work, position, result)
+            run.program.run(there, _in_shape(result, run), first)
             locked = tensor_view(self._buffer("out", out.nbytes), run.dtype, len(out))
             locked.copy_(result, non_blocking=True)
             finite = not self._check or all_finite(result)
@@ -161,103 +152,37 @@ class Kernel:
         return finite
 
 
-class Computation:
-    """What a recipe does to one stretch of tensors, wherever they are: cast, method, clip, change; rounded
-    once.
-    """
-
-    def __init__(self, recipe: Recipe, numbers: Mapping[str, Any], gathered: object = None) -> None:
-        self._method: Method | None = recipe.merge_method if recipe.method is not None else None
-        self._clip = recipe.clip
-        self._numbers = dict(numbers)
-        if self._method is not None and self._method.random:
-            del self._numbers["seed"]
-        if self._method is not None and self._method.locality == "model":
-            self._numbers["gathered"] = gathered
-
-    def run(self, inputs: list[torch.Tensor], work: Work | None, position: int, out: torch.Tensor) -> None:
-        """Write the result for flat `inputs` (in their shape for a `whole`) into `out`, which is flat.
-
-        `position` is that of the first element in its tensor.
-        """
-        if work is None:
-            cast(*inputs, out=out)
-        elif work.whole is None:
-            self._merge(inputs, work, position, out)
-        else:
-            self._merge_whole(inputs, work, work.whole, position, out)
-
-    def _merge(self, inputs: list[torch.Tensor], work: Work, position: int, out: torch.Tensor) -> None:
-        assert self._method is not None
-        extra = dict(self._numbers)
-        if "beta" in self._method.weights:
-            extra["beta"] = work.beta
-        if work.key is not None:
-            extra.update(key=work.key, position=position)
-        self._method.function(*inputs, alpha=work.alpha, out=out, **extra)
-        if self._clip and len(inputs) > 1:
-            clip(*(tensor.reshape(-1) for tensor in inputs[:2]), out=out.view(-1))
-
-    def _merge_whole(
-        self, inputs: list[torch.Tensor], work: Work, whole: Whole, position: int, out: torch.Tensor
-    ) -> None:
-        wide = inputs[whole.wider] if whole.wider is not None else None
-        if wide is not None:
-            inputs = [tensor[:, :SHARED_CHANNELS].contiguous() for tensor in inputs]
-        shape, origin = inputs[0].shape, whole.origin
-        as_it_is = wide is None and work.change is None and origin.parts == 1 and not origin.transposed
-        # Rounded only at the end: what is changed afterwards is not rounded before.
-        dtype = wide_dtype(*inputs, out) if work.change is not None else out.dtype
-        result = out.view(shape) if as_it_is else torch.empty(shape, dtype=dtype, device=out.device)
-        if work.alpha is None:
-            cast(inputs[0], out=result)
-        elif self._method is not None and self._method.locality == "element":
-            self._merge([tensor.reshape(-1) for tensor in inputs], work, position, result.view(-1))
-        else:
-            self._merge(inputs, work, position, result)
-        if wide is not None:
-            result = torch.cat([result, wide[:, SHARED_CHANNELS:].to(dtype)], dim=1)
-        if work.change is not None:
-            result *= work.change.scale
-            if work.change.shift is not None:
-                result += torch.tensor(work.change.shift, dtype=dtype).to(out.device, non_blocking=True)
-        if as_it_is:
-            return
-        if origin.parts > 1:
-            result = result.chunk(origin.parts)[origin.part]
-        if origin.transposed and result.dim() == 2:
-            result = result.T
-        round_into(out.view(result.shape), result)
+def _in_shape(out: torch.Tensor, run: Run) -> torch.Tensor:
+    match run.program.locality:
+        case "element":
+            return out
+        case "row":
+            return out.view(-1, *run.program.root.shape[1:])
+        case _:
+            return out.view(run.program.root.shape)
 
 
-class Statistics:
-    """The first pass of a method that looks at the whole model: the figures of every tensor that all models
-    have, VAE aside.
-    """
+class Gathering:
+    """A pass over the tensors that a method looks at before it merges the first."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._method = plan.recipe.merge_method
-        self._views = list(plan.decided.ldm.values())
-        self.names = looked_at(self._views)
-        self.total = sum(self._views[0].tensors[name].nbytes for name in self.names)
+    def __init__(self, wanted: Gathered) -> None:
+        self._method = wanted.method
+        self.total = sum(first.nbytes for first, *_ in wanted.tensors)
         self.torch_threads = TorchThreads()
         self._found: list[Any] = []
         self._lock = threading.Lock()
 
     @contextmanager
-    def worker(self) -> Iterator[Callable[[str], int]]:
-        """A worker of the pool: looks at one tensor after the other."""
+    def worker(self) -> Iterator[Callable[[tuple[Expression, ...]], int]]:
+        """A worker of the pool: looks at the tensors of one name after the other."""
         self.torch_threads.single_here()
-        with ExitStack() as stack:
-            readers = [stack.enter_context(view.checkpoint.reader()) for view in self._views]
+        with Readers() as readers:
 
-            def look_at(name: str) -> int:
-                figures = self._method.statistics(
-                    *map(_read_tensor, readers, (view.tensors[name] for view in self._views))
-                )
+            def look_at(tensors: tuple[Expression, ...]) -> int:
+                figures = self._method.statistics(*(_read_tensor(readers, one) for one in tensors))
                 with self._lock:
                     self._found.append(figures)
-                return self._views[0].tensors[name].nbytes
+                return tensors[0].nbytes
 
             yield look_at
 
@@ -266,29 +191,10 @@ class Statistics:
         return self._method.gather(self._found)
 
 
-def looked_at(views: Sequence[View]) -> list[str]:
-    """The tensors that methods look at which look at whole models: floats of one shape in all of them, VAE
-    and EMA aside.
-
-    Markers, which hold nothing, are left out.
-    """
-    first, *others = (view.tensors for view in views)
-    return [
-        name
-        for name, info in first.items()
-        if info.elements
-        and component_of(name) not in ("vae", "ema")
-        and not is_schedule(name)
-        and not is_position_ids(name)
-        and all(name in other and other[name].shape == info.shape for other in others)
-        and all(tensors[name].dtype in FLOAT_DTYPES for tensors in (first, *others))
-    ]
-
-
-def _read_tensor(reader: Reader, info: TensorInfo) -> torch.Tensor:
-    buffer = aligned_buffer(info.nbytes)
-    reader.read_into(info.offset, buffer)
-    return tensor_view(buffer, info.dtype, info.elements).view(info.shape)
+def _read_tensor(readers: Readers, tensor: Expression) -> torch.Tensor:
+    buffer = aligned_buffer(tensor.nbytes)
+    readers.read_into(tensor, 0, buffer)
+    return tensor_view(buffer, tensor.dtype, tensor.elements).view(tensor.shape)
 
 
 def choose_device(device: str, method: Method | None = None) -> str:
@@ -310,16 +216,16 @@ def choose_device(device: str, method: Method | None = None) -> str:
     return device
 
 
-def holds_nonfinite(checkpoint: Checkpoint, info: TensorInfo) -> bool:
-    """Whether a tensor of a checkpoint holds NaN or infinity; reads it through once."""
-    size = size_of(info.dtype)
+def holds_nonfinite(tensor: Stored) -> bool:
+    """Whether a stored tensor holds NaN or infinity; reads it through once."""
+    size = size_of(tensor.dtype)
     step = _SCAN_BYTES // size
     buffer = aligned_buffer(step * size)
-    with checkpoint.reader() as reader:
-        for at in range(0, info.elements, step):
-            elements = min(step, info.elements - at)
-            reader.read_into(info.offset + at * size, buffer[: elements * size])
-            if not all_finite(tensor_view(buffer, info.dtype, elements)):
+    with Readers() as readers:
+        for at in range(0, tensor.elements, step):
+            elements = min(step, tensor.elements - at)
+            readers.read_into(tensor, at * size, buffer[: elements * size])
+            if not all_finite(tensor_view(buffer, tensor.dtype, elements)):
                 return True
     return False
 

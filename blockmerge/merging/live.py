@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
 
 from blockmerge.checkpoints import SUFFIXES, CheckpointLike, Model, open_checkpoint
 from blockmerge.errors import RecipeError, counted, listing, shown
+from blockmerge.merging.planning.combining import Combination
 from blockmerge.merging.planning.recipe import check_flag
-from blockmerge.methods import Method, find_method, key_of
+from blockmerge.methods import Method, find_method
 from blockmerge.weights import BlockWeights, WeightsLike, WeightsRequest
 
 if TYPE_CHECKING:
     import torch
 
-    from blockmerge.merging.flat_unet import Block, FlatUNet, Slot
-
-_COPIED_ELEMENTS = 1 << 22  # that a user's own function, which gets wide copies, is given at once
+    from blockmerge.merging.flat_unet import Block, FlatUNet
+    from blockmerge.merging.launching import Content, Launcher
 
 _OPEN: WeakSet[LiveMerge] = WeakSet()
-
-_Treatment = int | tuple[float, float]
-"""What a block gets: a copy of a model, by its number, or the method with these weights alpha and beta."""
 
 
 class LiveMerge:
@@ -60,6 +57,7 @@ class LiveMerge:
         import torch
 
         from blockmerge.merging.flat_unet import FlatUNet
+        from blockmerge.merging.launching import Launcher
 
         if isinstance(method, (str, os.PathLike)) and os.fspath(method).lower().endswith(SUFFIXES):
             raise RecipeError(
@@ -71,9 +69,8 @@ class LiveMerge:
         while len(sources) > 1 and sources[-1] is None:
             sources.pop()
         self._method.check_models(len(sources))
-        self._numbers: dict[str, Any] = dict(self._method.check_numbers(numbers, len(sources)))
-        self._seed = self._numbers.pop("seed", 0) if self._method.random else 0
-        self._gathered: dict[str, object] = {}
+        combination = Combination.of(self._method, self._method.check_numbers(numbers, len(sources)))
+        self._seed = combination.seed
         self._module_class = type(module).__name__
         models = [
             Model.of(open_checkpoint(source, f"state dict {letter}"))  # type: ignore[arg-type]  # it refuses None
@@ -84,12 +81,11 @@ class LiveMerge:
             self._unet: FlatUNet = FlatUNet.of(module, models)
             if any(other._unet.shares_parameters(self._unet) for other in _OPEN):
                 raise RecipeError("another LiveMerge is open on this module: close() it first")
-            self._flats = self._unet.buffers(models)
-            self._originals = self._unet.place(self._flats[-1])
+            copies, out = self._unet.copies(models)
+            self._originals = self._unet.place(out)
+            self._launcher: Launcher | None = Launcher(self._unet, copies, out, combination)
         _OPEN.add(self)
-        self._held: dict[str, _Treatment | None] = dict.fromkeys(
-            (block.name for block in self._unet.blocks), 0
-        )
+        self._held: dict[str, Content | None] = {block.name: copies[0] for block in self._unet.blocks}
         start = 0.0 if self._method.copies(0.0, 0.0) == 0 else None
         self._weights = BlockWeights.flat(start, self._unet.family.blocks)
         self._weights_beta = BlockWeights.flat(0.0, self._unet.family.blocks)
@@ -133,7 +129,7 @@ class LiveMerge:
         """
         import torch
 
-        self._check_open()
+        launcher = self._opened()
         check_flag("keep", keep)
         if "beta" not in self._method.weights and (preset_beta is not None or weights_beta is not None):
             raise RecipeError(f"{self._method.name} takes no 'beta'")
@@ -144,16 +140,14 @@ class LiveMerge:
         second = WeightsRequest(preset_beta, weights_beta, None, sdxl_map, seed, beta=True)
         alpha = first.change(self._weights) if keep else first.resolve(self._unet.family.name)
         beta = second.change(self._weights_beta) if keep else second.resolve(self._unet.family.name)
-        wanted = {
-            block.name: self._treatment(alpha[block.name], beta[block.name]) for block in self._unet.blocks
-        }
-        changed = {name: treatment for name, treatment in wanted.items() if treatment != self._held[name]}
+        wanted = {name: launcher.content((alpha[name], beta[name])) for name in self._held}
+        changed = {name: content for name, content in wanted.items() if content != self._held[name]}
         with torch.no_grad():
-            # Neighbours that are treated alike lie side by side.
-            for treatment, group in groupby(self._unet.blocks, lambda block: changed.get(block.name)):
-                if treatment is not None:
-                    self._treat(list(group), treatment)
-        if moved := self._unet.moved(self._flats[-1], changed):  # looked for while the device computes
+            # Neighbours that are to hold the same lie side by side.
+            for content, group in groupby(self._unet.blocks, lambda block: changed.get(block.name)):
+                if content is not None:
+                    self._fill(launcher, list(group), content)
+        if moved := self._unet.moved(launcher.out, changed):  # looked for while the device computes
             self._held.update(dict.fromkeys(changed))
             raise RecipeError(
                 f"the module's parameters have been moved or replaced ({listing(moved)}): leave it on its "
@@ -169,99 +163,35 @@ class LiveMerge:
         """
         for name, original in self._originals.items():
             self._unet.parameters[name].data = original
-        self._originals, self._flats = {}, []
+        self._originals, self._launcher = {}, None
         _OPEN.discard(self)
 
     def __enter__(self) -> Self:
         """Raises RecipeError after `close`."""
-        self._check_open()
+        self._opened()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
-        if not self._flats:
+        if self._launcher is None:
             return f"<LiveMerge: {self._method.name} in a {self._module_class}, closed>"
-        *models, held = self._flats
+        models, out = self._launcher.models, self._launcher.out
         what = f"{self._method.name} of {counted(len(models), 'model')} in a {self._module_class}"
-        return f"<LiveMerge: {what}, {held.dtype} on {held.device}>"
+        return f"<LiveMerge: {what}, {out.dtype} on {out.device}>"
 
-    def _check_open(self) -> None:
-        if not self._flats:
+    def _opened(self) -> Launcher:
+        if self._launcher is None:
             raise RecipeError(
                 "this LiveMerge is closed, and the module has its own weights again: make a new one"
             )
+        return self._launcher
 
-    def _treatment(self, alpha: float | None, beta: float | None) -> _Treatment:
-        if alpha is None or beta is None:
-            return 0
-        source = self._method.copies(alpha, beta)
-        return (alpha, beta) if source is None else source
-
-    def _treat(self, blocks: Sequence[Block], treatment: _Treatment) -> None:
+    def _fill(self, launcher: Launcher, blocks: Sequence[Block], content: Content) -> None:
         """Give neighbouring blocks what they are to hold."""
         for block in blocks:
             self._held[block.name] = None  # what a method that fails leaves is nothing to rely on
-        *models, out = self._flats
-        stretch = slice(blocks[0].stretch.start, blocks[-1].stretch.stop)
-        apart = [slot for block in blocks for slot in block.apart]
-        inside = [slot for block in blocks for slot in block.inside]
-        if isinstance(treatment, int):
-            out[stretch].copy_(models[treatment][stretch])
-            for slot in apart:
-                slot.merged(out).copy_(slot.merged(models[treatment]))
-        else:
-            numbers = self._numbers_for(treatment)
-            as_one = self._method.locality == "element" and not self._method.random
-            if as_one:
-                self._merge_flat([flat[stretch] for flat in models], numbers, out[stretch])
-            for slot in apart if as_one else [*apart, *inside]:
-                self._merge_slot(slot, numbers)
+        launcher.fill(blocks, content)
         for block in blocks:
-            self._held[block.name] = treatment
-
-    def _numbers_for(self, weights: tuple[float, float]) -> Mapping[str, Any]:
-        """The keywords of the method's function, but for those of chance."""
-        if self._method.locality == "model" and not self._gathered:
-            pairs = (
-                [slot.merged(flat).contiguous() for flat in self._flats[:-1]] for slot in self._unet.slots
-            )
-            self._gathered["gathered"] = self._method.gather(
-                [self._method.statistics(*pair) for pair in pairs]
-            )
-        taken = {
-            name: weight
-            for name, weight in zip(("alpha", "beta"), weights, strict=True)
-            if name in self._method.weights
-        }
-        return {**self._numbers, **self._gathered, **taken}
-
-    def _merge_slot(self, slot: Slot, numbers: Mapping[str, Any]) -> None:
-        """Merge one parameter, in the shape that the method wants."""
-        import torch
-
-        *models, result = self._flats
-        inputs = [slot.merged(flat).contiguous() for flat in models]
-        target = slot.merged(result)
-        out = (
-            target
-            if target.is_contiguous()
-            else torch.empty_like(target, memory_format=torch.contiguous_format)
-        )
-        if self._method.random:
-            numbers = {**numbers, "key": key_of(self._seed, slot.ldm), "position": 0}
-        if self._method.locality == "element":
-            self._merge_flat([tensor.view(-1) for tensor in inputs], numbers, out.view(-1))
-        else:
-            self._method.function(*inputs, **numbers, out=out)
-        if out is not target:
-            target.copy_(out)
-
-    def _merge_flat(
-        self, inputs: Sequence[torch.Tensor], numbers: Mapping[str, Any], out: torch.Tensor
-    ) -> None:
-        step = len(out) if self._method.own is None else _COPIED_ELEMENTS
-        for start in range(0, len(out), max(1, step)):
-            part = slice(start, start + step)
-            self._method.function(*(tensor[part] for tensor in inputs), **numbers, out=out[part])
+            self._held[block.name] = content

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from blockmerge.anatomy import Origin
 from blockmerge.checkpoints import Model, StateDict, state_dict_name
+from blockmerge.dtypes import FLOAT_DTYPES, torch_dtype
 from blockmerge.errors import CheckpointError, NonFiniteError, RecipeError, counted, listing, shown
-from blockmerge.merging.planning.decisions import Decision, Decisions, check_vae_option, decide
-from blockmerge.merging.planning.plan import Drafter, Work
-from blockmerge.merging.planning.recipe import Recipe, check_flag, make_recipe
+from blockmerge.expressions import Programs, leaves_of
+from blockmerge.merging.planning.combining import Combination
+from blockmerge.merging.planning.naming import OutputTensor
+from blockmerge.merging.planning.plan import gathered_by
+from blockmerge.merging.planning.policies import decide
+from blockmerge.merging.planning.recipe import check_flag, make_recipe
+from blockmerge.streaming import TorchThreads, for_each, processors
 from blockmerge.weights import WeightsLike, WeightsRequest
 
 if TYPE_CHECKING:
     import torch
 
-    from blockmerge.merging.kernel import Computation
+    from blockmerge.merging.in_memory import Figures, Task
 
-_TOGETHER = {"cpu": 0}
-"""Elements of small tensors that are laid side by side and computed in one launch, by the kind of device."""
+_SHARED = 1 << 22
+"""Elements of a tensor that a processor's threads share, so many each."""
 
-_TOGETHER_ON_A_GPU = 1 << 25
+_TOGETHER = 1 << 25
+"""Elements of small tensors that are laid side by side and computed in one launch, on a GPU."""
 
 
 def merge_state_dicts(
@@ -56,7 +61,7 @@ def merge_state_dicts(
     Raises a BlockmergeError: NonFiniteError with `check_finite`, else as `merge` does before it reads a
     weight.
     """
-    check_vae_option(vae)
+    _check_vae(vae)
     check_flag("check_finite", check_finite)
     recipe = make_recipe(
         method,
@@ -79,175 +84,126 @@ def merge_state_dicts(
         Model.of(StateDict(tensors, state_dict_name(number))) for number, tensors in enumerate(state_dicts)
     ]
     family = models[0].anatomy.family.name
-    decided = decide(models, recipe, recipe.weights.resolve(family), recipe.beta.resolve(family))
-    drafter = Drafter(recipe, decided, recipe.resolve_numbers(len(models)), family)
-    merged = _compute(state_dicts, drafter)
+    weights, beta = recipe.weights.resolve(family), recipe.beta.resolve(family)
+    combination = Combination.of(recipe.merge_method, recipe.resolve_numbers(len(models)), clip=recipe.clip)
+    merged = _compute(models, decide(models, recipe, weights, beta, combination).tensors)
     if check_finite:
         _check_finite(merged)
     return _spelled_as(state_dicts[0], merged)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One tensor: what it is computed from, flat or, for a whole, in shape; how; and where the result goes.
-
-    `inputs` are made when they are asked for, as some take memory: joined ones, and those from another
-    device. `kind` is what jobs that can be done together have in common.
-    """
-
-    ldm: str
-    inputs: Callable[[], list[torch.Tensor]]
-    work: Work | None
-    out: torch.Tensor
-    position: int
-    kind: tuple[object, ...]
-
-
-def _compute(state_dicts: Sequence[Mapping[str, torch.Tensor]], drafter: Drafter) -> dict[str, torch.Tensor]:
+def _compute(models: Sequence[Model], tensors: Sequence[OutputTensor]) -> dict[str, torch.Tensor]:
     import torch
 
-    from blockmerge.merging.kernel import Computation
+    from blockmerge.merging.in_memory import gathered, tasks_of
 
-    decided = drafter.decided
     merged: dict[str, torch.Tensor] = {}
-    jobs: list[_Job] = []
+    tasks: list[tuple[str, Task]] = []
+    programs = Programs()
     with torch.no_grad():
-        computation = Computation(
-            drafter.recipe, drafter.numbers, _gathered(drafter.recipe, state_dicts, decided)
-        )
-        for decision in decided.tensors:
-            job = _job(state_dicts, drafter, decision)
-            if isinstance(job, _Job):
-                jobs.append(job)
-            merged[decision.name] = job.out if isinstance(job, _Job) else job
-        _compute_together(jobs, computation)
+        figures = {one: gathered(one) for one in gathered_by(tensors)}
+        for one in tensors:
+            out = merged[one.name] = _empty(models, one)
+            most = _SHARED if out.device.type == "cpu" else max(1, out.numel())
+            tasks += ((one.ldm, task) for task in tasks_of(one.expression, out, programs, most))
+        _compute_on_cpu([one for one in tasks if one[1].out.device.type == "cpu"], figures)
+        _compute_together([one for one in tasks if one[1].out.device.type != "cpu"], figures)
     return merged
 
 
-def _job(
-    state_dicts: Sequence[Mapping[str, torch.Tensor]], drafter: Drafter, decision: Decision
-) -> _Job | torch.Tensor:
-    """What there is to do for a tensor, or the tensor itself, where that is only a copy."""
+def _empty(models: Sequence[Model], tensor: OutputTensor) -> torch.Tensor:
+    """Memory for a tensor of the result, on the device of the first model that has it."""
     import torch
 
-    from blockmerge.streaming.tensors import TORCH_DTYPES
+    from blockmerge.merging.in_memory import tensor_of
 
-    decided = drafter.decided
-    holder = next(number for number, view in decided.views.items() if decision.key in view.tensors)
-    device = state_dicts[holder][decided.views[holder].origins[decision.key].names[0]].device
-    if decision.literal is not None:
-        values = torch.frombuffer(bytearray(decision.literal), dtype=torch.int64).view(decision.shape)
-        return values.to(device)
-    work = drafter.work(decision, in_pieces=False)
-    if work is not None and work.whole is not None:
-        origins = {
-            number: decided.ldm[number].origins.get(decision.ldm) for number in drafter.operands(decision)
-        }
-    else:
-        origins = {number: decided.views[number].origins[decision.key] for number in decision.sources}
-    found = [
-        (number, origin or decided.views[number].origins[decision.key]) for number, origin in origins.items()
-    ]
-    dtypes = [state_dicts[number][origin.names[0]].dtype for number, origin in found]
-    out = torch.empty(decision.shape, dtype=TORCH_DTYPES.get(decision.dtype, dtypes[0]), device=device)
-    if work is None and not out.is_floating_point():
-        return out.copy_(_made(state_dicts[found[0][0]], found[0][1]))
-
-    def inputs() -> list[torch.Tensor]:
-        made = [_made(state_dicts[number], origin).to(device).contiguous() for number, origin in found]
-        return made if work is not None and work.whole is not None else [tensor.view(-1) for tensor in made]
-
-    part = drafter.origin(decision).part
-    return _Job(decision.ldm, inputs, work, out, part * out.numel(), (work, out.dtype, device, *dtypes))
+    holder = next(model for model in models if tensor.ldm in model.tensors)
+    device = tensor_of(next(leaves_of(holder.tensors[tensor.ldm]))).device
+    return torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype), device=device)
 
 
-def _compute_together(jobs: Sequence[_Job], computation: Computation) -> None:
+def _compute_on_cpu(tasks: Sequence[tuple[str, Task]], figures: Figures) -> None:
+    """Compute one task after the other in each of as many threads as there are processors.
+
+    torch's own threads, which would share each tensor, cost more than they bring where most tensors are
+    small.
+    """
+    import torch
+
+    torch_threads = TorchThreads()
+    inference = torch.is_inference_mode_enabled()
+
+    @contextmanager
+    def worker() -> Iterator[Callable[[tuple[str, Task]], int]]:
+        torch_threads.single_here()
+        with torch.inference_mode(inference), torch.no_grad():
+
+            def compute(named: tuple[str, Task]) -> int:
+                ldm, task = named
+                with _named(ldm):
+                    task.run(figures)
+                return 0
+
+            yield compute
+
+    try:
+        for_each(tasks, worker, min(processors(), len(tasks)), 0)
+    finally:
+        torch_threads.restore()
+
+
+def _compute_together(tasks: Sequence[tuple[str, Task]], figures: Figures) -> None:
     """Compute in few large launches: tensors that get the same treatment are laid side by side."""
     import torch
 
-    groups: dict[object, list[_Job]] = {}
-    for job in jobs:
-        alone = job.work is not None and (job.work.whole is not None or job.work.key is not None)
-        groups.setdefault(id(job) if alone else job.kind, []).append(job)
-    for together in (part for group in groups.values() for part in _parts(group)):
-        first = together[0]
-        if len(together) == 1:
-            _run(computation, first, first.inputs(), first.out.view(-1))
-            continue
-        inputs = [torch.cat(tensors) for tensors in zip(*(job.inputs() for job in together), strict=True)]
-        out = torch.empty(len(inputs[0]), dtype=first.out.dtype, device=first.out.device)
-        _run(computation, first, inputs, out)
-        outs = [job.out.view(-1) for job in together]
-        torch._foreach_copy_(outs, list(torch.split(out, [len(one) for one in outs])))
+    groups: dict[Hashable, list[tuple[str, Task]]] = {}
+    for ldm, task in tasks:
+        kind = (task.program, task.out.device) if task.program.joins else id(task)
+        groups.setdefault(kind, []).append((ldm, task))
+    for (ldm, first), *others in (part for group in groups.values() for part in _parts(group)):
+        together = [first, *(task for _, task in others)]
+        with _named(ldm):
+            if not others:
+                first.run(figures)
+                continue
+            inputs = [
+                torch.cat(tensors)
+                for tensors in zip(*(one.tensors(figures) for one in together), strict=True)
+            ]
+            result = torch.empty(len(inputs[0]), dtype=first.out.dtype, device=first.out.device)
+            first.program.run(inputs, result)
+        outs = [task.out.view(-1) for task in together]
+        torch._foreach_copy_(outs, list(torch.split(result, [len(one) for one in outs])))
 
 
-def _run(computation: Computation, job: _Job, inputs: list[torch.Tensor], out: torch.Tensor) -> None:
-    """Compute a job, or what stands for it and all that are like it."""
-    try:
-        computation.run(inputs, job.work, job.position, out)
-    except RecipeError as error:  # of a method of the user's own
-        raise RecipeError(f"{error} (at {shown(job.ldm)})") from error
-
-
-def _parts(jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
+def _parts(tasks: Sequence[tuple[str, Task]]) -> Iterator[list[tuple[str, Task]]]:
     """Cut a group into parts whose tensors, laid side by side, do not take too much memory."""
-    limit = _TOGETHER.get(jobs[0].out.device.type, _TOGETHER_ON_A_GPU)
-    part: list[_Job] = []
+    part: list[tuple[str, Task]] = []
     elements = 0
-    for job in jobs:
-        if part and elements + job.out.numel() > limit:
+    for ldm, task in tasks:
+        if part and elements + task.out.numel() > _TOGETHER:
             yield part
             part, elements = [], 0
-        part.append(job)
-        elements += job.out.numel()
+        part.append((ldm, task))
+        elements += task.out.numel()
     yield part
 
 
-def _gathered(
-    recipe: Recipe, state_dicts: Sequence[Mapping[str, torch.Tensor]], decided: Decisions
-) -> object:
-    """The figures of a method that looks at the whole model."""
-    method = recipe.merge_method
-    if method.locality != "model":
-        return None
-    from blockmerge.merging.kernel import looked_at
-
-    views = [decided.ldm[number] for number in range(len(state_dicts))]
-    figures = []
-    for name in looked_at(views):
-        tensors = [
-            _made(tensors, view.origins[name]).contiguous()
-            for tensors, view in zip(state_dicts, views, strict=True)
-        ]
-        figures.append(method.statistics(*(tensor.to(tensors[0].device) for tensor in tensors)))
-    return method.gather(figures)
-
-
-def _made(tensors: Mapping[str, torch.Tensor], origin: Origin) -> torch.Tensor:
-    """The tensor that an origin describes."""
-    import torch
-
-    found = [tensors[name].detach() for name in origin.names]
-    made = found[0] if len(found) == 1 else torch.cat(found)
-    if origin.parts > 1:
-        made = made.chunk(origin.parts)[origin.part]
-    if origin.transposed and made.dim() == 2:
-        made = made.T
-    if origin.axes == 4 and made.dim() == 2:
-        made = made[:, :, None, None]
-    elif origin.axes == 2 and made.dim() == 4:
-        made = made[:, :, 0, 0]
-    return made
+@contextmanager
+def _named(ldm: str) -> Iterator[None]:
+    """Say at which tensor a method of the user's own failed."""
+    try:
+        yield
+    except RecipeError as error:
+        raise RecipeError(f"{error} (at {shown(ldm)})") from error
 
 
 def _check_finite(merged: Mapping[str, torch.Tensor]) -> None:
-    from blockmerge.streaming.tensors import TORCH_DTYPES, all_finite
+    from blockmerge.streaming.tensors import all_finite
 
-    weights = (
-        (name, tensor)
-        for name, tensor in merged.items()
-        if tensor.dtype in TORCH_DTYPES.values() and tensor.numel()
-    )
+    floats = [torch_dtype(dtype) for dtype in FLOAT_DTYPES]
+
+    weights = ((name, tensor) for name, tensor in merged.items() if tensor.dtype in floats and tensor.numel())
     nonfinite = [name for name, tensor in weights if not all_finite(tensor)]
     if nonfinite:
         raise NonFiniteError(
@@ -260,3 +216,9 @@ def _spelled_as(a: Mapping[str, torch.Tensor], merged: dict[str, torch.Tensor]) 
     if any("/" in name for name in a):
         return merged
     return {name.replace("/", ".", 1): tensor for name, tensor in merged.items()}
+
+
+def _check_vae(vae: object) -> None:
+    """Raise RecipeError when a merge of state dicts is asked for a VAE that only files can have."""
+    if vae not in ("auto", "a", "b", "blend"):
+        raise RecipeError(f"unknown VAE choice '{shown(vae)}': auto, a, b or blend")

@@ -198,7 +198,7 @@ def _prepare(
             "leave them out"
         )
     plan = make_plan(opened, recipe, form)
-    inputs = [file for checkpoint in plan.checkpoints.values() for file in checkpoint.files]
+    inputs = [file for checkpoint in plan.decided.checkpoints for file in checkpoint.files]
     inputs += [model.source.path for model in opened if isinstance(model.source, DiffusersFolder)]
     inputs += (
         [Path(path)]

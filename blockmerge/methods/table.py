@@ -396,6 +396,17 @@ METHODS: Mapping[str, Method] = {
 }
 
 
+IDENTITY = Method(
+    name="convert",
+    models=1,
+    locality="element",
+    formula="A",
+    source="",
+    copies=lambda alpha, beta=0.0: 0,
+    weights={},
+)
+
+
 def find_method(method: object) -> Method:
     """Return the method of that name, or the user's own: ``"module:function"``, the decorated function, or a
     Method.

@@ -44,58 +44,57 @@ class OutputStream:
 
 
 class PieceWriter:
-    """Writes pieces at their places. One thread's own handle, since two cannot share a file position."""
+    """Writes pieces at their places. One thread's own handles, since two cannot share a file position."""
 
     def __init__(self, stream: OutputStream) -> None:
         self._stream = stream
-        self._file = -1
-        self._open()
+        self._direct = -1
+        self._buffered = -1
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file >= 0:
-            os.close(self._file)
+        for file in (self._direct, self._buffered):
+            if file >= 0:
+                os.close(file)
+        self._direct = self._buffered = -1
 
     def write(self, offset: int, piece: memoryview) -> None:
-        """Write a piece. Offset, length and memory must be multiples of PAGE. Raises OSError."""
-        try:
-            self._write(offset, piece)
-        except OSError as error:
-            # Some file systems let a file be opened for direct writes and then refuse them.
-            if not self._direct or error.errno not in _NOT_DIRECT:
-                raise
-            self._stream.direct = False
-            stale, self._file = self._file, -1
-            os.close(stale)
-            self._open()
-            self._write(offset, piece)
-        if not self._direct and self._stream.flush_is_due(len(piece)):
-            os.fsync(self._file)
-
-    def _open(self) -> None:
-        flags = os.O_WRONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-        self._direct = self._stream.direct
-        if self._direct:
+        """Write a piece, whose memory begins at a page: directly, where it is whole pages of the file. Raises
+        OSError.
+        """
+        if offset % PAGE == 0 and len(piece) % PAGE == 0 and self._stream.direct:
             try:
-                self._file = os.open(self._stream.path, flags | os.O_DIRECT)
+                if self._direct < 0:
+                    self._direct = self._open(os.O_DIRECT)
+                _write(self._direct, offset, piece, direct=True)
                 return
             except OSError as error:
+                # Some file systems let a file be opened for direct writes and then refuse them.
                 if error.errno not in _NOT_DIRECT:
                     raise
-                self._stream.direct = self._direct = False
-        self._file = os.open(self._stream.path, flags)
+                self._stream.direct = False
+        if self._buffered < 0:
+            self._buffered = self._open(0)
+        _write(self._buffered, offset, piece, direct=False)
+        if self._stream.flush_is_due(len(piece)):
+            os.fsync(self._buffered)
 
-    def _write(self, offset: int, piece: memoryview) -> None:
-        os.lseek(self._file, offset, os.SEEK_SET)
-        done = 0
-        while done < len(piece):
-            count = os.write(self._file, piece[done:])
-            if self._direct and done + count < len(piece) and count % PAGE:
-                # A direct write may end early anywhere, but the next one must begin at a page again.
-                count -= count % PAGE
-                os.lseek(self._file, offset + done + count, os.SEEK_SET)
-            if count == 0:  # no way on: a buffered write will say why
-                raise OSError(errno.EINVAL if self._direct else errno.EIO, "nothing more can be written")
-            done += count
+    def _open(self, how: int) -> int:
+        flags = os.O_WRONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+        return os.open(self._stream.path, flags | how)
+
+
+def _write(file: int, offset: int, piece: memoryview, *, direct: bool) -> None:
+    os.lseek(file, offset, os.SEEK_SET)
+    done = 0
+    while done < len(piece):
+        count = os.write(file, piece[done:])
+        if direct and done + count < len(piece) and count % PAGE:
+            # A direct write may end early anywhere, but the next one must begin at a page again.
+            count -= count % PAGE
+            os.lseek(file, offset + done + count, os.SEEK_SET)
+        if count == 0:  # no way on: a buffered write will say why
+            raise OSError(errno.EINVAL if direct else errno.EIO, "nothing more can be written")
+        done += count

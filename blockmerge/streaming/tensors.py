@@ -8,14 +8,9 @@ import math
 
 import torch
 
-TORCH_DTYPES = {
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
+from blockmerge.dtypes import FLOAT_DTYPES, torch_dtype
+
+TORCH_DTYPES = {name: torch_dtype(name) for name in FLOAT_DTYPES}
 """The dtypes that can be computed with, by their names in safetensors headers."""
 
 

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from blockmerge.checkpoints.checkpoint import TensorInfo
-from blockmerge.checkpoints.dtypes import itemsize
 from blockmerge.checkpoints.formats.file import FileCheckpoint
+from blockmerge.dtypes import itemsize
 from blockmerge.errors import counted, listing, shown
 
 _MOST_FAULTS = 100  # counted; a hostile header can hold millions

@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 
 from blockmerge.checkpoints.assembled import Assembled, Assembly, Piece
 from blockmerge.checkpoints.checkpoint import TensorInfo
-from blockmerge.checkpoints.dtypes import itemsize
 from blockmerge.checkpoints.formats.file import FileCheckpoint
 from blockmerge.checkpoints.formats.pickles import (
     LARGEST_PICKLE,
@@ -29,6 +28,7 @@ from blockmerge.checkpoints.formats.pickles import (
     pickles_in,
 )
 from blockmerge.checkpoints.formats.zip_entries import read_entries
+from blockmerge.dtypes import itemsize
 from blockmerge.errors import listing, shown
 
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")

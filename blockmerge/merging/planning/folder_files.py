@@ -27,7 +27,7 @@ from blockmerge.errors import (
     reason,
     shown,
 )
-from blockmerge.merging.planning.decisions import Decision
+from blockmerge.merging.planning.naming import OutputTensor
 
 SHARD_BYTES = 10_000_000_000
 """The largest weight file in a folder, as diffusers itself cuts them ("10GB")."""
@@ -49,15 +49,15 @@ _TRANSFORMERS_STEM, _DIFFUSERS_STEM = "model", "diffusion_pytorch_model"
 
 
 def split_folder(
-    decisions: Sequence[Decision], models: Sequence[Model]
-) -> tuple[dict[str, list[Decision]], dict[str, bytes]]:
+    decisions: Sequence[OutputTensor], models: Sequence[Model]
+) -> tuple[dict[str, list[OutputTensor]], dict[str, bytes]]:
     """Return {weight file: its tensors}, and {index file: its bytes} for the components that take several
     files.
     """
-    components: dict[str, list[Decision]] = {}
+    components: dict[str, list[OutputTensor]] = {}
     for decision in decisions:
         components.setdefault(decision.name.partition("/")[0], []).append(decision)
-    files: dict[str, list[Decision]] = {}
+    files: dict[str, list[OutputTensor]] = {}
     indexes: dict[str, bytes] = {}
     for component, members in components.items():
         stem = f"{component}/{_stem(component, models)}"
@@ -76,7 +76,10 @@ def split_folder(
 
 
 def folder_files(
-    models: Sequence[Model], decisions: Sequence[Decision], anatomy: Anatomy, configs: CheckpointLike | None
+    models: Sequence[Model],
+    decisions: Sequence[OutputTensor],
+    anatomy: Anatomy,
+    configs: CheckpointLike | None,
 ) -> tuple[dict[str, bytes], list[str]]:
     """Return {path: bytes} of all that lies beside the weights, and notes for the user.
 
@@ -90,7 +93,7 @@ def folder_files(
     guessed = not known and (anatomy.family.name, anatomy.variant) == ("sd2", "base")
     try:
         made = folder_configs(
-            {d.key: d.shape for d in decisions},
+            {d.name: d.shape for d in decisions},
             anatomy.family.name,
             **({"prediction": "v_prediction"} if guessed else known),
         )
@@ -274,8 +277,8 @@ def _stem(component: str, models: Sequence[Model]) -> str:
     return _DIFFUSERS_STEM if component in ("unet", "vae") else _TRANSFORMERS_STEM
 
 
-def _shards(decisions: Sequence[Decision]) -> list[list[Decision]]:
-    shards: list[list[Decision]] = [[]]
+def _shards(decisions: Sequence[OutputTensor]) -> list[list[OutputTensor]]:
+    shards: list[list[OutputTensor]] = [[]]
     size = 0
     for decision in decisions:
         nbytes = _nbytes(decision)
@@ -287,7 +290,7 @@ def _shards(decisions: Sequence[Decision]) -> list[list[Decision]]:
     return shards
 
 
-def _nbytes(decision: Decision) -> int:
+def _nbytes(decision: OutputTensor) -> int:
     return TensorInfo(decision.dtype, decision.shape, 0).nbytes
 
 

@@ -92,8 +92,33 @@ class Recipe:
     @property
     def merge_method(self) -> Method:
         """The method of that name, where models are merged at all."""
-        assert self._method is not None
+        if self._method is None:
+            from blockmerge.methods.table import IDENTITY
+
+            return IDENTITY
         return self._method
+
+    @property
+    def changes_values(self) -> bool:
+        """Transitional."""
+        return self._method is not None
+
+    @property
+    def restores_position_ids(self) -> bool:
+        """Transitional."""
+        return self._method is None
+
+    def vae_choice(self, models: int) -> Any:
+        """Transitional."""
+        letters = "abcdefghijklmnopqrstuvwxyz"[:models]
+        if isinstance(self.vae, str) and len(self.vae) == 1 and self.vae in letters:
+            return letters.index(self.vae)
+        return self.vae
+
+    def vae_choices(self, models: int) -> str:
+        """Transitional."""
+        letters = "abcdefghijklmnopqrstuvwxyz"[:models]
+        return "" if self._method is None else ", ".join(("auto", *letters, "blend", ""))
 
     @property
     def output_dtype(self) -> str | None:

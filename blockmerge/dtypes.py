@@ -1,0 +1,74 @@
+"""The dtypes of tensors, by the names that safetensors headers use: one table for all rooms. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Dtype:
+    """What there is to know about a dtype: the bytes of an element, and its names elsewhere.
+
+    `torch` is its name in torch, None where tensors of it are never made; `short` is what ``--dtype`` calls
+    it, None where no output can be asked for in it. `mantissa` are a float's bits after the point, and
+    `least_exponent` is that of its smallest normal number; both are None for all others.
+    """
+
+    size: int
+    torch: str | None = None
+    short: str | None = None
+    mantissa: int | None = None
+    least_exponent: int | None = None
+
+
+DTYPES: Mapping[str, Dtype] = {
+    "F8_E4M3": Dtype(1, "float8_e4m3fn", "fp8_e4m3fn", 3, -6),
+    "F8_E5M2": Dtype(1, "float8_e5m2", "fp8_e5m2", 2, -14),
+    "F16": Dtype(2, "float16", "fp16", 10, -14),
+    "BF16": Dtype(2, "bfloat16", "bf16", 7, -126),
+    "F32": Dtype(4, "float32", "fp32", 23, -126),
+    "F64": Dtype(8, "float64", None, 52, -1022),
+    "C64": Dtype(8, "complex64"),
+    "BOOL": Dtype(1, "bool"),
+    "U8": Dtype(1, "uint8"),
+    "I8": Dtype(1, "int8"),
+    "U16": Dtype(2),
+    "I16": Dtype(2, "int16"),
+    "U32": Dtype(4),
+    "I32": Dtype(4, "int32"),
+    "U64": Dtype(8),
+    "I64": Dtype(8, "int64"),
+}
+
+FLOAT_DTYPES = frozenset(name for name, dtype in DTYPES.items() if dtype.mantissa is not None)
+"""The dtypes whose tensors can be merged; all others are only ever copied."""
+
+
+def itemsize(dtype: str) -> int | None:
+    """Return the bytes of one element, or None for a dtype that is not known."""
+    return DTYPES[dtype].size if dtype in DTYPES else None
+
+
+def size_of(dtype: str) -> int:
+    """Return the bytes of one element of a dtype that is in the table."""
+    return DTYPES[dtype].size
+
+
+def wide_dtype(inputs: tuple[str, ...], output: str) -> str:
+    """Return the dtype to compute in: one step wider than the output's, and F64 where an input has that."""
+    return "F64" if size_of(output) >= size_of("F32") or "F64" in inputs else "F32"
+
+
+def torch_dtype(dtype: str, device: torch.device | None = None) -> torch.dtype:
+    """Return torch's dtype of that name; on a device without float64, float32 in its place."""
+    import torch
+
+    name = DTYPES[dtype].torch
+    assert name is not None, dtype
+    found: torch.dtype = getattr(torch, name)
+    return torch.float32 if found == torch.float64 and device is not None and device.type == "mps" else found

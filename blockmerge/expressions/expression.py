@@ -1,0 +1,118 @@
+"""`Expression`: what all kinds of tensor have in common."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from blockmerge.dtypes import size_of
+
+if TYPE_CHECKING:
+    import torch
+
+Shape = tuple[int, ...]
+
+Locality = Literal["element", "row", "tensor"]
+"""How much of its inputs one element of a tensor depends on: one element of each, an entry of the first axis,
+or all.
+"""
+
+LOCALITIES: tuple[Locality, ...] = ("element", "row", "tensor")
+
+
+@dataclass(frozen=True)
+class Expression(ABC):
+    """A tensor that can be known without being computed: it has a dtype, a shape, and is made from `inputs`.
+
+    >>> half = Cast(Stored(checkpoint, "x", "F32", (8, 4)), "F16")  # doctest: +SKIP
+    >>> half.dtype, half.shape, str(half)  # doctest: +SKIP
+    ('F16', (8, 4), 'cast(a.safetensors[x], F16)')
+
+    Expressions are equal when they say the same of the same sources. A kind is a frozen dataclass with
+    `dtype` (as safetensors spells it) and `shape`, as fields or properties; `inputs` and `with_inputs`; and
+    `compute`. Whatever plans, reads, converts or evaluates asks these, and knows no kinds. `locality` and
+    `is_chance` are of the kind alone; `Program` adds them up over a tree.
+    """
+
+    locality: ClassVar[Locality] = "element"
+    """How an element of the result depends on the inputs' elements."""
+
+    in_place: ClassVar[bool] = False
+    """Whether `compute` may be given its first input in the memory of `out`, where both have one dtype."""
+
+    if TYPE_CHECKING:  # fields in some kinds, properties in others
+
+        @property
+        def dtype(self) -> str:
+            """As safetensors spells it."""
+
+        @property
+        def shape(self) -> Shape:
+            """The extents of its axes."""
+
+    @property
+    @abstractmethod
+    def inputs(self) -> tuple[Expression, ...]:
+        """The tensors that it is made from; none for those that are there."""
+
+    @abstractmethod
+    def with_inputs(self, inputs: tuple[Expression, ...]) -> Expression:
+        """The same made from other inputs."""
+
+    @abstractmethod
+    def compute(self, inputs: Sequence[torch.Tensor], out: torch.Tensor, first: int) -> None:
+        """Write the result into `out`, rounded once.
+
+        Inputs and `out` are contiguous. Where all of a program is of locality ``"element"`` they are flat,
+        and `first` is the number of the first element in its tensor. Else they have their shapes, of locality
+        ``"row"`` with some entries of the first axis only, and `first` is 0.
+        """
+
+    @property
+    def is_chance(self) -> bool:
+        """Whether the values depend on their place in the tensor."""
+        return False
+
+    @property
+    def elements(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The size in bytes."""
+        return self.elements * size_of(self.dtype)
+
+    def simplified(self) -> Expression:
+        """The same without what does nothing; the inputs are simplified already."""
+        return self
+
+    def part(self, start: int, stop: int) -> Expression | None:
+        """Entries start … stop of the first axis, as an expression that computes no more than these; else
+        None.
+
+        By default that of a kind whose elements depend on the same ones of all inputs. What looks at rows
+        gets whole tensors: in every naming the same ones, so that the bits are the same, too.
+        """
+        if self.locality != "element" or not self.inputs:
+            return None
+        from blockmerge.expressions.arrangements import Part
+
+        return self.with_inputs(tuple(Part(one, start, stop) for one in self.inputs))
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__.lower()}({', '.join(self._said())})"
+
+    def _said(self) -> Sequence[str]:
+        return [str(one) for one in self.inputs]
+
+
+def simplify(expression: Expression) -> Expression:
+    """Return an expression without what does nothing, from the leaves up."""
+    inputs = tuple(map(simplify, expression.inputs))
+    if any(new is not old for new, old in zip(inputs, expression.inputs, strict=True)):
+        expression = expression.with_inputs(inputs)
+    return expression.simplified()

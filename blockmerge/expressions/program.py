@@ -1,0 +1,194 @@
+"""`Program`: what is computed for a tensor, without saying from which bytes.
+
+An expression is its program and the leaves that the program is applied to. Neighbours in a file that are
+treated alike have one program, so that they can be computed as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING
+
+from blockmerge.dtypes import torch_dtype
+from blockmerge.expressions.arrangements import is_arranged
+from blockmerge.expressions.computed import Merged
+from blockmerge.expressions.expression import LOCALITIES, Expression, Locality, Shape
+from blockmerge.expressions.leaves import Leaf
+from blockmerge.methods import Method
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Slot(Leaf):
+    """The place of an operand in a program. Its shape is empty where elements are all that matters."""
+
+    number: int
+    dtype: str
+    shape: Shape
+
+    def __str__(self) -> str:
+        return f"${self.number}"
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is computed, by whatever kinds, from operands.
+
+    `locality` says how it may be cut: ``"element"`` anywhere, ``"row"`` between entries of the first axis,
+    else nowhere. Get one from `Programs`: equal ones are then the same object. Holds no names, offsets or
+    files.
+    """
+
+    root: Expression
+    locality: Locality
+    slots: tuple[Slot, ...]
+    is_chance: bool
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.root, self.locality)))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the result is the operand's bytes."""
+        return isinstance(self.root, Slot)
+
+    @property
+    def joins(self) -> bool:
+        """Whether two tensors of this program may be computed as one, where they lie one behind the other."""
+        return self.locality == "element" and not self.is_chance
+
+    @property
+    def may_overwrite_first(self) -> bool:
+        """Whether the first operand may stand in the memory of the result: one step that says so."""
+        first, *others = self.root.inputs or (self.root,)
+        single = isinstance(first, Slot) and all(isinstance(one, Slot) and one != first for one in others)
+        return self.root.in_place and single and first.dtype == self.root.dtype
+
+    def grain(self, shape: Shape) -> int:
+        """How many elements of a result of that shape must be computed at once."""
+        if self.locality == "element":
+            return 1
+        return max(1, prod(shape[1:] if self.locality == "row" else shape))
+
+    def run(self, operands: Sequence[torch.Tensor], out: torch.Tensor, first: int = 0) -> None:
+        """Write the result into `out`, which is contiguous, as the operands are.
+
+        All are flat where the locality is ``"element"``; else they have their shapes, some entries of the
+        first axis where that is ``"row"``. `first` is the number of the first element in its tensor.
+        """
+        self._compute(self.root, operands, out, 0 if self.locality == "row" else first, "step")
+
+    def _compute(
+        self, node: Expression, operands: Sequence[torch.Tensor], out: torch.Tensor, first: int, place: str
+    ) -> None:
+        if isinstance(node, Slot):
+            out.copy_(operands[node.number])
+            return
+        given = []
+        for number, one in enumerate(node.inputs):
+            if isinstance(one, Slot):
+                given.append(operands[one.number])
+                continue
+            place = f"{place}.{number}"
+            held = (
+                out
+                if number == 0 and node.in_place and one.dtype == node.dtype
+                else self._memory(one, out, place)
+            )
+            self._compute(one, operands, held, first, place)
+            given.append(held)
+        node.compute(given, out, first)
+
+    def _memory(self, node: Expression, out: torch.Tensor, place: str) -> torch.Tensor:
+        """Memory for what a step passes on: the calling thread's own for that place, where it is small."""
+        from blockmerge.methods.arithmetic import scratch
+
+        shape = {"element": out.shape, "row": (*out.shape[:1], *node.shape[1:]), "tensor": node.shape}[
+            self.locality
+        ]
+        return scratch(place, prod(shape), torch_dtype(node.dtype, out.device), out.device).view(shape)
+
+
+class Programs:
+    """Splits expressions into programs and operands, and keeps the programs: equal ones are the same
+    object.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Program, Program] = {}
+
+    def of(self, expression: Expression) -> tuple[Program, tuple[Expression, ...]]:
+        """Return an expression's program and its operands: bytes in some arrangement, or what was
+        gathered.
+        """
+        locality = _locality(expression)
+        operands: list[Expression] = []
+        root = _with_slots(expression, operands, flat=locality == "element")
+        slots = tuple(dict.fromkeys(_slots(root)))
+        program = Program(root, locality, slots, any(one.is_chance for one in _nodes(expression)))
+        return self._known.setdefault(program, program), tuple(operands)
+
+
+def operands_of(expression: Expression) -> Iterator[Expression]:
+    """Yield what an expression is computed from, from left to right: the largest parts that are only read."""
+    if is_arranged(expression):
+        yield expression
+    for one in () if is_arranged(expression) else expression.inputs:
+        yield from operands_of(one)
+
+
+def leaves_of(expression: Expression) -> Iterator[Expression]:
+    """Yield the leaves of an expression, from left to right."""
+    return (one for one in _nodes(expression) if not one.inputs)
+
+
+def methods_of(expression: Expression) -> Iterator[Method]:
+    """Yield the methods that an expression is merged by, the outermost first."""
+    return (one.method for one in _nodes(expression) if isinstance(one, Merged))
+
+
+def _nodes(expression: Expression) -> Iterator[Expression]:
+    yield expression
+    for one in expression.inputs:
+        yield from _nodes(one)
+
+
+def _slots(root: Expression) -> Iterator[Slot]:
+    return (one for one in _nodes(root) if isinstance(one, Slot))
+
+
+def _locality(expression: Expression) -> Locality:
+    """The widest of all that is computed; rows only where all have the same, and nothing depends on its
+    place.
+    """
+    computed = list(_nodes_computed(expression))
+    widest = LOCALITIES[max((LOCALITIES.index(one.locality) for one in computed), default=0)]
+    if widest != "row":
+        return widest
+    rows = expression.shape[:1]
+    able = len(expression.shape) > 1 and rows[0] > 0
+    same = all(one.shape[:1] == rows for one in (*computed, *operands_of(expression)))
+    return "row" if able and same and not any(one.is_chance for one in computed) else "tensor"
+
+
+def _nodes_computed(expression: Expression) -> Iterator[Expression]:
+    if not is_arranged(expression):
+        yield expression
+        for one in expression.inputs:
+            yield from _nodes_computed(one)
+
+
+def _with_slots(expression: Expression, operands: list[Expression], *, flat: bool) -> Expression:
+    if is_arranged(expression):
+        if expression not in operands:
+            operands.append(expression)
+        return Slot(operands.index(expression), expression.dtype, () if flat else expression.shape)
+    return expression.with_inputs(tuple(_with_slots(one, operands, flat=flat) for one in expression.inputs))

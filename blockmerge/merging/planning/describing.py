@@ -1,0 +1,140 @@
+"""What the user is told of the decisions: notes about everything that was decided for them."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from blockmerge.anatomy import TITLES, component_of, is_prediction_marker
+from blockmerge.checkpoints import DiffusersFolder, Model, state_dict_name
+from blockmerge.errors import counted, listing, shown
+from blockmerge.merging.planning.decisions import Decision, Findings, VaeFile
+from blockmerge.merging.planning.recipe import Recipe
+from blockmerge.weights import BlockWeights
+
+
+def describe(
+    models: Sequence[Model],
+    recipe: Recipe,
+    weights: BlockWeights,
+    beta: BlockWeights,
+    decisions: Sequence[Decision],
+    found: Findings,
+    naming: str,
+) -> list[str]:
+    """Return notes, a sentence each, on models, components, tensors, weights and dtypes, in this order."""
+    return [
+        *_same_files(models),
+        *(note for model in models for note in model.notes),
+        *_vae(models, recipe, found.vae),
+        *_components(models, found.vae),
+        *_ema(models, recipe),
+        *_tensors(models, found, naming),
+        *_markers(models),
+        *_weights(weights, beta),
+        *_casts(decisions),
+    ]
+
+
+def _same_files(models: Sequence[Model]) -> Iterator[str]:
+    places: dict[str, list[str]] = {}
+    for number, model in enumerate(models):
+        if model.source.path is not None:
+            letter = state_dict_name(number).removeprefix("state dict ")
+            places.setdefault(os.path.realpath(model.source.path), []).append(letter)
+    for letters in places.values():
+        if len(letters) > 1:
+            yield f"{', '.join(letters[:-1])} and {letters[-1]} are the same file"
+
+
+def _vae(models: Sequence[Model], recipe: Recipe, vae: Model | VaeFile | None) -> Iterator[str]:
+    if isinstance(vae, VaeFile):
+        source, name = vae.source, vae.source.name
+        # The folder of a VAE alone is called "vae".
+        if isinstance(source, DiffusersFolder) and "" in source.components:
+            name = os.path.join(os.path.basename(os.path.dirname(os.path.abspath(source.path))), name)
+        yield f"the VAE is {shown(name)}"
+    elif vae is not None and recipe.vae == "auto" and sum("vae" in model.components for model in models) > 1:
+        yield f"the VAE is taken whole from {shown(vae.name)} (--vae blend would blend it)"
+
+
+def _components(models: Sequence[Model], vae: Model | VaeFile | None) -> Iterator[str]:
+    for component in sorted(set[str]().union(*(model.components for model in models)) - {"other", "unet"}):
+        holders = [model for model in models if component in model.components]
+        is_settled = component == "vae" and (isinstance(vae, VaeFile) or len(holders) > 1)
+        if len(holders) == len(models) or is_settled:
+            continue
+        stale = ", as it was: it does not follow the merge" if component == "ema" else ""
+        yield f"the {TITLES.get(component, component)} is {_only_in(holders)}{stale}"
+
+
+def _only_in(holders: Sequence[Model]) -> str:
+    first, only = shown(holders[0].name), ", ".join(shown(model.name) for model in holders)
+    return f"only in {only} and copied from {'there' if len(holders) == 1 else first}"
+
+
+def _ema(models: Sequence[Model], recipe: Recipe) -> Iterator[str]:
+    for model in models:
+        if model.ema_tensors:
+            has_unet = any(component_of(name) == "unet" for name in model.source.tensors)
+            stale = ", which would be stale" if has_unet and recipe.changes_values else ""
+            left_out = f"left out {counted(len(model.ema_tensors), 'EMA tensor')} of {shown(model.name)}"
+            yield f"{left_out}{stale} ({listing(model.ema_tensors)})"
+
+
+def _tensors(models: Sequence[Model], found: Findings, naming: str) -> Iterator[str]:
+    for holders, names in found.only_in.items():
+        yield f"{_tensors_are(len(names))} {_only_in(holders)} ({listing(names)})"
+    if found.homeless:
+        where = "a diffusers folder" if naming == "diffusers" else "a file in LDM names"
+        left_out = f"{counted(len(found.homeless), 'tensor')} left out"
+        yield f"{left_out}, which {where} has no place for ({listing(found.homeless)})"
+    if found.pruned:
+        left_out = f"{counted(len(found.pruned), 'tensor')} left out"
+        yield f"{left_out}, which no loader needs ({listing(found.pruned)})"
+    if found.kept:
+        kept = _tensors_are(len(found.kept), "integer or schedule tensor")
+        yield f"{kept} copied from {shown(models[0].name)}"
+    if found.mixed:
+        mixed = f"{_tensors_are(len(found.mixed))} of floats in some models only"
+        yield f"{mixed}, and copied from the first that has them ({listing(found.mixed, width=300)})"
+    if found.restored:
+        yield f"broken position_ids restored to 0, 1, 2, … ({listing(found.restored)})"
+    if idle := found.rules.idle(found.blended):
+        rules = counted(len(idle), "element rule")
+        yield f"{rules} without effect, since no merged tensor fits: {listing(idle)}"
+
+
+def _markers(models: Sequence[Model]) -> Iterator[str]:
+    markers = [sorted(name for name in model.tensors if is_prediction_marker(name)) for model in models]
+    if all(found == markers[0] for found in markers):
+        return
+    said = [
+        f"{shown(model.name)} {'has ' + listing(found) if found else 'has none'}"
+        for model, found in zip(models, markers, strict=True)
+    ]
+    differ = f"warning: prediction markers differ ({'; '.join(said)})"
+    yield f"{differ}: U-Nets of different prediction types do not blend"
+
+
+def _weights(weights: BlockWeights, beta: BlockWeights) -> Iterator[str]:
+    for which, given in (("weights", weights), ("weights for beta", beta)):
+        outside = [block for block, weight in given.items() if weight is not None and not 0 <= weight <= 1]
+        if outside:
+            yield f"{which} outside 0 to 1 go beyond the models: {listing(outside)}"
+
+
+def _casts(decisions: Sequence[Decision]) -> Iterator[str]:
+    casts = Counter(
+        (given.dtype, one.expression.dtype)
+        for one in decisions
+        for given in one.inputs
+        if given.dtype != one.expression.dtype
+    )
+    for (given, wanted), count in sorted(casts.items()):
+        yield f"{_tensors_are(count)} converted from {given} to {wanted}"
+
+
+def _tensors_are(count: int, noun: str = "tensor") -> str:
+    return f"{counted(count, noun)} {'is' if count == 1 else 'are'}"

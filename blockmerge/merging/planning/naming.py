@@ -1,0 +1,110 @@
+"""The names that tensors have in the output, and how a tensor of one naming is made of those of the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from blockmerge.anatomy import (
+    DIFFUSERS_UNET_PREFIX,
+    UNET_PREFIX,
+    Origin,
+    component_of,
+    origins_in_diffusers,
+    relation_of,
+)
+from blockmerge.checkpoints import Model, made
+from blockmerge.errors import counted, listing
+from blockmerge.expressions import Expression, Stored, simplify
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor of the output: its `name` there, what it is, and the LDM tensor that it is or is a part of."""
+
+    name: str
+    ldm: str
+    expression: Expression
+
+    @property
+    def dtype(self) -> str:
+        """As safetensors spells it."""
+        return self.expression.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return self.expression.shape
+
+    @property
+    def nbytes(self) -> int:
+        """The size in bytes."""
+        return self.expression.nbytes
+
+
+def has_place(name: str, naming: str, family: str) -> bool:
+    """Whether an output of that naming has a place for a tensor, by the name that models have it under."""
+    if naming == "ldm":
+        return "/" not in name
+    return "/" in name or bool(relation_of(name, family).diffusers)
+
+
+def named(
+    tensors: Mapping[str, Expression], a: Model, naming: str, *, folder: bool
+) -> tuple[list[OutputTensor], list[str]]:
+    """Return what an output of that naming has of tensors under LDM names, and notes about what is lost or
+    renamed.
+
+    The order is A's where the output's names are diffusers', and else the tensors' own.
+    """
+    if naming == "diffusers":
+        found, notes = _in_diffusers(tensors, a)
+    else:
+        found, notes = [OutputTensor(name, name, one) for name, one in tensors.items()], []
+    if folder or (naming == "ldm" and not (a.bare and a.anatomy.naming == naming)):
+        return found, notes
+    # A's spelling where the output is a U-Net alone; else the full names, which every loader accepts.
+    if all(component_of(name) == "unet" for name in tensors):
+        prefix = UNET_PREFIX if naming == "ldm" else DIFFUSERS_UNET_PREFIX
+        return [replace(one, name=one.name.removeprefix(prefix)) for one in found], notes
+    if naming == "ldm":
+        notes.append(
+            f"the U-Net's names get the prefix {UNET_PREFIX}, as a file with more than a U-Net needs it"
+        )
+    return found, notes
+
+
+def _in_diffusers(tensors: Mapping[str, Expression], a: Model) -> tuple[list[OutputTensor], list[str]]:
+    """Most tensors become one, some three."""
+    placed: dict[str, OutputTensor] = {}
+    doubles: list[str] = []
+    # A part that lacks its others keeps its own name; where another model has the whole, that goes first and
+    # wins.
+    for ldm in sorted(tensors, key=lambda name: "/" in name):
+        for place, origin in _places(ldm, a.anatomy.family.name).items():
+            if place in placed:
+                doubles.append(place)
+            else:
+                placed[place] = OutputTensor(place, ldm, made(origin, tensors, a.name))
+    order = _order_in(a, list(placed.values()))
+    notes = [
+        f"{counted(len(doubles), 'tensor')} left out, since the output has others of that name "
+        f"({listing(doubles)})"
+    ]
+    return sorted(placed.values(), key=lambda one: order.get(one.name, (2, 0))), notes if doubles else []
+
+
+def _places(ldm: str, family: str) -> Mapping[str, Origin]:
+    return origins_in_diffusers((ldm,), family)
+
+
+def _order_in(a: Model, tensors: Sequence[OutputTensor]) -> dict[str, tuple[int, int]]:
+    """Where A has each: parts of joined tensors do not stand side by side in every file. What is turned comes
+    last.
+    """
+    order: dict[str, tuple[int, int]] = {}
+    for number, one in enumerate(tensors):
+        if one.ldm in a.tensors:
+            own = simplify(made(_places(one.ldm, a.anatomy.family.name)[one.name], a.tensors, a.name))
+            order[one.name] = (0, own.offset) if isinstance(own, Stored) else (1, number)
+    return order

@@ -1,0 +1,331 @@
+"""What becomes of every tensor: the policies, applied to names, dtypes and shapes alone.
+
+Files and state dicts share this, so that both merge alike. Everything is decided under LDM names, whatever
+the models' own; `naming.py` then gives each tensor the name, and the arrangement, that it has in the output.
+What is decided is in `docs/policies.md`; what it means for the user, in notes, is in `describing.py`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from blockmerge.anatomy import (
+    block_of,
+    component_of,
+    is_leftover,
+    is_position_ids,
+    is_prediction_marker,
+    is_schedule,
+    layout_gaps,
+    plain_names_of_ema,
+)
+from blockmerge.checkpoints import (
+    POSITIONS,
+    CheckpointLike,
+    Model,
+    fault_of_position_ids,
+    open_checkpoint,
+    vae_tensors,
+)
+from blockmerge.dtypes import FLOAT_DTYPES
+from blockmerge.errors import CheckpointError, IncompatibleModelsError, counted, listing, shown
+from blockmerge.expressions import Cast, Expression, Gathered, Known, simplify
+from blockmerge.merging.planning.combining import Combination, adjusted, widest_input
+from blockmerge.merging.planning.decisions import Decision, Decisions, Findings, VaeFile
+from blockmerge.merging.planning.describing import describe
+from blockmerge.merging.planning.naming import has_place, named
+from blockmerge.merging.planning.recipe import Recipe
+from blockmerge.merging.result import Counts
+from blockmerge.weights import BlockWeights, Change
+
+
+def decide(
+    models: Sequence[Model],
+    recipe: Recipe,
+    weights: BlockWeights,
+    beta: BlockWeights,
+    combination: Combination,
+    *,
+    naming: str | None = None,
+    folder: bool = False,
+) -> Decisions:
+    """Apply the policies; the output has the names of `naming`, by default A's, and is one file or dict, or a
+    `folder`.
+
+    Raises IncompatibleModelsError, naming the first few tensors and counting the rest, when U-Nets hold
+    different tensors, or floats in one model only, when shapes differ, or the VAE that was asked for is not
+    there.
+    """
+    naming = naming or models[0].anatomy.naming
+    _check_models(models, recipe)
+    if combination.method.locality == "model":
+        gathered = Gathered(combination.method, tuple(looked_at(models)))
+        combination = replace(combination, gathered=gathered)
+    judge = _Judge(models, recipe, weights, beta, combination, naming)
+    _check_unets(models)
+    decisions = judge.decide()
+    tensors, lost = named({one.ldm: one.expression for one in decisions}, models[0], naming, folder=folder)
+    notes = describe(models, recipe, weights, beta, decisions, judge.found, naming)
+    return Decisions(
+        tuple(replace(one, expression=simplify(one.expression)) for one in tensors),
+        tuple(dict.fromkeys(donor.source for donor in judge.donors)),
+        _counts(models, decisions, len(judge.found.left_out), len(tensors)),
+        (*notes, *lost),
+    )
+
+
+def looked_at(models: Sequence[Model]) -> Iterator[tuple[Expression, ...]]:
+    """Yield the tensors that methods look at which look at whole models: those of all models that have one
+    name.
+
+    They are floats of one shape; the VAE, EMA copies, and markers, which hold nothing, are left out.
+    """
+    for name in models[0].tensors:
+        if component_of(name) in ("vae", "ema") or is_schedule(name) or is_position_ids(name):
+            continue
+        found = tuple(model.tensors[name] for model in models if name in model.tensors)
+        alike = len(found) == len(models) and len({one.shape for one in found}) == 1
+        if alike and found[0].elements and all(one.dtype in FLOAT_DTYPES for one in found):
+            yield found
+
+
+class _Judge:
+    """The policies, for one merge: each tensor is asked about once, by its LDM name."""
+
+    def __init__(
+        self,
+        models: Sequence[Model],
+        recipe: Recipe,
+        weights: BlockWeights,
+        beta: BlockWeights,
+        combination: Combination,
+        naming: str,
+    ) -> None:
+        self.models, self.recipe, self.naming = models, recipe, naming
+        self.weights, self.beta, self.combination = weights, beta, combination
+        self.family = models[0].anatomy.family.name
+        self.rules = recipe.rules.resolve(self.family)
+        self.vae = _choose_vae(models, recipe, weights)
+        self.found = Findings(self.vae, self.rules)
+        self.donors: list[Model | VaeFile] = [*models]
+        if isinstance(self.vae, VaeFile):
+            self.donors.append(self.vae)
+        self.names = tuple(dict.fromkeys(name for donor in self.donors for name in donor.tensors))
+        self.plain_of_ema = plain_names_of_ema(self.names)
+
+    def decide(self) -> list[Decision]:
+        """What becomes of each tensor. Raises IncompatibleModelsError for those that cannot be merged."""
+        decisions = [self._decide_one(name) for name in self.names]
+        if self.found.faults:
+            faults = listing(self.found.faults, width=300)
+            raise IncompatibleModelsError(f"{_names(self.models)} cannot be merged: {faults}")
+        return [decision for decision in decisions if decision is not None]
+
+    def _decide_one(self, name: str) -> Decision | None:
+        holders = [model for model in self.models if name in model.tensors]
+        if self._is_left_out(name, holders):
+            self.found.left_out.append(name)
+            return None
+        if component_of(name) == "vae" and self.vae is not None:
+            return self._taken(name, self.vae)
+        if is_prediction_marker(name):
+            return self._taken(name, self.models[0], keeps_dtype=True)
+        if is_position_ids(name):
+            return self._position_ids(name, holders[0])
+        floats = sum(model.tensors[name].dtype in FLOAT_DTYPES for model in holders)
+        is_ema = component_of(name) == "ema" and name not in self.plain_of_ema
+        if floats == 0 or is_schedule(name) or is_ema:
+            if len(holders) == len(self.models) > 1:
+                self.found.kept.append(name)
+            return self._taken(name, holders[0], keeps_dtype=True)
+        if floats < len(holders):
+            return self._mixed(name, holders)
+        if len(holders) < len(self.models):
+            return self._only_in(name, holders)
+        return self._merged(name)
+
+    def _is_left_out(self, name: str, holders: Sequence[Model]) -> bool:
+        """Whether the output has no place for a tensor, nobody needs it, or whoever decides of it has
+        none.
+        """
+        if not has_place(name, self.naming, self.family):
+            self.found.homeless.append(name)
+            return True
+        if self.recipe.prune and is_leftover(name, (holders or self.models)[0].anatomy.variant):
+            self.found.pruned.append(name)
+            return True
+        if component_of(name) == "vae" and self.vae is not None:
+            return name not in self.vae.tensors
+        return is_prediction_marker(name) and name not in self.models[0].tensors
+
+    def _merged(self, name: str) -> Decision | None:
+        tensors = [model.tensors[name] for model in self.models]
+        shapes = [one.shape for one in tensors]
+        plain_name = self.plain_of_ema.get(name, name)
+        widest = widest_input(plain_name, shapes)
+        if len(set(shapes)) > 1 and widest is None:
+            said = ", ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+            self.found.faults.append(f"{shown(name)} (shapes differ: {shown(said)})")
+            return None
+        block = block_of(plain_name, self.family)
+        alpha, beta = self.rules.weight(block, plain_name, self.weights[block]), self.beta[block]
+        self.found.blended.append((block, name))
+        dtype = self.recipe.output_dtype or tensors[0].dtype
+        change = self._change(name, dtype, shapes[widest or 0])
+        made = self.combination.combine(name, tensors, (alpha, beta), dtype, change, widest)
+        return Decision(
+            name, made.expression, made.inputs, None if made.source is None else self.models[made.source]
+        )
+
+    def _taken(self, name: str, donor: Model | VaeFile, *, keeps_dtype: bool = False) -> Decision:
+        tensor = donor.tensors[name]
+        dtype = tensor.dtype
+        if not keeps_dtype and dtype in FLOAT_DTYPES:
+            of_a = self.models[0].tensors.get(name, tensor).dtype
+            dtype = self.recipe.output_dtype or (of_a if of_a in FLOAT_DTYPES else dtype)
+        change = self._change(name, dtype, tensor.shape)
+        expression = adjusted(change, dtype, [tensor], lambda dtype: Cast(tensor, dtype))
+        return Decision(name, expression, (tensor,), donor)
+
+    def _mixed(self, name: str, holders: Sequence[Model]) -> Decision | None:
+        """A tensor that holds floats in one model and something else in another, which cannot be blended."""
+        dtypes = " and ".join(dict.fromkeys(model.tensors[name].dtype for model in holders))
+        if component_of(name) == "unet":
+            self.found.faults.append(f"{shown(name)} (dtypes do not blend: {dtypes})")
+            return None
+        self.found.mixed.append(f"{shown(name)} is {dtypes}")
+        return self._taken(name, holders[0], keeps_dtype=True)
+
+    def _only_in(self, name: str, holders: Sequence[Model]) -> Decision:
+        component = component_of(name)
+        others = [model for model in self.models if model not in holders]
+        if component == "other" or any(component in model.components for model in others):
+            self.found.only_in.setdefault(tuple(holders), []).append(name)
+        return self._taken(name, holders[0])
+
+    def _position_ids(self, name: str, donor: Model) -> Decision:
+        tensor = donor.tensors[name]
+        if fault_of_position_ids(tensor) is not None:
+            self.found.restored.append(name)
+        elif tensor.dtype not in FLOAT_DTYPES or not self.recipe.restores_position_ids:
+            return self._taken(name, donor, keeps_dtype=True)
+        return Decision(name, Known(struct.pack(f"<{POSITIONS}q", *range(POSITIONS)), "I64", (1, POSITIONS)))
+
+    def _change(self, name: str, dtype: str, shape: tuple[int, ...]) -> Change | None:
+        """What `adjust` does to a tensor of the output."""
+        if not self.recipe.adjust or dtype not in FLOAT_DTYPES:
+            return None
+        change = self.recipe.adjust.for_tensor(name, self.family)
+        if change and change.shift and shape != (len(change.shift),):
+            self.found.faults.append(
+                f"{shown(name)} (shape {list(shape)}: adjust sets the colours of 4 channels)"
+            )
+            return None
+        return change
+
+
+def _counts(models: Sequence[Model], decisions: Sequence[Decision], left_out: int, written: int) -> Counts:
+    taken = Counter(decision.donor for decision in decisions)
+    of_models = [taken[model] for model in models]
+    from_a, from_b, from_c = (*of_models, 0, 0)[:3]
+    return Counts(
+        computed=taken[None],
+        from_a=from_a,
+        from_b=from_b,
+        from_c=from_c,
+        from_others=sum(of_models[3:]),
+        from_vae=sum(taken.values()) - taken[None] - sum(of_models),
+        dropped=left_out + sum(len(model.ema_tensors) for model in models),
+        written=written,
+    )
+
+
+# -- the models as wholes
+# ---------------------------------------------------------------------------------------------
+
+
+def _names(models: Sequence[Model]) -> str:
+    *first, last = [shown(model.name) for model in models]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _check_models(models: Sequence[Model], recipe: Recipe) -> None:
+    """Raise IncompatibleModelsError for models that cannot be merged, or have not what was asked for."""
+    first = models[0]
+    for other in models[1:]:
+        ours, theirs = first.anatomy, other.anatomy
+        if ours.family != theirs.family:
+            raise IncompatibleModelsError(
+                f"{shown(first.name)} is {ours.family.title} and {shown(other.name)} is "
+                f"{theirs.family.title}: "
+                "only models of one family can be merged"
+            )
+    if recipe.ema == "use" and not any(plain_names_of_ema(model.source.tensors) for model in models):
+        raise IncompatibleModelsError(
+            f"no EMA copies to use in {_names(models)}: leave out ema='use' (--ema use)"
+        )
+
+
+def _check_unets(models: Sequence[Model]) -> None:
+    unets = [{name for name in model.tensors if component_of(name) == "unet"} for model in models]
+    whole = set[str]().union(*unets)
+    others = "the others" if len(unets) > 2 else "the other"
+    lacking = [
+        f"{shown(model.name)} lacks {counted(len(whole - unet), 'U-Net tensor')} of {others} "
+        f"({listing(sorted(whole - unet))})"
+        for model, unet in reversed(list(zip(models, unets, strict=True)))
+        if whole - unet
+    ]
+    if lacking:
+        raise IncompatibleModelsError(f"these models cannot be merged: {'; '.join(lacking)}")
+
+
+def _choose_vae(models: Sequence[Model], recipe: Recipe, weights: BlockWeights) -> Model | VaeFile | None:
+    """Return whose VAE is taken as a whole, or None where it follows BASE like all else."""
+    has_vae = [model for model in models if "vae" in model.components]
+    match recipe.vae_choice(len(models)):
+        case int(number):
+            if models[number] not in has_vae:
+                raise IncompatibleModelsError(
+                    f"{shown(models[number].name)} has no VAE: give another as vae (--vae)"
+                )
+            return models[number]
+        case "blend" | "auto" if len(has_vae) < 2:
+            return has_vae[0] if has_vae else None
+        case "blend":
+            return None
+        case "auto":
+            weight_one_is_b = recipe.merge_method.copies(1.0, 0.0) == 1
+            base = weights["BASE"]
+            return has_vae[1] if weight_one_is_b and base is not None and base > 0.5 else has_vae[0]
+        case file:
+            return _open_vae(file, models, recipe)
+
+
+def _open_vae(vae: CheckpointLike, models: Sequence[Model], recipe: Recipe) -> VaeFile:
+    try:
+        checkpoint = open_checkpoint(vae)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; vae (--vae) takes {recipe.vae_choices(len(models))}a file or a folder"
+        ) from error
+    family = models[0].anatomy.family.name
+    tensors = vae_tensors(checkpoint, family)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    gaps = layout_gaps(shapes, family, "vae")
+    if gaps.missing:
+        raise IncompatibleModelsError(
+            f"{shown(checkpoint.name)} is no complete VAE: it lacks {listing(gaps.missing)}"
+        )
+    of_models = {name: tensor.shape for model in reversed(models) for name, tensor in model.tensors.items()}
+    wrong = [
+        name
+        for name, shape in shapes.items()
+        if name in gaps.misshapen or of_models.get(name, shape) != shape
+    ]
+    if wrong:
+        raise IncompatibleModelsError(f"{shown(checkpoint.name)} is a VAE of another shape: {listing(wrong)}")
+    return VaeFile(checkpoint, tensors)

@@ -1,0 +1,193 @@
+"""Runs: what an output file consists of, byte by byte, and how it is cut.
+
+A file is a sequence of runs, each a stretch of bytes that get the same treatment. Neighbouring tensors join
+into one run where they have one program and lie side by side in every file that is read, so that a merge is a
+few dozen long runs instead of a thousand small tensors.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from blockmerge.checkpoints import Checkpoint, TensorInfo
+from blockmerge.dtypes import size_of
+from blockmerge.expressions import Expression, Joined, Known, Program, Programs, Stored, is_arranged
+from blockmerge.streaming import PAGE
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """What a run reads: bytes of a checkpoint from `offset` on, a tensor in another arrangement, or what was
+    gathered.
+    """
+
+    source: Checkpoint | Expression
+    offset: int
+    dtype: str
+
+    @classmethod
+    def of(cls, tensor: Expression) -> Operand:
+        """Where a tensor lies, if its bytes lie in a row, else the tensor itself."""
+        if isinstance(tensor, Stored) and isinstance(tensor.source, Checkpoint):
+            return cls(tensor.source, tensor.offset, tensor.dtype)
+        return cls(tensor, 0, tensor.dtype)
+
+    def continues(self, other: Operand, elements: int) -> bool:
+        """Whether it begins where `other` ends after so many elements, in the same file."""
+        if (
+            self.source is not other.source
+            or self.dtype != other.dtype
+            or not isinstance(self.source, Checkpoint)
+        ):
+            return False
+        return self.offset == other.offset + elements * size_of(self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A contiguous stretch of output bytes that get the same treatment: `program` applied to `operands`.
+
+    It may be cut after every `grain` elements. A run that is only copied is one of bytes (dtype ``"U8"``), so
+    that neighbours of different dtypes join, too.
+    """
+
+    start: int
+    elements: int
+    dtype: str
+    program: Program
+    operands: tuple[Operand, ...]
+    grain: int = 1
+
+    @property
+    def stop(self) -> int:
+        """The byte after the last."""
+        return self.start + self.elements * size_of(self.dtype)
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether torch is needed: for all that is not copied."""
+        return self.program is not COPY
+
+    @property
+    def grain_bytes(self) -> int:
+        """The size of the stretch that cannot be cut."""
+        return self.grain * size_of(self.dtype)
+
+    def continues(self, other: Run) -> bool:
+        """Whether this run goes on where `other` ends, in the output and in everything that is read."""
+        if self.program is not other.program or not self.program.joins:
+            return False
+        if (self.start, self.dtype) != (other.stop, other.dtype):
+            return False
+        pairs = zip(self.operands, other.operands, strict=True)
+        return all(mine.continues(theirs, other.elements) for mine, theirs in pairs)
+
+
+COPY = Programs().of(Known(b"", "U8", (0,)))[0]
+"""The program of all that is only copied, byte by byte."""
+
+
+class Drafter:
+    """Turns tensors into runs."""
+
+    def __init__(self) -> None:
+        self._programs = Programs()
+
+    def runs(self, tensor: Expression, start: int) -> Iterator[Run]:
+        """Yield the runs that make one tensor: one, but where it is joined of several."""
+        if isinstance(tensor, Joined) and tensor.axis == 0:
+            for member in tensor.members:
+                yield from self.runs(member, start)
+                start += member.nbytes
+        elif is_arranged(tensor):
+            if tensor.nbytes:
+                yield Run(start, tensor.nbytes, "U8", COPY, (replace(Operand.of(tensor), dtype="U8"),))
+        elif tensor.elements:
+            program, leaves = self._programs.of(tensor)
+            grain = program.grain(tensor.shape)
+            yield Run(start, tensor.elements, tensor.dtype, program, tuple(map(Operand.of, leaves)), grain)
+
+    def all(self, tensors: Sequence[tuple[int, Expression]]) -> tuple[Run, ...]:
+        """The runs of (start, tensor) in the order of the file, those that go on joined."""
+        runs: list[Run] = []
+        for start, tensor in tensors:
+            for run in self.runs(tensor, start):
+                if runs and run.continues(runs[-1]):
+                    runs[-1] = replace(runs[-1], elements=runs[-1].elements + run.elements)
+                else:
+                    runs.append(run)
+        return tuple(runs)
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One file of the output: `path` within a folder, or empty; tensors by their output names, offsets from
+    its start.
+    """
+
+    path: str
+    tensors: Mapping[str, TensorInfo]
+    runs: tuple[Run, ...]
+
+    @property
+    def size(self) -> int:
+        """The size in bytes."""
+        return self.runs[-1].stop
+
+    def pieces(self, size: int) -> Iterator[tuple[int, int]]:
+        """Yield the stretches (start, stop) that are each filled and written at once, of about `size` bytes,
+        a multiple of PAGE.
+
+        They begin and end at pages, as direct writes need it, wherever a run can be cut there. A tensor that
+        cannot be cut is in a piece as a whole, however large it is.
+        """
+        start = 0
+        while start < self.size:
+            stop = self._end_of_piece(start, size)
+            yield start, stop
+            start = stop
+
+    def _end_of_piece(self, start: int, size: int) -> int:
+        goal = (start + size) // PAGE * PAGE
+        if goal >= self.size:
+            return self.size
+        if self._is_cut(goal):
+            return goal
+        run = self._run_at(goal)
+        before = run.start + (goal - run.start) // run.grain_bytes * run.grain_bytes
+        page = before // PAGE * PAGE
+        if page > start and self._is_cut(page):
+            return page
+        if before > start:
+            return before
+        after = before + run.grain_bytes
+        page = -(-after // PAGE) * PAGE
+        return page if page < self.size and self._is_cut(page) else after
+
+    def _is_cut(self, position: int) -> bool:
+        """Whether no stretch that cannot be cut lies across a position."""
+        run = self._run_at(position)
+        return (position - run.start) % run.grain_bytes == 0
+
+    def _run_at(self, position: int) -> Run:
+        return self.runs[bisect_right(self.runs, position, key=lambda run: run.start) - 1]
+
+    def runs_between(self, start: int, stop: int) -> Iterator[Run]:
+        """Yield the runs that overlap the bytes [start, stop)."""
+        index = bisect_right(self.runs, start, key=lambda run: run.start) - 1
+        while index < len(self.runs) and self.runs[index].start < stop:
+            yield self.runs[index]
+            index += 1
+
+    def tensors_between(self, start: int, stop: int) -> Iterator[tuple[str, TensorInfo]]:
+        """Yield the tensors that overlap the bytes [start, stop)."""
+        for name, info in self.tensors.items():
+            if info.offset < stop and info.offset + info.nbytes > start:
+                yield name, info
+
+
+def known_bytes(data: bytes) -> Known:
+    """Bytes of a file that are no tensor: its header."""
+    return Known(data, "U8", (len(data),))
