@@ -109,18 +109,20 @@ def decide(
     recipe: Recipe,
     weights: BlockWeights,
     beta: BlockWeights | None = None,
-    *,
     naming: str | None = None,
-    folder: bool = False,
+    *,
+    names_components: bool = False,
 ) -> Decisions:
-    """Apply the policies; the output has the names of `naming`, by default A's, and is one file or dict, or a
-    `folder`.
+    """Apply the policies; the output has the names of `naming`, by default A's, spelled as an `Output` of
+    such `names_components` says.
 
     Raises IncompatibleModelsError, naming the first few tensors and counting the rest, when U-Nets hold
     different tensors, or floats in one model only, when shapes differ, or the VAE that was asked for is not
     there.
     """
-    return _Judge(models, recipe, weights, beta, naming or models[0].anatomy.naming, folder).decide()
+    return _Judge(
+        models, recipe, weights, beta, naming or models[0].anatomy.naming, names_components
+    ).decide()
 
 
 @dataclass
@@ -130,7 +132,7 @@ class _Judge:
     weights: BlockWeights
     beta: BlockWeights | None
     naming: str
-    folder: bool
+    names_components: bool
     notes: list[str] = field(default_factory=list)
     counted: Counter[str] = field(default_factory=Counter)
     restored: list[str] = field(default_factory=list)
@@ -408,7 +410,7 @@ class _Judge:
         """A's spelling where the output is a U-Net alone; else the full names, which every loader accepts."""
         a = self.models[0]
         bare = a.bare and a.anatomy.naming == self.naming
-        if self.folder or (self.naming == "ldm" and not bare):
+        if self.names_components or (self.naming == "ldm" and not bare):
             return decisions
         if all(component_of(decision.ldm) == "unet" for decision in decisions):
             prefix = UNET_PREFIX if self.naming == "ldm" else DIFFUSERS_UNET_PREFIX

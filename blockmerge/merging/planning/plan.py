@@ -16,8 +16,8 @@ from typing import Any
 from blockmerge.anatomy import Anatomy, Origin, component_of, identify, origins_in_diffusers
 from blockmerge.checkpoints import Checkpoint, Model, TensorInfo, encode_header, itemsize
 from blockmerge.errors import IncompatibleModelsError, shown
+from blockmerge.merging.outputs import Output, WeightFile
 from blockmerge.merging.planning.decisions import SHARED_CHANNELS, Decision, Decisions, decide
-from blockmerge.merging.planning.folder_files import folder_files, notes_of_single_file, split_folder
 from blockmerge.merging.planning.metadata import output_metadata
 from blockmerge.merging.planning.recipe import Recipe
 from blockmerge.methods import Method, key_of
@@ -165,14 +165,6 @@ class PlannedFile:
 
 
 @dataclass(frozen=True)
-class Form:
-    """What the output is: its naming, and whether it is a folder or a single file."""
-
-    naming: str
-    folder: bool = False
-
-
-@dataclass(frozen=True)
 class Plan:
     """A merge, ready to be carried out: the files that are computed and, in a folder, the `small_files`
     beside them.
@@ -184,7 +176,7 @@ class Plan:
     beta: BlockWeights
     numbers: Mapping[str, Any]
     decided: Decisions
-    form: Form
+    output: Output
     files: tuple[PlannedFile, ...]
     small_files: Mapping[str, bytes]
 
@@ -223,7 +215,7 @@ def size_of(dtype: str) -> int:
     return size
 
 
-def make_plan(models: Sequence[Model], recipe: Recipe, form: Form) -> Plan:
+def make_plan(models: Sequence[Model], recipe: Recipe, output: Output) -> Plan:
     """Plan a merge from the checkpoints' headers. Reads no weights.
 
     Raises what the recipe, the models or the weights are refused for: RecipeError, WeightsError,
@@ -232,7 +224,7 @@ def make_plan(models: Sequence[Model], recipe: Recipe, form: Form) -> Plan:
     family = models[0].anatomy.family.name
     weights, beta = recipe.weights.resolve(family), recipe.beta.resolve(family)
     numbers = recipe.resolve_numbers(len(models))
-    decided = decide(models, recipe, weights, beta, naming=form.naming, folder=form.folder)
+    decided = decide(models, recipe, weights, beta, output.naming, names_components=output.names_components)
     sources = [model.source for model in models]
     decided = replace(decided, notes=(*decided.notes, *recipe.idle(family)))
     described = recipe.described([source.name for source in sources], weights, beta)
@@ -241,27 +233,17 @@ def make_plan(models: Sequence[Model], recipe: Recipe, form: Form) -> Plan:
     anatomy = identify(
         {d.key: d.shape for d in decided.tensors if component_of(d.ldm) != "ema"}
     )  # B may have widened it
-    small_files: dict[str, bytes] = {}
-    if form.folder:
-        shards, indexes = split_folder(decided.tensors, models)
-        beside, notes = folder_files(models, decided.tensors, anatomy, recipe.configs)
-        small_files = {**beside, **indexes}
-        decided = replace(decided, notes=(*decided.notes, *notes))
-        files = [_plan_file(path, shard, drafter, metadata) for path, shard in shards.items()]
-    else:
-        decided = replace(decided, notes=(*decided.notes, *notes_of_single_file(models[0])))
-        files = [_plan_file("", decided.tensors, drafter, metadata)]
-    return Plan(recipe, anatomy, weights, beta, numbers, decided, form, tuple(files), small_files)
+    laid_out = output.lay_out(decided.tensors, models, anatomy)
+    decided = replace(decided, notes=(*decided.notes, *laid_out.notes))
+    files = tuple(_plan_file(file, drafter, metadata) for file in laid_out.files)
+    return Plan(recipe, anatomy, weights, beta, numbers, decided, output, files, laid_out.small_files)
 
 
-def _plan_file(
-    path: str, decisions: Sequence[Decision], drafter: Drafter, metadata: Mapping[str, str]
-) -> PlannedFile:
-    order = _aligned_order(decisions)
+def _plan_file(file: WeightFile[Decision], drafter: Drafter, metadata: Mapping[str, str]) -> PlannedFile:
+    order = _aligned_order(tuple(file.tensors.values()))
     tensors = _lay_out(order)
-    # In a folder, the component is the file's place, not a part of its tensors' names.
-    in_file = {name.partition("/")[2] if path else name: info for name, info in tensors.items()}
-    header = encode_header(in_file, metadata, PAGE)
+    spelled = {decision.name: name for name, decision in file.tensors.items()}
+    header = encode_header({spelled[name]: info for name, info in tensors.items()}, metadata, PAGE)
     tensors = {
         name: TensorInfo(info.dtype, info.shape, len(header) + info.offset) for name, info in tensors.items()
     }
@@ -275,7 +257,7 @@ def _plan_file(
                 run = replace(last, elements=last.elements + run.elements)
                 runs.pop()
             runs.append(run)
-    return PlannedFile(path, tensors, tuple(runs))
+    return PlannedFile(file.path, tensors, tuple(runs))
 
 
 def _aligned_order(decisions: Sequence[Decision]) -> Sequence[Decision]:
