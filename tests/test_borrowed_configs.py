@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import blockmerge
 from blockmerge import CheckpointError, IncompatibleModelsError
-from blockmerge.merging.planning import folder_files
+from blockmerge.merging.outputs import folder_files
 from tests.refusals import assert_refused
 from tests.small_models import small_model
 

@@ -18,7 +18,8 @@ import blockmerge
 from blockmerge.checkpoints import Model
 from blockmerge.merging import memory
 from blockmerge.merging.execute import Pace, execute
-from blockmerge.merging.planning.plan import Form, make_plan
+from blockmerge.merging.outputs import choose_output
+from blockmerge.merging.planning.plan import make_plan
 from blockmerge.merging.planning.recipe import Recipe
 from blockmerge.methods import METHODS, key_of
 from blockmerge.weights import WeightsRequest
@@ -131,7 +132,7 @@ def planned(name, dtypes):
     opened = [Model.of(blockmerge.open_checkpoint(model)) for model in models]
     request = WeightsRequest(weights=ALPHA), WeightsRequest(weights=BETA, beta=True)
     recipe = Recipe(request[0], method=name, **({"beta": request[1]} if "beta" in method.weights else {}))
-    return make_plan(opened, recipe, Form("ldm"))
+    return make_plan(opened, recipe, choose_output("out.safetensors", opened[0]))
 
 
 def bytes_with(plan, pace, folder):
@@ -255,7 +256,8 @@ def test_copies_are_bytes_and_nothing_else_is_read(tmp_path, name, weights, sour
     beta = {"weights_beta": str(weights[1])} if "beta" in method.weights else {}
     made = Recipe(WeightsRequest(weights=str(weights[0])), method=name, vae="blend",
                   **({"beta": WeightsRequest(weights=str(weights[1]), beta=True)} if beta else {}))  # fmt: skip
-    plan = make_plan([Model.of(blockmerge.open_checkpoint(file)) for file in files], made, Form("ldm"))
+    opened = [Model.of(blockmerge.open_checkpoint(file)) for file in files]
+    plan = make_plan(opened, made, choose_output("out.safetensors", opened[0]))
     number = "abcd".index(source)
     assert {operand.source % 1000 for run in plan.files[0].runs for operand in run.operands} == {number}
     assert not any(run.is_computed for run in plan.files[0].runs)
@@ -271,7 +273,11 @@ def test_copies_are_bytes_and_nothing_else_is_read(tmp_path, name, weights, sour
 
 def test_tensor_sum_reads_only_the_rows_it_takes(tmp_path):
     models = [Model.of(blockmerge.open_checkpoint(small_model(seed=seed))) for seed in range(2)]
-    plan = make_plan(models, Recipe(WeightsRequest(weights=0.5), method="tensor_sum"), Form("ldm"))
+    plan = make_plan(
+        models,
+        Recipe(WeightsRequest(weights=0.5), method="tensor_sum"),
+        choose_output("out.safetensors", models[0]),
+    )
     assert not any(run.is_computed for run in plan.files[0].runs)
 
 

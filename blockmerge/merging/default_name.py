@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
-from blockmerge.checkpoints import is_diffusers_folder
+from blockmerge.merging.outputs import default_ending
 from blockmerge.merging.planning.recipe import Recipe
 
 _NAME, _TOLD, _WEIGHTS, _WORD = 87, 60, 40, 24
@@ -28,9 +28,9 @@ def default_output(recipe: Recipe, models: Sequence[str]) -> Path:
     paths = [Path(os.path.abspath(model)) for model in models]  # "." has no name
     names = "+".join(path.name if path.is_dir() else path.stem for path in paths)
     told = _portable("-".join(_words(recipe)), _TOLD)
-    folder = recipe.naming == "diffusers" or (recipe.naming is None and is_diffusers_folder(models[0]))
+    ending = default_ending(recipe.naming, models[0])
     name = f"{_portable(names, _NAME - len(told.encode()))}-{told}"
-    return Path(name.rstrip(".") if folder else f"{name}.safetensors")
+    return Path(f"{name}{ending}".rstrip("."))
 
 
 def _words(recipe: Recipe) -> Iterator[str]:

@@ -9,22 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockmerge.checkpoints import (
-    AtomicFile,
-    AtomicFolder,
     Checkpoint,
     CheckpointLike,
     DiffusersFolder,
     Model,
-    check_output,
-    check_output_folder,
     check_space,
     open_checkpoint,
     state_dict_name,
     told_apart,
 )
-from blockmerge.errors import OutputError, RecipeError, shown
 from blockmerge.merging.execute import Pace, execute
-from blockmerge.merging.planning.plan import Form, Plan, make_plan
+from blockmerge.merging.outputs import choose_output
+from blockmerge.merging.planning.plan import Plan, make_plan
 from blockmerge.merging.planning.recipe import Recipe, check_flag, make_recipe
 from blockmerge.merging.result import MergeResult
 from blockmerge.streaming import Progress
@@ -129,7 +125,8 @@ def run(
     started = time.perf_counter()
     device, pace = _choose_pace(recipe, str(device), threads)
     plan, target = _prepare(recipe, models, output, overwrite, variant)
-    with _reserved(plan, target, overwrite) as reserved:
+    sizes: dict[str, int | bytes] = {file.path: file.size for file in plan.files}
+    with plan.output.reserve(target, {**plan.small_files, **sizes}, overwrite=overwrite) as reserved:
         execute(plan, reserved.path_of, pace, device, progress, shown_as=target)
         reserved.commit()
         swept = reserved.swept
@@ -155,13 +152,6 @@ def dry_run(
     plan, target = _prepare(recipe, models, output, overwrite, variant)
     check_space(target, plan.size)
     return _result(plan, target, time.perf_counter() - started, (), dry=True)
-
-
-def _reserved(plan: Plan, target: Path, overwrite: bool) -> AtomicFile | AtomicFolder:
-    if not plan.form.folder:
-        return AtomicFile(target, plan.size, overwrite=overwrite)
-    sizes = {file.path: file.size for file in plan.files}
-    return AtomicFolder(target, {**plan.small_files, **sizes}, overwrite=overwrite)
 
 
 def _choose_pace(recipe: Recipe, device: str, threads: int | None) -> tuple[str, Pace]:
@@ -191,12 +181,7 @@ def _prepare(
     opened = [
         Model.of(checkpoint, recipe.ema, label) for checkpoint, label in zip(checkpoints, labels, strict=True)
     ]
-    form = _form(recipe, opened[0], output)
-    if recipe.configs is not None and not form.folder:
-        raise RecipeError(
-            f"configs go into a diffusers folder only, and {shown(os.fspath(output))} is a single file: "
-            "leave them out"
-        )
+    form = choose_output(output, opened[0], recipe.naming, recipe.configs)
     plan = make_plan(opened, recipe, form)
     inputs = [file for checkpoint in plan.decided.checkpoints for file in checkpoint.files]
     inputs += [model.source.path for model in opened if isinstance(model.source, DiffusersFolder)]
@@ -205,8 +190,7 @@ def _prepare(
         if isinstance(path := getattr(recipe.configs, "path", recipe.configs), (str, os.PathLike))
         else []
     )
-    check = check_output_folder if form.folder else check_output
-    return plan, check(output, inputs, overwrite=overwrite)
+    return plan, form.check(inputs, overwrite=overwrite)
 
 
 def _open(models: Sequence[CheckpointLike], variant: str | None) -> list[Checkpoint]:
@@ -220,32 +204,6 @@ def _open(models: Sequence[CheckpointLike], variant: str | None) -> list[Checkpo
     ]
 
 
-def _form(recipe: Recipe, a: Model, output: object) -> Form:
-    """What the output is, from its name, A, and the naming asked for."""
-    if not isinstance(output, (str, os.PathLike)):
-        raise OutputError(f"the output is a path; {type(output).__name__} given")
-    name = os.fspath(output)
-    if not name:
-        raise OutputError("the output's name is empty: give the name of a .safetensors file")
-    from_folder = a.anatomy.naming == "diffusers" and not a.bare
-    if name.lower().endswith(".safetensors") and not os.path.isdir(name):
-        naming = recipe.naming or ("ldm" if from_folder else a.anatomy.naming)
-        if naming == "diffusers" and a.components != {"unet"}:
-            raise OutputError(
-                f"{shown(name)}: a whole model under diffusers' names is a folder; give a folder, or "
-                "naming='ldm' (--to ldm)"
-            )
-        return Form(naming)
-    is_folder = name.endswith(("/", os.sep)) or os.path.isdir(name)
-    if recipe.naming == "diffusers" or (from_folder and recipe.naming is None):
-        return Form("diffusers", folder=True)
-    if is_folder:
-        raise OutputError(
-            f"{shown(name)} is a folder: give the output a file name, or naming='diffusers' (--to diffusers)"
-        )
-    raise OutputError(f"{shown(name)}: the output is a .safetensors file; end its name so")
-
-
 def _result(
     plan: Plan, target: Path, seconds: float, swept: tuple[str, ...], *, dry: bool = False
 ) -> MergeResult:
@@ -254,7 +212,7 @@ def _result(
         output=target,
         family=plan.anatomy.family.name,
         variant=plan.anatomy.variant,
-        naming=plan.form.naming,
+        naming=plan.output.naming,
         method=recipe.method_name,
         preset=recipe.weights.label if recipe.weights.preset is not None else None,
         weights=dict(plan.weights) if recipe.method is not None else {},

@@ -50,7 +50,7 @@ def has_place(name: str, naming: str, family: str) -> bool:
 
 
 def named(
-    tensors: Mapping[str, Expression], a: Model, naming: str, *, folder: bool
+    tensors: Mapping[str, Expression], a: Model, naming: str, *, names_components: bool
 ) -> tuple[list[OutputTensor], list[str]]:
     """Return what an output of that naming has of tensors under LDM names, and notes about what is lost or
     renamed.
@@ -61,7 +61,7 @@ def named(
         found, notes = _in_diffusers(tensors, a)
     else:
         found, notes = [OutputTensor(name, name, one) for name, one in tensors.items()], []
-    if folder or (naming == "ldm" and not (a.bare and a.anatomy.naming == naming)):
+    if names_components or (naming == "ldm" and not (a.bare and a.anatomy.naming == naming)):
         return found, notes
     # A's spelling where the output is a U-Net alone; else the full names, which every loader accepts.
     if all(component_of(name) == "unet" for name in tensors):

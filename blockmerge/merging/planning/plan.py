@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 from blockmerge.anatomy import Anatomy
 from blockmerge.checkpoints import Model, TensorInfo, encode_header
 from blockmerge.dtypes import size_of
-from blockmerge.errors import IncompatibleModelsError, shown
 from blockmerge.expressions import Gathered, Stored, leaves_of
+from blockmerge.merging.outputs import Output, WeightFile
 from blockmerge.merging.planning.combining import FIRST_CONVOLUTION, Combination
 from blockmerge.merging.planning.decisions import Decisions
-from blockmerge.merging.planning.folder_files import folder_files, notes_of_single_file, split_folder
 from blockmerge.merging.planning.metadata import output_metadata
 from blockmerge.merging.planning.naming import OutputTensor
 from blockmerge.merging.planning.policies import decide
@@ -21,14 +20,6 @@ from blockmerge.merging.planning.recipe import Recipe
 from blockmerge.merging.planning.runs import Drafter, PlannedFile, known_bytes
 from blockmerge.streaming import PAGE
 from blockmerge.weights import BlockWeights
-
-
-@dataclass(frozen=True)
-class Form:
-    """What the output is: its naming, and whether it is a folder or a single file."""
-
-    naming: str
-    folder: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,7 +36,7 @@ class Plan:
     beta: BlockWeights
     models: tuple[str, ...]
     decided: Decisions
-    form: Form
+    output: Output
     files: tuple[PlannedFile, ...]
     small_files: Mapping[str, bytes]
     gathered: tuple[Gathered, ...]
@@ -64,7 +55,7 @@ class Plan:
         yield from (one for one in leaves_of(self.tensor(name).expression) if isinstance(one, Stored))
 
 
-def make_plan(models: Sequence[Model], recipe: Recipe, form: Form) -> Plan:
+def make_plan(models: Sequence[Model], recipe: Recipe, output: Output) -> Plan:
     """Plan a merge from the checkpoints' headers. Reads no weights.
 
     Raises what the recipe, the models or the weights are refused for: RecipeError, WeightsError,
@@ -74,31 +65,23 @@ def make_plan(models: Sequence[Model], recipe: Recipe, form: Form) -> Plan:
     family = a.anatomy.family.name
     weights, beta = recipe.weights.resolve(family), recipe.beta.resolve(family)
     combination = Combination.of(recipe.merge_method, recipe.resolve_numbers(len(models)), clip=recipe.clip)
-    decided = decide(models, recipe, weights, beta, combination, naming=form.naming, folder=form.folder)
-    decided = replace(decided, notes=(*decided.notes, *recipe.idle(family)))
+    decided = decide(
+        models, recipe, weights, beta, combination, output.naming, names_components=output.names_components
+    )
     described = recipe.described([model.source.name for model in models], weights, beta)
     metadata = output_metadata(a.source.metadata, json.dumps(described, ensure_ascii=False), family)
-    anatomy = replace(a.anatomy, variant=_variant(a, decided.tensors), naming=form.naming)
-    small_files: dict[str, bytes] = {}
-    if form.folder:
-        shards, indexes = split_folder(decided.tensors, models)
-        beside, notes = folder_files(models, decided.tensors, anatomy, recipe.configs)
-        small_files = {**beside, **indexes}
-        decided = replace(decided, notes=(*decided.notes, *notes))
-        files = [_plan_file(path, shard, metadata) for path, shard in shards.items()]
-    else:
-        decided = replace(decided, notes=(*decided.notes, *notes_of_single_file(a)))
-        files = [_plan_file("", decided.tensors, metadata)]
+    anatomy = replace(a.anatomy, variant=_variant(a, decided.tensors), naming=output.naming)
+    laid_out = output.lay_out(decided.tensors, models, anatomy)
     return Plan(
         recipe,
         anatomy,
         weights,
         beta,
         tuple(model.source.name for model in models),
-        decided,
-        form,
-        tuple(files),
-        small_files,
+        replace(decided, notes=(*decided.notes, *recipe.idle(family), *laid_out.notes)),
+        output,
+        tuple(_plan_file(file, metadata) for file in laid_out.files),
+        laid_out.small_files,
         tuple(gathered_by(decided.tensors)),
     )
 
@@ -117,40 +100,29 @@ def _variant(a: Model, tensors: Sequence[OutputTensor]) -> str:
     )
 
 
-def _plan_file(path: str, tensors: Sequence[OutputTensor], metadata: Mapping[str, str]) -> PlannedFile:
-    order = _aligned_order(tensors)
-    placed = _lay_out(order)
-    # In a folder, the component is the file's place, not a part of its tensors' names.
-    in_file = {name.partition("/")[2] if path else name: info for name, info in placed.items()}
+def _plan_file(file: WeightFile[OutputTensor], metadata: Mapping[str, str]) -> PlannedFile:
+    order = _aligned_order(list(file.tensors.items()))
+    in_file: dict[str, TensorInfo] = {}
+    offset = 0
+    for name, one in order:
+        in_file[name] = TensorInfo(one.dtype, one.shape, offset)
+        offset += one.nbytes
     header = encode_header(in_file, metadata, PAGE)
-    placed = {
-        name: TensorInfo(info.dtype, info.shape, len(header) + info.offset) for name, info in placed.items()
-    }
-    drafted = [(0, known_bytes(header)), *((placed[one.name].offset, one.expression) for one in order)]
-    return PlannedFile(path, placed, Drafter().all(drafted))
+    begins = {name: len(header) + info.offset for name, info in in_file.items()}
+    placed = {one.name: TensorInfo(one.dtype, one.shape, begins[name]) for name, one in order}
+    drafted = [(0, known_bytes(header)), *((begins[name], one.expression) for name, one in order)]
+    return PlannedFile(file.path, placed, Drafter().all(drafted))
 
 
-def _aligned_order(tensors: Sequence[OutputTensor]) -> Sequence[OutputTensor]:
+def _aligned_order(tensors: Sequence[tuple[str, OutputTensor]]) -> Sequence[tuple[str, OutputTensor]]:
     """A's order; or, where that would put a tensor at an offset that does not suit its dtype, the widest
     dtypes first.
 
     The reference reader cannot open a file in which, say, an int64 tensor begins at an odd byte.
     """
     offset = 0
-    for one in tensors:
-        size = size_of(one.dtype)
-        if offset % size:
-            return sorted(tensors, key=lambda one: -size_of(one.dtype))
+    for _, one in tensors:
+        if offset % size_of(one.dtype):
+            return sorted(tensors, key=lambda named: -size_of(named[1].dtype))
         offset += one.nbytes
     return tensors
-
-
-def _lay_out(tensors: Sequence[OutputTensor]) -> dict[str, TensorInfo]:
-    offset = 0
-    placed: dict[str, TensorInfo] = {}
-    for one in tensors:
-        if one.name in placed:  # the last guard before a file that no reader opens
-            raise IncompatibleModelsError(f"two tensors of the output would be called {shown(one.name)}")
-        placed[one.name] = TensorInfo(one.dtype, one.shape, offset)
-        offset += one.nbytes
-    return placed

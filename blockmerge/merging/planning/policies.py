@@ -48,12 +48,12 @@ def decide(
     weights: BlockWeights,
     beta: BlockWeights,
     combination: Combination,
-    *,
     naming: str | None = None,
-    folder: bool = False,
+    *,
+    names_components: bool = False,
 ) -> Decisions:
-    """Apply the policies; the output has the names of `naming`, by default A's, and is one file or dict, or a
-    `folder`.
+    """Apply the policies; the output has the names of `naming`, by default A's, spelled as an `Output` of
+    such `names_components` says.
 
     Raises IncompatibleModelsError, naming the first few tensors and counting the rest, when U-Nets hold
     different tensors, or floats in one model only, when shapes differ, or the VAE that was asked for is not
@@ -67,7 +67,12 @@ def decide(
     judge = _Judge(models, recipe, weights, beta, combination, naming)
     _check_unets(models)
     decisions = judge.decide()
-    tensors, lost = named({one.ldm: one.expression for one in decisions}, models[0], naming, folder=folder)
+    tensors, lost = named(
+        {one.ldm: one.expression for one in decisions}, models[0], naming, names_components=names_components
+    )
+    if twice := [name for name, count in Counter(one.name for one in tensors).items() if count > 1]:
+        # The last guard before a file that no reader opens.
+        raise IncompatibleModelsError(f"two tensors of the output would be called {listing(twice)}")
     notes = describe(models, recipe, weights, beta, decisions, judge.found, naming)
     return Decisions(
         tuple(replace(one, expression=simplify(one.expression)) for one in tensors),

@@ -1,5 +1,6 @@
-"""What makes a diffusers folder of the tensors of a merge: its weight files, cut into shards, and all that
-lies beside them.
+"""What lies beside the weights of a diffusers folder: configs, scheduler, tokenizers, and the index of all.
+
+And what of it a single file cannot say.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from blockmerge.checkpoints import (
     CheckpointLike,
     DiffusersFolder,
     Model,
-    TensorInfo,
     open_checkpoint,
 )
 from blockmerge.errors import (
@@ -27,10 +27,7 @@ from blockmerge.errors import (
     reason,
     shown,
 )
-from blockmerge.merging.planning.naming import OutputTensor
-
-SHARD_BYTES = 10_000_000_000
-"""The largest weight file in a folder, as diffusers itself cuts them ("10GB")."""
+from blockmerge.merging.outputs.output import NamedTensor
 
 _SCHEDULER = "scheduler/scheduler_config.json"
 _GUESSED = (
@@ -45,41 +42,9 @@ _STRUCTURE = {
 }
 """By which keys a config is known to be that of other tensors; in_channels are only of another variant."""
 
-_TRANSFORMERS_STEM, _DIFFUSERS_STEM = "model", "diffusion_pytorch_model"
-
-
-def split_folder(
-    decisions: Sequence[OutputTensor], models: Sequence[Model]
-) -> tuple[dict[str, list[OutputTensor]], dict[str, bytes]]:
-    """Return {weight file: its tensors}, and {index file: its bytes} for the components that take several
-    files.
-    """
-    components: dict[str, list[OutputTensor]] = {}
-    for decision in decisions:
-        components.setdefault(decision.name.partition("/")[0], []).append(decision)
-    files: dict[str, list[OutputTensor]] = {}
-    indexes: dict[str, bytes] = {}
-    for component, members in components.items():
-        stem = f"{component}/{_stem(component, models)}"
-        shards = _shards(members)
-        if len(shards) == 1:
-            files[f"{stem}.safetensors"] = members
-            continue
-        weight_map = {}
-        for number, shard in enumerate(shards, 1):
-            path = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
-            files[path] = shard
-            weight_map.update({decision.name.partition("/")[2]: path.partition("/")[2] for decision in shard})
-        index = {"metadata": {"total_size": sum(map(_nbytes, members))}, "weight_map": weight_map}
-        indexes[f"{stem}.safetensors.index.json"] = _json(index)
-    return files, indexes
-
 
 def folder_files(
-    models: Sequence[Model],
-    decisions: Sequence[OutputTensor],
-    anatomy: Anatomy,
-    configs: CheckpointLike | None,
+    models: Sequence[Model], tensors: Sequence[NamedTensor], anatomy: Anatomy, configs: CheckpointLike | None
 ) -> tuple[dict[str, bytes], list[str]]:
     """Return {path: bytes} of all that lies beside the weights, and notes for the user.
 
@@ -93,7 +58,7 @@ def folder_files(
     guessed = not known and (anatomy.family.name, anatomy.variant) == ("sd2", "base")
     try:
         made = folder_configs(
-            {d.name: d.shape for d in decisions},
+            {tensor.name: tensor.shape for tensor in tensors},
             anatomy.family.name,
             **({"prediction": "v_prediction"} if guessed else known),
         )
@@ -108,7 +73,7 @@ def folder_files(
             "another)"
         ]
         return {path: _json(content) for path, content in made.items()}, notes + [_GUESSED] * guessed
-    components = {decision.name.partition("/")[0] for decision in decisions}
+    components = {tensor.name.partition("/")[0] for tensor in tensors}
     carried = {
         path: data
         for path, data in _carried(source).items()
@@ -143,7 +108,7 @@ def folder_files(
     return files, notes
 
 
-def notes_of_single_file(a: Model) -> list[str]:
+def unsaid_in_a_file(a: Model) -> list[str]:
     """What a single file cannot say of A, as notes for the user. Raises CheckpointError when A's configs
     cannot be read.
     """
@@ -268,30 +233,6 @@ def _parsed(data: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def _stem(component: str, models: Sequence[Model]) -> str:
-    for model in models:
-        if isinstance(model.source, DiffusersFolder) and component in model.source.components:
-            return model.source.components[component]
-    return _DIFFUSERS_STEM if component in ("unet", "vae") else _TRANSFORMERS_STEM
-
-
-def _shards(decisions: Sequence[OutputTensor]) -> list[list[OutputTensor]]:
-    shards: list[list[OutputTensor]] = [[]]
-    size = 0
-    for decision in decisions:
-        nbytes = _nbytes(decision)
-        if shards[-1] and size + nbytes > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(decision)
-        size += nbytes
-    return shards
-
-
-def _nbytes(decision: OutputTensor) -> int:
-    return TensorInfo(decision.dtype, decision.shape, 0).nbytes
 
 
 def _json(value: object) -> bytes:

@@ -1,0 +1,53 @@
+"""A single `.safetensors` file: a whole model in LDM naming, or a U-Net alone in either."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from blockmerge.anatomy import Anatomy
+from blockmerge.checkpoints import AtomicFile, Model, check_output
+from blockmerge.errors import OutputError, shown
+from blockmerge.merging.outputs.folder_files import unsaid_in_a_file
+from blockmerge.merging.outputs.output import Layout, Output, Tensor, WeightFile, Wish
+
+
+class SingleFile(Output):
+    """One file that ends in `.safetensors`."""
+
+    title = "a single file"
+    ending = ".safetensors"
+    is_default_of = "ldm"
+
+    @classmethod
+    def takes(cls, wish: Wish) -> bool:
+        """By its ending, unless it is the name of a folder."""
+        return wish.path.lower().endswith(cls.ending) and not os.path.isdir(wish.path)
+
+    def naming_of(self, wish: Wish) -> str:
+        """A's, or LDM's where A is a whole model of diffusers. Raises OutputError for such a one."""
+        naming = wish.naming or ("ldm" if wish.from_folder else wish.a.anatomy.naming)
+        if naming == "diffusers" and wish.a.components != {"unet"}:
+            raise OutputError(
+                f"{shown(wish.path)}: a whole model under diffusers' names is a folder; give a folder, or "
+                "naming='ldm' (--to ldm)"
+            )
+        return naming
+
+    def lay_out(self, tensors: Sequence[Tensor], models: Sequence[Model], anatomy: Anatomy) -> Layout[Tensor]:
+        """All tensors under their own names."""
+        file = WeightFile("", {tensor.name: tensor for tensor in tensors})
+        return Layout((file,), notes=unsaid_in_a_file(models[0]))
+
+    def check(self, inputs: Iterable[Path], *, overwrite: bool = False) -> Path:
+        """As `check_output` does."""
+        return check_output(self.path, inputs, overwrite=overwrite)
+
+    def reserve(
+        self, target: Path, files: Mapping[str, int | bytes], *, overwrite: bool = False
+    ) -> AtomicFile:
+        """Reserve the one file."""
+        (size,) = files.values()
+        assert isinstance(size, int)
+        return AtomicFile(target, size, overwrite=overwrite)
