@@ -38,6 +38,11 @@ def never(alpha: float, beta: float = 0.0) -> int | None:
     return None
 
 
+def always_a(alpha: float | None = None, beta: float | None = None) -> int:
+    """The result is A, whatever the weights, and without any."""
+    return 0
+
+
 def a_at_zero(alpha: float, beta: float = 0.0) -> int | None:
     """α = 0 is A."""
     return 0 if alpha == 0 else None
