@@ -77,8 +77,8 @@ def merge_method(
     not be given), and numbers, with their defaults: a default of type int wants a whole number. No number has
     the name of an argument of `merge`, but for `seed`, which is merge's.
 
-    A function with a keyword `out` is on its own: it gets the tensors as they are, of any float dtypes, and
-    writes the result into `out`, rounded to its dtype. `out` may be the memory of A.
+    A function with a keyword `out`, without a default, writes its result into it, rounded to its dtype. It
+    gets the tensors as they are, of any float dtypes; `out` may be the memory of A.
 
     - `locality` is what it must see at once. ``"element"``: it may be given any stretch of a tensor, flat.
       ``"row"``: any entries of the first axis, in their shape. ``"tensor"``: the whole tensor. ``"model"``:
@@ -87,8 +87,8 @@ def merge_method(
     - `copies(alpha, beta)` says at which weights the result is one of the models, which is then copied and no
       other read: 0 for A, 1 for B, …, None for none. `blockmerge.methods.planning` has the usual ones.
     - `numbers` says more of numbers: ``Number("gamma", text="how fast it falls off", low=0, high=1)``.
-    - `chance`: it takes the keywords `key` and `position`, for `blockmerge.methods.randomness.normal` and
-      `chosen`. Whoever merges gives a `seed`.
+    - `chance`: it takes the keywords `key` and `position`, that of the first element in its tensor, for
+      `normal` and `chosen` of `blockmerge.methods.randomness`. Whoever merges gives a `seed`.
     - `rows(shape, alpha, beta)`, for a method that takes whole rows from its models: stretches (start, stop,
       model) of the first axis, in order and without gaps. They are copied, without the function.
     - `passes`, two functions: the first gives a tensor's figures `f(a, b, …)`, and the second makes of those
