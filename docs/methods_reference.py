@@ -1,4 +1,4 @@
-"""Writes docs/methods.md from the table of methods: `make docs`."""
+"""Writes docs/methods.md from what the methods say of themselves: `make docs`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from blockmerge.methods import METHODS, Method
 
 _HEAD = """# The methods
 
-Written by `make docs` from the table in `blockmerge/methods/table.py`. `blockmerge methods` lists them,
+Written by `make docs` from the definitions in `blockmerge/methods/builtin/`. `blockmerge methods` lists them,
 `blockmerge methods NAME` shows one.
 
 A, B, C are one tensor of each model, α (alpha) and β (beta) the block's weights; Xᵢ are all models, of which
@@ -68,10 +68,46 @@ Or from the command line, with the function in `mine.py` in the current folder o
 with all that you may do yourself.
 
 Parameters by position are the models (`*others` for any number), `alpha` and `beta` are the weights, other
-keywords are numbers with a default, none named like an argument of `merge` but `seed`. The tensors are copies
-in float32 or float64, and what is returned is rounded once. `locality="element"`, the default, says that the
-function may be given any stretch of a tensor, flat; `"row"` any entries of the first axis; `"tensor"` the
-whole. [examples/own_method.py](../examples/own_method.py) is one to start from. """
+keywords are numbers with a default, none named like an argument of `merge` but `seed`; on the command line they
+are given as `--number gamma=0.2`. The tensors are copies in float32 or float64, and what is returned is rounded
+once. [examples/own_method.py](../examples/own_method.py) is one to start from.
+
+The built-in methods are defined in the same way, with all that the decorator takes:
+
+| argument | what it says |
+| --- | --- |
+| `locality` | `"element"`, the default: the function may be given any stretch of a tensor, flat; `"row"`: any entries of the first axis; `"tensor"`: the whole; `"model"`: the whole, after `passes` |
+| `formula`, `source` | texts, for `blockmerge methods` |
+| `copies` | a function of alpha and beta: the number of the model (0 is A) whose bytes the result is, which is then copied, or None; `blockmerge.methods.planning` has `a_at_zero`, `a_to_b` and others |
+| `numbers` | more about numbers: `[Number("gamma", text="how soft", low=0, high=1)]`, with `Number` from `blockmerge.methods` |
+| `chance=True` | the function takes the keywords `key` and `position`, and a merge its `seed` |
+| `rows` | for `"row"`: a function of shape, alpha and beta that gives stretches (start, stop, model) of the first axis, which are copied without the function |
+| `passes` | for `"model"`: two functions; the first gives the figures of a tensor of each model, the second makes of those of all tensors, a list in any order, what the function takes as the keyword `gathered` |
+
+Random numbers come from `blockmerge.methods.randomness`, so that a tensor gets the same ones however it is cut:
+`normal(key, position, count, device)` are normal numbers, `chosen(rate, key, position, count, device)` is 1 with
+the probability `rate`/65,536 and else 0. Both are flat and good until the next call.
+
+```python
+from blockmerge.methods.randomness import normal
+
+
+@blockmerge.merge_method(chance=True)
+def jitter(a, b, *, alpha, key, position, amount=0.01):
+    return a + alpha * (b - a) + amount * normal(key, position, a.numel(), a.device)
+
+
+@blockmerge.merge_method(
+    locality="model",
+    passes=(lambda a, b: (b - a).abs().max(), lambda figures: max(float(one) for one in figures)),
+)
+def levelled(a, b, *, alpha, gathered):
+    return a + alpha * (b - a) / gathered if gathered else a
+```
+
+A function with a keyword `out`, without a default, writes its result into `out` and rounds it itself. It gets
+the tensors as they are, of any float dtypes, and `out` may be the memory of A.
+"""
 
 _COPIED = {0: "A", 1: "B", 2: "C"}
 

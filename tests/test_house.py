@@ -47,13 +47,6 @@ MAY_IMPORT = {
 }
 EVERYONE_MAY_IMPORT = {"errors", "version"}
 LOADED_LATE = {
-    "methods/arithmetic.py",
-    "methods/elementwise.py",
-    "methods/modelwise.py",
-    "methods/randomness.py",
-    "methods/rowwise.py",
-    "methods/smoothing.py",
-    "methods/tensorwise.py",
     "merging/flat_unet.py",
     "merging/kernel.py",
     "streaming/tensors.py",

@@ -76,7 +76,7 @@ def test_a_flat_weight_with_the_vae_blended(pairs, tmp_path, family, weight):
     st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
 )
 def test_a_weighted_sum_is_within_one_step_for_any_values(values, alpha, dtype):
-    from blockmerge.methods.elementwise import weighted_sum
+    from blockmerge.methods.builtin.weighted_sums import weighted_sum
 
     a, b = (torch.tensor(side).to(dtype) for side in zip(*values, strict=True))
     out = weighted_sum(a, b, alpha=alpha, out=torch.empty_like(a))
@@ -86,7 +86,7 @@ def test_a_weighted_sum_is_within_one_step_for_any_values(values, alpha, dtype):
 
 def test_float32_of_opposite_signs_is_within_one_step():
     """Where float32 arithmetic itself is not: 1.7 steps were seen."""
-    from blockmerge.methods.elementwise import weighted_sum
+    from blockmerge.methods.builtin.weighted_sums import weighted_sum
 
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(1 << 20, generator=generator)

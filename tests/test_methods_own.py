@@ -257,7 +257,7 @@ def any_keyword(a, b, *, alpha, **more):
         (text_for_weight, "element", "the weight alpha needs a finite number as its default, or none"),
         (nothing_for_weight, "element", "the weight beta needs a finite number as its default, or none"),
         (any_keyword, "element", "takes any keyword (**): name each number, with its default"),
-        (no_weight, "model", r"unknown locality 'model' (element, row, tensor)"),
+        (no_weight, "rows", "unknown locality 'rows' (element, row, tensor, model)"),
     ],
 )
 def test_functions_that_are_no_methods(function, locality, message):

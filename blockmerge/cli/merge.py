@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from blockmerge.cli.console import json_option, not_empty, progress_bar, stdout_console
+from blockmerge.cli.numbers import CommandWithNumbers
 
 if TYPE_CHECKING:
     from blockmerge.merging import Recipe
@@ -50,7 +51,7 @@ variant_option = click.option(
 )
 
 
-@click.command(short_help="Merge models into a new file.")
+@click.command(cls=CommandWithNumbers, short_help="Merge models into a new file.")
 @click.argument("models", metavar="A B [C …]", nargs=-1, required=True)
 @click.option(
     "-o",
@@ -100,16 +101,12 @@ variant_option = click.option(
 @click.option(
     "--set-beta", "changes_beta", metavar="TEXT", multiple=True, callback=not_empty, help="The same for beta."
 )
-@click.option("--ratios", metavar="NUMBERS", help="average: how much each model counts, A first: 2,1,1.")
 @click.option(
-    "--density", metavar="NUMBER", help="ties: the share of each difference that is kept. [default: 0.2]"
-)
-@click.option(
-    "--drop-rate", metavar="NUMBER", help="dare: the share of the difference that is dropped. [default: 0.5]"
-)
-@click.option("--gamma", metavar="NUMBER", help="extract: how fast likeness falls off. [default: 1]")
-@click.option(
-    "--number", "own_numbers", metavar="NAME=VALUE", multiple=True, help="A number of a method of your own."
+    "--number",
+    "numbers",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="A number of the method, one of your own too.",
 )
 @click.option(
     "--rules",
@@ -175,11 +172,7 @@ def merge(
     presets_beta: tuple[str, ...],
     weights_beta: str | None,
     changes_beta: tuple[str, ...],
-    ratios: str | None,
-    density: str | None,
-    drop_rate: str | None,
-    gamma: str | None,
-    own_numbers: tuple[str, ...],
+    numbers: dict[str, str],
     rules: tuple[str, ...],
     sdxl_map: str | None,
     seed: int,
@@ -210,11 +203,9 @@ def merge(
     from blockmerge.merging.planning.recipe import make_recipe
     from blockmerge.weights import WeightsRequest
 
-    options_of_methods = {"ratios": ratios, "density": density, "drop_rate": drop_rate, "gamma": gamma}
-    numbers = {name: value for name, value in options_of_methods.items() if value is not None}
     recipe = make_recipe(
         method,
-        _with_own(numbers, own_numbers),
+        numbers,
         WeightsRequest(presets, weights, ",".join(changes) or None, sdxl_map, seed=seed),
         WeightsRequest(
             presets_beta, weights_beta, ",".join(changes_beta) or None, sdxl_map, seed=seed, beta=True
@@ -245,21 +236,6 @@ def merge(
         from blockmerge.rendering.terminal import print_merge
 
         print_merge(stdout_console(), result)
-
-
-def _with_own(numbers: dict[str, str], texts: tuple[str, ...]) -> dict[str, str]:
-    from blockmerge.errors import RecipeError, shown
-
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not (name.isidentifier() and equals and value):
-            raise RecipeError(f"cannot read --number '{shown(text)}': write NAME=VALUE, as in limit=0.02")
-        if name in numbers:
-            raise RecipeError(
-                f"the number {shown(name)} is given twice: {shown(numbers[name])} and {shown(value)}"
-            )
-        numbers = {**numbers, name: value}
-    return numbers
 
 
 def _check_single(model: str, recipe: Recipe) -> None:

@@ -1,12 +1,13 @@
 """What is done to one tensor: pure functions on torch tensors and numbers. No names, no files, no choice of
 device.
 
-The table is in `blockmerge.methods.table`, which needs no torch; the functions themselves do, and are loaded
-late.
+`merge_method` makes a function a method, and `registry` finds it, neither of which needs torch; the functions
+themselves load it when they first compute.
 """
 
-from blockmerge.methods.own import merge_method
+from blockmerge.methods.define import merge_method
+from blockmerge.methods.method import Method, Number
 from blockmerge.methods.planning import key_of
-from blockmerge.methods.table import METHODS, Method, Number, find_method
+from blockmerge.methods.registry import IDENTITY, METHODS, find_method
 
-__all__ = ["METHODS", "Method", "Number", "find_method", "key_of", "merge_method"]
+__all__ = ["IDENTITY", "METHODS", "Method", "Number", "find_method", "key_of", "merge_method"]

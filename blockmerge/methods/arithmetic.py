@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any
 
-import torch
+from blockmerge.methods.late import torch
 
 _E4M3FN_OVERFLOW = (
     464.0  # half a step above 448: beyond it, a value rounds to one that the format does not have

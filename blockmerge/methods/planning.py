@@ -1,5 +1,5 @@
 """What a plan needs of the methods before any weight is read: which results are copies, of what, and keys for
-chance.
+chance. Of `copies` and `rows`, those that methods choose from.
 
 No torch. A *source* is the number of a model: 0 is A, 1 is B, 2 is C. Weights are read as the decimal numbers
 that they are written as: 0.29 of 100 rows are 29, although the double nearest to 0.29 is a little less.
@@ -36,6 +36,11 @@ def share(fraction: float, count: int) -> int:
 def never(alpha: float, beta: float = 0.0) -> int | None:
     """No result is sure to be an input's bytes."""
     return None
+
+
+def always_a(alpha: float | None = None, beta: float | None = None) -> int:
+    """The result is A, whatever the weights, and without any."""
+    return 0
 
 
 def a_at_zero(alpha: float, beta: float = 0.0) -> int | None:

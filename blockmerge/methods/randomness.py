@@ -11,10 +11,8 @@ from __future__ import annotations
 
 from functools import cache
 
-import numpy as np
-import torch
-
 from blockmerge.methods.arithmetic import scratch
+from blockmerge.methods.late import np, torch
 
 _GAMMA = 0x9E3779B97F4A7C15
 _ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))

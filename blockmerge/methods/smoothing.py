@@ -15,10 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from math import exp, prod
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
-import torch
+from blockmerge.methods.late import np, torch
 
 _RADIUS = 4  # of the Gaussian: 4σ
 _TAPS = [exp(-0.5 * distance * distance) for distance in range(-_RADIUS, _RADIUS + 1)]
@@ -26,7 +25,8 @@ _SLAB = 1 << 20  # elements filtered at once, and
 _LEAST_ROWS = 32  # at least so many rows, since ten more are read around them
 _BLOCK = 1 << 15  # elements whose medians are found at once: their sorted lists stay in a processor's cache
 
-_Array = TypeVar("_Array", torch.Tensor, np.ndarray)
+if TYPE_CHECKING:
+    _Array = TypeVar("_Array", torch.Tensor, np.ndarray)
 
 
 def smoothed_slabs(

@@ -93,7 +93,7 @@ class Recipe:
     def merge_method(self) -> Method:
         """The method of that name, where models are merged at all."""
         if self._method is None:
-            from blockmerge.methods.table import IDENTITY
+            from blockmerge.methods import IDENTITY
 
             return IDENTITY
         return self._method

@@ -1,10 +1,7 @@
-"""Methods that need figures of all tensors first. They take tensors in their real shape and write `out`, of
-that shape.
+"""Methods that look at the cosines of the whole model first.
 
-For the method `name`, `name_statistics(a, b)` gives a tensor's figures, `name_gathered` what they say
-together, in whatever order they come, and the method itself takes that as `gathered`. (The figures of a whole
-model are a million numbers or two: SD1.5 has 0.8 million columns, SDXL 2.0, of 8 bytes each.) All of them
-stay on the tensors' device, so that nobody waits for a GPU.
+Their figures are those of a model's columns, a million or two: SD1.5 has 0.8 million, SDXL 2.0, of 8 bytes
+each. All of them stay on the tensors' device, so that nobody waits for a GPU.
 
 Cosines are in float64. *Columns* run along the first axis: there is one for each index of the others; a
 tensor of one axis or none is one column. A column of zeros has no cosine.
@@ -13,8 +10,6 @@ tensor of one axis or none is one column. A column of zeros has no cosine.
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
 
 from blockmerge.methods.arithmetic import (
     exact_dtype,
@@ -25,44 +20,22 @@ from blockmerge.methods.arithmetic import (
     wide_dtype,
     widened,
 )
+from blockmerge.methods.define import merge_method
+from blockmerge.methods.late import torch
 
 
-def cosine_a(
-    a: torch.Tensor, b: torch.Tensor, *, alpha: float, gathered: torch.Tensor, out: torch.Tensor
-) -> torch.Tensor:
-    """(1 − k)·B + k·A with k = ((κ + K)/2 − min)/(max − min) − |α|, limited to [0, 1]: SuperMerger's cosineA.
-
-    κ are the column cosines, K is the cosine of A and B whose columns have all been divided by their norms;
-    `gathered` is (min, max). A where a column has no cosine, and everywhere where max = min.
-    """
-    columns, whole = _cosines(a, b, normalised=True)
-    return _merge(a, b, (columns + whole) / 2, abs(alpha), gathered, out)
-
-
-def cosine_a_statistics(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _normalised_cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return the column cosines, float64 [columns]; NaN where there is none."""
     return _cosines(a, b, normalised=True)[0]
 
 
-def cosine_b(
-    a: torch.Tensor, b: torch.Tensor, *, alpha: float, gathered: torch.Tensor, out: torch.Tensor
-) -> torch.Tensor:
-    """(1 − k)·B + k·A with k = ((κ + K)/2 − min)/(max − min) − α, limited to [0, 1]: SuperMerger's cosineB.
-
-    κ are the column cosines, K is that of the whole tensors; `gathered` is (min, max). A where a column has
-    no cosine, and everywhere where max = min.
-    """
-    columns, whole = _cosines(a, b, normalised=False)
-    return _merge(a, b, (columns + whole) / 2, alpha, gathered, out)
-
-
-def cosine_b_statistics(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _mean_cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return the means of column cosines and whole cosine, float64 [columns]; NaN where there is none."""
     columns, whole = _cosines(a, b, normalised=False)
     return (columns + whole) / 2
 
 
-def middle_range(statistics: Sequence[torch.Tensor]) -> torch.Tensor:
+def _middle_range(statistics: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the least and the greatest of all figures but the outermost, [2]; twice the same where there is
     no figure.
 
@@ -79,15 +52,50 @@ def middle_range(statistics: Sequence[torch.Tensor]) -> torch.Tensor:
     return values[torch.stack([begin, end - 1])]
 
 
-cosine_a_gathered = cosine_b_gathered = middle_range
-
-
 def _percentile(values: torch.Tensor, begin: torch.Tensor, end: torch.Tensor, percent: int) -> torch.Tensor:
     """Of the sorted values from `begin` up to `end`, all of these being 0-dim; the value at `begin` where
     there are none.
     """
     places = percent * (end - begin - 1).clamp(min=0)
     return values[torch.stack([begin + places // 100, begin + -(-places // 100)])].mean()
+
+
+@merge_method(
+    locality="model",
+    formula="(1 − k)·B + k·A, k = ((κ + K)/2 − min)/(max − min) − |α| limited to [0, 1], κ the cosine of "
+    "each column, K that of A and B with normalised columns, min and max of all κ but the outermost 1 %",
+    source="SuperMerger's cosineA",
+    passes=(_normalised_cosines, _middle_range),
+)
+def cosine_a(
+    a: torch.Tensor, b: torch.Tensor, *, alpha: float, gathered: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """(1 − k)·B + k·A with k = ((κ + K)/2 − min)/(max − min) − |α|, limited to [0, 1]: SuperMerger's cosineA.
+
+    κ are the column cosines, K is the cosine of A and B whose columns have all been divided by their norms;
+    `gathered` is (min, max). A where a column has no cosine, and everywhere where max = min.
+    """
+    columns, whole = _cosines(a, b, normalised=True)
+    return _merge(a, b, (columns + whole) / 2, abs(alpha), gathered, out)
+
+
+@merge_method(
+    locality="model",
+    formula="(1 − k)·B + k·A, k = (κ − min)/(max − min) − α limited to [0, 1], κ the mean of the cosine of "
+    "each column and that of A and B, min and max of all κ but the outermost 1 %",
+    source="SuperMerger's cosineB",
+    passes=(_mean_cosines, _middle_range),
+)
+def cosine_b(
+    a: torch.Tensor, b: torch.Tensor, *, alpha: float, gathered: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """(1 − k)·B + k·A with k = ((κ + K)/2 − min)/(max − min) − α, limited to [0, 1]: SuperMerger's cosineB.
+
+    κ are the column cosines, K is that of the whole tensors; `gathered` is (min, max). A where a column has
+    no cosine, and everywhere where max = min.
+    """
+    columns, whole = _cosines(a, b, normalised=False)
+    return _merge(a, b, (columns + whole) / 2, alpha, gathered, out)
 
 
 def _cosines(a: torch.Tensor, b: torch.Tensor, *, normalised: bool) -> tuple[torch.Tensor, torch.Tensor]:

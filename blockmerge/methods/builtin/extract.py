@@ -1,41 +1,31 @@
-"""Methods that need whole rows. They take tensors in their real shape and write `out`, of that shape; all are
-contiguous.
-
-`tensor_sum` takes whole entries of the first axis from A or B, so that a plan may do it as copies
-(`Method.rows`). `extract` looks along the last axis: a tensor of two axes or more may be cut anywhere along
-the first.
-"""
+"""What two models have in common, or what they have not."""
 
 from __future__ import annotations
 
-import torch
-
 from blockmerge.methods.arithmetic import exactly, round_into, scratch, scratch_like, slabs
-from blockmerge.methods.planning import Rows, swapped_rows
+from blockmerge.methods.define import merge_method
+from blockmerge.methods.late import torch
+from blockmerge.methods.method import Number
 
 _SHORT = (
     4  # entries of a row: along so short an axis torch takes several times as long as from column to column
 )
 
 
-def tensor_sum(
-    a: torch.Tensor, b: torch.Tensor, *, alpha: float, beta: float = 0.0, out: torch.Tensor
-) -> torch.Tensor:
-    """α of the rows from B, from β of the way on and round the end, the others from A: SuperMerger's tensor,
-    as meh has it.
-    """
-    return take_rows(a, b, swapped_rows(out.shape, alpha, beta), 0, out)
-
-
-def take_rows(a: torch.Tensor, b: torch.Tensor, rows: Rows, axis: int, out: torch.Tensor) -> torch.Tensor:
-    """Write into `out` the stretches of an axis from the model that each names."""
-    if not out.shape:
-        return round_into(out, (a, b)[rows[0][2]])
-    for start, stop, source in rows:
-        round_into(out.narrow(axis, start, stop - start), (a, b)[source].narrow(axis, start, stop - start))
-    return out
-
-
+@merge_method(
+    locality="row",
+    formula="A + ((1 − α)b + αc)·((1 − β)d + β(1 − d)), b = B − A, c = C − A, d = ((κ + 1)/2)^γ, κ the "
+    "cosine of b and c along the last axis; α, β limited to [0, 1]",
+    source="SuperMerger's extract",
+    numbers=[
+        Number(
+            "gamma",
+            text="how fast likeness falls off with the angle",
+            low=0,
+            option="how fast likeness falls off.",
+        )
+    ],
+)
 def extract(
     a: torch.Tensor,
     b: torch.Tensor,

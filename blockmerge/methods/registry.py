@@ -1,0 +1,85 @@
+"""The registry of methods: where each built-in one is defined, and which one a user means.
+
+A method is loaded when it is first asked for; none needs torch before it computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+
+from blockmerge.errors import RecipeError, did_you_mean, shown
+from blockmerge.methods.method import Method
+from blockmerge.methods.own import own_method
+
+BUILT_IN = {
+    "weighted_sum": "weighted_sums",
+    "sigmoid": "weighted_sums",
+    "inverse_sigmoid": "weighted_sums",
+    "slerp": "slerp",
+    "cosine_a": "cosines",
+    "cosine_b": "cosines",
+    "tensor_sum": "tensor_sums",
+    "tensor_sum_columns": "tensor_sums",
+    "scale": "weighted_sums",
+    "add_noise": "chance",
+    "add_difference": "differences",
+    "triple_sum": "weighted_sums",
+    "sum_twice": "weighted_sums",
+    "train_difference": "differences",
+    "smooth_add_difference": "differences",
+    "extract": "extract",
+    "average": "weighted_sums",
+    "dare": "chance",
+    "ties": "deltas",
+    "model_stock": "deltas",
+}
+"""The file in `builtin` that defines each method; in the order in which they are listed."""
+
+
+class _Methods(Mapping[str, Method]):
+    def __getitem__(self, name: str) -> Method:
+        return _built_in(name, BUILT_IN[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(BUILT_IN)
+
+    def __len__(self) -> int:
+        return len(BUILT_IN)
+
+
+def _built_in(name: str, file: str) -> Method:
+    method = getattr(import_module(f"blockmerge.methods.builtin.{file}"), name).blockmerge_method
+    assert isinstance(method, Method)
+    return method
+
+
+METHODS: Mapping[str, Method] = _Methods()
+
+IDENTITY = _built_in("convert", "convert")
+"""The method that does nothing, to one model: what a conversion is a merge with. Not among METHODS."""
+
+
+def find_method(method: object) -> Method:
+    """Return the method of that name, or the user's own: ``"module:function"``, the decorated function, or a
+    Method.
+
+    A module is looked for in the current folder, then where Python looks. Raises RecipeError, with the
+    nearest known name, when there is none, and for what is nothing of the kind.
+    """
+    found = own_method(method)
+    if found is not None:
+        return found
+    if not isinstance(method, str):
+        raise RecipeError(
+            "a method is a name, a function decorated with @blockmerge.merge_method() or a Method; "
+            f"{type(method).__name__} given"
+        )
+    if method == IDENTITY.name:
+        return IDENTITY
+    if method not in METHODS:
+        raise RecipeError(
+            f"unknown method '{shown(method)}'{did_you_mean(method, METHODS)} ('blockmerge methods' lists "
+            "them)"
+        )
+    return METHODS[method]
