@@ -5,14 +5,16 @@ matched.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from blockmerge.anatomy import (
+    DEFAULT_FAMILY,
     DIFFUSERS_UNET_PREFIX,
     UNET_PREFIX,
     VAE_PARTS,
     Anatomy,
     Origin,
+    Rows,
     canonical_name,
     component_of,
     identify,
@@ -51,7 +53,7 @@ class View:
         Raises CheckpointError for a tensor that is not of the shape it takes.
         """
         origins = {
-            name: replace(origin, names=tuple(original[one] for one in origin.names))
+            name: origin.renamed(original)
             for name, origin in _origins(original, naming, wanted, family).items()
         }
         placed = {name: _placed(checkpoint, origin) for name, origin in origins.items()}
@@ -152,8 +154,10 @@ def _origins(names: Iterable[str], naming: str, wanted: str, family: str) -> dic
     if naming != wanted:
         return origins_in_ldm(names, family) if wanted == "ldm" else origins_in_diffusers(names, family)
     if naming == "diffusers":
-        return {name: Origin((name,)) for name in names}
-    return {name: Origin((name,), axes=4 if relation_of(name, family).squeezed else None) for name in names}
+        return {name: Origin((Rows(name),)) for name in names}
+    return {
+        name: Origin((Rows(name),), axes=4 if relation_of(name, family).squeezed else None) for name in names
+    }
 
 
 def _placed(checkpoint: Checkpoint, origin: Origin) -> TensorInfo | Assembly:
@@ -247,5 +251,5 @@ def vae_view(checkpoint: Checkpoint, naming: str = "ldm") -> View:
         original = {VAE_PREFIX + short: name for name, short in own.items()}
         own_naming = "ldm"
     return View.of(
-        checkpoint, original, own_naming, naming, "sd1"
+        checkpoint, original, own_naming, naming, DEFAULT_FAMILY
     )  # the VAE's names are the same in all families

@@ -381,7 +381,9 @@ class _Judge:
         # and wins.
         for decision in sorted(decisions, key=lambda decision: "/" in decision.ldm):
             relation = (
-                Relation((decision.ldm,)) if "/" in decision.ldm else relation_of(decision.ldm, self.family)
+                Relation.parts(decision.ldm)
+                if "/" in decision.ldm
+                else relation_of(decision.ldm, self.family)
             )
             for place in relation.diffusers:
                 shape = decision.shape

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from blockmerge.anatomy import Anatomy, Origin, component_of, identify, origins_in_diffusers
+from blockmerge.anatomy import Anatomy, Origin, Rows, component_of, identify, origins_in_diffusers
 from blockmerge.checkpoints import Checkpoint, Model, TensorInfo, encode_header, itemsize
 from blockmerge.errors import IncompatibleModelsError, shown
 from blockmerge.merging.planning.decisions import SHARED_CHANNELS, Decision, Decisions, decide
@@ -361,7 +361,7 @@ class Drafter:
     def origin(self, decision: Decision) -> Origin:
         """Which part of its LDM tensor the output is."""
         if decision.key == decision.ldm:
-            return Origin((decision.ldm,))
+            return Origin((Rows(decision.ldm),))
         return origins_in_diffusers((decision.ldm,), self.family)[decision.key]
 
     def operands(self, decision: Decision) -> list[int]:
