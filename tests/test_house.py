@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "comparing": {"streaming", "checkpoints", "anatomy"},
     "explaining": {"comparing", "streaming", "checkpoints", "weights", "anatomy"},
     "inspecting": {"merging", "streaming", "checkpoints", "anatomy"},
-    "rendering": {"merging", "methods", "comparing", "explaining", "inspecting", "weights"},
+    "rendering": {"anatomy", "merging", "methods", "comparing", "explaining", "inspecting", "weights"},
     "demo": {"checkpoints", "anatomy"},
     "cli": {
         "merging",

@@ -17,7 +17,7 @@ from blockmerge.anatomy.families import (
     register,
     unregister,
 )
-from blockmerge.anatomy.family import NAMINGS, OUTSIDE, Arms, Family
+from blockmerge.anatomy.family import NAMINGS, OUTSIDE, Adjusted, Arms, Family
 from blockmerge.anatomy.identify import Anatomy, identify
 from blockmerge.anatomy.names import (
     COMPONENTS,
@@ -49,6 +49,7 @@ __all__ = [
     "TITLES",
     "UNET_PREFIX",
     "VAE_PARTS",
+    "Adjusted",
     "Anatomy",
     "Arms",
     "Family",

@@ -38,6 +38,17 @@ class Listed(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Adjusted:
+    """What `adjust` does to a tensor: times 1 + `factor` × the number of that name; or, where there are
+    `tones`, plus 0.02 × (the contrast, and the amounts of brightness and three colours times their rows).
+    """
+
+    number: str = ""
+    factor: float = 0.0
+    tones: tuple[tuple[float, float, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Arms:
     """How blocks are drawn: the left ones downwards, `middle` below, the right ones upwards."""
 
@@ -149,50 +160,62 @@ class Family:
     >>> FAMILIES["sdxl"].block_of("model.diffusion_model.out.2.bias")
     'OUT08'
 
-    `called` is what messages call it and its kin; `architecture` how ModelSpec's names of it begin
-    (https://github.com/Stability-AI/ModelSpec); `variants` are {input channels: name}; `prefixes` {naming:
-    {prefix: component}}; `roots` {naming: first words of U-Net names that stand without prefix};
-    `prediction` {variant: Unmarked}; `optional` and `harmless` are patterns of names that may be missing or
-    be there beside the layout's; `configs` is what `anatomy.configs` reads.
+    `blocks` are in the order in which weights are listed, and `arms` how they are drawn; `variants` are
+    {input channels: name}; `called` is what messages call it and its kin.
+
+    `carried` says how the weights of another family's blocks become this family's: {that family: {way:
+    {block: the block whose weight it takes}}}, the usual way first. `adjusted` says what `adjust` does: {a
+    tensor's name in the U-Net: what is done to it}.
+
+    `architecture` is how ModelSpec's names of it begin (https://github.com/Stability-AI/ModelSpec);
+    `prefixes` are {naming: {prefix: component}}; `roots` {naming: first words of U-Net names that stand
+    without prefix}; `prediction` {variant: Unmarked}; `optional` and `harmless` patterns of names that may be
+    missing or be there beside the layout's; `configs` is what `anatomy.configs` reads.
     """
 
     name: str
     title: str
-    called: str
-    architecture: str | None
-    arms: Arms
+    blocks: tuple[str, ...]
     variants: Mapping[int, str]
-    signs: Mapping[str, Signs]
-    prefixes: Mapping[str, Mapping[str, str]]
-    roots: Mapping[str, tuple[str, ...]]
-    renamings: tuple[Renaming, ...]
-    beside_layout: tuple[str, ...]
-    optional: tuple[str, ...]
-    harmless: tuple[str, ...]
-    markers: tuple[str, ...]
-    prediction: Mapping[str, Unmarked]
-    attention: Attention
-    configs: Mapping[str, Any]
-    unlisted: Mapping[str, Mapping[str, tuple[_Beginning, ...]]] = field(repr=False)
-    folder: Traversable = field(repr=False)
+    called: str
+    arms: Arms | None = None
+    carried: Mapping[str, Mapping[str, Mapping[str, str]]] = field(default_factory=dict)
+    adjusted: Mapping[str, Adjusted] = field(default_factory=dict)
+    architecture: str | None = None
+    signs: Mapping[str, Signs] = field(default_factory=dict)
+    prefixes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    roots: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    renamings: tuple[Renaming, ...] = ()
+    beside_layout: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    harmless: tuple[str, ...] = ()
+    markers: tuple[str, ...] = ()
+    prediction: Mapping[str, Unmarked] = field(default_factory=dict)
+    attention: Attention = Attention({})
+    configs: Mapping[str, Any] = field(default_factory=dict)
+    unlisted: Mapping[str, Mapping[str, tuple[_Beginning, ...]]] = field(default_factory=dict, repr=False)
+    folder: Traversable | None = field(default=None, repr=False)
 
     @classmethod
     def read(cls, folder: Traversable) -> Family:
         """Read a family from its folder, whose name is the family's."""
         data = tomllib.loads(folder.joinpath("family.toml").read_text(encoding="utf-8"))
-        blocks, names, signs = data["blocks"], data["names"], data["signs"]
-        arms = Arms(*(tuple(blocks[part]) for part in ("left", "middle", "right")))
+        names, signs = data["names"], data["signs"]
+        arms = Arms(*(tuple(data["blocks"][part]) for part in ("left", "middle", "right")))
         rules = data.get("renaming", [])
         table = _lines(folder, "renaming.tsv") if any(one["rule"] == "table" for one in rules) else []
         completeness, prediction = data.get("completeness", {}), data.get("prediction", {})
         return cls(
             name=folder.name,
             title=data["title"],
-            called=data["called"],
-            architecture=data.get("architecture"),
-            arms=arms,
+            blocks=(OUTSIDE, *arms.left, *arms.middle, *arms.right),
             variants={channels: variant for variant, channels in data["variants"].items()},
-            signs={naming: _signs(signs[naming]) for naming in NAMINGS if naming in signs},
+            called=data["called"],
+            arms=arms,
+            carried=data.get("carried", {}),
+            adjusted={name: Adjusted(**_frozen(one)) for name, one in data.get("adjusted", {}).items()},
+            architecture=data.get("architecture"),
+            signs={naming: Signs(**_frozen(signs[naming])) for naming in NAMINGS if naming in signs},
             prefixes={naming: names["prefixes"].get(naming, {}) for naming in NAMINGS},
             roots={naming: tuple(names["roots"].get(naming, ())) for naming in NAMINGS},
             renamings=tuple(Renaming.of(lines=table, **one) for one in rules),
@@ -211,15 +234,12 @@ class Family:
         )
 
     @cached_property
-    def blocks(self) -> tuple[str, ...]:
-        """The blocks in the order in which weights are listed."""
-        return (OUTSIDE, *self.arms.left, *self.arms.middle, *self.arms.right)
-
-    @cached_property
     def listed(self) -> Mapping[str, Listed]:
         """{name: shape, block, component} of every tensor of a complete file, LDM naming."""
         shapes: dict[str, Shape] = {"-": ()}
-        found = {}
+        found: dict[str, Listed] = {}
+        if self.folder is None:
+            return found
         for line in _lines(self.folder, "layout.tsv"):
             name, said, block, component = line.split("\t")
             if said not in shapes:
@@ -239,7 +259,7 @@ class Family:
 
     def unet_prefix(self, naming: str) -> str:
         """What the names of a whole model's U-Net begin with in a naming."""
-        return next((p for p, component in self.prefixes[naming].items() if component == "unet"), "")
+        return next((p for p, component in self.prefixes.get(naming, {}).items() if component == "unet"), "")
 
     def block_of(self, name: str) -> str:
         """Return the block of a tensor: the layout's, or for other names that of those that begin alike.
@@ -340,11 +360,13 @@ def _lines(folder: Traversable, name: str) -> list[str]:
     return folder.joinpath(name).read_text(encoding="utf-8").splitlines()[1:]
 
 
-def _signs(data: Mapping[str, Any]) -> Signs:
-    frozen: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
-    }
-    return Signs(**frozen)
+def _frozen(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with lists as tuples."""
+    return {key: _tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+
+
+def _tuple(values: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(_tuple(value) if isinstance(value, list) else value for value in values)
 
 
 def _beginnings(data: Mapping[str, Sequence[Any]]) -> dict[str, tuple[_Beginning, ...]]:

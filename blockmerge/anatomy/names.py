@@ -57,14 +57,14 @@ class _Spellings:
 def _spellings() -> _Spellings:
     families = FAMILIES.values()
     renamings = [renaming for family in families for renaming in family.renamings]
-    folders = {prefix for family in families for prefix in family.prefixes["diffusers"]}
+    folders = {prefix for family in families for prefix in family.prefixes.get("diffusers", ())}
     texts = {renaming.diffusers for renaming in renamings if renaming.rule in ("clip", "open_clip")}
     vaes = {renaming.diffusers for renaming in renamings if renaming.rule == "vae"}
     clips = {renaming.ldm for renaming in renamings if renaming.rule == "clip"}
     return _Spellings(
         tuple({item for f in families for prefixes in f.prefixes.values() for item in prefixes.items()}),
-        re.compile(_any_of(root for f in families for root in f.roots["ldm"]) + r"\."),
-        re.compile(_any_of(root for f in families for root in f.roots["diffusers"]) + r"\."),
+        re.compile(_any_of(root for f in families for root in f.roots.get("ldm", ())) + r"\."),
+        re.compile(_any_of(root for f in families for root in f.roots.get("diffusers", ())) + r"\."),
         re.compile(f"({_any_of(folder.removesuffix('/') for folder in folders)})\\."),
         re.compile(f"({_any_of(texts)}){_BARE_TEXT_MODEL}"),
         re.compile(f"({_any_of(vaes)}{_OLD_VAE_ATTENTION}"),

@@ -142,6 +142,10 @@ def _open_clip(name: str, *, folder: str, layers: int | None = None, projection:
     return _one(f"{layer}.{_OPEN_CLIP[stem]}.{last}") if stem in _OPEN_CLIP else NO_PLACE
 
 
+def _same(name: str, *, folder: str) -> Relation:
+    return _one(folder + name)
+
+
 def _one(name: str) -> Relation:
     return Relation((Place(name),))
 
@@ -151,8 +155,11 @@ RULES: Mapping[str, Callable[..., Relation]] = {
     "vae": _vae,
     "clip": _clip,
     "open_clip": _open_clip,
+    "same": _same,
 }
-"""The named rules: of a U-Net, a VAE, and text encoders as transformers and OpenCLIP name them."""
+"""The named rules: of a U-Net, a VAE, text encoders as transformers and OpenCLIP name them, and of components
+whose names are the same but for the prefix.
+"""
 
 
 @dataclass(frozen=True, slots=True)
