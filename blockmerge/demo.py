@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from blockmerge.anatomy import LAYOUTS, component_of, is_position_ids, layout
+from blockmerge.anatomy import DEFAULT_FAMILY, FAMILIES, component_of, is_position_ids, layout
 from blockmerge.checkpoints import AtomicFile, TensorInfo, check_output, encode_header
 from blockmerge.dtypes import itemsize
 from blockmerge.errors import OutputError, RecipeError, reason, shown
@@ -49,9 +49,9 @@ _STEP = 1 << 22  # elements made at once
 
 
 def demo_layout(family: str, *, full_size: bool = False) -> dict[str, tuple[int, ...]]:
-    """Return {name: shape} of a complete model of one of the families LAYOUTS, thin or at full size."""
-    if family not in LAYOUTS:
-        raise RecipeError(f"unknown family '{shown(family)}': {', '.join(LAYOUTS)}")
+    """Return {name: shape} of a complete model of one of FAMILIES, thin or at full size."""
+    if family not in FAMILIES:
+        raise RecipeError(f"unknown family '{shown(family)}': {', '.join(FAMILIES)}")
     names = layout(family)
     if full_size:
         return dict(names)
@@ -65,7 +65,7 @@ def demo_layout(family: str, *, full_size: bool = False) -> dict[str, tuple[int,
 def write_pair(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],
-    family: str = "sd1",
+    family: str = DEFAULT_FAMILY,
     *,
     full_size: bool = False,
     dtypes: tuple[str, str] = ("F16", "F16"),
@@ -120,7 +120,7 @@ def write_pair(
 
 
 def make_state_dicts(
-    family: str = "sd1", *, difference: float = 0.05, seed: int = 0
+    family: str = DEFAULT_FAMILY, *, difference: float = 0.05, seed: int = 0
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return the thin models that `write_pair` writes, in float32, as state dicts."""
     import torch

@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from blockmerge import UnknownFamilyError
-from blockmerge.anatomy import layout
+from blockmerge.anatomy import layout, origins_in_diffusers
 from blockmerge.anatomy.configs import folder_configs
-from blockmerge.anatomy.renaming import origins_in_diffusers
 from blockmerge.demo import make_state_dicts
 
 FAMILIES = ("sd1", "sd2", "sdxl", "sdxl_refiner")

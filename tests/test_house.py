@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import ast
 import inspect as python_inspect
+import re
 from pathlib import Path
 
 import click
 import pytest
 
 import blockmerge
+from blockmerge.anatomy import FAMILIES
 from blockmerge.cli.main import cli
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +31,7 @@ MAY_IMPORT = {
     "comparing": {"streaming", "checkpoints", "anatomy"},
     "explaining": {"comparing", "streaming", "checkpoints", "weights", "anatomy"},
     "inspecting": {"merging", "streaming", "checkpoints", "anatomy"},
-    "rendering": {"merging", "methods", "comparing", "explaining", "inspecting", "weights"},
+    "rendering": {"anatomy", "merging", "methods", "comparing", "explaining", "inspecting", "weights"},
     "demo": {"checkpoints", "anatomy"},
     "cli": {
         "merging",
@@ -56,6 +58,29 @@ LOADED_LATE = {
     "explaining/merging_again.py",
 }
 NO_TORCH = {"errors", "anatomy", "weights", "rendering", "cli"}
+
+
+CONTRACT_WORDS = {
+    "sdxl_map": "the argument of merge, merge_state_dicts and LiveMerge",
+    "--sdxl-map": "the option of that name",
+}
+"""Words of the contract that have a family's name in them, wherever they stand, and why."""
+
+CONTRACT_PLACES = {
+    ("cli/demo.py", "sd1"): "`demo --family`, its default and the sizes of what it makes",
+    ("cli/demo.py", "sd2"): "likewise",
+    ("cli/demo.py", "sdxl"): "likewise",
+    ("cli/merge.py", "sdxl"): "the help of --sdxl-map",
+    ("rendering/json_text.py", "sdxl"): "a preset's key `sdxl` in JSON",
+    ("rendering/terminal.py", "sdxl"): "a preset's own table `sdxl`, and its column",
+    ("anatomy/__init__.py", "sdxl"): "SDXL_BLOCKS, a list of the registry that other rooms still import",
+    ("weights/", "sd1"): "other branch",
+    ("weights/", "sd2"): "other branch",
+    ("weights/", "sdxl"): "other branch",
+}
+"""Where else a family's name stands in code, and why."""
+
+FAMILIES_HOME = PACKAGE / "anatomy" / "families"
 
 
 def modules():
@@ -213,6 +238,42 @@ def test_the_command_reference_is_up_to_date():
     assert (ROOT / "docs" / "cli.md").read_text() == reference()
 
 
+def said(path):
+    """Yield the identifiers and strings of a file: all of it where it is no code, else without docstrings and
+    comments, which may name a family as an example.
+    """
+    if path.suffix != ".py":
+        yield path.read_text()
+        return
+    tree = ast.parse(path.read_text())
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if id(node) not in docstrings:
+            values = [
+                value
+                for _, field in ast.iter_fields(node)
+                for value in (field if isinstance(field, list) else [field])
+            ]
+            yield from (value for value in values if isinstance(value, str))
+
+
+def test_no_family_is_named_outside_its_folder():
+    """By its name, its title or what messages call it, as a word or a part of an identifier."""
+    names = {word.casefold() for f in FAMILIES.values() for word in (f.name, f.title, f.called)}
+    longest_first = sorted(map(re.escape, names), key=len, reverse=True)
+    named = re.compile(rf"(?<![a-z0-9])(?:{'|'.join(longest_first)})(?![a-z0-9])")
+    contract = re.compile("|".join(map(re.escape, CONTRACT_WORDS)))
+    found = set()
+    for path in PACKAGE.rglob("*"):
+        if path.is_file() and path.suffix != ".pyc" and FAMILIES_HOME not in path.parents:
+            place = path.relative_to(PACKAGE).as_posix()
+            if path.relative_to(PACKAGE).parts[0] == "weights":
+                place = "weights/"
+            for text in said(path):
+                found.update((place, name) for name in named.findall(contract.sub("", text.casefold())))
+    assert found == CONTRACT_PLACES.keys()
+
+
 def test_files_and_functions_are_of_a_size_to_be_read():
     for path in modules():
         text = path.read_text()
@@ -230,8 +291,6 @@ def test_rooms_say_what_belongs_in_them():
 
 
 def test_links_in_the_docs_lead_somewhere():
-    import re
-
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} → {target}"

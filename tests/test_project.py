@@ -30,7 +30,10 @@ def test_the_wheel_has_presets_and_layouts_and_works_where_it_is_unpacked(tmp_pa
         names = archive.namelist()
         assert sum(name.startswith("blockmerge/presets/") for name in names) == 40
         assert (
-            sum(name.startswith("blockmerge/anatomy/layouts/") and name.endswith(".json") for name in names)
+            sum(
+                name.startswith("blockmerge/anatomy/families/") and name.endswith("/layout.tsv")
+                for name in names
+            )
             == 4
         )
         assert "blockmerge/py.typed" in names

@@ -1,9 +1,24 @@
 """What a checkpoint is made of: families, components, blocks and the names of tensors. No torch, no files."""
 
-from blockmerge.anatomy.blocks import SD_BLOCKS, SDXL_BLOCKS, block_of
+from blockmerge.anatomy.by_name import (
+    LAYOUTS,
+    block_of,
+    layout,
+    origins_in_diffusers,
+    origins_in_ldm,
+    relation_of,
+)
 from blockmerge.anatomy.completeness import LayoutGaps, components_of, layout_gaps
-from blockmerge.anatomy.families import FAMILIES, Anatomy, Family, identify
-from blockmerge.anatomy.layouts import LAYOUTS, layout
+from blockmerge.anatomy.families import (
+    DEFAULT_FAMILY,
+    FAMILIES,
+    SD_BLOCKS,
+    SDXL_BLOCKS,
+    register,
+    unregister,
+)
+from blockmerge.anatomy.family import NAMINGS, OUTSIDE, Adjusted, Arms, Family
+from blockmerge.anatomy.identify import Anatomy, identify
 from blockmerge.anatomy.names import (
     COMPONENTS,
     DIFFUSERS_UNET_PREFIX,
@@ -19,29 +34,28 @@ from blockmerge.anatomy.names import (
     lone_component,
     plain_names_of_ema,
 )
-from blockmerge.anatomy.renaming import (
-    Origin,
-    Relation,
-    Rows,
-    origins_in_diffusers,
-    origins_in_ldm,
-    relation_of,
-)
+from blockmerge.anatomy.origins import Origin, Place, Relation, Rows
 
 __all__ = [
     "COMPONENTS",
+    "DEFAULT_FAMILY",
     "DIFFUSERS_UNET_PREFIX",
     "FAMILIES",
     "LAYOUTS",
+    "NAMINGS",
+    "OUTSIDE",
     "SDXL_BLOCKS",
     "SD_BLOCKS",
     "TITLES",
     "UNET_PREFIX",
     "VAE_PARTS",
+    "Adjusted",
     "Anatomy",
+    "Arms",
     "Family",
     "LayoutGaps",
     "Origin",
+    "Place",
     "Relation",
     "Rows",
     "block_of",
@@ -59,5 +73,7 @@ __all__ = [
     "origins_in_diffusers",
     "origins_in_ldm",
     "plain_names_of_ema",
+    "register",
     "relation_of",
+    "unregister",
 ]

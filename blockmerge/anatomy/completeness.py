@@ -4,31 +4,18 @@ shape.
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
-from blockmerge.anatomy.layouts import layout
-from blockmerge.anatomy.names import UNET_PREFIX, component_of
-
-_NOT_NEEDED = re.compile(
-    r".*\.(position_ids|logit_scale)"
-    # SD2 reads its text encoder before the last of the 24 layers; files that were diffusers folders once have
-    # 23.
-    r"|cond_stage_model\.model\.(text_projection|transformer\.resblocks\.23\..*)"
-)
-_HARMLESS = re.compile(
-    r"(cond_stage_model|conditioner)\..*(logit_scale|text_projection|text_projection\.weight|position_ids)"
-)
-"""What some tools write into a text encoder beside the layout's tensors, and every loader passes over."""
+from blockmerge.anatomy.families import FAMILIES
+from blockmerge.anatomy.family import Shape
+from blockmerge.anatomy.names import component_of
 
 _LEAST_WIDTH = (
     128  # of the layouts' extents, smaller ones are kernels, channels of pictures and latents, and positions
 )
-_FIRST_CONVOLUTION = UNET_PREFIX + "input_blocks.0.0.weight"
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -42,7 +29,7 @@ class LayoutGaps:
 
 def components_of(family: str) -> tuple[str, ...]:
     """Return the components that a complete file of a family has."""
-    return tuple(dict.fromkeys(map(component_of, layout(family))))
+    return FAMILIES[family].components
 
 
 def layout_gaps(shapes: Mapping[str, Shape], family: str, component: str) -> LayoutGaps:
@@ -52,19 +39,26 @@ def layout_gaps(shapes: Mapping[str, Shape], family: str, component: str) -> Lay
     itself: each of the layout's widths (320, 640, …) must be one and the same width wherever it occurs. The
     input channels of the U-Net's first convolution are left to `identify`.
     """
-    wanted = {name: shape for name, shape in layout(family).items() if component_of(name) == component}
+    known = FAMILIES[family]
+    wanted = {name: one.shape for name, one in known.listed.items() if one.component == component}
     found = {name: shape for name, shape in shapes.items() if component_of(name) == component}
-    if _FIRST_CONVOLUTION in wanted and len(found.get(_FIRST_CONVOLUTION, ())) == 4:
-        rows, _, *kernel = wanted[_FIRST_CONVOLUTION]
-        wanted[_FIRST_CONVOLUTION] = (rows, found[_FIRST_CONVOLUTION][1], *kernel)
+    signs = known.signs["ldm"]
+    first = known.unet_prefix("ldm") + signs.first
+    if first in wanted and len(found.get(first, ())) == signs.first_axes:
+        rows, _, *kernel = wanted[first]
+        wanted[first] = (rows, found[first][1], *kernel)
     shared = [name for name in wanted if name in found]
     widths = _widths((wanted[name], found[name]) for name in shared)
     expected = {name: tuple(widths.get(extent, extent) for extent in wanted[name]) for name in shared}
     return LayoutGaps(
-        missing=tuple(name for name in wanted if name not in found and not _NOT_NEEDED.fullmatch(name)),
-        unknown=tuple(name for name in found if name not in wanted and not _HARMLESS.fullmatch(name)),
+        missing=tuple(name for name in wanted if name not in found and not _any(known.optional, name)),
+        unknown=tuple(name for name in found if name not in wanted and not _any(known.harmless, name)),
         misshapen={name: shape for name, shape in expected.items() if found[name] != shape},
     )
+
+
+def _any(patterns: Iterable[str], name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _widths(pairs: Iterable[tuple[Shape, Shape]]) -> dict[int, int]:

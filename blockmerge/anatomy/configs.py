@@ -1,46 +1,25 @@
 """The configuration files of a diffusers folder that is made from a single file, worked out from its tensors'
 shapes.
 
-What shapes do not tell is that of the published folders (stable-diffusion-v1-5, -2-1,
-stable-diffusion-xl-base-1.0 and -refiner-1.0): heads, activations, schedules. Single files hold no tokenizer
-and no safety checker.
+What shapes do not tell (heads, activations, schedules) is that of the published folders, as each family's
+description has it. Single files hold no tokenizer and no safety checker.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from blockmerge.anatomy.families import FAMILIES
 from blockmerge.errors import UnknownFamilyError, shown
 
 Shapes = Mapping[str, tuple[int, ...]]
-_VARIANTS = {4: "base", 5: "depth", 8: "pix2pix", 9: "inpainting"}  # by input channels
-_PIPELINES = {
-    ("sd", "base"): "StableDiffusionPipeline",
-    ("sd", "depth"): "StableDiffusionDepth2ImgPipeline",
-    ("sd", "pix2pix"): "StableDiffusionInstructPix2PixPipeline",
-    ("sd", "inpainting"): "StableDiffusionInpaintPipeline",
-    ("sdxl", "base"): "StableDiffusionXLPipeline",
-    ("sdxl", "pix2pix"): "StableDiffusionXLInstructPix2PixPipeline",
-    ("sdxl", "inpainting"): "StableDiffusionXLInpaintPipeline",
-    ("sdxl_refiner", "base"): "StableDiffusionXLImg2ImgPipeline",
-}
-_CLASSES = {
-    "unet": ("diffusers", "UNet2DConditionModel"),
-    "vae": ("diffusers", "AutoencoderKL"),
-    "text_encoder": ("transformers", "CLIPTextModel"),
-    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
-}
-_SD_PARTS = ("feature_extractor", "safety_checker", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
-_SDXL_PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
-_HEAD_WIDTH = 64
-_IMAGE_SIZES = {"sd1": 512, "sd2": 512, "sdxl": 1024, "sdxl_refiner": 1024}
-_V_IMAGE_SIZES = {"sd2": 768}
-# A size's sine embedding is this part of what goes into add_embedding: six beside the pooled text of five
-# times its width, in the refiner five.
-_TIME_IDS = {"sdxl": 11, "sdxl_refiner": 10}
+Described = Mapping[str, Any]
+"""What a family says of one component in its `configs`."""
+
+_TEXT_HEAD_WIDTH = 64
 _SAMPLES = 8  # pixels a latent
 _DIFFUSERS = "0.30.0"  # whose configs these are; some pipelines ask for it
 
@@ -52,31 +31,24 @@ def folder_configs(
     scheduler.
 
     `shapes` are those of tensors in diffusers' names (``"unet/conv_in.weight"``), `family` is one of
-    ``"sd1"``, ``"sd2"``, ``"sdxl"`` and ``"sdxl_refiner"``, `prediction` ``"epsilon"`` or ``"v_prediction"``;
-    `zero_snr` says that the model is trained on a schedule that ends in pure noise
-    (https://arxiv.org/abs/2305.08891). Raises UnknownFamilyError when a component lacks a tensor that tells
-    how it is built.
+    FAMILIES, `prediction` ``"epsilon"`` or ``"v_prediction"``; `zero_snr` says that the model is trained on a
+    schedule that ends in pure noise (https://arxiv.org/abs/2305.08891). Raises UnknownFamilyError when a
+    component lacks a tensor that tells how it is built.
     """
-    size = (
-        _V_IMAGE_SIZES.get(family, _IMAGE_SIZES[family])
-        if prediction == "v_prediction"
-        else _IMAGE_SIZES[family]
-    )
+    known = FAMILIES[family].configs
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         component, _, rest = name.partition("/")
         parts.setdefault(component, {})[rest] = shape
     configs = {}
-    for component in parts.keys() & _CLASSES.keys():
-        part = _Part(component, parts[component])
-        if component == "unet":
-            configs[component] = _unet(part, family, size)
-        elif component == "vae":
-            configs[component] = _vae(part, family, size)
-        else:
-            configs[component] = _text_encoder(part, family)
+    for component in parts.keys() & known["components"].keys():
+        described = dict(known["components"][component])
+        image_size = known["image_size"].get(prediction, known["image_size"]["epsilon"])
+        make = _MAKERS[described.pop("maker")]
+        configs[component] = make(_Part(component, parts[component]), described, image_size)
     scheduler = scheduler_config(family, prediction, zero_snr=zero_snr)
-    variant = _VARIANTS.get(configs["unet"]["in_channels"], "base") if "unet" in configs else "base"
+    channels = configs["unet"].get("in_channels") if "unet" in configs else None
+    variant = FAMILIES[family].variants.get(channels or 0, "base")
     return {
         "model_index.json": model_index(family, configs, variant, scheduler["_class_name"]),
         "scheduler/scheduler_config.json": scheduler,
@@ -87,39 +59,26 @@ def model_index(family: str, components: Collection[str], variant: str, schedule
     """Return model_index.json: which class loads each component, and null for those that are not among
     `components`.
     """
-    is_sd = family in ("sd1", "sd2")
-    kind = "sd" if is_sd else family
-    index: dict[str, Any] = _of_diffusers(_PIPELINES.get((kind, variant), _PIPELINES[kind, "base"]))
-    for part in _SD_PARTS if is_sd else _SDXL_PARTS:
-        index[part] = list(_CLASSES[part]) if part in components else [None, None]
+    known = FAMILIES[family].configs
+    made: Mapping[str, Any] = known.get("index", {}).get(variant, known)
+    index: dict[str, Any] = _of_diffusers(known["pipelines"].get(variant, known["pipelines"]["base"]))
+    for part in made["parts"]:
+        index[part] = list(known["components"][part]["class"]) if part in components else [None, None]
     index["scheduler"] = ["diffusers", scheduler]
-    if variant == "depth":
-        del index["safety_checker"]
-        return index | {"depth_estimator": [None, None]}
-    if is_sd:
-        return index | {"requires_safety_checker": False}
-    if family == "sdxl_refiner":
-        return index | {"force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True}
-    return index | {"force_zeros_for_empty_prompt": True}
+    settings: dict[str, Any] = made["settings"]
+    return index | settings
 
 
 def scheduler_config(family: str, prediction: str, *, zero_snr: bool = False) -> dict[str, Any]:
     """Return the published scheduler of a family, with the schedule of noise that all of them were trained
     on.
     """
-    config = {
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "num_train_timesteps": 1000,
-        "steps_offset": 1,
-    } | prediction_settings(prediction, zero_snr=zero_snr)
-    if family in ("sdxl", "sdxl_refiner"):
-        spacing = {"interpolation_type": "linear", "timestep_spacing": "leading"}
-        return _of_diffusers("EulerDiscreteScheduler") | spacing | config
-    if prediction == "v_prediction" or zero_snr:
-        return _of_diffusers("DDIMScheduler") | {"clip_sample": False, "set_alpha_to_one": False} | config
-    return _of_diffusers("PNDMScheduler") | {"set_alpha_to_one": False, "skip_prk_steps": True} | config
+    known = FAMILIES[family].configs
+    kind = "v_prediction" if prediction == "v_prediction" or zero_snr else "epsilon"
+    made: dict[str, Any] = dict(known["scheduler"][kind])
+    named = _of_diffusers(made.pop("_class_name"))
+    noise: dict[str, Any] = known["noise"]
+    return named | made | noise | prediction_settings(prediction, zero_snr=zero_snr)
 
 
 def prediction_settings(prediction: str, *, zero_snr: bool = False) -> dict[str, Any]:
@@ -168,7 +127,7 @@ class _Part:
         return [self.extent(template.replace("#", str(level)), 0) for level in range(self.count(start))]
 
 
-def _unet(part: _Part, family: str, image_size: int) -> dict[str, Any]:
+def _unet(part: _Part, described: Described, image_size: int) -> dict[str, Any]:
     widths = part.widths("down_blocks.#.resnets.0.conv1.weight")
     depths = [
         part.count(f"down_blocks.{level}.attentions.0.transformer_blocks.#") for level in range(len(widths))
@@ -181,9 +140,9 @@ def _unet(part: _Part, family: str, image_size: int) -> dict[str, Any]:
     # diffusers builds the middle with the depth of the last level.
     built = [*(depth or 1 for depth in depths[:-1]), mid_depth]
     one_depth = len({depth for depth in (*depths, mid_depth) if depth}) == 1
-    config = _of_diffusers(_CLASSES["unet"][1]) | {
+    config = _of_diffusers(described["class"][1]) | {
         "act_fn": "silu",
-        "attention_head_dim": _heads(widths, family),
+        "attention_head_dim": _heads(widths, described),
         "block_out_channels": widths,
         "cross_attention_dim": part.extent(f"{first}.transformer_blocks.0.attn2.to_k.weight", 1),
         "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths],
@@ -194,7 +153,7 @@ def _unet(part: _Part, family: str, image_size: int) -> dict[str, Any]:
         "sample_size": image_size // _SAMPLES,
         "transformer_layers_per_block": mid_depth if one_depth else built,
         "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)],
-        "upcast_attention": family == "sd2",  # or SD2.1 overflows in half precision
+        "upcast_attention": described["upcast_attention"],
         # A 1×1 convolution has four axes.
         "use_linear_projection": part.axes(f"{first}.proj_in.weight") == 2,
     }
@@ -202,26 +161,25 @@ def _unet(part: _Part, family: str, image_size: int) -> dict[str, Any]:
         width = part.extent("add_embedding.linear_1.weight", 1)
         config |= {
             "addition_embed_type": "text_time",
-            "addition_time_embed_dim": width // _TIME_IDS[family],
+            "addition_time_embed_dim": width // described["time_ids"],
             "projection_class_embeddings_input_dim": width,
         }
     return config
 
 
-def _heads(widths: list[int], family: str) -> int | list[int]:
-    """The numbers of attention heads of each level, which diffusers calls attention_head_dim.
-
-    SD1 has 8 everywhere, the others heads of 64 channels. Narrow test models have as many in proportion.
+def _heads(widths: list[int], described: Described) -> int | list[int]:
+    """The numbers of attention heads of each level, which diffusers calls attention_head_dim: as many
+    everywhere, or heads of one width. Narrow test models have as many in proportion.
     """
-    if family == "sd1":
-        return math.gcd(8, *widths)
-    width = math.gcd(_HEAD_WIDTH, *widths)
+    if "heads" in described:
+        return math.gcd(described["heads"], *widths)
+    width = math.gcd(described["head_width"], *widths)
     return [extent // width for extent in widths]
 
 
-def _vae(part: _Part, family: str, image_size: int) -> dict[str, Any]:
+def _vae(part: _Part, described: Described, image_size: int) -> dict[str, Any]:
     widths = part.widths("encoder.down_blocks.#.resnets.0.conv1.weight")
-    return _of_diffusers(_CLASSES["vae"][1]) | {
+    return _of_diffusers(described["class"][1]) | {
         "act_fn": "silu",
         "block_out_channels": widths,
         "down_block_types": ["DownEncoderBlock2D"] * len(widths),
@@ -231,28 +189,27 @@ def _vae(part: _Part, family: str, image_size: int) -> dict[str, Any]:
         "norm_num_groups": math.gcd(32, *widths),
         "out_channels": part.extent("decoder.conv_out.weight", 0),
         "sample_size": image_size,
-        "scaling_factor": 0.18215 if family in ("sd1", "sd2") else 0.13025,
+        "scaling_factor": described["scaling_factor"],
         "up_block_types": ["UpDecoderBlock2D"] * len(widths),
         "use_post_quant_conv": "post_quant_conv.weight" in part,
         "use_quant_conv": "quant_conv.weight" in part,
     }
 
 
-def _text_encoder(part: _Part, family: str) -> dict[str, Any]:
+def _text_encoder(part: _Part, described: Described, _: int) -> dict[str, Any]:
     width = part.extent("text_model.embeddings.token_embedding.weight", 1)
-    is_open_clip = part.component == "text_encoder_2" or family == "sd2"
     return {
-        "architectures": [_CLASSES[part.component][1]],
+        "architectures": [described["class"][1]],
         "bos_token_id": 0,
         # Not that of the tokenizer, but what transformers takes for it in all published folders.
         "eos_token_id": 2,
-        "hidden_act": "gelu" if is_open_clip else "quick_gelu",
+        "hidden_act": described["hidden_act"],
         "hidden_size": width,
         "intermediate_size": part.extent("text_model.encoder.layers.0.mlp.fc1.weight", 0),
         "layer_norm_eps": 1e-05,
         "max_position_embeddings": part.extent("text_model.embeddings.position_embedding.weight", 0),
         "model_type": "clip_text_model",
-        "num_attention_heads": width // math.gcd(_HEAD_WIDTH, width),
+        "num_attention_heads": width // math.gcd(_TEXT_HEAD_WIDTH, width),
         "num_hidden_layers": part.count("text_model.encoder.layers.#"),
         "pad_token_id": 1,
         "projection_dim": part.extent("text_projection.weight", 0)
@@ -260,3 +217,17 @@ def _text_encoder(part: _Part, family: str) -> dict[str, Any]:
         else width,
         "vocab_size": part.extent("text_model.embeddings.token_embedding.weight", 0),
     }
+
+
+def _as_described(part: _Part, described: Described, _: int) -> dict[str, Any]:
+    """No more than the class and the `settings` that the family gives."""
+    settings: dict[str, Any] = described.get("settings", {})
+    return _of_diffusers(described["class"][1]) | settings
+
+
+_MAKERS: Mapping[str, Callable[[_Part, Described, int], dict[str, Any]]] = {
+    "unet": _unet,
+    "vae": _vae,
+    "text_encoder": _text_encoder,
+    "as_described": _as_described,
+}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from functools import lru_cache
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
-from blockmerge.anatomy.layouts import LAYOUTS, layout
+from blockmerge.anatomy.families import FAMILIES, remembered
 
 UNET_PREFIX = "model.diffusion_model."
 DIFFUSERS_UNET_PREFIX = "unet/"
@@ -21,31 +22,10 @@ TITLES = {
 }  # fmt: skip
 """What messages call components."""
 
-_COMPONENT_PREFIXES = (
-    (UNET_PREFIX, "unet"),
-    ("unet/", "unet"),
-    ("vae/", "vae"),
-    ("text_encoder/", "text_encoder"),
-    ("text_encoder_2/", "text_encoder_2"),
-    ("first_stage_model.", "vae"),
-    ("cond_stage_model.", "text_encoder"),
-    ("conditioner.embedders.0.", "text_encoder"),
-    ("conditioner.embedders.1.", "text_encoder_2"),
-    (EMA_PREFIX, "ema"),
-)
 VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 """How the names of a VAE begin, after the prefix that they have in a whole model."""
 
 _VAE_PREFIX = re.compile(r"first_stage_model\.|vae[./]")
-_BARE_UNET = re.compile(r"(?:input_blocks|middle_block|output_blocks|time_embed|label_emb|out)\.")
-_DIFFUSERS_UNET = re.compile(
-    r"(?:down_blocks|mid_block|up_blocks|conv_in|conv_norm_out|conv_out|time_embedding|add_embedding)\."
-)
-_DOTTED = re.compile(r"(unet|vae|text_encoder|text_encoder_2)\.")
-_BARE_TEXT_MODEL = re.compile(r"(text_encoder/|text_encoder_2/)(?=(?:embeddings|encoder|final_layer_norm)\.)")
-_OLD_VAE_ATTENTION = re.compile(
-    r"(vae/(?:encoder|decoder)\.mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)"
-)
 _NEW_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _REMEMBERED = (
     1 << 13
@@ -53,23 +33,63 @@ _REMEMBERED = (
 _SCHEDULE = re.compile(
     r"betas|alphas_cumprod(_prev)?|sqrt_\w+|log_one_minus_\w+|posterior_\w+|logvar|(denoiser\.)?(sigmas|log_sigmas)"
 )
-_MARKER = re.compile(r"v_pred|ztsnr|edm_vpred\..+")
 _TRAINING = (".loss.", ".model_ema.")  # beside the weights of a component, under its prefix
-_NAI_TEXT_ENCODER = re.compile(
-    r"(cond_stage_model\.transformer\.|conditioner\.embedders\.0\.transformer\.)(?=(?:embeddings|encoder|final_layer_norm)\.)"
-)
+_BARE_TEXT_MODEL = r"(?=(?:embeddings|encoder|final_layer_norm)\.)"
+_OLD_VAE_ATTENTION = r"(?:encoder|decoder)\.mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)"
 
 
-@lru_cache(_REMEMBERED)
+@dataclass(frozen=True)
+class _Spellings:
+    """What the names of all families say, as patterns: U-Nets without prefix, in LDM and in diffusers naming;
+    components followed by a dot; text encoders without `text_model.`; the VAE's attention as it was called.
+    """
+
+    prefixes: tuple[tuple[str, str], ...]
+    bare_unet: re.Pattern[str]
+    bare_diffusers_unet: re.Pattern[str]
+    dotted: re.Pattern[str]
+    bare_text_model: re.Pattern[str]
+    old_vae_attention: re.Pattern[str]
+    novelai_text_encoder: re.Pattern[str]
+
+
+@remembered(None)
+def _spellings() -> _Spellings:
+    families = FAMILIES.values()
+    renamings = [renaming for family in families for renaming in family.renamings]
+    folders = {prefix for family in families for prefix in family.prefixes.get("diffusers", ())}
+    texts = {renaming.diffusers for renaming in renamings if renaming.rule in ("clip", "open_clip")}
+    vaes = {renaming.diffusers for renaming in renamings if renaming.rule == "vae"}
+    clips = {renaming.ldm for renaming in renamings if renaming.rule == "clip"}
+    return _Spellings(
+        tuple({item for f in families for prefixes in f.prefixes.values() for item in prefixes.items()}),
+        re.compile(_any_of(root for f in families for root in f.roots.get("ldm", ())) + r"\."),
+        re.compile(_any_of(root for f in families for root in f.roots.get("diffusers", ())) + r"\."),
+        re.compile(f"({_any_of(folder.removesuffix('/') for folder in folders)})\\."),
+        re.compile(f"({_any_of(texts)}){_BARE_TEXT_MODEL}"),
+        re.compile(f"({_any_of(vaes)}{_OLD_VAE_ATTENTION}"),
+        re.compile(f"({_any_of(clips)}){_BARE_TEXT_MODEL}"),
+    )
+
+
+def _any_of(texts: Iterable[str]) -> str:
+    return f"(?:{'|'.join(sorted(map(re.escape, set(texts))))})"
+
+
+@remembered(_REMEMBERED)
 def component_of(name: str) -> str:
     """Return the component (one of COMPONENTS) that a tensor belongs to, from its name."""
-    for prefix, component in _COMPONENT_PREFIXES:
+    spellings = _spellings()
+    for prefix, component in spellings.prefixes:
         if name.startswith(prefix):
             return component
-    return "unet" if _BARE_UNET.match(name) or _DIFFUSERS_UNET.match(name) else "other"
+    if name.startswith(EMA_PREFIX):
+        return "ema"
+    bare = spellings.bare_unet.match(name) or spellings.bare_diffusers_unet.match(name)
+    return "unet" if bare else "other"
 
 
-@lru_cache(_REMEMBERED)
+@remembered(_REMEMBERED)
 def canonical_name(name: str) -> str:
     """Return the one spelling of a tensor's name in its naming: LDM's full name, or diffusers' as
     `component/name`.
@@ -79,15 +99,18 @@ def canonical_name(name: str) -> str:
     one dict) becomes `unet/…`, text encoders as transformers 5 writes them get `text_model.`, and the VAE's
     attention its present names.
     """
-    if _BARE_UNET.match(name):
+    spellings = _spellings()
+    if spellings.bare_unet.match(name):
         return UNET_PREFIX + name
-    if _DIFFUSERS_UNET.match(name):
+    if spellings.bare_diffusers_unet.match(name):
         return DIFFUSERS_UNET_PREFIX + name
-    name = _DOTTED.sub(r"\1/", name, count=1)
+    name = spellings.dotted.sub(r"\1/", name, count=1)
     if "/" in name:
-        name = _BARE_TEXT_MODEL.sub(r"\1text_model.", name, count=1)
-        return _OLD_VAE_ATTENTION.sub(lambda match: match[1] + _NEW_VAE_ATTENTION[match[2]], name, count=1)
-    return _NAI_TEXT_ENCODER.sub(r"\1text_model.", name, count=1)
+        name = spellings.bare_text_model.sub(r"\1text_model.", name, count=1)
+        return spellings.old_vae_attention.sub(
+            lambda match: match[1] + _NEW_VAE_ATTENTION[match[2]], name, count=1
+        )
+    return spellings.novelai_text_encoder.sub(r"\1text_model.", name, count=1)
 
 
 def lone_component(names: Iterable[str]) -> tuple[str, str, int] | None:
@@ -120,7 +143,12 @@ def is_schedule(name: str) -> bool:
 
 def is_prediction_marker(name: str) -> bool:
     """Whether a tensor only marks what the model predicts (`v_pred`, `ztsnr`, `edm_vpred.…`)."""
-    return _MARKER.fullmatch(name) is not None
+    return any(fnmatchcase(name, marker) for marker in _markers())
+
+
+@remembered(None)
+def _markers() -> frozenset[str]:
+    return frozenset(marker for family in FAMILIES.values() for marker in family.markers)
 
 
 def is_leftover(name: str, variant: str) -> bool:
@@ -154,8 +182,8 @@ def plain_names_of_ema(names: Iterable[str]) -> dict[str, str]:
         return {}
     plain = {
         f"{EMA_PREFIX}diffusion_model{name.removeprefix(UNET_PREFIX).replace('.', '')}": name
-        for family in LAYOUTS
-        for name in layout(family)
+        for family in FAMILIES.values()
+        for name in family.layout
         if name.startswith(UNET_PREFIX)
     }
     return {name: plain[name] for name in ema if name in plain}

@@ -1,73 +1,28 @@
-"""What a tensor of LDM naming is called in a diffusers folder, and how its values stand there.
+"""What a tensor of LDM naming is called in a diffusers folder: the rules that families refer to by name.
 
 Names in a folder are written `component/name`, as in `unet/conv_in.weight`. Nearly all is a renaming. The
 exceptions: the VAE's attention is 1×1 convolutions in LDM and matrices in diffusers; OpenCLIP text encoders
 keep query, key and value in one tensor that diffusers splits into three; and OpenCLIP's text projection is
 transposed. Some tensors have no place in a folder at all.
 
-The structure (three units a level, resnet before attention) is that of the U-Net's and VAE's published code;
-that the result is right is tested against diffusers' own converters.
+A rule turns a name, without the prefix that its component has, into a Relation. The structure (three units a
+level, resnet before attention) is that of the U-Net's and VAE's published code; that the result is right is
+tested against diffusers' own converters. A family whose names need no arithmetic has a table instead
+(`renaming.tsv`, read by `table`).
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
-from blockmerge.anatomy.layouts import layout
+from blockmerge.anatomy.origins import ALL, NO_PLACE, Place, Relation
 
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """How a tensor is made from those of a source: `names` joined along the first axis, or one part of
-    `parts` of one of them.
-
-    `transposed` says that rows and columns change places; `axes` how many axes it gets (the source may have
-    fewer or more of length 1), or None for as many as it has.
-    """
-
-    names: tuple[str, ...]
-    part: int = 0
-    parts: int = 1
-    transposed: bool = False
-    axes: int | None = None
-
-    @property
-    def rows(self) -> tuple[Rows, ...]:
-        """Transitional."""
-        if self.parts > 1:
-            return (Rows(self.names[0], self.part, self.part + 1, self.parts),)
-        return tuple(map(Rows, self.names))
-
-    def renamed(self, names: Mapping[str, str]) -> Origin:
-        """Transitional."""
-        return replace(self, names=tuple(names[one] for one in self.names))
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Transitional."""
-
-    name: str
-    start: int = 0
-    stop: int = 1
-    of: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Relation:
-    """The diffusers tensors that hold an LDM tensor's values: none, one, or three (rows of query, key and
-    value).
-    """
-
-    diffusers: tuple[str, ...] = ()
-    transposed: bool = False
-    squeezed: bool = False
-
-
-NO_PLACE = Relation()
+Rule = Callable[[str], Relation]
+"""From a tensor's name in its component, LDM naming, to its place in a folder."""
 
 _RESNET = {
     "in_layers.0": "norm1",
@@ -112,23 +67,23 @@ _LEVEL = (
 )
 
 
-def _unet(name: str) -> Relation:
+def _unet(name: str, *, folder: str) -> Relation:
     stem, _, last = name.rpartition(".")
     if stem in _ENDS:
-        return _one(f"unet/{_ENDS[stem]}.{last}")
+        return _one(f"{folder}{_ENDS[stem]}.{last}")
     match = re.fullmatch(r"(input|output)_blocks\.(\d{1,6})\.(\d)\.(.+)", name)
     if match is not None:
         way, number, place, rest = match[1], int(match[2]), match[3], match[4]
         unit = number - (way == "input")
         level = f"{'down' if way == 'input' else 'up'}_blocks.{unit // _LEVEL}"
         if way == "input" and rest.startswith("op."):
-            return _one(f"unet/{level}.downsamplers.0.conv.{rest[3:]}")
+            return _one(f"{folder}{level}.downsamplers.0.conv.{rest[3:]}")
         if way == "output" and rest.startswith("conv."):
-            return _one(f"unet/{level}.upsamplers.0.{rest}")
-        return _one(f"unet/{level}.{_unit(place == '0', unit % _LEVEL, rest)}")
+            return _one(f"{folder}{level}.upsamplers.0.{rest}")
+        return _one(f"{folder}{level}.{_unit(place == '0', unit % _LEVEL, rest)}")
     match = re.fullmatch(r"middle_block\.([012])\.(.+)", name)
     if match is not None:
-        return _one(f"unet/mid_block.{_unit(match[1] != '1', int(match[1]) // 2, match[2])}")
+        return _one(f"{folder}mid_block.{_unit(match[1] != '1', int(match[1]) // 2, match[2])}")
     return NO_PLACE
 
 
@@ -140,7 +95,7 @@ def _unit(resnet: bool, number: int, rest: str) -> str:
     return f"resnets.{number}.{_RESNET.get(stem, stem)}.{last}"
 
 
-def _vae(name: str) -> Relation:
+def _vae(name: str, *, folder: str) -> Relation:
     levels = 4
     match = re.fullmatch(
         r"(encoder|decoder)\.(down|up)\.(\d{1,6})\.(?:block\.(\d+)|(?:down|up)sample)\.(.+)", name
@@ -150,127 +105,122 @@ def _vae(name: str) -> Relation:
         if way == "up":  # counted from the other end
             level = levels - 1 - level
         unit = f"{way}samplers.0" if block is None else f"resnets.{block}"
-        return _one(f"vae/{side}.{way}_blocks.{level}.{unit}.{rest.replace('nin_shortcut', 'conv_shortcut')}")
+        return _one(
+            f"{folder}{side}.{way}_blocks.{level}.{unit}.{rest.replace('nin_shortcut', 'conv_shortcut')}"
+        )
     match = re.fullmatch(r"(encoder|decoder)\.mid\.block_([12])\.(.+)", name)
     if match is not None:
-        return _one(f"vae/{match[1]}.mid_block.resnets.{int(match[2]) - 1}.{match[3]}")
+        return _one(f"{folder}{match[1]}.mid_block.resnets.{int(match[2]) - 1}.{match[3]}")
     match = re.fullmatch(r"(encoder|decoder)\.mid\.attn_1\.(norm|q|k|v|proj_out)\.(weight|bias)", name)
     if match is not None:
-        place = f"vae/{match[1]}.mid_block.attentions.0.{_VAE_PARTS[match[2]]}.{match[3]}"
-        return Relation((place,), squeezed=match[2] != "norm" and match[3] == "weight")
+        place = f"{folder}{match[1]}.mid_block.attentions.0.{_VAE_PARTS[match[2]]}.{match[3]}"
+        return Relation((Place(place),), squeezed=match[2] != "norm" and match[3] == "weight")
     match = re.fullmatch(r"(encoder|decoder)\.(conv_in|conv_out|norm_out)\.(weight|bias)", name)
     if match is not None:
-        return _one(f"vae/{match[1]}.{match[2].replace('norm_out', 'conv_norm_out')}.{match[3]}")
-    return _one(f"vae/{name}") if re.fullmatch(r"(post_)?quant_conv\.(weight|bias)", name) else NO_PLACE
+        return _one(f"{folder}{match[1]}.{match[2].replace('norm_out', 'conv_norm_out')}.{match[3]}")
+    return _one(f"{folder}{name}") if re.fullmatch(r"(post_)?quant_conv\.(weight|bias)", name) else NO_PLACE
 
 
-def _clip(component: str) -> Callable[[str], Relation]:
-    return lambda name: _one(f"{component}/{name}") if name.startswith("text_model.") else NO_PLACE
+def _clip(name: str, *, folder: str) -> Relation:
+    return _one(f"{folder}{name}") if name.startswith("text_model.") else NO_PLACE
 
 
-def _open_clip(
-    component: str, *, layers: int | None = None, projection: bool = True
-) -> Callable[[str], Relation]:
+def _open_clip(name: str, *, folder: str, layers: int | None = None, projection: bool = True) -> Relation:
     """OpenCLIP's names; `layers` are those that diffusers keeps, if not all."""
+    if name in _OPEN_CLIP_ENDS:
+        return _one(f"{folder}{_OPEN_CLIP_ENDS[name]}")
+    if name == "text_projection" and projection:
+        return Relation((Place(f"{folder}text_projection.weight"),), transposed=True)
+    match = re.fullmatch(r"transformer\.resblocks\.(\d{1,6})\.(.+)", name)
+    if match is None or (layers is not None and int(match[1]) >= layers):
+        return NO_PLACE
+    layer, rest = f"{folder}text_model.encoder.layers.{int(match[1])}", match[2]
+    joined = re.fullmatch(r"attn\.in_proj_(weight|bias)", rest)
+    if joined is not None:
+        return Relation.parts(*(f"{layer}.self_attn.{which}_proj.{joined[1]}" for which in "qkv"))
+    stem, _, last = rest.rpartition(".")
+    return _one(f"{layer}.{_OPEN_CLIP[stem]}.{last}") if stem in _OPEN_CLIP else NO_PLACE
 
-    def relation(name: str) -> Relation:
-        if name in _OPEN_CLIP_ENDS:
-            return _one(f"{component}/{_OPEN_CLIP_ENDS[name]}")
-        if name == "text_projection" and projection:
-            return Relation((f"{component}/text_projection.weight",), transposed=True)
-        match = re.fullmatch(r"transformer\.resblocks\.(\d{1,6})\.(.+)", name)
-        if match is None or (layers is not None and int(match[1]) >= layers):
-            return NO_PLACE
-        layer, rest = f"{component}/text_model.encoder.layers.{int(match[1])}", match[2]
-        joined = re.fullmatch(r"attn\.in_proj_(weight|bias)", rest)
-        if joined is not None:
-            return Relation(tuple(f"{layer}.self_attn.{which}_proj.{joined[1]}" for which in "qkv"))
-        stem, _, last = rest.rpartition(".")
-        return _one(f"{layer}.{_OPEN_CLIP[stem]}.{last}") if stem in _OPEN_CLIP else NO_PLACE
 
-    return relation
+def _same(name: str, *, folder: str) -> Relation:
+    return _one(folder + name)
 
 
 def _one(name: str) -> Relation:
-    return Relation((name,))
+    return Relation((Place(name),))
 
 
-_SD2_TEXT_LAYERS = 23  # of 24: diffusers leaves out the last, whose output SD2 does not use
-
-_RULES: Mapping[str, Mapping[str, Callable[[str], Relation]]] = {
-    "sd1": {"cond_stage_model.transformer.": _clip("text_encoder")},
-    "sd2": {"cond_stage_model.model.": _open_clip("text_encoder", layers=_SD2_TEXT_LAYERS, projection=False)},
-    "sdxl": {
-        "conditioner.embedders.0.transformer.": _clip("text_encoder"),
-        "conditioner.embedders.1.model.": _open_clip("text_encoder_2"),
-    },
-    "sdxl_refiner": {"conditioner.embedders.0.model.": _open_clip("text_encoder_2")},
+RULES: Mapping[str, Callable[..., Relation]] = {
+    "unet": _unet,
+    "vae": _vae,
+    "clip": _clip,
+    "open_clip": _open_clip,
+    "same": _same,
 }
-_COMMON: Mapping[str, Callable[[str], Relation]] = {
-    "model.diffusion_model.": _unet,
-    "first_stage_model.": _vae,
-}
+"""The named rules: of a U-Net, a VAE, text encoders as transformers and OpenCLIP name them, and of components
+whose names are the same but for the prefix.
+"""
 
 
-@lru_cache(1 << 13)
-def relation_of(name: str, family: str) -> Relation:
-    """Return where a folder of that family keeps the values of an LDM tensor; NO_PLACE where it does not."""
-    for prefix, rule in (*_COMMON.items(), *_RULES[family].items()):
-        if name.startswith(prefix):
-            return rule(name.removeprefix(prefix))
+@dataclass(frozen=True, slots=True)
+class Renaming:
+    """One component of a family in both namings: its prefixes, and the rule for the names after them."""
+
+    ldm: str
+    diffusers: str
+    rule: str
+    relation: Rule
+
+    @classmethod
+    def of(cls, ldm: str, diffusers: str, rule: str, lines: Sequence[str], **options: object) -> Renaming:
+        """The renaming by one of RULES, with its options, or by the lines of a table (rule ``"table"``)."""
+        if rule == "table":
+            return cls(ldm, diffusers, rule, partial(_from_table, templates=_templates(lines, diffusers)))
+        return cls(ldm, diffusers, rule, partial(RULES[rule], folder=diffusers, **options))
+
+
+@dataclass(frozen=True, slots=True)
+class _Template:
+    pattern: re.Pattern[str]
+    places: tuple[Place, ...]
+
+
+def _templates(lines: Sequence[str], folder: str) -> tuple[_Template, ...]:
+    """Read a table's lines: original name, diffusers name, and which of the original's rows it holds.
+
+    ``#`` stands for a number, the same in both. Rows are ``=`` for all, or stretches of so many equal rows in
+    the order in which the diffusers tensor has them, as ``1:2 0:1 of 2``. The lines of one original name
+    stand together; the first name that fits counts.
+    """
+    places: dict[str, list[Place]] = {}
+    for line in lines:
+        original, name, rows = line.split("\t")[:3]
+        places.setdefault(original, []).append(Place(folder + name, *_stretches(rows)))
+    return tuple(
+        _Template(re.compile(re.escape(original).replace(r"\#", r"(\d{1,6})")), tuple(held))
+        for original, held in places.items()
+    )
+
+
+def _stretches(text: str) -> tuple[tuple[tuple[int, int], ...], int]:
+    if text == "=":
+        return ALL, 1
+    said, _, of = text.partition(" of ")
+    numbers = [tuple(map(int, stretch.split(":"))) for stretch in said.split()]
+    unit = math.gcd(int(of), *(number for pair in numbers for number in pair))
+    return tuple((start // unit, stop // unit) for start, stop in numbers), int(of) // unit
+
+
+def _from_table(name: str, *, templates: Sequence[_Template]) -> Relation:
+    for template in templates:
+        match = template.pattern.fullmatch(name)
+        if match is not None:
+            return Relation(tuple(_numbered(place, match.groups()) for place in template.places))
     return NO_PLACE
 
 
-@cache
-def _ldm_names(family: str) -> Mapping[str, str]:
-    """{diffusers name: LDM name} of every tensor that both namings have."""
-    names = list(layout(family))
-    # Not in every file, nor in the lists.
-    names += [
-        f"{prefix}text_model.embeddings.position_ids"
-        for prefix in _RULES[family]
-        if prefix.endswith(".transformer.")
-    ]
-    return {place: name for name in names for place in relation_of(name, family).diffusers}
-
-
-def origins_in_ldm(names: Iterable[str], family: str) -> dict[str, Origin]:
-    """Return {LDM name: origin} for the tensors of a diffusers folder; those unknown to LDM keep their names.
-
-    So do the parts of a tensor of which others are missing.
-    """
-    have = dict.fromkeys(names)
-    known = _ldm_names(family)
-    found: dict[str, Origin] = {}
-    for name in have:
-        ldm = known.get(name)
-        relation = relation_of(ldm, family) if ldm is not None else NO_PLACE
-        if ldm is None or not all(place in have for place in relation.diffusers):
-            found[name] = Origin((name,))
-        elif ldm not in found:
-            found[ldm] = Origin(
-                relation.diffusers, transposed=relation.transposed, axes=4 if relation.squeezed else None
-            )
-    return found
-
-
-def origins_in_diffusers(names: Iterable[str], family: str) -> dict[str, Origin]:
-    """Return {diffusers name: origin} for tensors of LDM naming; what has no place in a folder is left out.
-
-    Names of a folder's own, which LDM does not know, stay, but for those that an LDM tensor gets.
-    """
-    found: dict[str, Origin] = {}
-    for name in sorted(names, key=lambda name: "/" in name):
-        if "/" in name:
-            found.setdefault(name, Origin((name,)))
-            continue
-        relation = relation_of(name, family)
-        for part, place in enumerate(relation.diffusers):
-            found[place] = Origin(
-                (name,),
-                part,
-                len(relation.diffusers),
-                relation.transposed,
-                axes=2 if relation.squeezed else None,
-            )
-    return found
+def _numbered(place: Place, numbers: Sequence[str]) -> Place:
+    name = place.name
+    for number in numbers:
+        name = name.replace("#", number, 1)
+    return Place(name, place.stretches, place.of)

@@ -6,7 +6,7 @@ from blockmerge.checkpoints.formats.folder import LARGEST_CARRIED, DiffusersFold
 from blockmerge.checkpoints.formats.safetensors_file import SafetensorsFile, encode_header
 from blockmerge.checkpoints.formats.torch_file import TorchFile
 from blockmerge.checkpoints.hashes import Hashes, hash_file, old_hash
-from blockmerge.checkpoints.metadata import ARCHITECTURES, faulty_metadata
+from blockmerge.checkpoints.metadata import faulty_metadata
 from blockmerge.checkpoints.model import EMA_CHOICES, VAE_PREFIX, Model, made, vae_tensors
 from blockmerge.checkpoints.open import SUFFIXES, CheckpointLike, open_checkpoint, told_apart
 from blockmerge.checkpoints.position_ids import POSITIONS, fault_of_position_ids
@@ -17,7 +17,6 @@ from blockmerge.checkpoints.writing.folder_writer import AtomicFolder, check_out
 from blockmerge.checkpoints.writing.writer import AtomicFile, check_output
 
 __all__ = [
-    "ARCHITECTURES",
     "EMA_CHOICES",
     "LARGEST_CARRIED",
     "POSITIONS",

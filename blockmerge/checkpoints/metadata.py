@@ -8,12 +8,7 @@ import json
 import re
 from collections.abc import Mapping
 
-ARCHITECTURES: Mapping[str, str] = {
-    "sd1": "stable-diffusion-v1",
-    "sd2": "stable-diffusion-v2",
-    "sdxl": "stable-diffusion-xl-v1",
-}
-"""How the names of ModelSpec's architectures begin (https://github.com/Stability-AI/ModelSpec)."""
+from blockmerge.anatomy import FAMILIES
 
 _JSON_KEYS = ("sd_merge_recipe", "sd_merge_models", "blockmerge.recipe")
 
@@ -32,7 +27,7 @@ def faulty_metadata(metadata: Mapping[str, str], family: str | None) -> dict[str
     not; ``"paths"``: holds the path of a folder on the computer that wrote the file. What is not wrong at all
     is not in the result.
     """
-    expected = ARCHITECTURES.get(family or "")
+    expected = FAMILIES[family].architecture if family is not None else None
     claimed = metadata.get("modelspec.architecture")
     found = {
         "architecture": ["modelspec.architecture"]

@@ -12,14 +12,13 @@ from blockmerge.anatomy import (
     UNET_PREFIX,
     VAE_PARTS,
     Anatomy,
+    Family,
     Origin,
     Rows,
     canonical_name,
     component_of,
     identify,
-    origins_in_ldm,
     plain_names_of_ema,
-    relation_of,
 )
 from blockmerge.checkpoints.checkpoint import Checkpoint
 from blockmerge.errors import CheckpointError, UnknownFamilyError, counted, listing, shown
@@ -62,7 +61,7 @@ class Model:
             )
         except UnknownFamilyError as error:
             raise UnknownFamilyError(f"{shown(name)} {error}") from None
-        tensors = _in_ldm(checkpoint, original, anatomy.naming, anatomy.family.name)
+        tensors = _in_ldm(checkpoint, original, anatomy.naming, anatomy.family)
         used = set(original.values())
         return cls(
             source=checkpoint,
@@ -119,19 +118,13 @@ def _rows(tensor: Expression, rows: Rows, whose: str) -> Expression:
 
 
 def _in_ldm(
-    checkpoint: Checkpoint, original: Mapping[str, str], naming: str, family: str
+    checkpoint: Checkpoint, original: Mapping[str, str], naming: str, family: Family
 ) -> dict[str, Expression]:
     """A checkpoint's tensors under LDM names; `original` maps canonical names to the file's own."""
-    if naming == "diffusers":
-        origins = origins_in_ldm(original, family)
-    else:
-        origins = {
-            name: Origin((name,), axes=4 if relation_of(name, family).squeezed else None) for name in original
-        }
     stored: dict[str, Expression] = {own: Stored.of(checkpoint, own) for own in original.values()}
     return {
         name: simplify(made(origin.renamed(original), stored, checkpoint.name))
-        for name, origin in origins.items()
+        for name, origin in family.origins(original, naming, "ldm").items()
     }
 
 
@@ -168,7 +161,7 @@ def _matched_names(checkpoint: Checkpoint, ema: str, label: str) -> tuple[dict[s
     return names, notes
 
 
-def vae_tensors(checkpoint: Checkpoint, family: str) -> dict[str, Expression]:
+def vae_tensors(checkpoint: Checkpoint, family: Family) -> dict[str, Expression]:
     """Return a VAE's tensors under LDM names, from a whole model or a VAE alone, in either naming itself.
 
     Raises CheckpointError for a tensor that is not of the shape it takes.

@@ -22,7 +22,6 @@ from typing import TypeVar
 
 import torch
 
-from blockmerge.anatomy import UNET_PREFIX
 from blockmerge.checkpoints import Model, Readers
 from blockmerge.dtypes import FLOAT_DTYPES
 from blockmerge.errors import BlockmergeError, CheckpointError, NonFiniteError, listing, shown
@@ -34,11 +33,6 @@ T = TypeVar("T")
 
 SEED = 114514
 
-LAYERS = {"sd1": range(3, 11), "sd2": range(3, 11), "sdxl": range(0, 6), "sdxl_refiner": range(3, 9)}
-"""Which output blocks are looked at. SD1's are the published ones; SDXL's and its refiner's all that have
-attention.
-"""
-
 _WORKERS = 2
 
 _SKIPPED_AT_ONCE = 1 << 16
@@ -48,12 +42,18 @@ _AT_ONCE = 8  # maps held in memory, of d·d·4 bytes each: 6.6 MB for the wides
 
 
 def check_layers(model: Model) -> list[dict[str, Expression]]:
-    """Return {"q", "k", "v": tensor} of every layer. Raises CheckpointError when one is missing or no d×d
-    matrix of floats.
+    """Return {"q", "k", "v": tensor} of every layer that the family looks at.
+
+    Raises CheckpointError when one is missing or no d×d matrix of floats, and when the family names none.
     """
     layers, missing = [], []
-    for number in LAYERS[model.anatomy.family.name]:
-        prefix = f"{UNET_PREFIX}output_blocks.{number}.1.transformer_blocks.0.attn1.to_"
+    family = model.anatomy.family
+    if not family.attention.layers:
+        raise CheckpointError(
+            f"{shown(model.name)} is {family.title}, for which attention similarity is not defined: compare "
+            "its weights"
+        )
+    for prefix in family.attention.layers.values():
         names = {letter: f"{prefix}{letter}.weight" for letter in "qkv"}
         found = {letter: model.tensors[name] for letter, name in names.items() if name in model.tensors}
         missing += [name for letter, name in names.items() if letter not in found]
@@ -93,8 +93,7 @@ class AttentionComparison:
         for number, model in enumerate(models):
             self._layers.append([])
             self._guarded(number, lambda: self._layers[-1].extend(check_layers(model)))  # noqa: B023 (called at once)
-        family = models[0].anatomy.family.name
-        self.parts = tuple(f"OUT{number:02}" for number in LAYERS[family])
+        self.parts = tuple(models[0].anatomy.family.attention.layers)
         self._done = 0
         self._total = 0
 

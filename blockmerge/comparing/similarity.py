@@ -27,11 +27,6 @@ if TYPE_CHECKING:
 
 METHODS = ("attention", "weights")
 
-_SDXL_NOTE = (
-    "the published definition knows SD1 only: for SDXL, all output blocks with attention are "
-    "compared the same way"
-)
-
 
 def similarity(
     base: CheckpointLike,
@@ -293,7 +288,8 @@ def _is_not(model: Model, base: Model) -> str:
 
 
 def _notes(method: str, base: Model) -> tuple[str, ...]:
-    return (_SDXL_NOTE,) if method == "attention" and base.anatomy.family.name == "sdxl" else ()
+    note = base.anatomy.family.attention.note
+    return (note,) if note is not None and method == "attention" else ()
 
 
 def _hash(model: Model) -> str | None:

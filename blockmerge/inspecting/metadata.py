@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from blockmerge.checkpoints import ARCHITECTURES, SafetensorsFile, faulty_metadata
+from blockmerge.anatomy import FAMILIES
+from blockmerge.checkpoints import SafetensorsFile, faulty_metadata
 from blockmerge.dtypes import itemsize
 from blockmerge.errors import counted, listing, shown
 from blockmerge.inspecting.problems import Problem
@@ -15,12 +16,12 @@ _ALIGNMENT = 8
 def check_metadata(metadata: Mapping[str, str], family: str | None) -> Iterator[Problem]:
     """Look for what other programs stumble over, and for what its maker would not have published."""
     faults = faulty_metadata(metadata, family)
-    if "architecture" in faults:
+    if "architecture" in faults and family is not None:
         yield Problem.of(
             "metadata_architecture",
             f"modelspec.architecture says '{shown(metadata['modelspec.architecture'])}', but the tensors are "
             "those of "
-            f"{ARCHITECTURES[family or '']}: programs that believe it load the model wrongly",
+            f"{FAMILIES[family].architecture}: programs that believe it load the model wrongly",
         )
     if broken := faults.get("json"):
         yield Problem.of("metadata_json", f"{listing(broken)} should be JSON and cannot be read as that")

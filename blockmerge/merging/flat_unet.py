@@ -4,19 +4,19 @@ imported late.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 
-from blockmerge.anatomy import Family, block_of, canonical_name, component_of
-from blockmerge.checkpoints import Model, Readers, StateDict, TensorInfo
+from blockmerge.anatomy import Family, Origin, canonical_name, component_of
+from blockmerge.checkpoints import Model, Readers, StateDict, TensorInfo, made
 from blockmerge.dtypes import DTYPES, FLOAT_DTYPES, torch_dtype
 from blockmerge.errors import IncompatibleModelsError, RecipeError, counted, listing, shown
-from blockmerge.expressions import Expression, Stored
-from blockmerge.merging.planning.combining import FIRST_CONVOLUTION, SHARED_CHANNELS
+from blockmerge.expressions import Expression, Stored, simplify
+from blockmerge.merging.in_memory import tensor_of
 from blockmerge.streaming import aligned_buffer
 from blockmerge.streaming.tensors import tensor_view
 
@@ -28,12 +28,14 @@ _COMPILED = "_orig_mod."  # torch.compile wraps a module, and its names
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """The place of one parameter in a flat buffer: `offset`, `shape` and `strides` in elements; `ldm` is its
-    LDM name.
+    """The place of one parameter in a flat buffer: `offset`, `shape` and `strides` in elements.
+
+    `name` is the module's own for it; `origin` says how it is made of the tensor that LDM calls `ldm`.
     """
 
     name: str
     ldm: str
+    origin: Origin
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     offset: int
@@ -58,7 +60,7 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class FlatModel:
-    """A model in a flat buffer: a source of tensors, as the checkpoints of other merges are.
+    """A model in a flat buffer under the module's names: a source of tensors, as a checkpoint is.
 
     A tensor has the model's own shape, which may have fewer input channels than the slot that it lies in.
     """
@@ -69,10 +71,17 @@ class FlatModel:
     tensors: Mapping[str, TensorInfo]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor by its LDM name, a view in the model's own shape."""
-        whole = self.slots[name].of(self.flat)
-        shape = self.tensors[name].shape
+        """A tensor, a view in the model's own shape."""
+        whole, shape = self.slots[name].of(self.flat), self.tensors[name].shape
         return whole if whole.shape == shape else whole[:, : shape[1]]
+
+    def in_ldm(self, tensor: Expression) -> Expression:
+        """What a tensor of the module under an LDM name is in this model."""
+        if isinstance(tensor, Stored):
+            info = self.tensors[tensor.name]
+            shape = tensor.shape if info.elements == tensor.elements else info.shape
+            return Stored(self, tensor.name, info.dtype, shape, tensor.begin)
+        return tensor.with_inputs(tuple(map(self.in_ldm, tensor.inputs)))
 
 
 @dataclass(frozen=True)
@@ -80,10 +89,11 @@ class FlatUNet:
     """The parameters of a U-Net module, and where each lies in a flat buffer of `size` elements.
 
     Blocks follow one another without gaps in the order of the family's; every slot begins at a multiple of
-    256 bytes.
+    256 bytes. `tensors` are the module's under LDM names.
     """
 
     family: Family
+    tensors: Mapping[str, Expression]
     parameters: Mapping[str, torch.nn.Parameter]
     blocks: tuple[Block, ...]
     size: int
@@ -110,8 +120,9 @@ class FlatUNet:
         if dtype not in _MODULE_DTYPES:
             raise RecipeError(f"the module's parameters are {dtype}: LiveMerge works in fp16, bf16 and fp32")
         _check_models(unet, models, names)
-        blocks, size = _lay_out(unet.anatomy.family, names, parameters, _ALIGNMENT // dtype.itemsize)
-        return cls(unet.anatomy.family, parameters, blocks, size)
+        places = _places(unet, parameters)
+        blocks, size = _lay_out(unet.anatomy.family, places, parameters, _ALIGNMENT // dtype.itemsize)
+        return cls(unet.anatomy.family, unet.tensors, parameters, blocks, size)
 
     def shares_parameters(self, other: FlatUNet) -> bool:
         """Whether the two are of one module, or have some of it in common."""
@@ -130,23 +141,34 @@ class FlatUNet:
         them. Raises CheckpointError when a model cannot be read, RecipeError when there is no room.
         """
         *flats, out = self._empty(len(models) + 1)
-        slots = {slot.ldm: slot for slot in self.slots}
-        dtype = _DTYPE_NAMES[out.dtype]
-        copies = []
-        for flat, model, letter in zip(flats, models, "ABC", strict=False):
-            self._fill(flat, model)
-            tensors = {
-                ldm: TensorInfo(dtype, model.tensors[ldm].shape, slot.offset * out.itemsize)
-                for ldm, slot in slots.items()
-            }
-            copies.append(FlatModel(letter, flat, slots, tensors))
+        copies = [
+            self._copied(flat, model, letter)
+            for flat, model, letter in zip(flats, models, "ABC", strict=False)
+        ]
         out.copy_(flats[0])
         for slot in self.slots:
-            whole = next(one for one in copies if one.tensors[slot.ldm].shape == slot.shape)
+            whole = next(one for one in copies if one.tensors[slot.name].shape == slot.shape)
             if whole is not copies[0]:
-                channels = copies[0].tensors[slot.ldm].shape[1]
+                channels = copies[0].tensors[slot.name].shape[1]
                 slot.of(out)[:, channels:] = slot.of(whole.flat)[:, channels:]
         return copies, out
+
+    def _copied(self, flat: torch.Tensor, model: Model, letter: str) -> FlatModel:
+        """Fill a flat buffer with a model, from the front of its files to the back."""
+        slots = {slot.name: slot for slot in self.slots}
+        wanted = {slot.name: simplify(made(slot.origin, model.tensors, model.name)) for slot in self.slots}
+        for name, tensor in _read(model, dict(sorted(wanted.items(), key=lambda item: _offset(item[1])))):
+            target = slots[name].of(flat)
+            if tensor.shape != target.shape:  # the channels that both have
+                shared = min(target.shape[1], tensor.shape[1])
+                target, tensor = target[:, :shared], tensor[:, :shared]
+            target.copy_(tensor)
+        dtype = _DTYPE_NAMES[flat.dtype]
+        tensors = {
+            name: TensorInfo(dtype, tensor.shape, slots[name].offset * flat.itemsize)
+            for name, tensor in wanted.items()
+        }
+        return FlatModel(letter, flat, slots, tensors)
 
     def place(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """Make the parameters views of a flat buffer, and return what they were of."""
@@ -175,15 +197,6 @@ class FlatUNet:
             raise RecipeError(
                 f"{parameter.device} has no room for {count} U-Nets of {size:.2f} GB each: {why}"
             ) from error
-
-    def _fill(self, flat: torch.Tensor, model: Model) -> None:
-        slots = {slot.ldm: slot for slot in self.slots}
-        for ldm, tensor in _tensors(model, sorted(slots, key=lambda ldm: _offset(model.tensors[ldm]))):
-            target = slots[ldm].of(flat)
-            if ldm == FIRST_CONVOLUTION:  # the channels that both have
-                shared = min(target.shape[1], tensor.shape[1])
-                target, tensor = target[:, :shared], tensor[:, :shared]
-            target.copy_(tensor)
 
 
 def _unet_parameters(module: Any) -> dict[str, torch.nn.Parameter]:
@@ -265,73 +278,82 @@ def _check_models(unet: Model, models: Sequence[Model], names: Mapping[str, str]
             info, shape = found[ldm], unet.tensors[ldm].shape
             if info.dtype not in FLOAT_DTYPES:
                 wrong.append(f"{shown(names[ldm])} holds {info.dtype}")
-            elif info.shape != shape and not _fits_first_convolution(ldm, info.shape, shape):
+            elif info.shape != shape and not _differs_in_channels(
+                ldm, info.shape, shape, unet.anatomy.family
+            ):
                 wrong.append(
                     f"{shown(names[ldm])} has shape {shown(list(info.shape))}, the module's is {list(shape)}"
                 )
         if wrong:
             faults.append(f"in {shown(model.name)}, {listing(sorted(wrong), width=200)}")
-    first = unet.tensors[FIRST_CONVOLUTION].shape
-    if not faults and all(model.tensors[FIRST_CONVOLUTION].shape[1] < first[1] for model in models):
+    input_layer = unet.anatomy.family.input_layer
+    first = unet.tensors[input_layer].shape
+    if not faults and all(model.tensors[input_layer].shape[1] < first[1] for model in models):
         faults.append(
-            f"{names[FIRST_CONVOLUTION]} of the module takes {first[1]} channels, and no model has so many"
+            f"{names[input_layer]} of the module takes {first[1]} channels, and no model has so many"
         )
     if faults:
         raise IncompatibleModelsError(f"these models do not fit the module: {'; '.join(faults)}")
 
 
-def _fits_first_convolution(ldm: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether it is the first convolution and differs in input channels alone, beyond the four that all
-    have.
-    """
-    if ldm != FIRST_CONVOLUTION or len(shape) != 4 or (shape[0], *shape[2:]) != (wanted[0], *wanted[2:]):
+def _differs_in_channels(ldm: str, shape: tuple[int, ...], wanted: tuple[int, ...], family: Family) -> bool:
+    """Whether it is the first convolution and differs in input channels alone, beyond those that all have."""
+    if ldm != family.input_layer or (shape[0], *shape[2:]) != (wanted[0], *wanted[2:]):
         return False
-    return SHARED_CHANNELS in (shape[1], wanted[1])
+    return family.shared_channels in (shape[1], wanted[1])
+
+
+def _places(unet: Model, parameters: Iterable[str]) -> dict[str, tuple[str, Origin]]:
+    """{the module's own name: the LDM tensor that it is of, and how it is made of that}."""
+    family, naming = unet.anatomy.family, unet.anatomy.naming
+    own = {canonical_name(name): name for name in parameters}
+    return {
+        own[place]: (ldm, origin)
+        for ldm in unet.tensors
+        for place, origin in family.origins((ldm,), "ldm", naming).items()
+    }
 
 
 def _lay_out(
     family: Family,
-    names: Mapping[str, str],
+    places: Mapping[str, tuple[str, Origin]],
     parameters: Mapping[str, torch.nn.Parameter],
     alignment: int,
 ) -> tuple[tuple[Block, ...], int]:
     blocks: dict[str, list[Slot]] = {block: [] for block in family.blocks}
     offset = 0
-    # A first convolution that not all models have whole is merged on its own: first in its block, it parts
-    # nothing.
-    order = sorted(
-        names, key=lambda ldm: (family.blocks.index(block_of(ldm, family.name)), ldm != FIRST_CONVOLUTION)
-    )
-    for ldm in order:
-        parameter = parameters[names[ldm]]
+
+    def order(name: str) -> tuple[int, bool]:
+        # A first convolution that not all models have whole is merged on its own: first in its block, it
+        # parts nothing.
+        ldm, _ = places[name]
+        return family.blocks.index(family.block_of(ldm)), ldm != family.input_layer
+
+    for name in sorted(places, key=order):
+        ldm, origin = places[name]
         # Of a tensor whose elements lie densely in another order (channels_last), `empty_like` keeps that
         # order.
-        strides = torch.empty_like(parameter, device="meta").stride()
-        slot = Slot(names[ldm], ldm, tuple(parameter.shape), strides, offset)
-        blocks[block_of(ldm, family.name)].append(slot)
-        offset += -(-parameter.numel() // alignment) * alignment
+        strides = torch.empty_like(parameters[name], device="meta").stride()
+        slot = Slot(name, ldm, origin, tuple(parameters[name].shape), strides, offset)
+        blocks[family.block_of(ldm)].append(slot)
+        offset += -(-parameters[name].numel() // alignment) * alignment
     return tuple(Block(name, tuple(slots)) for name, slots in blocks.items() if slots), offset
 
 
-def _tensors(model: Model, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield tensors of a U-Net, which each are one of the source's, in their shape; the memory of one may be
-    the next's.
-    """
+def _read(model: Model, tensors: Mapping[str, Expression]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield tensors of a model in their shapes; the memory of one may be the next's."""
     if isinstance(model.source, StateDict):  # on whatever device: their bytes need not come through the CPU
-        for name in names:
-            tensor = model.source.state_dict[model.names_in_file(name)[0]].detach()
-            yield name, tensor.reshape(model.tensors[name].shape)
+        yield from ((name, tensor_of(tensor)) for name, tensor in tensors.items())
         return
-    buffer = aligned_buffer(max(model.tensors[name].nbytes for name in names))
+    buffer = aligned_buffer(max(tensor.nbytes for tensor in tensors.values()))
     with Readers() as readers:
-        for name in names:
-            info = model.tensors[name]
-            if info.elements:
-                readers.read_into(info, 0, buffer[: info.nbytes])
-                yield name, tensor_view(buffer, info.dtype, info.elements).view(info.shape)
+        for name, tensor in tensors.items():
+            if tensor.elements:
+                readers.read_into(tensor, 0, buffer[: tensor.nbytes])
+                yield name, tensor_view(buffer, tensor.dtype, tensor.elements).view(tensor.shape)
     model.source.check_unchanged()
 
 
 def _offset(tensor: Expression) -> int:
-    """Where a tensor begins in its file, so that files are read from front to back."""
+    """Where a tensor begins in its file."""
     return tensor.offset if isinstance(tensor, Stored) else 0

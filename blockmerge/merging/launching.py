@@ -11,10 +11,11 @@ from itertools import groupby
 
 import torch
 
+from blockmerge.checkpoints import made
 from blockmerge.expressions import Expression, Gathered, Part, Programs, Stored, methods_of, simplify
 from blockmerge.merging.flat_unet import Block, FlatModel, FlatUNet, Slot
 from blockmerge.merging.in_memory import gathered, tasks_of
-from blockmerge.merging.planning.combining import SHARED_CHANNELS, Combination, widened, widest_input
+from blockmerge.merging.planning.combining import Combination, widened, widest_input
 
 Content = FlatModel | tuple[float | None, float | None]
 """What a block holds: a model as it is, or all of them merged at weights alpha and beta."""
@@ -29,7 +30,8 @@ class Launcher:
         self, unet: FlatUNet, models: Sequence[FlatModel], out: torch.Tensor, combination: Combination
     ) -> None:
         self.models, self.out = models, out
-        self._slots = list(unet.slots)
+        self._unet = unet
+        self._plain: dict[str, bool] = {}
         self._programs = Programs()
         self._figures: dict[Gathered, object] = {}
         self._combination = combination
@@ -78,38 +80,52 @@ class Launcher:
 
     def _merged(self, slot: Slot, content: Content) -> Expression:
         """What a parameter is to be."""
-        tensors = [Stored.of(model, slot.ldm) for model in self.models]
-        widest = widest_input(slot.ldm, [one.shape for one in tensors])
+        made_of = {slot.ldm: self._in_ldm(slot.ldm, content)}
+        return simplify(made(slot.origin, made_of, "the module"))
+
+    def _in_ldm(self, ldm: str, content: Content) -> Expression:
+        """What the tensor of an LDM name is to be."""
+        tensors = self._of_models(ldm)
+        widest = widest_input(ldm, [one.shape for one in tensors], self._unet.family)
         if isinstance(content, FlatModel):
-            own = Stored.of(content, slot.ldm)
-            return simplify(
-                own if widest is None else widened([own], tensors[widest], own.dtype, lambda one: one[0])
-            )
+            own = content.in_ldm(self._unet.tensors[ldm])
+            if widest is None:
+                return own
+            shared = min(one.shape[1] for one in tensors)
+            return widened([own], tensors[widest], shared, own.dtype, lambda given: given[0])
         combination = self._combination
         if combination.method.locality == "model":
             combination = replace(combination, gathered=self._looked_at)
-        return simplify(
-            combination.combine(slot.ldm, tensors, content, tensors[0].dtype, widest=widest).expression
-        )
+        return combination.combine(ldm, tensors, content, tensors[0].dtype, widest=widest).expression
+
+    def _of_models(self, ldm: str) -> list[Expression]:
+        return [model.in_ldm(self._unet.tensors[ldm]) for model in self.models]
 
     @cached_property
     def _looked_at(self) -> Gathered:
         """All that is merged, for a method that looks at all tensors first: gathered when it is first asked
         for.
         """
-        wanted = Gathered(self._combination.method, tuple(map(self._shared, self._slots)))
+        wanted = Gathered(self._combination.method, tuple(map(self._shared, self._unet.tensors)))
         self._figures[wanted] = gathered(wanted)
         return wanted
 
-    def _shared(self, slot: Slot) -> tuple[Expression, ...]:
-        """A parameter of each model: of a first convolution, the input channels that all have."""
-        tensors = tuple(Stored.of(model, slot.ldm) for model in self.models)
-        if self._is_plain(slot):
-            return tensors
-        return tuple(Part(one, 0, SHARED_CHANNELS, axis=1).simplified() for one in tensors)
+    def _shared(self, ldm: str) -> tuple[Expression, ...]:
+        """A tensor of each model: of a first convolution, the input channels that all have."""
+        tensors = self._of_models(ldm)
+        if len({one.shape for one in tensors}) == 1:
+            return tuple(tensors)
+        shared = min(one.shape[1] for one in tensors)
+        return tuple(Part(one, 0, shared, axis=1).simplified() for one in tensors)
 
     def _is_plain(self, slot: Slot) -> bool:
-        return all(model.tensors[slot.ldm].shape == slot.shape for model in self.models)
+        """Whether all models have a parameter whole, and as it stands in the module."""
+        if slot.name not in self._plain:
+            own = [simplify(made(slot.origin, {slot.ldm: one}, "")) for one in self._of_models(slot.ldm)]
+            pairs = zip(own, self.models, strict=True)
+            alike = all(one == Stored.of(model, slot.name) for one, model in pairs)
+            self._plain[slot.name] = alike and {one.shape for one in own} == {slot.shape}
+        return self._plain[slot.name]
 
 
 def _source(tensor: Expression) -> object:

@@ -12,7 +12,7 @@ from rich.text import Text
 from blockmerge.errors import shown
 from blockmerge.rendering.colours import rgb, span_of, warmth
 from blockmerge.rendering.tables import print_table
-from blockmerge.rendering.u_net import WeightsU
+from blockmerge.rendering.u_net import WeightsU, arms_of
 
 if TYPE_CHECKING:
     from blockmerge.comparing import Comparison, Differences, SimilarityMatrix, SimilarityResult
@@ -85,7 +85,7 @@ def print_explanation(console: Console, found: Explanation) -> None:
         _line(
             console, Text(f"how much of {shown(single[0])} each block took ({shown(found.base)} is the base)")
         )
-        if len(weights) in (20, 26):
+        if arms_of(weights) is not None:
             console.print(WeightsU(weights, unknown="?"))
             console.print()
     print_table(console, _origins(found, found.blocks, "block"))

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+from blockmerge.anatomy import FAMILIES, OUTSIDE, Arms
 from blockmerge.errors import shown
 from blockmerge.rendering.colours import span_of, warmth
 from blockmerge.rendering.comparison import difference_text, remark, value_text, weight_text
@@ -48,24 +50,25 @@ def explanation_html(found: Explanation) -> str:
         found=found,
         others=others,
         weights={
-            other: _along_the_u({b: o.weights.get(other) for b, o in found.blocks.items()})
+            other: _along_the_u({b: o.weights.get(other) for b, o in found.blocks.items()}, found.family)
             for other in others
         },
         parts={title: origins for title, origins in tables.items() if origins},
     )
 
 
-def _along_the_u(weights: Mapping[str, float | None]) -> list[tuple[str, str, float | None]]:
-    """(place, block, weight) in the order of a two-column grid: inputs down the left, outputs up the
-    right.
+def _along_the_u(weights: Mapping[str, float | None], family: str) -> list[tuple[str, str, float | None]]:
+    """(place, block, weight) in the order of a two-column grid: the family's left arm downwards, its right
+    one upwards; its blocks one below another where it has none.
     """
-    inputs = [block for block in weights if block.startswith("IN")]
-    outputs = [block for block in reversed(list(weights)) if block.startswith("OUT")]
-    pairs = [block for pair in zip(inputs, outputs, strict=False) for block in pair]
+    arms = FAMILIES[family].arms or Arms((), FAMILIES[family].blocks[1:], ())
+    inputs = [block for block in arms.left if block in weights]
+    outputs = [block for block in reversed(arms.right) if block in weights]
+    pairs = [block for pair in zip_longest(inputs, outputs) for block in pair if block is not None]
     order = [
-        *(("base", block) for block in weights if block == "BASE"),
+        *(("base", block) for block in weights if block == OUTSIDE),
         *(("", block) for block in pairs),
-        *(("middle", block) for block in weights if block == "M00"),
+        *(("middle", block) for block in arms.middle if block in weights),
     ]
     return [(place, block, weights[block]) for place, block in order]
 

@@ -11,6 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from blockmerge.anatomy import FAMILIES
 from blockmerge.errors import counted, shown
 from blockmerge.rendering.tables import print_table
 from blockmerge.rendering.u_net import WeightsU
@@ -25,18 +26,11 @@ _DESCRIPTION = 24  # columns that a description has at least
 
 _SEVERITY_STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
-_FAMILY_TITLES = {
-    "sd1": "Stable Diffusion 1.x",
-    "sd2": "Stable Diffusion 2.x",
-    "sdxl": "Stable Diffusion XL",
-    "sdxl_refiner": "Stable Diffusion XL refiner",
-}
-
 
 def print_merge(console: Console, result: MergeResult) -> None:
     """Print the weights along the U, what was computed, copied and left out, the notes, and the file."""
     what = f"{result.method} {result.preset}" if result.preset else result.method
-    title = f"{_FAMILY_TITLES[result.family]}{'' if result.variant == 'base' else ' ' + result.variant}"
+    title = f"{FAMILIES[result.family].title}{'' if result.variant == 'base' else ' ' + result.variant}"
     _line(console, Text.assemble((what, "bold"), f" of {' and '.join(map(shown, result.models))} ({title})"))
     if result.weights:
         console.print(Group(Text(), WeightsU(result.weights), Text()))
@@ -182,7 +176,7 @@ def size(count: int) -> str:
 
 def _title(found: Inspection | CheckResult, unknown: str) -> Text:
     what = (
-        f"{_FAMILY_TITLES[found.family]}, {found.variant}, {found.naming} names" if found.family else unknown
+        f"{FAMILIES[found.family].title}, {found.variant}, {found.naming} names" if found.family else unknown
     )
     return Text.assemble((shown(found.name), "bold"), f"  {what}")
 

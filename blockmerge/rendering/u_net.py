@@ -4,17 +4,24 @@ weight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import zip_longest
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+from blockmerge.anatomy import FAMILIES, OUTSIDE, Arms
+
 _BAR = 12
+_CELL = 13 + _BAR  # a block's name, its weight and its bar
 _WIDTH = 56  # of the U; narrower terminals get the blocks one below another
 
 
 class WeightsU:
-    """Draws the weights of 26 or 20 blocks; None is a block without one: `unknown` says what that means."""
+    """Draws the weights of a U-Net's blocks, or lists those that no family has.
+
+    None is a block without a weight: `unknown` says what that means.
+    """
 
     def __init__(self, weights: Mapping[str, float | None], unknown: str = "skip") -> None:
         self.weights = weights
@@ -23,17 +30,16 @@ class WeightsU:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """One line of text per level of the U, or per block where the terminal is too narrow for two."""
         full, empty = "#." if options.ascii_only else "█░"
-        inputs = [block for block in self.weights if block.startswith("IN")]
-        outputs = [block for block in self.weights if block.startswith("OUT")]
-        if options.max_width < _WIDTH:
+        arms = arms_of(self.weights)
+        if arms is None or options.max_width < _WIDTH:
             yield from (_whole(self._cell(block, full, empty)) for block in self.weights)
             return
-        lines = [self._cell("BASE", full, empty), Text()]
-        for block, opposite in zip(inputs, reversed(outputs), strict=True):
-            lines.append(
-                Text.assemble(self._cell(block, full, empty), "    ", self._cell(opposite, full, empty))
-            )
-        lines.append(Text.assemble(" " * 14, self._cell("M00", full, empty)))
+        lines = [self._cell(OUTSIDE, full, empty), Text()]
+        for block, opposite in zip_longest(arms.left, reversed(arms.right)):
+            left = self._cell(block, full, empty) if block else Text(" " * _CELL)
+            right = self._cell(opposite, full, empty) if opposite else ""
+            lines.append(Text.assemble(left, "    ", right))
+        lines += [Text.assemble(" " * 14, self._cell(block, full, empty)) for block in arms.middle]
         yield from (_whole(line) if line else line for line in lines)
 
     def _cell(self, block: str, full: str, empty: str) -> Text:
@@ -52,6 +58,13 @@ class WeightsU:
             (full * filled, style),
             (empty * (_BAR - filled), "dim"),
         )
+
+
+def arms_of(blocks: Iterable[str]) -> Arms | None:
+    """How these blocks are drawn, or None where no family has just these, in two arms."""
+    wanted = set(blocks)
+    found = (family.arms for family in FAMILIES.values() if set(family.blocks) == wanted)
+    return next((arms for arms in found if arms is not None), None)
 
 
 def _whole(line: Text) -> Text:

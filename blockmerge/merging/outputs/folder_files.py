@@ -30,10 +30,6 @@ from blockmerge.errors import (
 from blockmerge.merging.outputs.output import NamedTensor
 
 _SCHEDULER = "scheduler/scheduler_config.json"
-_GUESSED = (
-    "nothing tells whether this SD2 model predicts v or noise: scheduler_config.json says "
-    "v_prediction, as of SD2.1 at 768"
-)
 _TEXT = ("hidden_size", "num_hidden_layers")
 _STRUCTURE = {
     "unet": ("in_channels", "block_out_channels", "cross_attention_dim", "addition_embed_type"),
@@ -55,12 +51,13 @@ def folder_files(
     is of another kind of model.
     """
     known = _known_prediction(models[0], anatomy)
-    guessed = not known and (anatomy.family.name, anatomy.variant) == ("sd2", "base")
+    guessed = None if known else anatomy.family.prediction.get(anatomy.variant)
+    guess = [] if guessed is None else [guessed.note]
     try:
         made = folder_configs(
             {tensor.name: tensor.shape for tensor in tensors},
             anatomy.family.name,
-            **({"prediction": "v_prediction"} if guessed else known),
+            **(known if guessed is None else {"prediction": guessed.prediction}),
         )
     except UnknownFamilyError as error:
         raise IncompatibleModelsError(
@@ -72,7 +69,7 @@ def folder_files(
             "a single file holds no tokenizers: the new folder has none (--configs FOLDER takes them from "
             "another)"
         ]
-        return {path: _json(content) for path, content in made.items()}, notes + [_GUESSED] * guessed
+        return {path: _json(content) for path, content in made.items()}, notes + guess
     components = {tensor.name.partition("/")[0] for tensor in tensors}
     carried = {
         path: data
@@ -91,7 +88,7 @@ def folder_files(
         )
     fitting = {path: data for path, data in carried.items() if path not in {unfit for unfit, _ in differing}}
     files = {path: _json(content) for path, content in made.items()} | fitting
-    notes = [_GUESSED] * (guessed and _SCHEDULER not in carried)
+    notes = [] if _SCHEDULER in carried else guess
     index = _index(files["model_index.json"], made["model_index.json"], components, source)
     if known and source is not models[0].source:
         scheduler = _scheduler(files[_SCHEDULER], made[_SCHEDULER], prediction_settings(**known))
@@ -132,11 +129,9 @@ def _known_prediction(a: Model, anatomy: Anatomy) -> dict[str, Any]:
     if "v_pred" in markers:
         return {"prediction": "v_prediction", "zero_snr": "ztsnr" in markers}
     architecture = a.source.metadata.get("modelspec.architecture", "")
-    if (anatomy.family.name, anatomy.variant) != ("sd2", "base"):
-        return {}
-    if "512" in architecture:
-        return {"prediction": "epsilon"}
-    return {"prediction": "v_prediction"} if "768-v" in architecture else {}
+    unmarked = anatomy.family.prediction.get(anatomy.variant)
+    told = {} if unmarked is None else unmarked.architectures
+    return next(({"prediction": found} for part, found in told.items() if part in architecture), {})
 
 
 def _scheduler(carried: bytes, made: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

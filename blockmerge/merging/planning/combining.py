@@ -8,16 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from blockmerge.anatomy import UNET_PREFIX
+from blockmerge.anatomy import Family
 from blockmerge.dtypes import wide_dtype
 from blockmerge.expressions import Cast, Clipped, Expression, Gathered, Joined, Merged, Part, Scaled
 from blockmerge.methods import Method, key_of
 from blockmerge.weights import Change
-
-SHARED_CHANNELS = 4
-"""The input channels that the U-Nets of all variants have in common: the latent image's."""
-
-FIRST_CONVOLUTION = UNET_PREFIX + "input_blocks.0.0.weight"
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,8 @@ class Combination:
         def made(dtype: str) -> Expression:
             if widest is None:
                 return merged(inputs, dtype)
-            return widened(inputs, tensors[widest], dtype, lambda given: merged(given, dtype))
+            shared = min(one.shape[1] for one in tensors)
+            return widened(inputs, tensors[widest], shared, dtype, lambda given: merged(given, dtype))
 
         read = inputs if widest is None else (*inputs, tensors[widest])
         return Combined(adjusted(change, dtype, read, made), inputs, source)
@@ -121,26 +117,26 @@ def adjusted(
     return Scaled(make(wide), dtype, change.scale, change.shift)
 
 
-def widest_input(name: str, shapes: Sequence[tuple[int, ...]]) -> int | None:
+def widest_input(name: str, shapes: Sequence[tuple[int, ...]], family: Family) -> int | None:
     """Return the first model with additional input channels in the U-Net's first convolution; None for any
     other case.
     """
-    if name != FIRST_CONVOLUTION or len(set(shapes)) == 1 or any(len(shape) != 4 for shape in shapes):
+    if name != family.input_layer or len(set(shapes)) == 1 or any(len(shape) < 2 for shape in shapes):
         return None
     if len({(shape[0], *shape[2:]) for shape in shapes}) > 1:
         return None
     channels = [shape[1] for shape in shapes]
     widest = max(channels)
-    return channels.index(widest) if set(channels) == {SHARED_CHANNELS, widest} else None
+    return channels.index(widest) if set(channels) == {family.shared_channels, widest} else None
 
 
 def widened(
     tensors: Sequence[Expression],
     wide: Expression,
+    shared: int,
     dtype: str,
     make: Callable[[Sequence[Expression]], Expression],
 ) -> Expression:
-    """What `make` gives of the input channels that all have, and beyond them those of the tensor `wide`."""
-    shared = [Part(one, 0, SHARED_CHANNELS, axis=1) for one in tensors]
-    rest = Part(wide, SHARED_CHANNELS, wide.shape[1], axis=1)
-    return Joined((make(shared), Cast(rest, dtype)), axis=1)
+    """What `make` gives of the input channels that all share, and beyond them those of the tensor `wide`."""
+    rest = Cast(Part(wide, shared, wide.shape[1], axis=1), dtype)
+    return Joined((make([Part(one, 0, shared, axis=1) for one in tensors]), rest), axis=1)

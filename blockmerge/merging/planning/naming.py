@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 from blockmerge.anatomy import (
     DIFFUSERS_UNET_PREFIX,
     UNET_PREFIX,
+    Family,
     Origin,
     component_of,
-    origins_in_diffusers,
-    relation_of,
 )
 from blockmerge.checkpoints import Model, made
 from blockmerge.errors import counted, listing
@@ -42,11 +41,11 @@ class OutputTensor:
         return self.expression.nbytes
 
 
-def has_place(name: str, naming: str, family: str) -> bool:
+def has_place(name: str, naming: str, family: Family) -> bool:
     """Whether an output of that naming has a place for a tensor, by the name that models have it under."""
     if naming == "ldm":
         return "/" not in name
-    return "/" in name or bool(relation_of(name, family).diffusers)
+    return "/" in name or bool(family.relation_of(name).places)
 
 
 def named(
@@ -81,7 +80,7 @@ def _in_diffusers(tensors: Mapping[str, Expression], a: Model) -> tuple[list[Out
     # A part that lacks its others keeps its own name; where another model has the whole, that goes first and
     # wins.
     for ldm in sorted(tensors, key=lambda name: "/" in name):
-        for place, origin in _places(ldm, a.anatomy.family.name).items():
+        for place, origin in _places(ldm, a.anatomy.family).items():
             if place in placed:
                 doubles.append(place)
             else:
@@ -94,8 +93,8 @@ def _in_diffusers(tensors: Mapping[str, Expression], a: Model) -> tuple[list[Out
     return sorted(placed.values(), key=lambda one: order.get(one.name, (2, 0))), notes if doubles else []
 
 
-def _places(ldm: str, family: str) -> Mapping[str, Origin]:
-    return origins_in_diffusers((ldm,), family)
+def _places(ldm: str, family: Family) -> Mapping[str, Origin]:
+    return family.origins((ldm,), "ldm", "diffusers")
 
 
 def _order_in(a: Model, tensors: Sequence[OutputTensor]) -> dict[str, tuple[int, int]]:
@@ -105,6 +104,6 @@ def _order_in(a: Model, tensors: Sequence[OutputTensor]) -> dict[str, tuple[int,
     order: dict[str, tuple[int, int]] = {}
     for number, one in enumerate(tensors):
         if one.ldm in a.tensors:
-            own = simplify(made(_places(one.ldm, a.anatomy.family.name)[one.name], a.tensors, a.name))
+            own = simplify(made(_places(one.ldm, a.anatomy.family)[one.name], a.tensors, a.name))
             order[one.name] = (0, own.offset) if isinstance(own, Stored) else (1, number)
     return order

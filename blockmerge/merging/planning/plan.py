@@ -11,7 +11,7 @@ from blockmerge.checkpoints import Model, TensorInfo, encode_header
 from blockmerge.dtypes import size_of
 from blockmerge.expressions import Gathered, Stored, leaves_of
 from blockmerge.merging.outputs import Output, WeightFile
-from blockmerge.merging.planning.combining import FIRST_CONVOLUTION, Combination
+from blockmerge.merging.planning.combining import Combination
 from blockmerge.merging.planning.decisions import Decisions
 from blockmerge.merging.planning.metadata import output_metadata
 from blockmerge.merging.planning.naming import OutputTensor
@@ -94,10 +94,9 @@ def gathered_by(tensors: Sequence[OutputTensor]) -> list[Gathered]:
 
 def _variant(a: Model, tensors: Sequence[OutputTensor]) -> str:
     """The output's variant: A's, unless another model has more input channels. The family is A's."""
-    first = next((one.shape for one in tensors if one.ldm == FIRST_CONVOLUTION), ())
-    return (
-        a.anatomy.family.variants.get(first[1], a.anatomy.variant) if len(first) == 4 else a.anatomy.variant
-    )
+    family = a.anatomy.family
+    shape = next((one.shape for one in tensors if one.ldm == family.input_layer), ())
+    return family.variants.get(shape[1], a.anatomy.variant) if len(shape) > 1 else a.anatomy.variant
 
 
 def _plan_file(file: WeightFile[OutputTensor], metadata: Mapping[str, str]) -> PlannedFile:

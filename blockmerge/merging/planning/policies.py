@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from blockmerge.anatomy import (
-    block_of,
     component_of,
     is_leftover,
     is_position_ids,
@@ -111,8 +110,8 @@ class _Judge:
     ) -> None:
         self.models, self.recipe, self.naming = models, recipe, naming
         self.weights, self.beta, self.combination = weights, beta, combination
-        self.family = models[0].anatomy.family.name
-        self.rules = recipe.rules.resolve(self.family)
+        self.family = models[0].anatomy.family
+        self.rules = recipe.rules.resolve(self.family.name)
         self.vae = _choose_vae(models, recipe, weights)
         self.found = Findings(self.vae, self.rules)
         self.donors: list[Model | VaeFile] = [*models]
@@ -170,12 +169,12 @@ class _Judge:
         tensors = [model.tensors[name] for model in self.models]
         shapes = [one.shape for one in tensors]
         plain_name = self.plain_of_ema.get(name, name)
-        widest = widest_input(plain_name, shapes)
+        widest = widest_input(plain_name, shapes, self.family)
         if len(set(shapes)) > 1 and widest is None:
             said = ", ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
             self.found.faults.append(f"{shown(name)} (shapes differ: {shown(said)})")
             return None
-        block = block_of(plain_name, self.family)
+        block = self.family.block_of(plain_name)
         alpha, beta = self.rules.weight(block, plain_name, self.weights[block]), self.beta[block]
         self.found.blended.append((block, name))
         dtype = self.recipe.output_dtype or tensors[0].dtype
@@ -223,7 +222,7 @@ class _Judge:
         """What `adjust` does to a tensor of the output."""
         if not self.recipe.adjust or dtype not in FLOAT_DTYPES:
             return None
-        change = self.recipe.adjust.for_tensor(name, self.family)
+        change = self.recipe.adjust.for_tensor(name, self.family.name)
         if change and change.shift and shape != (len(change.shift),):
             self.found.faults.append(
                 f"{shown(name)} (shape {list(shape)}: adjust sets the colours of 4 channels)"
@@ -317,10 +316,10 @@ def _open_vae(vae: CheckpointLike, models: Sequence[Model], recipe: Recipe) -> V
         raise CheckpointError(
             f"{error}; vae (--vae) takes {recipe.vae_choices(len(models))}a file or a folder"
         ) from error
-    family = models[0].anatomy.family.name
+    family = models[0].anatomy.family
     tensors = vae_tensors(checkpoint, family)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    gaps = layout_gaps(shapes, family, "vae")
+    gaps = layout_gaps(shapes, family.name, "vae")
     if gaps.missing:
         raise IncompatibleModelsError(
             f"{shown(checkpoint.name)} is no complete VAE: it lacks {listing(gaps.missing)}"
