@@ -271,16 +271,6 @@ class Family:
         """The input channels that all variants have in common: the latent image's."""
         return min(self.variants)
 
-    @property
-    def input_layer(self) -> str:
-        """The LDM name of the tensor whose second axis are the input channels, which tell the variant."""
-        return self.unet_prefix("ldm") + self.signs["ldm"].first
-
-    @property
-    def shared_channels(self) -> int:
-        """The input channels that all variants have in common: the latent image's."""
-        return min(self.variants)
-
     def block_of(self, name: str) -> str:
         """Return the block of a tensor: the layout's, or for other names that of those that begin alike.
 

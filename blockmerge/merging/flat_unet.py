@@ -157,18 +157,17 @@ class FlatUNet:
         """Fill a flat buffer with a model, from the front of its files to the back."""
         slots = {slot.name: slot for slot in self.slots}
         wanted = {slot.name: simplify(made(slot.origin, model.tensors, model.name)) for slot in self.slots}
+        tensors: dict[str, TensorInfo] = {}
+        for name, tensor in wanted.items():
+            slot, shape = slots[name], tensor.shape
+            if shape != slot.shape:  # the channels that both have
+                shape = (shape[0], min(shape[1], slot.shape[1]), *shape[2:])
+            tensors[name] = TensorInfo(_DTYPE_NAMES[flat.dtype], shape, slot.offset * flat.itemsize)
+        copy = FlatModel(letter, flat, slots, tensors)
         for name, tensor in _read(model, dict(sorted(wanted.items(), key=lambda item: _offset(item[1])))):
-            target = slots[name].of(flat)
-            if tensor.shape != target.shape:  # the channels that both have
-                shared = min(target.shape[1], tensor.shape[1])
-                target, tensor = target[:, :shared], tensor[:, :shared]
-            target.copy_(tensor)
-        dtype = _DTYPE_NAMES[flat.dtype]
-        tensors = {
-            name: TensorInfo(dtype, tensor.shape, slots[name].offset * flat.itemsize)
-            for name, tensor in wanted.items()
-        }
-        return FlatModel(letter, flat, slots, tensors)
+            target = copy.tensor(name)
+            target.copy_(tensor if tensor.shape == target.shape else tensor[:, : target.shape[1]])
+        return copy
 
     def place(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """Make the parameters views of a flat buffer, and return what they were of."""
