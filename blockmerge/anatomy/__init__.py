@@ -2,7 +2,15 @@
 
 from blockmerge.anatomy.blocks import SD_BLOCKS, SDXL_BLOCKS, block_of
 from blockmerge.anatomy.completeness import LayoutGaps, components_of, layout_gaps
-from blockmerge.anatomy.families import FAMILIES, Anatomy, Family, identify
+from blockmerge.anatomy.families import (
+    DEFAULT_FAMILY,
+    FAMILIES,
+    Anatomy,
+    Family,
+    identify,
+    register,
+    unregister,
+)
 from blockmerge.anatomy.layouts import LAYOUTS, layout
 from blockmerge.anatomy.names import (
     COMPONENTS,
@@ -23,6 +31,7 @@ from blockmerge.anatomy.renaming import Origin, Relation, origins_in_diffusers, 
 
 __all__ = [
     "COMPONENTS",
+    "DEFAULT_FAMILY",
     "DIFFUSERS_UNET_PREFIX",
     "FAMILIES",
     "LAYOUTS",
@@ -51,5 +60,7 @@ __all__ = [
     "origins_in_diffusers",
     "origins_in_ldm",
     "plain_names_of_ema",
+    "register",
     "relation_of",
+    "unregister",
 ]

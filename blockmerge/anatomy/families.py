@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from blockmerge.anatomy.blocks import SD_BLOCKS, SDXL_BLOCKS, block_of
 from blockmerge.anatomy.names import DIFFUSERS_UNET_PREFIX, UNET_PREFIX, lone_component
@@ -16,28 +16,105 @@ from blockmerge.errors import RecipeError, UnknownFamilyError, counted
 
 
 @dataclass(frozen=True)
+class Adjusted:
+    """What `adjust` does to a tensor: times 1 + `factor` × the number of that name; or, where there are
+    `tones`, plus 0.02 × (the contrast, and the amounts of brightness and three colours times their rows).
+    """
+
+    number: str = ""
+    factor: float = 0.0
+    tones: tuple[tuple[float, float, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Family:
     """An architecture: its short name, its title for people, its blocks, and its variants by input
     channels.
+
+    `called` is what messages call it and its kin. `carried` says how the weights of another family's blocks
+    become this family's: {that family: {way: {block: the block whose weight it takes}}}, the usual way first.
+    `adjusted` says what `adjust` does: {a tensor's name in the U-Net: what is done to it}.
     """
 
     name: str
     title: str
     blocks: tuple[str, ...]
     variants: Mapping[int, str]
+    called: str
+    carried: Mapping[str, Mapping[str, Mapping[str, str]]] = field(default_factory=dict)
+    adjusted: Mapping[str, Adjusted] = field(default_factory=dict)
 
 
-FAMILIES: Mapping[str, Family] = {
+_BY_NAME = {block: block for block in SDXL_BLOCKS}
+_BY_RESOLUTION = {**_BY_NAME, **{f"OUT{k:02}": f"OUT{k + 3:02}" for k in range(9)}}
+"""SDXL's OUT*k* works at the resolution of SD1's OUT*(k+3)*."""
+
+# SuperMerger's: weights × (1 − n/100), biases × (1 + n/50). The tones are what BRI, COL1, COL2 and COL3 each
+# do to the last three of the four latent channels.
+_ADJUSTED = {
+    "input_blocks.0.0.weight": Adjusted("into", -0.01),
+    "input_blocks.0.0.bias": Adjusted("into", 0.02),
+    "out.0.weight": Adjusted("out", -0.01),
+    "out.0.bias": Adjusted("out", 0.02),
+    "out.2.weight": Adjusted("out2", -0.01),
+    "out.2.bias": Adjusted(tones=((-1, 1 / 3, 2 / 3), (1, 1, 0), (0, -1, -1), (1, 0, 1))),
+}
+_SDXL_ADJUSTED = {
+    **_ADJUSTED,
+    "out.2.bias": Adjusted(tones=((0, 0, 1), (1, 0, 0), (-1, -1, 0), (-1, 1, 0))),
+}
+
+FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("sd1", "Stable Diffusion 1.x", SD_BLOCKS, {4: "base", 8: "pix2pix", 9: "inpainting"}),
         Family(
-            "sd2", "Stable Diffusion 2.x", SD_BLOCKS, {4: "base", 5: "depth", 8: "pix2pix", 9: "inpainting"}
+            "sd1",
+            "Stable Diffusion 1.x",
+            SD_BLOCKS,
+            {4: "base", 8: "pix2pix", 9: "inpainting"},
+            called="SD1",
+            adjusted=_ADJUSTED,
         ),
-        Family("sdxl", "Stable Diffusion XL", SDXL_BLOCKS, {4: "base", 8: "pix2pix", 9: "inpainting"}),
-        Family("sdxl_refiner", "Stable Diffusion XL refiner", SD_BLOCKS, {4: "base"}),
+        Family(
+            "sd2",
+            "Stable Diffusion 2.x",
+            SD_BLOCKS,
+            {4: "base", 5: "depth", 8: "pix2pix", 9: "inpainting"},
+            called="SD2",
+            adjusted=_ADJUSTED,
+        ),
+        Family(
+            "sdxl",
+            "Stable Diffusion XL",
+            SDXL_BLOCKS,
+            {4: "base", 8: "pix2pix", 9: "inpainting"},
+            called="SDXL",
+            carried={"sd1": {"name": _BY_NAME, "resolution": _BY_RESOLUTION}},
+            adjusted=_SDXL_ADJUSTED,
+        ),
+        Family(
+            "sdxl_refiner",
+            "Stable Diffusion XL refiner",
+            SD_BLOCKS,
+            {4: "base"},
+            called="SDXL",
+            adjusted=_ADJUSTED,
+        ),
     )
 }
+
+DEFAULT_FAMILY = "sd1"
+"""Which family is meant where none is given."""
+
+
+def register(family: Family) -> None:
+    """Add a family to FAMILIES."""
+    FAMILIES[family.name] = family
+
+
+def unregister(name: str) -> None:
+    """Take a family out of FAMILIES."""
+    del FAMILIES[name]
 
 
 @dataclass(frozen=True)
