@@ -14,7 +14,10 @@ _WIDTH = 56  # of the U; narrower terminals get the blocks one below another
 
 
 class WeightsU:
-    """Draws the weights of 26 or 20 blocks; None is a block without one: `unknown` says what that means."""
+    """Draws the weights of a U-Net's blocks, or lists those of another family.
+
+    None is a block without a weight: `unknown` says what that means.
+    """
 
     def __init__(self, weights: Mapping[str, float | None], unknown: str = "skip") -> None:
         self.weights = weights
@@ -25,7 +28,7 @@ class WeightsU:
         full, empty = "#." if options.ascii_only else "█░"
         inputs = [block for block in self.weights if block.startswith("IN")]
         outputs = [block for block in self.weights if block.startswith("OUT")]
-        if options.max_width < _WIDTH:
+        if options.max_width < _WIDTH or "M00" not in self.weights:
             yield from (_whole(self._cell(block, full, empty)) for block in self.weights)
             return
         lines = [self._cell("BASE", full, empty), Text()]
