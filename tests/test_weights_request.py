@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 import blockmerge
 from blockmerge import BlockWeights, PresetError, WeightsError
 from blockmerge.explaining.known_presets import matching_presets
-from blockmerge.weights import WeightsRequest, find_preset, parse_weights
+from blockmerge.weights import WeightsRequest, find_preset, parse_weights, presets, unreadable_presets
 from blockmerge.weights.presets import user_folder
 from tests import oracle
 
@@ -297,3 +300,96 @@ def test_explain_does_not_recognise_random_presets():
         matching_presets("sd1", tuple(oracle.SD), known, np.zeros(26), np.ones(26, dtype=bool))[0].label
         == "GRAD_V"
     )
+
+
+_COUNT_OPENED = """
+import os, sys
+opened = []
+def note(event, arguments):
+    if event == "open" and isinstance(arguments[0], (str, os.PathLike)):
+        opened.append(os.path.realpath(os.fspath(arguments[0])))
+sys.addaudithook(note)
+from blockmerge.cli.main import main
+from blockmerge.weights.presets import shipped_folder, user_folder
+folders = [os.path.realpath(folder()) for folder in (shipped_folder, user_folder)]
+try:
+    main()
+finally:
+    print([sorted(os.path.basename(one) for one in opened if os.path.dirname(one) == home) for home in folders])
+"""
+
+
+@pytest.mark.parametrize(
+    ("presets", "shipped"),
+    [
+        (["high_res"], ["high_res.toml"]),
+        (["HIGH-RES@0.6"], ["high_res.toml"]),
+        (["high-res_replace"], ["high_res.toml"]),
+        (["SMOOTHSTEP/2@0.5", "grad-v"], ["grad_v.toml", "smoothstep_div2.toml"]),
+        (["mine@0.5"], []),
+    ],
+)
+def test_a_merge_opens_only_the_preset_files_it_needs(pairs, here, presets, shipped):
+    user_folder().mkdir(parents=True)
+    (user_folder() / "mine.toml").write_text("weights = 0.5")
+    options = [word for preset in presets for word in ("--preset", preset)]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            _COUNT_OPENED,
+            *map(str, pairs()),
+            *options,
+            "-o",
+            "out.safetensors",
+            "--seed",
+            "1",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (here / "out.safetensors").exists()
+    assert done.stdout.splitlines()[-1] == str([shipped, ["mine.toml"]])
+
+
+def test_every_shipped_preset_is_found_by_all_its_names():
+    """Files are named like their presets, and aliases are listed where they can be looked up."""
+    for preset in presets():
+        for name in (preset.name, *preset.aliases):
+            assert find_preset(name) == preset, name
+            assert "@" not in name
+
+
+def test_a_request_keeps_to_the_presets_it_found():
+    user_folder().mkdir(parents=True)
+    (user_folder() / "mine.toml").write_text("weights = 0.5")
+    request = WeightsRequest("mine")
+    request.check()
+    (user_folder() / "mine.toml").unlink()
+    assert request.resolve("sd1") == BlockWeights.flat(0.5)
+    assert (request.label, request.is_random) == ("mine", False)
+    with pytest.raises(PresetError, match="unknown preset 'mine'"):
+        WeightsRequest("mine").check()
+
+
+def test_aliases_of_the_users_own_hide_a_shipped_preset():
+    user_folder().mkdir(parents=True)
+    (user_folder() / "mine.toml").write_text("weights = 0.75\naliases = ['GRAD-V', 'low_res_replace']")
+    for name in ("grad_v", "low-res_replace", "mine"):
+        assert find_preset(name).name == "mine"
+    assert find_preset("low_res").name == "low_res"
+
+
+def test_a_preset_of_the_users_own_that_was_changed_is_read_again():
+    user_folder().mkdir(parents=True)
+    own = user_folder() / "mine.toml"
+    for weight in (0.25, 0.5, 0.125):
+        own.write_text(f"weights = {weight}")
+        os.utime(own, ns=(0, round(weight * 1e9)))  # older, too: a copy may have kept its times
+        assert blockmerge.load_preset("mine") == BlockWeights.flat(weight)
+    own.unlink()
+    own.symlink_to("nowhere.toml")
+    assert find_preset("high_res").name == "high_res"
+    assert "cannot read preset file" in unreadable_presets()[0]

@@ -78,7 +78,7 @@ def matching_presets(
 
 
 def _table(preset: Preset, family: str, blocks: tuple[str, ...]) -> Array | None:
-    if preset.is_random:
+    if preset.is_random or family not in preset.families:
         return None
     weights = preset.weights_for(family, None)
     values = [weights[block] for block in blocks]

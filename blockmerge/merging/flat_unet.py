@@ -164,9 +164,9 @@ class FlatUNet:
                 shape = (shape[0], min(shape[1], slot.shape[1]), *shape[2:])
             tensors[name] = TensorInfo(_DTYPE_NAMES[flat.dtype], shape, slot.offset * flat.itemsize)
         copy = FlatModel(letter, flat, slots, tensors)
-        for name, tensor in _read(model, dict(sorted(wanted.items(), key=lambda item: _offset(item[1])))):
+        for name, values in _read(model, dict(sorted(wanted.items(), key=lambda item: _offset(item[1])))):
             target = copy.tensor(name)
-            target.copy_(tensor if tensor.shape == target.shape else tensor[:, : target.shape[1]])
+            target.copy_(values if values.shape == target.shape else values[:, : target.shape[1]])
         return copy
 
     def place(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:

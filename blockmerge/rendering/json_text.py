@@ -129,10 +129,12 @@ def _comparison(one: Comparison, result: SimilarityResult) -> dict[str, Any]:
 
 
 def _preset(preset: Preset) -> dict[str, Any]:
+    tables = {family: dict(weights) for family, weights in preset.others.items()}
     return {
         "name": preset.name,
-        "weights": dict(preset.weights),
+        "weights": dict(preset.weights) if preset.weights else None,
         "sdxl": dict(preset.sdxl) if preset.sdxl else None,
+        **({"tables": tables} if tables else {}),
         "source": preset.source,
         "description": preset.description,
     }

@@ -104,7 +104,7 @@ def print_presets(console: Console, presets: Sequence[Preset]) -> None:
     for preset in presets:
         table.add_row(
             Text(shown(preset.name)),
-            "own" if preset.sdxl else "by name",
+            "own" if preset.sdxl else "by name" if preset.weights else "-",
             Text(shown(preset.description, 400)),
         )
     names = max((cell_len(shown(preset.name)) for preset in presets), default=0)
@@ -154,9 +154,11 @@ def print_preset(console: Console, preset: Preset) -> None:
         yield Text(shown(preset.name), "bold")
         if preset.description:
             yield Text(shown(preset.description, 400))
-        yield Group(Text(), WeightsU(preset.weights), Text())
-        if preset.sdxl:
-            yield Group(Text("SDXL", "bold"), WeightsU(preset.sdxl), Text())
+        if preset.weights:
+            yield Group(Text(), WeightsU(preset.weights), Text())
+        for family, weights in {"SDXL": preset.sdxl, **preset.others}.items():
+            if weights:
+                yield Group(Text(family, "bold"), WeightsU(weights), Text())
         if preset.source:
             yield Text(f"source: {shown(preset.source, 400)}")
 

@@ -4,18 +4,16 @@ a merge.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
 from blockmerge.anatomy import UNET_PREFIX
 from blockmerge.errors import WeightsError, counted, shown
+from blockmerge.weights.block_lists import family_named
 from blockmerge.weights.grammar import finite_number
 
 _NAMES = "IN,OUT,OUT2,CONT,BRI,COL1,COL2,COL3"
-
-_SD_TONES = ((-1, 1 / 3, 2 / 3), (1, 1, 0), (0, -1, -1), (1, 0, 1))
-_SDXL_TONES = ((0, 0, 1), (1, 0, 0), (-1, -1, 0), (-1, 1, 0))
-"""What BRI, COL1, COL2 and COL3 each do to the last three of the four latent channels."""
 
 
 class Change(NamedTuple):
@@ -74,29 +72,22 @@ class Adjust:
     def for_tensor(self, name: str, family: str) -> Change | None:
         """Return what is done to a tensor, or None when nothing is.
 
-        `name` is its name in LDM naming. The shift of `out.2.bias` has four numbers, as the tensor has. The
-        formulas are SuperMerger's: weights × (1 − n/100) and biases × (1 + n/50); SD2 has the colours of SD1.
+        `name` is its name in LDM naming. The shift of `out.2.bias` has four numbers, as the tensor has. Which
+        tensors and by which formulas is the family's own (`anatomy/families.py`): SuperMerger's, weights ×
+        (1 − n/100) and biases × (1 + n/50); SD2 has the colours of SD1.
         """
-        match name.removeprefix(UNET_PREFIX):
-            case "input_blocks.0.0.weight":
-                change = Change(1 - 0.01 * self.into)
-            case "input_blocks.0.0.bias":
-                change = Change(1 + 0.02 * self.into)
-            case "out.0.weight":
-                change = Change(1 - 0.01 * self.out)
-            case "out.0.bias":
-                change = Change(1 + 0.02 * self.out)
-            case "out.2.weight":
-                change = Change(1 - 0.01 * self.out2)
-            case "out.2.bias":
-                amounts = (self.brightness, self.red, self.green, self.blue)
-                tones = zip(*(_SDXL_TONES if family == "sdxl" else _SD_TONES), strict=True)
-                channels = (
-                    sum(amount * tone for amount, tone in zip(amounts, channel, strict=True))
-                    for channel in tones
-                )
-                shift = tuple(0.02 * value for value in (self.contrast, *channels))
-                change = Change(shift=shift if any(shift) else None)
-            case _:
-                return None
+        adjusted = family_named(family).adjusted.get(name.removeprefix(UNET_PREFIX))
+        if adjusted is None:
+            return None
+        if adjusted.tones:
+            shift = tuple(0.02 * value for value in (self.contrast, *self._colours(adjusted.tones)))
+            change = Change(shift=shift if any(shift) else None)
+        else:
+            change = Change(1 + adjusted.factor * getattr(self, adjusted.number))
         return None if change == Change() else change
+
+    def _colours(self, tones: Sequence[Sequence[float]]) -> Iterator[float]:
+        """What brightness and colours come to in each channel; `tones` has a row for each of the four."""
+        amounts = (self.brightness, self.red, self.green, self.blue)
+        for channel in zip(*tones, strict=True):
+            yield sum(amount * tone for amount, tone in zip(amounts, channel, strict=True))

@@ -5,14 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from blockmerge.anatomy import SD_BLOCKS, SDXL_BLOCKS
-from blockmerge.errors import WeightsError, counted, did_you_mean, shown
+from blockmerge.anatomy import DEFAULT_FAMILY, FAMILIES
+from blockmerge.errors import WeightsError, shown
+from blockmerge.weights.block_lists import (
+    blocks_of_count,
+    blocks_of_names,
+    family_named,
+    kindred,
+    owners,
+    unknown_block,
+    ways_to,
+    without_base,
+)
+
+_SDXL = "sdxl"  # a word of the interface: for_sdxl, --sdxl-map
 
 SDXL_MAPS = ("name", "resolution")
 """The ways in which 26 weights go to SDXL's 20 blocks."""
-
-DECIMALS = "; decimals are written with a point, as in 0.5"
-"""Said where a comma seems to stand for one."""
 
 _LARGEST = 1e6
 """Larger weights are refused: they are slips of the pen, and the largest floats do not fit torch's
@@ -27,37 +36,45 @@ class BlockWeights(Mapping[str, float | None]):
     >>> weights["BASE"], weights["IN04"], weights.complement()["BASE"]
     (0.0, 0.5, 1.0)
 
-    26 blocks (SD1, SD2) or 20 (SDXL). A weight is how much of B the block takes, 0 all A and 1 all B; values
-    outside [0, 1] are allowed. None, or the word "skip", leaves the block out of the merge, and stays None in
-    all arithmetic.
+    26 blocks (SD1, SD2), 20 (SDXL), or those of another family; `blocks` are their names in order, which
+    follow from `weights` where they are left out. A weight is how much of B the block takes, 0 all A and 1
+    all B; values outside [0, 1] are allowed. None, or the word "skip", leaves the block out of the merge, and
+    stays None in all arithmetic.
 
     Raises WeightsError for unknown or missing blocks and for values that are not numbers from -1e6 to 1e6.
     """
 
     __slots__ = ("_weights",)
 
-    def __init__(self, weights: Mapping[str, float | None]) -> None:
-        blocks = SDXL_BLOCKS if len(weights) == len(SDXL_BLOCKS) else SD_BLOCKS
+    def __init__(self, weights: Mapping[str, float | None], blocks: Sequence[str] | None = None) -> None:
+        blocks = blocks_of_names(weights.keys()) if blocks is None else tuple(blocks)
         for block in weights:
             if block not in blocks:
                 raise unknown_block(block, blocks)
         if missing := [block for block in blocks if block not in weights]:
+            counts = dict.fromkeys(str(len(other)) for other in kindred(blocks))
             raise WeightsError(
-                f"no weight for block {missing[0]}: {len(SD_BLOCKS)} or {len(SDXL_BLOCKS)} are needed, "
-                f"{len(weights)} given"
+                f"no weight for block {missing[0]}: {' or '.join(counts)} are needed, {len(weights)} given"
             )
         self._weights = {block: checked_weight(weights[block], block) for block in blocks}
 
     @classmethod
-    def from_numbers(cls, numbers: Sequence[float | None]) -> BlockWeights:
+    def from_numbers(
+        cls, numbers: Sequence[float | None], blocks: Sequence[str] | None = None
+    ) -> BlockWeights:
         """From 26 or 20 numbers in block order, or 25 or 19 without BASE, which is then 0.
 
-        Raises WeightsError for any other count.
+        The count tells whose numbers they are. Where it fits several families, `blocks` are meant, or else
+        those of the first. Raises WeightsError for a count that fits none.
         """
-        return cls({"BASE": 0.0, **dict(zip(blocks_of_list(len(numbers)), numbers, strict=True))})
+        found = blocks_of_count(len(numbers), None if blocks is None else tuple(blocks))
+        given = dict(zip(found[-len(numbers) :], numbers, strict=True))
+        return cls({found[0]: 0.0, **given}, found)
 
     @classmethod
-    def flat(cls, weight: float | None, blocks: Sequence[str] = SD_BLOCKS) -> BlockWeights:
+    def flat(
+        cls, weight: float | None, blocks: Sequence[str] = FAMILIES[DEFAULT_FAMILY].blocks
+    ) -> BlockWeights:
         """The same weight for every one of `blocks`."""
         return cls(dict.fromkeys(blocks, weight))
 
@@ -99,9 +116,13 @@ class BlockWeights(Mapping[str, float | None]):
         Raises WeightsError when the two are not of the same family's blocks, or `other` is no BlockWeights.
         """
         if self.blocks != _checked_other(other).blocks:
-            raise WeightsError(f"weights of {len(self)} and of {len(other)} blocks cannot be added")
+            whose = [f"{len(weights)}" for weights in (self, other)]
+            if len(self) == len(other):
+                whose = [f"{owners(weights.blocks)}'s" for weights in (self, other)]
+            raise WeightsError(f"weights of {whose[0]} and of {whose[1]} blocks cannot be added")
         pairs = ((block, mine, other[block]) for block, mine in self.items())
-        return BlockWeights({block: None if a is None or b is None else a + b for block, a, b in pairs})
+        sums = {block: None if a is None or b is None else a + b for block, a, b in pairs}
+        return BlockWeights(sums, self.blocks)
 
     def interpolate(self, other: BlockWeights, ratio: float) -> BlockWeights:
         """`(1 − ratio)·self + ratio·other`. Raises WeightsError as `add` and `scale` do."""
@@ -115,7 +136,7 @@ class BlockWeights(Mapping[str, float | None]):
         for block in changes:
             if block not in self._weights:
                 raise unknown_block(block, self.blocks)
-        return BlockWeights({**self._weights, **changes})
+        return BlockWeights({**self._weights, **changes}, self.blocks)
 
     def for_sdxl(self, by: str = "name") -> BlockWeights:
         """The 26 weights carried over to SDXL's 20 blocks; 20 weights stay as they are.
@@ -123,45 +144,41 @@ class BlockWeights(Mapping[str, float | None]):
         ``"name"`` keeps the weights of the blocks that SDXL has too (as SuperMerger does). ``"resolution"``
         gives SDXL's OUT*k* what SD1's OUT*(k+3)* has, since those work at the same resolution.
         """
-        if len(self) == len(SDXL_BLOCKS):
+        if self.blocks != FAMILIES[_SDXL].blocks:
+            check_sdxl_map(by)
+        return self.for_family(_SDXL, by)
+
+    def for_family(self, family: str, by: str | None = None) -> BlockWeights:
+        """The weights for a family: as they are where they are of its blocks, or carried over to them, `by`
+        one of its ways.
+
+        Raises WeightsError when they are of the blocks of a family that none are carried over from.
+        """
+        wanted = family_named(family)
+        if self.blocks == wanted.blocks:
             return self
-        check_sdxl_map(by)
-        shift = 3 if by == "resolution" else 0
-        source = {f"OUT{k:02}": f"OUT{k + shift:02}" for k in range(9)}
-        return BlockWeights({block: self._weights[source.get(block, block)] for block in SDXL_BLOCKS})
+        ways = ways_to(wanted, self.blocks)
+        if ways is None:
+            raise WeightsError(
+                f"weights for {owners(self.blocks)}'s {len(self)} blocks given; {family} needs "
+                f"{len(wanted.blocks)}{without_base(wanted.blocks)}"
+            )
+        if by is not None:
+            check_sdxl_map(by)
+        sources = ways[by or next(iter(ways))]
+        return BlockWeights({block: self._weights[sources[block]] for block in wanted.blocks}, wanted.blocks)
 
     def _map(self, function: Callable[[float], float]) -> BlockWeights:
-        return BlockWeights(
-            {block: None if weight is None else function(weight) for block, weight in self._weights.items()}
-        )
+        changed = {
+            block: None if weight is None else function(weight) for block, weight in self._weights.items()
+        }
+        return BlockWeights(changed, self.blocks)
 
 
 def check_sdxl_map(by: object) -> None:
-    """Raise WeightsError for what is none of SDXL_MAPS."""
+    """Raise WeightsError for anything that is not one of SDXL_MAPS."""
     if by not in SDXL_MAPS:
         raise WeightsError(f"unknown SDXL mapping '{shown(by)}': {' or '.join(SDXL_MAPS)}")
-
-
-def blocks_of_list(count: int) -> tuple[str, ...]:
-    """The blocks that so many numbers in a row are for. Raises WeightsError when no family has that many."""
-    for blocks in (SD_BLOCKS, SDXL_BLOCKS):
-        if count in (len(blocks), len(blocks) - 1):
-            return blocks[-count:]
-    hint = DECIMALS if count == 2 else ""  # 0,5
-    raise WeightsError(
-        f"{counted(count, 'weight')} given; 26 are needed (25 without BASE), or 20 for SDXL (19 without "
-        f"BASE){hint}"
-    )
-
-
-def unknown_block(block: object, blocks: Sequence[str]) -> WeightsError:
-    """The error for a block that is none of `blocks`; it tells which there are."""
-    is_sdxl = len(blocks) == len(SDXL_BLOCKS)
-    # A block that only SD1 and SD2 have is no slip of the pen: another one would not be meant.
-    near = "" if is_sdxl and block in SD_BLOCKS else did_you_mean(block, blocks)
-    whose, last = ("SDXL has", SDXL_BLOCKS[-1]) if is_sdxl else ("SD1 and SD2 have", SD_BLOCKS[-1])
-    existing = f"BASE, IN00-IN{last[3:]}, M00, OUT00-{last}"
-    return WeightsError(f"unknown block '{shown(block)}'{near or ':'} {whose} {existing}")
 
 
 def checked_weight(weight: object, block: str) -> float | None:

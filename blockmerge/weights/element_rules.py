@@ -11,17 +11,17 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from blockmerge.anatomy import FAMILIES, SD_BLOCKS
 from blockmerge.errors import WeightsError, shown
+from blockmerge.weights.block_lists import BlockList, block_lists, family_named
 from blockmerge.weights.block_weights import checked_weight
-from blockmerge.weights.grammar import block_range, finite_number
+from blockmerge.weights.grammar import block_range, finite_number, names_blocks
 
 _FORM = "BLOCKS:ELEMENTS:RATIO, as in OUT03-OUT05:attn2:0.5"
 
 
 @dataclass(frozen=True)
 class Selection:
-    """One field of a rule: any of its words, or with NOT none of them; without words, everything."""
+    """One field of a rule: any of its words, or with NOT all but its words; without words, everything."""
 
     words: tuple[str, ...]
     negated: bool = False
@@ -80,7 +80,7 @@ class ElementRules:
         """Return the rules for a family's blocks. Raises WeightsError, quoting the rule, for a block it does
         not have.
         """
-        order = FAMILIES[family].blocks
+        order = family_named(family).blocks
         return FamilyRules(
             tuple(_with_blocks(rule, number, order) for number, rule in enumerate(self.rules, start=1))
         )
@@ -141,7 +141,7 @@ def _parse_rule(text: str, number: int) -> ElementRule:
         rule = ElementRule(_selection(fields[0]), _selection(fields[1]), checked_weight(ratio, "the rule"))
     except WeightsError as error:
         raise _error(number, fields, 2, str(error)) from None
-    _with_blocks(rule, number, SD_BLOCKS)
+    _check_blocks(rule, number)
     return rule
 
 
@@ -150,7 +150,17 @@ def _selection(field: str) -> Selection:
     return Selection(words[1:], negated=True) if words and words[0].upper() == "NOT" else Selection(words)
 
 
-def _with_blocks(rule: ElementRule, number: int, order: Sequence[str]) -> tuple[ElementRule, frozenset[str]]:
+def _check_blocks(rule: ElementRule, number: int) -> None:
+    """Raise WeightsError for a word that no family reads which reads the words before it."""
+    possible = list(block_lists())
+    for word in rule.blocks.words:
+        readable = [order for order in possible if names_blocks(word, order)]
+        if not readable:
+            _with_blocks(rule, number, possible[0])
+        possible = readable
+
+
+def _with_blocks(rule: ElementRule, number: int, order: BlockList) -> tuple[ElementRule, frozenset[str]]:
     named: set[str] = set()
     for index, word in enumerate(rule.blocks.words, start=int(rule.blocks.negated)):
         try:

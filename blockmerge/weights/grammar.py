@@ -1,7 +1,7 @@
 """The texts in which people write weights.
 
 - one number for all blocks: ``0.5``
-- 26, 25, 20 or 19 numbers: ``0,0,1,1,0.67,…`` (25 and 19 leave BASE 0)
+- as many numbers as the family has blocks: ``0,0,1,1,0.67,…`` (one fewer leaves BASE 0)
 - names and ranges: ``BASE=0,IN00-IN05=0.3,M00=1`` (blocks left out are 0; later entries win)
 
 In place of a number, the word ``skip`` leaves the block out of the merge, and ``random``, ``random(0.2,0.8)``
@@ -14,18 +14,20 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from blockmerge.anatomy import SD_BLOCKS, SDXL_BLOCKS
+from blockmerge.anatomy import DEFAULT_FAMILY
 from blockmerge.errors import WeightsError, shown
-from blockmerge.weights.block_weights import (
+from blockmerge.weights.block_lists import (
     DECIMALS,
-    BlockWeights,
-    blocks_of_list,
-    checked_weight,
+    BlockList,
+    blocks_of_count,
+    example,
+    family_named,
+    is_known,
+    kindred,
     unknown_block,
 )
+from blockmerge.weights.block_weights import BlockWeights, checked_weight
 from blockmerge.weights.random_weights import random_weight
-
-_FORM = "write BLOCK=NUMBER, as in IN00-IN05=0.3"
 
 WeightsLike = str | float | Sequence[float | str | None] | Mapping[str, float | str | None] | BlockWeights
 """What is taken for weights: a text, one number, a sequence of numbers, a mapping from block names, a
@@ -36,26 +38,19 @@ In a sequence or mapping None or "skip" stands for skip, and "random" and its li
 
 
 def parse_weights(
-    value: WeightsLike, family: str = "sd1", sdxl_map: str | None = None, seed: int | str = 0
+    value: WeightsLike, family: str = DEFAULT_FAMILY, sdxl_map: str | None = None, seed: int | str = 0
 ) -> BlockWeights:
-    """Return the weights that `value` means for a model of `family` (``"sd1"``, ``"sd2"`` or ``"sdxl"``).
+    """Return the weights that `value` means for a model of `family` (``"sd1"``, ``"sd2"``, ``"sdxl"``, …).
 
     26 or 25 numbers for SDXL go by block name, or by resolution with ``sdxl_map="resolution"``. Random
     weights are drawn from `seed` and the blocks' names. Raises WeightsError, naming the part that cannot be
     read.
     """
-    weights = _parse(value, SDXL_BLOCKS if family == "sdxl" else SD_BLOCKS, seed)
-    if family == "sdxl":
-        return weights.for_sdxl(sdxl_map or "name")
-    if len(weights) != len(SD_BLOCKS):
-        raise WeightsError(
-            f"weights for SDXL's {len(weights)} blocks given; {family} needs 26 (25 without BASE)"
-        )
-    return weights
+    return _parse(value, family_named(family).blocks, seed).for_family(family, sdxl_map)
 
 
 def parse_assignments(
-    value: str | Mapping[str, float | str | None], blocks: Sequence[str], seed: int | str = 0
+    value: str | Mapping[str, float | str | None], blocks: BlockList, seed: int | str = 0
 ) -> dict[str, float | None]:
     """Read ``BASE=0,IN00-IN05=0.3,M00=skip``, or a mapping, into {block: weight} for a family with these
     `blocks`.
@@ -71,24 +66,33 @@ def parse_assignments(
         names, equals, number = entry.partition("=")
         if not (equals and number and all(names.split("-", 1))):
             raise WeightsError(
-                f"cannot read '{shown(entry)}' in the weights: {_FORM}{DECIMALS if entry.isdigit() else ''}"
+                f"cannot read '{shown(entry)}' in the weights: {_form(blocks)}"
+                f"{DECIMALS if entry.isdigit() else ''}"
             )
         for block in block_range(names, blocks):
-            weights[block] = _number(number, block, seed)
+            weights[block] = _number(number, block, blocks, seed)
     return weights
 
 
-def block_range(text: str, blocks: Sequence[str]) -> Sequence[str]:
+def block_range(text: str, blocks: BlockList) -> BlockList:
     """Return the blocks of a name, or of a range of `blocks` in either direction: ``IN04``, ``OUT02-M00``.
 
-    Raises WeightsError for a block that is none of `blocks`, and for half a range.
+    Raises WeightsError for a block that is not one of `blocks`, and for half a range.
     """
     first, dash, last = text.partition("-")
     if dash and not (first and last):
-        raise WeightsError(f"'{shown(text)}' is half a range: write both ends, as in IN00-IN05")
+        raise WeightsError(f"'{shown(text)}' is half a range: write both ends, as in {example(blocks)}")
     start = _index(first, blocks)
     stop = _index(last, blocks) if dash else start
     return blocks[min(start, stop) : max(start, stop) + 1]
+
+
+def names_blocks(text: str, blocks: BlockList) -> bool:
+    """Whether `block_range` can read a text."""
+    try:
+        return bool(block_range(text, blocks))
+    except WeightsError:
+        return False
 
 
 def finite_number(text: str) -> float | None:
@@ -100,35 +104,45 @@ def finite_number(text: str) -> float | None:
     return number if math.isfinite(number) and "_" not in text and text.isascii() else None
 
 
-def _parse(value: WeightsLike, blocks: Sequence[str], seed: int | str) -> BlockWeights:
+def is_one_number(value: WeightsLike) -> bool:
+    """Whether weights that can be read are one number (or word) for all blocks, whatever the family."""
+    if isinstance(value, str):
+        return "=" not in value and len(_entries(value)) == 1
+    return isinstance(value, (int, float))
+
+
+def _parse(value: WeightsLike, blocks: BlockList, seed: int | str) -> BlockWeights:
     match value:
         case BlockWeights():
             return value
-        case str() if "=" in value:
-            return BlockWeights.flat(0.0, blocks).replace(parse_assignments(value, blocks, seed))
-        case str():
-            words = _entries(value)
-            if not words:
-                raise WeightsError(
-                    "the weights are empty: give a number, 26 numbers, or names as in IN00-IN05=0.3"
-                )
-            if len(words) == 1:
-                return BlockWeights({block: _number(words[0], block, seed) for block in blocks})
-            blocks = blocks_of_list(len(words))
-            return BlockWeights.from_numbers(
-                [_number(word, block, seed) for word, block in zip(words, blocks, strict=True)]
+        case str() if "=" not in value:
+            return _parse_numbers(value, blocks, seed)
+        case str() | Mapping():
+            return BlockWeights(
+                {**dict.fromkeys(blocks, 0.0), **parse_assignments(value, blocks, seed)}, blocks
             )
-        case Mapping():
-            return BlockWeights.flat(0.0, blocks).replace(parse_assignments(value, blocks, seed))
-        case Sequence() if not isinstance(value, str):
-            blocks = blocks_of_list(len(value))
-            return BlockWeights.from_numbers(
-                [_drawn(weight, block, seed) for weight, block in zip(value, blocks, strict=True)]
-            )
+        case Sequence():
+            found = blocks_of_count(len(value), blocks)
+            pairs = zip(value, found[-len(value) :], strict=True)
+            return BlockWeights.from_numbers([_drawn(weight, block, seed) for weight, block in pairs], blocks)
         case _ if hasattr(value, "tolist") and getattr(value, "ndim", 0) == 1:  # an array of numbers
-            return BlockWeights.from_numbers(value.tolist())
+            return BlockWeights.from_numbers(value.tolist(), blocks)
         case _:
-            return BlockWeights.flat(value, blocks)  # type: ignore[arg-type]
+            return BlockWeights(dict.fromkeys(blocks, value), blocks)
+
+
+def _parse_numbers(text: str, blocks: BlockList, seed: int | str) -> BlockWeights:
+    words = _entries(text)
+    if not words:
+        raise WeightsError(
+            f"the weights are empty: give a number, {len(kindred(blocks)[0])} numbers, or names as in "
+            f"{example(blocks)}=0.3"
+        )
+    if len(words) == 1:
+        return BlockWeights({block: _number(words[0], block, blocks, seed) for block in blocks}, blocks)
+    found = blocks_of_count(len(words), blocks)
+    pairs = zip(words, found[-len(words) :], strict=True)
+    return BlockWeights.from_numbers([_number(word, block, found, seed) for word, block in pairs], blocks)
 
 
 def _entries(text: str) -> list[str]:
@@ -150,21 +164,30 @@ def _drawn(weight: float | str | None, block: str, seed: int | str) -> float | N
     return chance.draw(seed, block) if chance else checked_weight(weight, block)
 
 
-def _number(text: str, block: str, seed: int | str) -> float | None:
+def _number(text: str, block: str, blocks: BlockList, seed: int | str) -> float | None:
     if text.casefold() == "skip":
         return None
     if chance := random_weight(text):
         return chance.draw(seed, block)
     number = finite_number(text)
     if number is None:
-        form = f": {_FORM}" if re.match(r"(BASE|(IN|M|OUT)[0-9])", text, re.IGNORECASE) else ""
+        form = f": {_form(blocks)}" if _begins_like_a_block(text, blocks) else ""
         raise WeightsError(f"'{shown(text)}' is not a number{form}")
     return number
 
 
-def _index(name: str, blocks: Sequence[str]) -> int:
-    match = re.fullmatch(r"(IN|M|OUT)([0-9]{1,2})", name.upper())
+def _form(blocks: BlockList) -> str:
+    return f"write BLOCK=NUMBER, as in {example(blocks)}=0.3"
+
+
+def _begins_like_a_block(text: str, blocks: BlockList) -> bool:
+    beginnings = {re.sub(r"[0-9]+$", "[0-9]", block) for block in blocks}
+    return re.match("|".join(sorted(beginnings)), text, re.IGNORECASE) is not None
+
+
+def _index(name: str, blocks: BlockList) -> int:
+    match = re.fullmatch(r"([A-Z]+)([0-9]{1,2})", name.upper())
     block = f"{match[1]}{int(match[2]):02}" if match else name.upper()
     if block not in blocks:
-        raise unknown_block(name if block not in SD_BLOCKS else block, blocks)
+        raise unknown_block(block if is_known(block) else name, blocks)
     return blocks.index(block)

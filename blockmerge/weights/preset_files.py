@@ -1,7 +1,7 @@
 """Preset files: our own TOML form, and the two text forms in use elsewhere.
 
-- TOML: `name`, `weights` (26 numbers, or 25 without BASE), and optionally `sdxl` (20 or 19), `aliases`,
-  `source`, `description`.
+- TOML: `name`, `weights` (26 numbers, or 25 without BASE; or a table of families, each with weights of its
+  own), and optionally `sdxl` (20 or 19 numbers), `aliases`, `source`, `description`.
 - SuperMerger's list: a line ``NAME<tab>26 numbers separated by commas`` or ``NAME:numbers`` for each preset.
 - merge-block-weighted's list: the same with 25 numbers.
 
@@ -14,53 +14,107 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
-from blockmerge.anatomy import SD_BLOCKS, SDXL_BLOCKS
+from blockmerge.anatomy import DEFAULT_FAMILY, FAMILIES
 from blockmerge.errors import PresetError, WeightsError, reason, shown
+from blockmerge.weights.block_lists import (
+    blocks_of_count,
+    family_named,
+    spans,
+    ways_to,
+    without_base,
+)
 from blockmerge.weights.block_weights import BlockWeights
-from blockmerge.weights.grammar import WeightsLike, parse_weights
+from blockmerge.weights.grammar import WeightsLike, block_range, is_one_number, parse_weights
 from blockmerge.weights.random_weights import is_random
 
 SUFFIXES = (".toml", ".txt", ".tsv", ".csv")
 
 _LARGEST = 1 << 20  # bytes; a preset file is a page of text, and somebody may name a checkpoint by mistake
 
+_KEYS = ("aliases", "description", "name", "sdxl", "source", "weights")
+
+_SDXL = "sdxl"  # a word of the files: a key of its own, beside `weights`
+
 
 @dataclass(frozen=True)
 class Preset:
-    """A named set of weights as they are written: for SD1 and SD2, and for SDXL where the preset has its own
-    table for it.
+    """A named set of weights: a table for each of some families, as read or, where it leaves any weight to
+    chance or is one number for all blocks, as written.
     """
 
     name: str
-    written: WeightsLike
-    written_for_sdxl: WeightsLike | None = None
+    tables: Mapping[str, WeightsLike]
     aliases: tuple[str, ...] = ()
     source: str = ""
     description: str = ""
 
     @property
-    def weights(self) -> BlockWeights:
-        """The 26 weights of SD1 and SD2; random ones as seed 0 draws them."""
-        return self.weights_for("sd1")
+    def weights(self) -> BlockWeights | None:
+        """The 26 weights of SD1 and SD2, if it has any for them; random ones as seed 0 draws them."""
+        return self.weights_for(DEFAULT_FAMILY) if self._table_for(DEFAULT_FAMILY) else None
 
     @property
     def sdxl(self) -> BlockWeights | None:
         """The 20 weights of the preset's own table for SDXL, if it has one."""
-        return None if self.written_for_sdxl is None else parse_weights(self.written_for_sdxl, "sdxl")
+        return self.weights_for(_SDXL) if _SDXL in self.tables else None
+
+    @property
+    def others(self) -> dict[str, BlockWeights]:
+        """The weights of its tables for other families, by the families' names."""
+        return {
+            family: self.weights_for(family)
+            for family in self.tables
+            if family not in (DEFAULT_FAMILY, _SDXL)
+        }
 
     @property
     def is_random(self) -> bool:
         """Whether any weight is left to chance, and so to the seed."""
-        return is_random((self.written, self.written_for_sdxl))
+        return any(is_random(table) for table in self.tables.values())
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """The families that the preset has weights for, in tables of their own or in another's."""
+        return tuple(family for family in FAMILIES if self._table_for(family))
 
     def weights_for(self, family: str, sdxl_map: str | None = None, seed: int | str = 0) -> BlockWeights:
-        """The weights for a family; for SDXL the preset's own table, unless a mapping is asked for."""
-        if family == "sdxl" and self.written_for_sdxl is not None and sdxl_map is None:
-            return parse_weights(self.written_for_sdxl, "sdxl", seed=seed)
-        weights = parse_weights(self.written, seed=seed)
-        return weights.for_sdxl(sdxl_map or "name") if family == "sdxl" else weights
+        """The weights for a family: from its own table, or from that of a family with the same blocks, or
+        carried over from another's. With an `sdxl_map` they are carried over wherever that can be done.
+
+        Raises PresetError when no table serves.
+        """
+        found = self._table_for(family, carry_first=sdxl_map is not None)
+        if found is None:
+            raise PresetError(
+                f"preset '{shown(self.name)}' has no weights for {family_named(family).title}, only for "
+                f"{', '.join(self.families)}: give a preset with a table 'weights.{family}', or weights"
+            )
+        table, whose = found
+        return parse_weights(table, whose, seed=seed).for_family(family, sdxl_map)
+
+    def _table_for(self, family: str, *, carry_first: bool = False) -> tuple[WeightsLike, str] | None:
+        """The table that serves for a family, and the family for which it is read."""
+        wanted = family_named(family)
+        tables = {family: self.tables[family], **self.tables} if family in self.tables else self.tables
+        same = [name for name in tables if FAMILIES[name].blocks == wanted.blocks]
+        carried = [name for name in tables if ways_to(wanted, FAMILIES[name].blocks)]
+        found = [(tables[name], name) for name in ([*carried, *same] if carry_first else [*same, *carried])]
+        found += [(table, family) for table in tables.values() if is_one_number(table)]
+        return found[0] if found else None
+
+
+@lru_cache(512)
+def presets_of_file(path: Path, stamp: tuple[int, int]) -> tuple[Preset, ...] | PresetError:
+    """Return what `read_preset_file` returns or raises, once for each `stamp`: when the file was changed, and
+    its size.
+    """
+    try:
+        return tuple(read_preset_file(path))
+    except PresetError as error:
+        return error
 
 
 def read_preset_file(path: Path) -> list[Preset]:
@@ -85,17 +139,13 @@ def read_preset_file(path: Path) -> list[Preset]:
 def _from_toml(text: str, path: Path) -> Preset:
     try:
         table = tomllib.loads(text)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a ValueError of its own is that of a number of thousands of digits
+    except (ValueError, RecursionError) as error:
+        # A ValueError that is no TOMLDecodeError is that of a number of thousands of digits.
         why = shown(error) if isinstance(error, tomllib.TOMLDecodeError) else "too deep, or a number too long"
         raise PresetError(f"preset file {shown(path)} is not TOML: {why}") from error
-    known = {"name", "weights", "sdxl", "aliases", "source", "description"}
-    if unknown := sorted(table.keys() - known):
+    if unknown := sorted(table.keys() - set(_KEYS)):
         raise PresetError(
-            f"preset file {shown(path)}: unknown key '{shown(unknown[0])}'; known are "
-            f"{', '.join(sorted(known))}"
+            f"preset file {shown(path)}: unknown key '{shown(unknown[0])}'; known are {', '.join(_KEYS)}"
         )
     if "weights" not in table:
         raise PresetError(f"preset file {shown(path)} has no 'weights'")
@@ -109,14 +159,41 @@ def _from_toml(text: str, path: Path) -> Preset:
         raise PresetError(f"preset file {shown(path)}: 'name' is not a text of one line")
     return Preset(
         name=name.strip(),
-        written=_checked(table["weights"], SD_BLOCKS, f"preset file {shown(path)}: 'weights'"),
-        written_for_sdxl=_checked(table["sdxl"], SDXL_BLOCKS, f"preset file {shown(path)}: 'sdxl'")
-        if "sdxl" in table
-        else None,
+        tables=_tables(table, f"preset file {shown(path)}"),
         aliases=tuple(aliases),
         source=_text(table, "source", path),
         description=_text(table, "description", path),
     )
+
+
+def _tables(table: Mapping[str, object], where: str) -> dict[str, WeightsLike]:
+    """The weights for each family: those of `weights`, and `sdxl`."""
+    written = _by_key(table["weights"], where)
+    if _SDXL in table:
+        if f"weights.{_SDXL}" in written:
+            raise PresetError(f"{where}: '{_SDXL}' and 'weights.{_SDXL}' are both given: remove one of them")
+        written[_SDXL] = _SDXL, table[_SDXL]
+    return {family: _checked(value, family, f"{where}: '{key}'") for key, (family, value) in written.items()}
+
+
+def _by_key(weights: object, where: str) -> dict[str, tuple[str, object]]:
+    """What `weights` holds, {key: (family, weights)}: a table for each family, or that of the usual one."""
+    keys = list(weights) if isinstance(weights, dict) else []
+    families = [key for key in keys if key in FAMILIES]
+    blocks = FAMILIES[DEFAULT_FAMILY].blocks
+    if not isinstance(weights, dict) or not families:
+        try:
+            for key in keys:
+                block_range(key, blocks)
+        except WeightsError as error:
+            raise PresetError(f"{where}: 'weights': {error}; families are {', '.join(FAMILIES)}") from error
+        return {"weights": (DEFAULT_FAMILY, weights)}
+    if others := [key for key in keys if key not in families]:
+        raise PresetError(
+            f"{where}: 'weights' holds '{shown(others[0])}' beside the family '{families[0]}': its keys are "
+            f"either families ({', '.join(FAMILIES)}) or blocks ({', '.join(spans(blocks))})"
+        )
+    return {f"weights.{family}": (family, weights[family]) for family in families}
 
 
 def _text(table: Mapping[str, object], key: str, path: Path) -> str:
@@ -126,19 +203,19 @@ def _text(table: Mapping[str, object], key: str, path: Path) -> str:
     return " ".join(value.split())
 
 
-def _checked(value: object, blocks: tuple[str, ...], where: str) -> WeightsLike:
+def _checked(value: object, family: str, where: str) -> WeightsLike:
+    """Return the weights that are read from a preset file; as written where a seed or the family decides."""
     if not isinstance(value, (int, float, str, list, dict)):
         raise PresetError(f"{where}: neither a number, a list, a text nor a table of weights")
+    blocks = FAMILIES[family].blocks
     try:
-        parse_weights(value, "sdxl" if blocks == SDXL_BLOCKS else "sd1")
-        if isinstance(value, list) and not len(blocks) - 1 <= len(value) <= len(blocks):
-            raise WeightsError(
-                f"{len(value)} weights given where {len(blocks)} (or {len(blocks) - 1} without BASE) are "
-                "needed"
-            )
+        weights = parse_weights(value, family)
+        if isinstance(value, list) and blocks_of_count(len(value), blocks) != blocks:
+            fewer = without_base(blocks).replace("(", "(or ")
+            raise WeightsError(f"{len(value)} weights given where {len(blocks)}{fewer} are needed")
     except WeightsError as error:
         raise PresetError(f"{where}: {error}") from error
-    return value
+    return value if is_random(value) or is_one_number(value) else weights
 
 
 def _from_lines(text: str, path: Path) -> list[Preset]:
@@ -154,7 +231,9 @@ def _from_lines(text: str, path: Path) -> list[Preset]:
             # SuperMerger's random number for each tensor, not each block. A list with one such line is still
             # useful.
             continue
-        found.append(Preset(name, _checked(rest[0], SD_BLOCKS, where), source=path.name))
+        found.append(
+            Preset(name, {DEFAULT_FAMILY: _checked(rest[0], DEFAULT_FAMILY, where)}, source=path.name)
+        )
     if not found:
         raise PresetError(f"preset file {shown(path)} holds no preset")
     return found

@@ -6,19 +6,21 @@ Looked for in this order, so that a user's preset hides a shipped one of the sam
    `~/Library/Application Support`)
 2. the presets that come with blockmerge
 
-Upper and lower case, `-` and `_` are the same in names.
+Upper and lower case, `-` and `_` are the same in names. The file of a preset that comes with blockmerge is
+named like the preset, so that it is found without reading the others.
 """
 
 from __future__ import annotations
 
 import os
-from functools import cache
+from collections.abc import Iterable
 from pathlib import Path
 
-from blockmerge.errors import PresetError, did_you_mean, listing, shown
+from blockmerge.anatomy import DEFAULT_FAMILY
+from blockmerge.errors import PresetError, did_you_mean, listing, reason, shown
 from blockmerge.weights.block_weights import BlockWeights
 from blockmerge.weights.grammar import finite_number
-from blockmerge.weights.preset_files import SUFFIXES, Preset, read_preset_file
+from blockmerge.weights.preset_files import SUFFIXES, Preset, presets_of_file, read_preset_file
 
 __all__ = [
     "Preset",
@@ -33,13 +35,19 @@ __all__ = [
 ]
 
 
+_ALIASES = {"high_res_replace": "high_res", "low_res_replace": "low_res"}
+"""Other names of the presets that come with blockmerge. Their files say so too, but would all have to be
+read.
+"""
+
+
 def load_preset(name: str) -> BlockWeights:
     """Return the 26 weights of a preset (its SDXL table is in `find_preset(name).sdxl`).
 
     `name` is a preset's name or alias, a preset file's path, or ``FILE#NAME`` for a file of many.
-    Raises PresetError, with the nearest known name, when there is none.
+    Raises PresetError, with the nearest known name, when there is none, and when it has no such weights.
     """
-    return find_preset(name).weights
+    return find_preset(name).weights_for(DEFAULT_FAMILY)
 
 
 def preset_names() -> list[str]:
@@ -48,10 +56,10 @@ def preset_names() -> list[str]:
 
 
 def presets() -> list[Preset]:
-    """Return all presets, the user's own first, without those that a user's preset hides and files that are
-    none.
+    """Return all presets, the user's own first, without those that a user's preset hides, and without files
+    that cannot be read.
     """
-    return list(_by_own_name().values())
+    return list(_by_own_name([*_own(), *_sorted(_presets_in(shipped_folder())[0])]).values())
 
 
 def unreadable_presets() -> list[str]:
@@ -61,22 +69,9 @@ def unreadable_presets() -> list[str]:
 
 def find_preset(name: str) -> Preset:
     """Return a preset by name, alias, path, or ``FILE#NAME``. Raises PresetError when there is none."""
-    if not isinstance(name, (str, os.PathLike)):
-        raise PresetError(
-            f"a preset is a name or a file, not a {type(name).__name__}: give weights as weights="
-        )
-    name = os.fspath(name)
-    known = _by_name()
-    if preset := known.get(_fold(name)):
+    if preset := _find(name):
         return preset
-    path, _, inner = name.partition("#")
-    if Path(path).suffix.lower() in SUFFIXES or os.path.isfile(path):
-        return _from_file(Path(path), inner)
-    names = [name for preset in known.values() for name in (preset.name, *preset.aliases)]
-    raise PresetError(
-        f"unknown preset '{shown(name)}'{did_you_mean(name, names)} ('blockmerge presets' lists "
-        f"them){_unreadable(name)}"
-    )
+    raise _unknown(name)
 
 
 def find_share(text: str) -> tuple[Preset, float]:
@@ -85,20 +80,21 @@ def find_share(text: str) -> tuple[Preset, float]:
     What is itself a preset's name or file is that, whatever @ it holds. Raises PresetError when there is
     none, or the ratio is not a number.
     """
+    fault = None
     try:
-        return find_preset(text), 1.0
+        if whole := _find(text):
+            return whole, 1.0
     except PresetError as error:
-        name, at, tail = (
-            os.fspath(text).rpartition("@") if isinstance(text, (str, os.PathLike)) else ("", "", "")
-        )
-        if not at:
-            raise
-        ratio = finite_number(tail)
-        try:
-            preset = find_preset(name)
-        except PresetError as without:
-            # "hi_res@0.6" is told of hi_res, "me@work/x.toml" of the whole.
-            raise error if ratio is None else without from None
+        fault = error
+    name, at, tail = os.fspath(text).rpartition("@") if isinstance(text, (str, os.PathLike)) else ("", "", "")
+    if not at:
+        raise fault or _unknown(text)
+    ratio = finite_number(tail)
+    try:
+        preset = find_preset(name)
+    except PresetError as without:
+        # "hi_res@0.6" is told of hi_res, "me@work/x.toml" of the whole.
+        raise (fault or _unknown(text)) if ratio is None else without from None
     if ratio is None:
         raise PresetError(
             f"'{shown(tail)}' in '{shown(text)}' is not a number: write NAME@RATIO, as in high_res@0.6"
@@ -122,6 +118,48 @@ def shipped_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "presets"
 
 
+def _find(name: str) -> Preset | None:
+    """The preset of a name, or in a file; None where no preset and no file has the name."""
+    if not isinstance(name, (str, os.PathLike)):
+        raise PresetError(
+            f"a preset is a name or a file, not a {type(name).__name__}: give weights as weights="
+        )
+    name = os.fspath(name)
+    own = _own()
+    hiding = _by_own_name(own)
+    if preset := next((preset for preset in own if _fold(name) in _names(preset)), None):
+        return hiding[_fold(preset.name)]
+    if preset := _shipped(name):
+        # A hidden preset's aliases lead to the one that hides it.
+        return hiding.get(_fold(preset.name), preset)
+    path, _, inner = name.partition("#")
+    if Path(path).suffix.lower() in SUFFIXES or os.path.isfile(path):
+        return _from_file(Path(path), inner)
+    return None
+
+
+def _shipped(name: str) -> Preset | None:
+    """The preset of that name or alias that comes with blockmerge."""
+    own_name = _ALIASES.get(_fold(name), _fold(name))
+    stem = own_name.replace("/", "_div").replace("*", "_x")
+    try:
+        path = next((path for path in shipped_folder().iterdir() if path.stem == stem), None)
+    except OSError:
+        return None
+    presets = () if path is None else _read(path)
+    if isinstance(presets, PresetError):
+        return None
+    return next((preset for preset in presets if _fold(preset.name) == own_name), None)
+
+
+def _unknown(name: str) -> PresetError:
+    names = [name for preset in presets() for name in (preset.name, *preset.aliases)]
+    return PresetError(
+        f"unknown preset '{shown(name)}'{did_you_mean(name, names)} ('blockmerge presets' lists "
+        f"them){_unreadable(name)}"
+    )
+
+
 def _from_file(path: Path, inner: str) -> Preset:
     found = read_preset_file(path)
     if not inner:
@@ -131,7 +169,7 @@ def _from_file(path: Path, inner: str) -> Preset:
                 f"{shown(path)} holds {len(found)} presets ({names}): write {shown(path.name)}#NAME"
             )
         return found[0]
-    wanted = [preset for preset in found if _fold(inner) in (_fold(preset.name), *map(_fold, preset.aliases))]
+    wanted = [preset for preset in found if _fold(inner) in _names(preset)]
     if len(wanted) > 1:
         raise PresetError(
             f"{shown(path)} holds {len(wanted)} presets of the name '{shown(inner)}': remove all but one"
@@ -143,29 +181,24 @@ def _from_file(path: Path, inner: str) -> Preset:
     )
 
 
-def _by_name() -> dict[str, Preset]:
-    by_own_name = _by_own_name()
-    known: dict[str, Preset] = {}
-    for preset in _all():
-        for name in (preset.name, *preset.aliases):
-            # A hidden preset's aliases lead to the one that hides it.
-            known.setdefault(_fold(name), by_own_name[_fold(preset.name)])
-    return known
+def _own() -> list[Preset]:
+    """The user's own presets, also those that another of the same name hides."""
+    return _sorted(_presets_in(user_folder())[0])
 
 
-def _by_own_name() -> dict[str, Preset]:
+def _sorted(presets: Iterable[Preset]) -> list[Preset]:
+    return sorted(presets, key=lambda preset: preset.name.casefold())
+
+
+def _by_own_name(presets: Iterable[Preset]) -> dict[str, Preset]:
     found: dict[str, Preset] = {}
-    for preset in _all():
+    for preset in presets:
         found.setdefault(_fold(preset.name), preset)
     return found
 
 
-def _all() -> list[Preset]:
-    """All presets, the user's own first, also those that are hidden."""
-    folders = (_presets_in(folder)[0] for folder in (user_folder(), shipped_folder()))
-    return [
-        preset for found in folders for preset in sorted(found, key=lambda preset: preset.name.casefold())
-    ]
+def _names(preset: Preset) -> list[str]:
+    return [_fold(name) for name in (preset.name, *preset.aliases)]
 
 
 def _unreadable(name: str) -> str:
@@ -182,23 +215,28 @@ def _fold(name: str) -> str:
     return name.strip().casefold().replace("-", "_")
 
 
-def _presets_in(folder: Path) -> tuple[tuple[Preset, ...], tuple[tuple[Path, str], ...]]:
+def _presets_in(folder: Path) -> tuple[list[Preset], list[tuple[Path, str]]]:
     """The presets in a folder, and the files that cannot be read with what is wrong with them."""
     try:
-        newest = max((entry.stat().st_mtime_ns for entry in [folder, *folder.iterdir()]), default=0)
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     except OSError:  # the user's folder need not exist
-        return (), ()
-    return _read_folder(folder, newest)
-
-
-@cache
-def _read_folder(folder: Path, newest: int) -> tuple[tuple[Preset, ...], tuple[tuple[Path, str], ...]]:
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+        return [], []
     found: list[Preset] = []
     faults: list[tuple[Path, str]] = []
-    for path in files:
-        try:
-            found += read_preset_file(path)
-        except PresetError as error:  # a stray text in the user's folder must not take all presets away
-            faults.append((path, str(error)))
-    return tuple(found), tuple(faults)
+    for path in paths:
+        presets = _read(path)
+        if isinstance(presets, PresetError):
+            # A stray text in the user's folder must not take all presets away.
+            faults.append((path, str(presets)))
+        else:
+            found += presets
+    return found, faults
+
+
+def _read(path: Path) -> tuple[Preset, ...] | PresetError:
+    """The presets of a file in a folder, read again only after the file was changed."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        return PresetError(f"cannot read preset file {shown(path)}: {reason(error)}")
+    return presets_of_file(path, (status.st_mtime_ns, status.st_size))

@@ -6,11 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import reduce
+from dataclasses import dataclass
+from functools import cached_property, reduce
 from numbers import Integral
 
-from blockmerge.anatomy import FAMILIES
 from blockmerge.errors import WeightsError, shown
 from blockmerge.weights.block_weights import SDXL_MAPS, BlockWeights, check_sdxl_map
 from blockmerge.weights.grammar import WeightsLike, finite_number, parse_assignments, parse_weights
@@ -74,27 +73,30 @@ class WeightsRequest:
                 f"both a preset and weights are given{whose}: give {options}; {self._option('changes')} go "
                 "on top"
             )
-        self._shares()
+        _ = self._shares
 
     def resolve(self, family: str) -> BlockWeights:
         """Return the weights for a family. Raises WeightsError when they cannot be read, and as `check`
         does.
         """
         self.check()
-        seed = f"beta {self.seed}" if self.beta else self.seed
-        if shares := self._shares():
-            scaled = [
-                preset.weights_for(family, self.sdxl_map, seed).scale(ratio) for preset, ratio in shares
-            ]
-            weights = reduce(BlockWeights.add, scaled)
+        return self._resolve(family, self.sdxl_map)
+
+    def _resolve(self, family: str, sdxl_map: str | None) -> BlockWeights:
+        seed = self._seed
+        if self._shares:
+            with self._blamed_on("preset"):
+                tables = [preset.weights_for(family, sdxl_map, seed) for preset, _ in self._shares]
+            ratios = (ratio for _, ratio in self._shares)
+            weights = reduce(BlockWeights.add, map(BlockWeights.scale, tables, ratios))
         else:
             asked = self.default if self.weights is None else self.weights
             assert asked is not None
             with self._blamed_on("weights"):
-                weights = parse_weights(asked, family, self.sdxl_map, seed)
+                weights = parse_weights(asked, family, sdxl_map, seed)
         if self.changes is not None:
             with self._blamed_on("changes"):
-                weights = weights.replace(parse_assignments(self.changes, FAMILIES[family].blocks, seed))
+                weights = weights.replace(parse_assignments(self.changes, weights.blocks, seed))
         return weights
 
     def change(self, held: BlockWeights) -> BlockWeights:
@@ -104,11 +106,10 @@ class WeightsRequest:
         """
         if self.preset is not None or not isinstance(self.weights, (str, Mapping, type(None))):
             raise WeightsError("only weights that name blocks keep the others: OUT05=0.7, or a mapping")
-        seed = f"beta {self.seed}" if self.beta else self.seed
         for argument, named in (("weights", self.weights), ("changes", self.changes)):
             if named is not None:
                 with self._blamed_on(argument):
-                    held = held.replace(parse_assignments(named, held.blocks, seed))
+                    held = held.replace(parse_assignments(named, held.blocks, self._seed))
         return held
 
     @property
@@ -118,9 +119,9 @@ class WeightsRequest:
         The presets' names with their ratios (``"high_res@0.6+GRAD_A@0.4"``), the weight when one number is
         given for all blocks, or the text of the weights, which may be long.
         """
-        if shares := self._shares():
+        if self._shares:
             return "+".join(
-                preset.name if ratio == 1 else f"{preset.name}@{ratio:g}" for preset, ratio in shares
+                preset.name if ratio == 1 else f"{preset.name}@{ratio:g}" for preset, ratio in self._shares
             )
         value = self.default if self.weights is None else self.weights
         if isinstance(value, (int, float)):
@@ -131,22 +132,25 @@ class WeightsRequest:
     @property
     def is_random(self) -> bool:
         """Whether any weight is left to chance, and so to the seed."""
-        return is_random((self.weights, self.changes)) or any(
-            preset.is_random for preset, _ in self._shares()
-        )
+        return is_random((self.weights, self.changes)) or any(preset.is_random for preset, _ in self._shares)
 
     def heeds_map(self, family: str) -> bool:
         """Whether a family's weights depend on `sdxl_map`. Raises WeightsError as `resolve` does."""
-        return len({replace(self, sdxl_map=way).resolve(family) for way in (None, *SDXL_MAPS)}) > 1
+        self.check()
+        return len({self._resolve(family, way) for way in (None, *SDXL_MAPS)}) > 1
 
+    @property
+    def _seed(self) -> int | str:
+        return f"beta {self.seed}" if self.beta else self.seed
+
+    @cached_property
     def _shares(self) -> list[tuple[Preset, float]]:
+        """The presets that are asked for, looked up once, each with its ratio."""
         if self.preset is None:
             return []
         with self._blamed_on("preset"):
-            return [
-                find_share(text)
-                for text in (self.preset if isinstance(self.preset, tuple) else (self.preset,))
-            ]
+            asked = self.preset if isinstance(self.preset, tuple) else (self.preset,)
+            return [find_share(text) for text in asked]
 
     def _option(self, name: str) -> str:
         return f"{name}_beta ({_OPTIONS[name]}-beta)" if self.beta else f"{name} ({_OPTIONS[name]})"
