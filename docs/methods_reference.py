@@ -68,25 +68,29 @@ Or from the command line, with the function in `mine.py` in the current folder o
 with all that you may do yourself.
 
 Parameters by position are the models (`*others` for any number), `alpha` and `beta` are the weights, other
-keywords are numbers with a default, none named like an argument of `merge` but `seed`; on the command line they
-are given as `--number gamma=0.2`. The tensors are copies in float32 or float64, and what is returned is rounded
-once. [examples/own_method.py](../examples/own_method.py) is one to start from.
+keywords are numbers with a default, none named like an argument of `merge` but `seed`; on the command line
+they are given as `--number gamma=0.2`. The tensors are copies in float32 or float64, and what is returned is
+rounded once. [examples/own_method.py](../examples/own_method.py) is one to start from.
 
 The built-in methods are defined in the same way, with all that the decorator takes:
 
-| argument | what it says |
-| --- | --- |
-| `locality` | `"element"`, the default: the function may be given any stretch of a tensor, flat; `"row"`: any entries of the first axis; `"tensor"`: the whole; `"model"`: the whole, after `passes` |
-| `formula`, `source` | texts, for `blockmerge methods` |
-| `copies` | a function of alpha and beta: the number of the model (0 is A) whose bytes the result is, which is then copied, or None; `blockmerge.methods.planning` has `a_at_zero`, `a_to_b` and others |
-| `numbers` | more about numbers: `[Number("gamma", text="how soft", low=0, high=1)]`, with `Number` from `blockmerge.methods` |
-| `chance=True` | the function takes the keywords `key` and `position`, and a merge its `seed` |
-| `rows` | for `"row"`: a function of shape, alpha and beta that gives stretches (start, stop, model) of the first axis, which are copied without the function |
-| `passes` | for `"model"`: two functions; the first gives the figures of a tensor of each model, the second makes of those of all tensors, a list in any order, what the function takes as the keyword `gathered` |
+- `locality` says what the function must see at once. `"element"`, the default: any stretch of a tensor, flat.
+  `"row"`: any entries of the first axis. `"tensor"`: the whole. `"model"`: the whole, after `passes`.
+- `formula` and `source` are texts, for `blockmerge methods`.
+- `copies` is a function of alpha and beta: the number of the model (0 is A) whose bytes the result is, which
+  is then copied, or None. `blockmerge.methods.planning` has `a_at_zero`, `a_to_b` and others.
+- `numbers` says more about numbers, with `Number` from `blockmerge.methods`:
+  `[Number("gamma", text="how soft", low=0, high=1)]`.
+- `chance=True`: the function takes the keywords `key` and `position`, and a merge its `seed`.
+- `rows`, for `"row"`, is a function of shape, alpha and beta: stretches (start, stop, model) of the first
+  axis, which are copied without the function.
+- `passes`, for `"model"`, are two functions. The first gives the figures of one tensor of each model. The
+  second makes of those of all tensors, a list in any order, what the function takes as
+  the keyword `gathered`.
 
-Random numbers come from `blockmerge.methods.randomness`, so that a tensor gets the same ones however it is cut:
-`normal(key, position, count, device)` are normal numbers, `chosen(rate, key, position, count, device)` is 1 with
-the probability `rate`/65,536 and else 0. Both are flat and good until the next call.
+Random numbers come from `blockmerge.methods.randomness`, so that a tensor gets the same ones however it is
+cut: `normal(key, position, count, device)` are normal numbers, `chosen(rate, key, position, count, device)`
+is 1 with the probability `rate`/65,536 and else 0. Both are flat and good until the next call.
 
 ```python
 from blockmerge.methods.randomness import normal
