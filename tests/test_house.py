@@ -74,11 +74,11 @@ CONTRACT_PLACES = {
     ("rendering/json_text.py", "sdxl"): "a preset's key `sdxl` in JSON",
     ("rendering/terminal.py", "sdxl"): "a preset's own table `sdxl`, and its column",
     ("anatomy/__init__.py", "sdxl"): "SDXL_BLOCKS, a list of the registry that other rooms still import",
-    ("weights/", "sd1"): "other branch",
-    ("weights/", "sd2"): "other branch",
-    ("weights/", "sdxl"): "other branch",
 }
 """Where else a family's name stands in code, and why."""
+
+NOT_YET = {"weights"}
+"""Rooms that are being rebuilt on another branch."""
 
 FAMILIES_HOME = PACKAGE / "anatomy" / "families"
 
@@ -266,9 +266,9 @@ def test_no_family_is_named_outside_its_folder():
     found = set()
     for path in PACKAGE.rglob("*"):
         if path.is_file() and path.suffix != ".pyc" and FAMILIES_HOME not in path.parents:
+            if room_of(path) in NOT_YET:
+                continue
             place = path.relative_to(PACKAGE).as_posix()
-            if path.relative_to(PACKAGE).parts[0] == "weights":
-                place = "weights/"
             for text in said(path):
                 found.update((place, name) for name in named.findall(contract.sub("", text.casefold())))
     assert found == CONTRACT_PLACES.keys()

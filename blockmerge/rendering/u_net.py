@@ -62,9 +62,9 @@ class WeightsU:
 
 def arms_of(blocks: Iterable[str]) -> Arms | None:
     """How these blocks are drawn, or None where no family has just these, in two arms."""
-    wanted = set(blocks)
-    found = (family.arms for family in FAMILIES.values() if set(family.blocks) == wanted)
-    return next((arms for arms in found if arms is not None), None)
+    wanted = set(blocks) - {OUTSIDE}
+    drawn = (family.arms for family in FAMILIES.values() if family.arms is not None)
+    return next((a for a in drawn if {*a.left, *a.middle, *a.right} == wanted), None)
 
 
 def _whole(line: Text) -> Text:
