@@ -2,13 +2,14 @@
 
 from blockmerge.checkpoints.assembled import Assembled, Assembly, Piece
 from blockmerge.checkpoints.checkpoint import Checkpoint, Reader, TensorInfo
+from blockmerge.checkpoints.formats.any_file import SUFFIXES
 from blockmerge.checkpoints.formats.folder import LARGEST_CARRIED, DiffusersFolder, is_diffusers_folder
 from blockmerge.checkpoints.formats.safetensors_file import SafetensorsFile, encode_header
 from blockmerge.checkpoints.formats.torch_file import TorchFile
 from blockmerge.checkpoints.hashes import Hashes, hash_file, old_hash
 from blockmerge.checkpoints.metadata import faulty_metadata
 from blockmerge.checkpoints.model import EMA_CHOICES, VAE_PREFIX, Model, made, vae_tensors
-from blockmerge.checkpoints.open import SUFFIXES, CheckpointLike, open_checkpoint, told_apart
+from blockmerge.checkpoints.open import CheckpointLike, open_checkpoint, told_apart
 from blockmerge.checkpoints.position_ids import POSITIONS, fault_of_position_ids
 from blockmerge.checkpoints.reading import Readers, read
 from blockmerge.checkpoints.state_dict import StateDict, state_dict_name

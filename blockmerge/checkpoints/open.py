@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
 from blockmerge.checkpoints.checkpoint import Checkpoint
+from blockmerge.checkpoints.formats.any_file import open_file
 from blockmerge.checkpoints.formats.folder import DiffusersFolder
-from blockmerge.checkpoints.formats.safetensors_file import SafetensorsFile
-from blockmerge.checkpoints.formats.torch_file import TORCH_SUFFIXES, TorchFile, begins_torch_file
 from blockmerge.checkpoints.state_dict import StateDict
 from blockmerge.errors import CheckpointError, shown
 
@@ -20,15 +18,6 @@ if TYPE_CHECKING:
 
 CheckpointLike = Union[str, "os.PathLike[str]", Checkpoint, "Mapping[str, torch.Tensor]"]
 """What is taken for a model: a path, an opened checkpoint, or a state dict."""
-
-SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
-"""How the names of model files end, in lower case."""
-
-_NO_MODELS = {
-    b"version https://git-lfs": "is a git-LFS pointer, not the model itself: fetch that with git lfs pull",
-    b"<!doctype html": "is an HTML page, not a model: download the model itself",
-    b"<html": "is an HTML page, not a model: download the model itself",
-}
 
 
 def open_checkpoint(
@@ -60,13 +49,7 @@ def open_checkpoint(
         raise CheckpointError("an empty path is no model: give the path of a .safetensors or .ckpt file")
     if is_folder:
         return DiffusersFolder(source, variant)
-    head = _head(source)
-    for start, what in _NO_MODELS.items():
-        if head.lstrip().lower().startswith(start):
-            raise CheckpointError(f"{shown(source)} {what}")
-    if begins_torch_file(head) or (head[8:9] != b"{" and os.fspath(source).lower().endswith(TORCH_SUFFIXES)):
-        return TorchFile(source)
-    return SafetensorsFile(source)
+    return open_file(source)
 
 
 def told_apart(checkpoints: Sequence[Checkpoint]) -> list[str]:
@@ -88,14 +71,3 @@ def _shortest(parts: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> str:
     """
     count = next(n for n in range(1, len(parts) + 1) if all(other[-n:] != parts[-n:] for other in others))
     return str(Path(*parts[-count:]))
-
-
-def _head(path: str | os.PathLike[str]) -> bytes:
-    """How a file begins; nothing when it cannot be read, which opening it as a checkpoint will say."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return b""
-        with open(path, "rb") as file:
-            return file.read(64)
-    except (OSError, ValueError):
-        return b""

@@ -6,3 +6,4 @@ import numpy as np
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 Flags = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+Records = np.ndarray[tuple[int, ...], np.dtype[np.void]]

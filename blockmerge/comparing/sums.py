@@ -9,25 +9,20 @@ number of threads.
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from blockmerge.checkpoints import Model, Readers
-from blockmerge.comparing.arrays import Array, Flags
+from blockmerge.checkpoints import Model
+from blockmerge.comparing.arrays import Array, Flags, Records
+from blockmerge.comparing.reading import TensorReader, read_in_parallel
 from blockmerge.comparing.results import Differences
 from blockmerge.comparing.sources import weights_of
-from blockmerge.dtypes import itemsize
 from blockmerge.errors import BlockmergeError, listing, shown
 from blockmerge.expressions import Expression
-from blockmerge.streaming import Progress, TorchThreads, aligned_buffer, for_each, thread_count
-from blockmerge.streaming.tensors import tensor_view
-
-_MOST_OPEN = 24  # files of one worker: systems allow 256 and more in all
+from blockmerge.streaming import Progress
 
 CHUNK = 1 << 18
 """Elements summed in float32 at once."""
@@ -39,44 +34,17 @@ NOT_FINITE = "holds NaN or infinity (or values too large to compare)"
 MOST_ROWS = 16
 """How many models `sum_pairs` can take as rows at once: it holds a chunk of each."""
 
-AB, DD, MAX, CAB, CAA, CBB = range(6)
-"""What is summed for a pair (a, b): Σab, Σ(b−a)², max|b−a|; with a common base c also Σ(a−c)(b−c), Σ(a−c)²,
-Σ(b−c)².
-"""
-
-
-class ChunkReader:
-    """One worker's handles and buffers: chunks of any model's tensors, as floats ready to be summed.
-
-    The tensor that `read` returns lies in the buffer `slot` and stays valid until that slot is read into
-    again.
-    """
-
-    def __init__(self, models: Sequence[Model], stack: ExitStack) -> None:
-        self._readers = stack.enter_context(Readers())
-        self._raw = aligned_buffer(0)
-        self._wide: dict[int, memoryview] = {}
-
-    def read(
-        self, number: int, info: Expression, start: int, count: int, slot: int, wide: str = "F32"
-    ) -> torch.Tensor:
-        """Return `count` elements of a tensor of model `number` from element `start` on, in the dtype
-        `wide`.
-        """
-        size = itemsize(info.dtype) or 0
-        wide_size = itemsize(wide) or 0
-        if len(self._wide.get(slot, b"")) < count * wide_size:
-            self._wide[slot] = aligned_buffer(count * wide_size)
-        target = self._wide[slot][: count * wide_size]
-        result = tensor_view(target, wide, count)
-        if info.dtype == wide:
-            self._readers.read_into(info, start * size, target)
-            return result
-        if len(self._raw) < count * size:
-            self._raw = aligned_buffer(count * size)
-        raw = self._raw[: count * size]
-        self._readers.read_into(info, start * size, raw)
-        return result.copy_(tensor_view(raw, info.dtype, count))
+DISTANCES = np.dtype(
+    [
+        ("squares", np.float64),  # Σ(b−a)²
+        ("largest", np.float64),  # max |b−a|
+        # The rest with a common base c only, else 0:
+        ("product_from_base", np.float64),  # Σ(a−c)(b−c)
+        ("row_squares_from_base", np.float64),  # Σ(a−c)²
+        ("column_squares_from_base", np.float64),  # Σ(b−c)²
+    ]
+)
+"""How far the models a (of a row) and b (of a column) are apart in a tensor."""
 
 
 @dataclass(frozen=True)
@@ -84,14 +52,16 @@ class Sums:
     """Sums of rows × columns models, for every one of `names` (tensors).
 
     `seen[tensor, model]` says whether the model has the tensor in the shape that the others have;
-    `squares[tensor, model]` is Σx²; `pairs[tensor, row, column, kind]` the sums of a pair (kinds: AB, DD, …;
-    from CAB on 0 without a common base). `errors` maps models that could not be read to why.
+    `squares[tensor, model]` is Σx²; `products[tensor, row, column]` is Σab, and `distances` (of the same
+    shape, records of DISTANCES) is None where only cosines were asked for. `errors` maps models that could
+    not be read to why.
     """
 
     names: tuple[str, ...]
     seen: Flags
     squares: Array
-    pairs: Array
+    products: Array
+    distances: Records | None
     errors: Mapping[int, str]
     rows: tuple[int, ...]
     columns: tuple[int, ...]
@@ -115,25 +85,30 @@ class Sums:
 
     def differences(self, row: int, column: int, tensors: Sequence[int]) -> Differences:
         """How two models differ over some of the `compared` tensors."""
-        pair = self._pair(row, column)[list(tensors)]
-        aa, bb = (math.fsum(self.squares[list(tensors), number]) for number in (row, column))
-        ab, dd = math.fsum(pair[:, AB]), math.fsum(pair[:, DD])
-        caa, cbb = math.fsum(pair[:, CAA]), math.fsum(pair[:, CBB])
+        assert self.distances is not None, "only cosines were asked for"
+        some = list(tensors)
+        pair = self.rows.index(row), self.columns.index(column)
+        apart = {kind: self.distances[kind][some, *pair] for kind in DISTANCES.names or ()}
+        aa, bb = (math.fsum(self.squares[some, number]) for number in (row, column))
+        ab, dd = math.fsum(self.products[some, *pair]), math.fsum(apart["squares"])
+        from_base = math.fsum(apart["product_from_base"])
+        aa_from_base = math.fsum(apart["row_squares_from_base"])
+        bb_from_base = math.fsum(apart["column_squares_from_base"])
         return Differences(
             cosine=_cosine(ab, aa, bb) if aa or bb else 1.0,
             relative_difference=math.sqrt(dd / aa) if aa else (None if dd else 0.0),
-            max_difference=float(pair[:, MAX].max(initial=0.0)),
-            difference_cosine=_cosine(math.fsum(pair[:, CAB]), caa, cbb) if caa and cbb else None,
+            max_difference=float(apart["largest"].max(initial=0.0)),
+            difference_cosine=(
+                _cosine(from_base, aa_from_base, bb_from_base) if aa_from_base and bb_from_base else None
+            ),
         )
 
     def cosine(self, row: int, column: int) -> float:
         """The cosine of two models over all `compared` tensors."""
         compared = self.compared(row, column)
+        products = self.products[:, self.rows.index(row), self.columns.index(column)]
         aa, bb = (float(self.squares[compared, number].sum()) for number in (row, column))
-        return _cosine(float(self._pair(row, column)[compared, AB].sum()), aa, bb) if aa or bb else 1.0
-
-    def _pair(self, row: int, column: int) -> Array:
-        return self.pairs[:, self.rows.index(row), self.columns.index(column)]
+        return _cosine(float(products[compared].sum()), aa, bb) if aa or bb else 1.0
 
 
 def _cosine(ab: float, aa: float, bb: float) -> float:
@@ -153,139 +128,164 @@ def sum_pairs(
 ) -> Sums:
     """Compare the models `rows` with the models `columns` (numbers of `models`), in one reading of each.
 
-    Row i and column j are compared where i < j. With `common`, that model is subtracted for the sums CAB, CAA
-    and CBB. With `cosine_only` there is AB alone, which keeps the sums of hundreds of models small.
+    Row i and column j are compared where i < j. With `common`, that model is the base from which both are
+    looked at too. With `cosine_only` there are no distances: the sums of hundreds of models stay small.
+
+    A model that cannot be read is named in `errors`. Raises what is wrong with the common base, and with a
+    row that is the only one: without it there is nothing to compare.
     """
-    tensors = [weights_of(model) for model in models]
-    names = tuple(dict.fromkeys(name for row in rows for name in tensors[row]))
-    work = _PairWork(models, tensors, names, list(rows), list(columns), common, 1 if cosine_only else 6)
-    largest = sorted(
-        range(len(names)),
-        key=lambda index: (
-            -next(tensors[r][names[index]].elements for r in rows if names[index] in tensors[r])
-        ),
+    work = _PairSums(models, rows, columns, common, cosine_only)
+    work.run(threads, progress)
+    return Sums(
+        work.names,
+        work.seen,
+        work.squares,
+        work.products,
+        work.distances,
+        work.errors,
+        tuple(rows),
+        tuple(columns),
     )
-    read = {*rows, *columns, *([] if common is None else [common])}
-    total = sum(tensors[number][name].nbytes for number in read for name in names if name in tensors[number])
-    threads = thread_count(threads)
-    try:
-        for_each(largest, work.worker, threads, total, progress)
-    finally:
-        work.torch_threads.restore()
-    for number in sorted(read - work.errors.keys()):
-        try:
-            models[number].source.check_unchanged()
-        except BlockmergeError as error:
-            if number == common or list(rows) == [number]:
-                raise
-            work.errors[number] = str(error)
-    return Sums(names, work.seen, work.squares, work.pairs, work.errors, tuple(rows), tuple(columns))
 
 
-class _PairWork:
-    """What the workers of one pass share: they write to different places of the same arrays."""
+@dataclass(frozen=True)
+class _Chunk:
+    """A stretch of elements of tensor number `index`, to be looked at as floats of `dtype`."""
+
+    index: int
+    start: int
+    count: int
+    dtype: str
+
+
+class _PairSums:
+    """The sums of one pass, while they are added up: each worker has other tensors, so none needs a lock."""
 
     def __init__(
         self,
         models: Sequence[Model],
-        tensors: Sequence[Mapping[str, Expression]],
-        names: Sequence[str],
         rows: Sequence[int],
         columns: Sequence[int],
         common: int | None,
-        kinds: int,
+        cosine_only: bool,
     ) -> None:
-        self.models, self.tensors, self.names = models, tensors, names
-        self.rows, self.columns, self.common = rows, columns, common
+        self.models, self.common = models, common
+        self.row_places = {number: place for place, number in enumerate(rows)}
+        self.column_places = {number: place for place, number in enumerate(columns)}
+        self.tensors = [weights_of(model) for model in models]
+        self.names = tuple(dict.fromkeys(name for row in rows for name in self.tensors[row]))
+        shape = len(self.names), len(rows), len(columns)
+        self.seen: Flags = np.zeros((len(self.names), len(models)), dtype=np.bool_)
+        self.squares: Array = np.zeros((len(self.names), len(models)))
+        self.products: Array = np.zeros(shape)
+        self.distances: Records | None = None if cosine_only else np.zeros(shape, dtype=DISTANCES)
+        self.errors: dict[int, str] = {}
         # Fewer elements at once where many rows are held, so that memory does not grow with them.
         self.chunk = CHUNK // len(rows)
-        self.seen = np.zeros((len(names), len(models)), dtype=np.bool_)
-        self.squares = np.zeros((len(names), len(models)))
-        self.kinds = kinds
-        self.pairs = np.zeros((len(names), len(rows), len(columns), kinds))
-        self.errors: dict[int, str] = {}
-        self.lock = threading.Lock()
-        self.torch_threads = TorchThreads()
 
-    @contextmanager
-    def worker(self) -> Iterator[Callable[[int], int]]:
-        self.torch_threads.single_here()
-        with ExitStack() as stack:
-            chunks = ChunkReader(self.models, stack)
-            yield lambda index: self.do_tensor(index, chunks)
+    def run(self, threads: int | None, progress: Progress | None) -> None:
+        """Read all models once, the largest tensors first."""
+        read = {*self.row_places, *self.column_places, *([] if self.common is None else [self.common])}
+        tensors = [self.tensors[number] for number in read]
+        total = sum(of_one[name].nbytes for of_one in tensors for name in self.names if name in of_one)
+        largest_first = sorted(range(len(self.names)), key=lambda index: -self._first(index).elements)
+        read_in_parallel(largest_first, self._sum_tensor, total, threads=threads, progress=progress)
+        for number in sorted(read - self.errors.keys()):
+            try:
+                self.models[number].source.check_unchanged()
+            except BlockmergeError as error:
+                self._leave_out(number, error)
 
-    def do_tensor(self, index: int, chunks: ChunkReader) -> int:
-        """Sum one tensor over all its chunks; return the bytes read."""
+    def _first(self, index: int) -> Expression:
+        """A tensor as the first row that has it has it: models where its shape is another do not count."""
         name = self.names[index]
-        infos = {number: tensors[name] for number, tensors in enumerate(self.tensors) if name in tensors}
-        shape = next(infos[row].shape for row in self.rows if row in infos)
-        infos = {number: info for number, info in infos.items() if info.shape == shape}
-        wide = "F64" if any(info.dtype == "F64" for info in infos.values()) else "F32"
-        elements = next(iter(infos.values())).elements
-        squares: dict[int, float] = {}
-        pairs: dict[tuple[int, int], list[float]] = {}
-        common = self.common if self.common in infos else None
-        read = 0
-        for start in range(0, elements, self.chunk):
-            count = min(self.chunk, elements - start)
-            base = None
-            if common is not None:
-                base = chunks.read(common, infos[common], start, count, -2, wide)
-                squares[common] = squares.get(common, 0.0) + dot(base, base)
-                read += infos[common].nbytes * count // elements
-            held: dict[int, torch.Tensor] = {}
-            for number in dict.fromkeys((*self.rows, *self.columns)):
-                if number not in infos or number in self.errors:
-                    continue
-                try:
-                    values = chunks.read(
-                        number, infos[number], start, count, number if number in self.rows else -1, wide
-                    )
-                except BlockmergeError as error:
-                    if number == self.rows[0] and len(self.rows) == 1:
-                        raise  # without the base there is nothing to compare
-                    with self.lock:
-                        self.errors[number] = str(error)
-                    continue
-                read += infos[number].nbytes * count // elements
-                if number not in self.rows or number in self.columns:
-                    for row, row_values in held.items():
-                        found = pairs.setdefault((row, number), [0.0] * self.kinds)
-                        _add_pair(found, row_values, values, base)
-                squares[number] = squares.get(number, 0.0) + dot(values, values)
-                if number in self.rows:
-                    held[number] = values
-        self.seen[index, list(infos)] = True
-        for number, value in squares.items():
-            self.squares[index, number] = value
-        for (row, column), sums in pairs.items():
-            self.pairs[index, self.rows.index(row), self.columns.index(column)] = sums
-        return read
+        return next(self.tensors[row][name] for row in self.row_places if name in self.tensors[row])
 
+    def _sum_tensor(self, index: int, reader: TensorReader) -> None:
+        """Sum one tensor over all its chunks."""
+        name, first = self.names[index], self._first(index)
+        alike = {
+            number: tensors[name]
+            for number, tensors in enumerate(self.tensors)
+            if name in tensors and tensors[name].shape == first.shape
+        }
+        self.seen[index, list(alike)] = True
+        dtype = "F64" if any(tensor.dtype == "F64" for tensor in alike.values()) else "F32"
+        with np.errstate(over="ignore", invalid="ignore"):  # sums that are not finite are told of at the end
+            for start in range(0, first.elements, self.chunk):
+                count = min(self.chunk, first.elements - start)
+                self._sum_chunk(_Chunk(index, start, count, dtype), reader)
 
-def _add_pair(found: list[float], a: torch.Tensor, b: torch.Tensor, base: torch.Tensor | None) -> None:
-    found[AB] += dot(a, b)
-    if len(found) == 1:
-        return
-    # Summed directly: from Σa², Σb² and Σab it would cancel.
-    difference = b - a
-    distance = dot(difference, difference)
-    if not math.isfinite(distance):  # two large values of opposite signs
-        difference = b.double() - a.double()
-        distance = dot(difference, difference)
-    found[DD] += distance
-    low, high = torch.aminmax(difference)
-    found[MAX] = max(found[MAX], -low.item(), high.item())
-    if base is not None:
-        a, b = a - base, b - base
-        found[CAB] += dot(a, b)
-        found[CAA] += dot(a, a)
-        found[CBB] += dot(b, b)
+    def _sum_chunk(self, chunk: _Chunk, reader: TensorReader) -> None:
+        base = None
+        if self.common is not None and self.seen[chunk.index, self.common]:
+            base = self._read(self.common, chunk, reader, "common base")
+        rows: dict[int, torch.Tensor] = {}
+        for number in dict.fromkeys((*self.row_places, *self.column_places)):
+            if not self.seen[chunk.index, number]:
+                continue
+            # All rows are held, but only one column at a time.
+            values = self._read(number, chunk, reader, number if number in self.row_places else "column")
+            if values is None:
+                continue
+            if number in self.column_places:
+                for row, row_values in rows.items():
+                    pair = chunk.index, self.row_places[row], self.column_places[number]
+                    self._add_pair(pair, row_values, values, base)
+            if number in self.row_places:
+                rows[number] = values
+
+    def _read(
+        self, number: int, chunk: _Chunk, reader: TensorReader, buffer: str | int
+    ) -> torch.Tensor | None:
+        """Read a chunk of a model and add up its squares; None for a model that cannot be read."""
+        if number in self.errors:
+            return None
+        try:
+            values = reader.read(
+                self.models[number],
+                self.names[chunk.index],
+                chunk.start,
+                chunk.count,
+                dtype=chunk.dtype,
+                buffer=buffer,
+            )
+        except BlockmergeError as error:
+            self._leave_out(number, error)
+            return None
+        self.squares[chunk.index, number] += dot(values, values)
+        return values
+
+    def _add_pair(
+        self, pair: tuple[int, int, int], a: torch.Tensor, b: torch.Tensor, base: torch.Tensor | None
+    ) -> None:
+        self.products[pair] += dot(a, b)
+        if self.distances is None:
+            return
+        # Summed directly: from Σa², Σb² and Σab it would cancel.
+        difference = b - a
+        squares = dot(difference, difference)
+        if not math.isfinite(squares):  # two large values of opposite signs
+            difference = b.double() - a.double()
+            squares = dot(difference, difference)
+        low, high = torch.aminmax(difference)
+        found = self.distances
+        found["squares"][pair] += squares
+        found["largest"][pair] = max(found["largest"][pair], -low.item(), high.item())
+        if base is not None:
+            a, b = a - base, b - base
+            found["product_from_base"][pair] += dot(a, b)
+            found["row_squares_from_base"][pair] += dot(a, a)
+            found["column_squares_from_base"][pair] += dot(b, b)
+
+    def _leave_out(self, number: int, error: BlockmergeError) -> None:
+        """Go on without a model that cannot be read, unless nothing can be compared without it."""
+        if number == self.common or list(self.row_places) == [number]:
+            raise error
+        self.errors[number] = str(error)
 
 
 def dot(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Σab of a chunk. Squares of very large and very small float32 values leave float32's range, so those are
-    summed again.
-    """
+    """Σab of a chunk. Products far from 1 leave float32's range, so then it is summed again in float64."""
     total = torch.dot(a, b).item()
     return total if _SMALL < abs(total) < math.inf else torch.dot(a.double(), b.double()).item()

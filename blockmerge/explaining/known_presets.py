@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,23 +11,27 @@ from blockmerge.comparing.arrays import Array, Flags
 from blockmerge.weights import Preset, presets
 
 _LEAST = 0.005  # weights are looked at this coarsely even where they are known better: tools round them
+_SMALLEST_RATIO = 0.02
 
 
 @dataclass(frozen=True)
 class Match:
-    """A preset that fits: `weights` are its weights (NaN where it skips), times `ratio`; `distance` in
-    uncertainties.
-    """
+    """A preset that fits: `weights` are its weights by block, times `ratio`; `distance` in uncertainties."""
 
     name: str
     ratio: float
-    weights: Array
+    weights: Mapping[str, float]
     distance: float
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the weights are not the preset's own, but some ratio of them."""
+        return self.ratio != 1
 
     @property
     def label(self) -> str:
         """``"high_res"``, or ``"high_res@0.6"`` for a scaled one."""
-        return self.name if self.ratio == 1 else f"{self.name}@{self.ratio:g}"
+        return f"{self.name}@{self.ratio:g}" if self.is_scaled else self.name
 
 
 def matching_presets(
@@ -34,47 +39,25 @@ def matching_presets(
 ) -> list[Match]:
     """Return the presets that the weights may be, nearest first, unscaled ones before scaled ones.
 
-    BASE is not looked at: tools let it be set apart. Only blocks that are `known` count; without any that
-    differ from 0 there is nothing to recognise.
+    `weights`, `uncertainty` and `known` are those of each of the `blocks`. BASE is not looked at: tools let
+    it be set apart. Only blocks that are `known` count; without any that differ from 0 there is nothing to
+    recognise.
     """
     looked_at = known & np.array([block != "BASE" for block in blocks])
     if not looked_at.any():
         return []
     tolerance = np.maximum(uncertainty, _LEAST)[looked_at]
-    own = weights[looked_at]
-    exact: list[Match] = []
-    scaled: list[Match] = []
+    found: list[Match] = []
     for preset in presets():
         table = _table(preset, family, blocks)
         if table is None:
             continue
-        theirs = table[looked_at]
-        if np.ptp(theirs) == 0 and theirs[0] in (
-            0,
-            1,
-        ):  # all of A, or all of B: that is no preset to recognise
-            continue
-        distance = np.abs(own - theirs) / tolerance
-        if (distance <= 1).all():
-            exact.append(Match(preset.name, 1.0, table, float(distance.mean())))
-            continue
-        if np.ptp(theirs) == 0:  # flat weights times a ratio are simply other flat weights
-            continue
-        ratio = float(
-            np.dot(own / tolerance, theirs / tolerance) / np.dot(theirs / tolerance, theirs / tolerance)
-        )
-        ratio = (
-            round(ratio, 2)
-            if (np.abs(round(ratio, 2) * theirs - own) <= tolerance).all()
-            else round(ratio, 4)
-        )
-        distance = np.abs(own - ratio * theirs) / tolerance
-        if ratio > 0.02 and (distance <= 1).all():
-            scaled.append(Match(preset.name, ratio, table * ratio, float(distance.mean())))
-    return [
-        *sorted(exact, key=lambda match: match.distance),
-        *sorted(scaled, key=lambda match: match.distance),
-    ]
+        ratio = _ratio(weights[looked_at], table[looked_at], tolerance)
+        if ratio is not None:
+            distance = np.abs(weights[looked_at] - ratio * table[looked_at]) / tolerance
+            scaled = dict(zip(blocks, (table * ratio).tolist(), strict=True))
+            found.append(Match(preset.name, ratio, scaled, float(distance.mean())))
+    return sorted(found, key=lambda match: (match.is_scaled, match.distance))
 
 
 def _table(preset: Preset, family: str, blocks: tuple[str, ...]) -> Array | None:
@@ -85,3 +68,21 @@ def _table(preset: Preset, family: str, blocks: tuple[str, ...]) -> Array | None
     if any(value is None for value in values):
         return None
     return np.array(values, dtype=np.float64)
+
+
+def _ratio(weights: Array, of_preset: Array, tolerance: Array) -> float | None:
+    """How many times a preset's weights the weights are, None when they are none of these times."""
+    flat = np.ptp(of_preset) == 0
+    if flat and of_preset[0] in (0, 1):  # all of A, or all of B: that is no preset to recognise
+        return None
+    if (np.abs(weights - of_preset) / tolerance <= 1).all():
+        return 1.0
+    if flat:  # flat weights times a ratio are simply other flat weights
+        return None
+    own, theirs = weights / tolerance, of_preset / tolerance
+    ratio = float(np.dot(own, theirs) / np.dot(theirs, theirs))
+    fits = (np.abs(round(ratio, 2) * of_preset - weights) <= tolerance).all()
+    ratio = round(ratio, 2 if fits else 4)
+    if ratio <= _SMALLEST_RATIO:
+        return None
+    return ratio if (np.abs(weights - ratio * of_preset) / tolerance <= 1).all() else None

@@ -1,117 +1,87 @@
-"""Merging again in memory, to see which weights a merge was really made with and whether it is one."""
+"""The second pass of `explain`: merging again in memory, with several coefficients for every tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from blockmerge.anatomy import component_of
 from blockmerge.comparing.arrays import Array
-from blockmerge.explaining.gram import Pass
-from blockmerge.explaining.known_presets import Match
-from blockmerge.explaining.units import Told, ToldUnit
-from blockmerge.streaming import Progress
-
-_WORTH_TRYING = 6
-"""How many presets are merged again to see which one it was."""
+from blockmerge.explaining.chunks import Chunk, MergeStream, largest_magnitude, step_of
+from blockmerge.streaming.tensors import TORCH_DTYPES
 
 
-def merge_again(
-    work: Pass, told: Told, blocks: Sequence[str], threads: int | None, progress: Progress | None
-) -> tuple[Told, bool]:
-    """Hold merges with these weights, with rounder ones and with presets against the file.
+@dataclass(frozen=True)
+class Misfit:
+    """How far a merge M̂ made again is from the merge M of the file, for each of several variants.
 
-    `blocks` are the blocks that the presets' weights are listed for. Returns what fits best, and whether it
-    is exact.
+    `squares[variant]` is Σ((M̂ − M)/u)², `beyond[variant]` counts the values more than two steps u off.
     """
-    parents = told.parents
-    unet = {name: unit for name, unit in told.blocks.items() if name != "BASE"}
-    if parents.by_tensor:
-        unet = {name: unit for name, unit in told.tensors.items() if component_of(name) == "unet"}
-    outside = {name: unit for name, unit in told.blocks.items() if name == "BASE"}
-    outside |= {name: unit for name, unit in told.components.items() if name == "vae"}
-    units = {**unet, **outside}
-    matches = parents.presets[:_WORTH_TRYING]
-    variants = {name: _variants(unit) for name, unit in units.items()}
-    for number, match in enumerate(matches):
-        for name, variant in variants.items():
-            place = blocks.index(name) if name in unet and not parents.by_tensor else None
-            weights = variant[-1] if place is None else parents.coefficients_for(float(match.weights[place]))
-            variants[name] = np.concatenate([variant[:number], weights[None], variant[number:]])
-    candidates = len(work.models) - 1
-    coefficients = {}
-    for name, unit in units.items():
-        rows = np.zeros((len(variants[name]), candidates))
-        rows[:, unit.subset] = variants[name]
-        coefficients.update({work.names[member]: rows for member in unit.members})
-    # Only the parents are read again, and only their sizes count.
-    read = (0, *(n + 1 for n in told.parents.subset))
-    holders = {name: [n for n in work.holders[name] if n in read] for name in coefficients}
-    chosen = Pass(work.models, tuple(coefficients), holders)
-    again = chosen.remerge(coefficients, threads, progress)
-    places = {name: place for place, name in enumerate(chosen.names)}
-    errors = {
-        name: (
-            again.squares[[places[work.names[m]] for m in unit.members]].sum(axis=0),
-            again.beyond[[places[work.names[m]] for m in unit.members]].sum(axis=0),
+
+    squares: Array
+    beyond: Array
+
+    @classmethod
+    def total(cls, misfits: Sequence[Misfit]) -> Misfit:
+        """Of several tensors together."""
+        return cls(
+            np.array([one.squares for one in misfits]).sum(axis=0),
+            np.array([one.beyond for one in misfits]).sum(axis=0),
         )
-        for name, unit in units.items()
+
+
+def merge_tensors_again(
+    stream: MergeStream, coefficients: Mapping[str, Array], candidates_of: Mapping[str, Sequence[int]]
+) -> dict[str, Misfit]:
+    """Merge tensors again, and hold them against the merge.
+
+    `coefficients[name][variant, i]` is how much of candidate i a variant takes, the sum being 1. Only the
+    candidates of `candidates_of[name]` are read, and only their sizes count.
+    """
+    found = {
+        name: Misfit(squares=np.zeros(len(rows)), beyond=np.zeros(len(rows)))
+        for name, rows in coefficients.items()
     }
-    picked, preset = _pick(units, unet, errors, matches)
-    exact = all(unit.explained for unit in units.values()) and all(
-        errors[name][1][h] == 0 for name, h in picked.items()
-    )
-    refined = {name: replace(unit, coefficients=variants[name][picked[name]]) for name, unit in units.items()}
-    return (
-        replace(
-            told,
-            blocks={name: refined.get(name, unit) for name, unit in told.blocks.items()},
-            components={name: refined.get(name, unit) for name, unit in told.components.items()},
-            tensors={name: refined.get(name, unit) for name, unit in told.tensors.items()},
-            preset=preset,
-        ),
-        exact,
-    )
+    stream.read(candidates_of, lambda chunk: _add(found[chunk.name], chunk, coefficients[chunk.name]), "F32")
+    return found
 
 
-def _variants(unit: ToldUnit) -> Array:
-    """The coefficients with weights of two and of three decimals, where rounding allows that, and as they
-    were found.
-    """
-    raw = unit.coefficients
-    rows = []
-    for decimals in (2, 3):
-        rounder = np.round(raw[1:], decimals)
-        near = np.abs(rounder - raw[1:]) <= max(unit.uncertainty, 1e-6)
-        weights = np.where(near, rounder, raw[1:])
-        rows.append(np.concatenate([[1.0 - weights.sum()], weights]))
-    return np.array([*rows, raw])
+def _add(misfit: Misfit, chunk: Chunk, coefficients: Array) -> None:
+    """Add what the variants of a chunk are off; those with the same coefficients are merged only once."""
+    step = step_of(largest_magnitude([chunk.merge, *chunk.candidates.values()]), chunk.dtype)
+    squares: dict[tuple[float, ...], float] = {}
+    beyond: dict[tuple[float, ...], float] = {}
+    for variant, row in enumerate(coefficients):
+        key = tuple(row)
+        if key not in squares:
+            off = _rounded(_combine(chunk, row), chunk.dtype).sub_(chunk.merge).div_(step)
+            squares[key] = torch.dot(off, off).item()
+            beyond[key] = _count_beyond(off)
+        misfit.squares[variant] += squares[key]
+        misfit.beyond[variant] += beyond[key]
 
 
-def _pick(
-    units: Mapping[str, ToldUnit],
-    unet: Mapping[str, ToldUnit],
-    errors: Mapping[str, tuple[Array, Array]],
-    matches: Sequence[Match],
-) -> tuple[dict[str, int], str | None]:
-    """Return the number of the variant that each unit takes, and the preset: the roundest that fits as well
-    as any.
-    """
+def _combine(chunk: Chunk, row: Array) -> torch.Tensor:
+    """Σ row[i]·X_i, as the first of them plus differences, so that a copy is a copy to the bit."""
+    weights = {n: float(row[n]) for n in chunk.candidates if row[n] != 0}
+    base = max(weights, key=lambda n: weights[n])
+    result = chunk.candidates[base].clone()
+    for n, weight in weights.items():
+        if n != base:
+            result.add_(chunk.candidates[n] - chunk.candidates[base], alpha=weight)
+    return result
 
-    def as_good(squares: Array, elements: float) -> list[bool]:
-        return list(squares <= 1.05 * squares.min() + 0.002 * elements)
 
-    total = np.sum([errors[name][0] for name in unet], axis=0)
-    whole = as_good(total, sum(unit.elements for unit in unet.values()))
-    good = [number for number in range(len(matches)) if whole[number]]
-    number = min(good, key=lambda n: (matches[n].ratio != 1, total[n])) if good else None
-    picked = {}
-    for name, unit in units.items():
-        own = range(len(matches), len(errors[name][0]))
-        fits = as_good(errors[name][0], unit.elements)
-        picked[name] = (
-            number if number is not None and name in unet else next((n for n in own if fits[n]), own[-1])
-        )
-    return picked, None if number is None else matches[number].label
+def _rounded(values: torch.Tensor, dtype: str) -> torch.Tensor:
+    """The values as `dtype` can hold them, in their own dtype."""
+    return values.to(TORCH_DTYPES[dtype]).to(values.dtype)
+
+
+def _count_beyond(off: torch.Tensor) -> float:
+    """How many values are more than two steps off, or NaN."""
+    low, high = torch.aminmax(off)
+    if low.item() >= -2 and high.item() <= 2:  # nearly always; counting takes several times as long
+        return 0.0
+    return float((~(off.abs() <= 2)).sum().item())

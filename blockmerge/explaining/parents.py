@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
 
 import numpy as np
 
-from blockmerge.anatomy import component_of
-from blockmerge.comparing.arrays import Array, Flags
+from blockmerge.comparing.arrays import Array
+from blockmerge.explaining.groups import GroupSums, MergeSums
 from blockmerge.explaining.known_presets import Match, matching_presets
 from blockmerge.explaining.linear_fit import Fit
-from blockmerge.explaining.units import Sight, Units
 
 _MOST_PARENTS = 4
+_MOST_PARENTS_BY_TENSOR = 3
 _MOST_COMBINATIONS = 4000
-_LEAST = 0.005
+_LEAST = 0.005  # coefficients are looked at this coarsely even where they are known better
 
 
 @dataclass(frozen=True)
 class Parents:
-    """The parents (numbers of candidates), the base first; how they were combined; which presets the weights
-    may be.
+    """The parents of a merge, how they were combined, and which presets its weights may be.
 
-    `by_tensor`: the weights change within blocks, as element rules make them.
+    `candidates` are the parents' places among the candidates, the base first. `by_tensor`: the weights change
+    within blocks, as element rules make them.
     """
 
-    subset: tuple[int, ...]
+    candidates: tuple[int, ...]
     method: str
     presets: tuple[Match, ...] = ()
     by_tensor: bool = False
@@ -36,60 +36,25 @@ class Parents:
     @property
     def base(self) -> int:
         """What weight 0 stands for."""
-        return self.subset[0]
+        return self.candidates[0]
 
     def coefficients_for(self, weight: float) -> Array:
-        """How much of each parent a block takes at a weight of this method (of two models, or add
-        difference).
-        """
+        """How much of each parent a block takes at a weight: of two parents, or of add difference."""
         return np.array([1.0, weight, -weight] if self.method == "add_difference" else [1.0 - weight, weight])
 
 
-def find_parents(sight: Sight, family: str, least: int = 1) -> Parents | None:
-    """Return the parents of the U-Net, at least so many, or None when no few of the candidates explain it."""
-    blocks = sight.blocks
-    unet = blocks.select([u for u, name in enumerate(blocks.names) if name != "BASE"])
-    for fits in _by_size(unet, least, _MOST_PARENTS):
-        if fits:
-            return _best(fits, sight, family)
-    tensors = sight.tensors
-    each = tensors.select([u for u, name in enumerate(tensors.names) if component_of(name) == "unet"])
-    for fits in _by_size(each, max(2, least), 3):
-        if fits:
-            subset = fits[0].subset
-            base = subset[int(np.argmax(fits[0].coefficients.mean(axis=0)))]
-            return Parents(
-                (base, *(n for n in subset if n != base)), _plain_method(len(subset)), by_tensor=True
-            )
-    found = _without_idle(unet)
-    return None if found is None else _best([found], sight, family)
-
-
-def _best(fits: list[Fit], sight: Sight, family: str) -> Parents:
-    return min((_parents(found, sight, family) for found in fits), key=lambda choice: choice[0])[1]
-
-
-def _without_idle(units: Units) -> Fit | None:
-    """Fit all candidates at once, then leave out those of which no unit took anything: for many parents."""
-    able = tuple(n for n in range(units.products.shape[1]) if units.have[:, n].all())
-    if len(able) <= _MOST_PARENTS:
-        return None
-    found = units.fit(able)
-    known = found.determined
-    at_work = np.asarray(
-        (np.abs(found.coefficients) > np.maximum(found.uncertainty, _LEAST))[known].any(axis=0)
-    ).tolist()
-    found = units.fit(tuple(n for n, works in zip(able, at_work, strict=True) if works))
+def find_parents(sums: MergeSums, family: str, at_least: int = 1) -> Parents | None:
+    """Return the parents of the U-Net, `at_least` so many, or None when no few candidates explain it."""
     return (
-        found
-        if len(found.subset) > 1 and found.explained(units.elements).all() and found.determined.any()
-        else None
+        _with_weights_by_block(sums, family, at_least)
+        or _with_weights_by_tensor(sums, max(2, at_least))
+        or _many_parents(sums, family)
     )
 
 
-def nearest_pair(blocks: Units) -> Parents:
+def nearest_pair(sums: MergeSums) -> Parents:
     """Return the candidate nearest to the merge, and the one that explains most of what is left."""
-    unet = blocks.select([u for u, name in enumerate(blocks.names) if name != "BASE"])
+    unet = sums.unet_blocks
     candidates = range(unet.products.shape[1])
     nearest = min(candidates, key=lambda n: float(unet.products[:, n, n].sum()))
     others = [n for n in candidates if n != nearest]
@@ -99,80 +64,151 @@ def nearest_pair(blocks: Units) -> Parents:
     return Parents((nearest, second), "weighted_sum")
 
 
-def _by_size(units: Units, least: int, most: int) -> Iterator[list[Fit]]:
-    """For `least` … `most` parents, yield the fits that leave nothing but rounding, those about as good as
-    the best.
+def _with_weights_by_block(sums: MergeSums, family: str, at_least: int) -> Parents | None:
+    fits = _fewest_that_fit(sums.unet_blocks, at_least, _MOST_PARENTS)
+    return _most_plausible(fits, sums, family) if fits else None
+
+
+def _with_weights_by_tensor(sums: MergeSums, at_least: int) -> Parents | None:
+    fits = _fewest_that_fit(sums.unet_tensors, at_least, _MOST_PARENTS_BY_TENSOR)
+    if not fits:
+        return None
+    candidates = fits[0].candidates
+    base = candidates[int(np.argmax(fits[0].coefficients.mean(axis=0)))]
+    others = (n for n in candidates if n != base)
+    return Parents((base, *others), _plain_method(len(candidates)), by_tensor=True)
+
+
+def _many_parents(sums: MergeSums, family: str) -> Parents | None:
+    """Fit all candidates at once, then leave out those of which no block took anything."""
+    unet = sums.unet_blocks
+    able = unet.complete_candidates
+    if len(able) <= _MOST_PARENTS:
+        return None
+    found = unet.fit(able)
+    taken = np.abs(found.coefficients) > np.maximum(found.uncertainty, _LEAST)
+    used = np.flatnonzero(taken[found.determined].any(axis=0))
+    if len(used) < 2:
+        return None
+    found = unet.fit(tuple(able[place] for place in used))
+    return _most_plausible([found], sums, family) if _fits(found, unet) else None
+
+
+def _fewest_that_fit(groups: GroupSums, least: int, most: int) -> list[Fit]:
+    """Return the fits of the fewest candidates, from `least` to `most`, that leave nothing but rounding.
+
+    Of as many candidates, those that fit about as well as the best.
     """
-    able = [n for n in range(units.products.shape[1]) if units.have[:, n].all()]
+    able = groups.complete_candidates
     for size in range(least, min(most, len(able)) + 1):
         if comb(len(able), size) > _MOST_COMBINATIONS:
-            return
-        fits = [units.fit(subset) for subset in combinations(able, size)]
-        fits = [found for found in fits if found.explained(units.elements).all() and found.determined.any()]
+            return []
+        fits = [found for some in combinations(able, size) if _fits(found := groups.fit(some), groups)]
         if fits:
-            totals = [float((found.error**2).sum()) for found in fits]
-            enough = 1.02 * min(totals) + 1e-6 * float(units.elements.sum())
-            fits = [found for found, total in zip(fits, totals, strict=True) if total <= enough]
-        yield fits
+            errors = [float((found.error**2).sum()) for found in fits]
+            enough = 1.02 * min(errors) + 1e-6 * float(groups.elements.sum())
+            return [found for found, error in zip(fits, errors, strict=True) if error <= enough]
+    return []
 
 
-def _parents(found: Fit, sight: Sight, family: str) -> tuple[tuple[float, ...], Parents]:
-    """Choose base, method and presets for a fit; the first value ranks it among other fits, the lowest being
-    the best.
+def _fits(found: Fit, groups: GroupSums) -> bool:
+    return bool(found.explained(groups.elements).all() and found.determined.any())
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A fit read as a merge of which one of the candidates is the base.
+
+    `weights` and their `uncertainty` are those of the U-Net's blocks, for methods with one weight a block.
     """
-    blocks = sight.blocks
-    unet_names = tuple(name for name in blocks.names if name != "BASE")
-    known: Flags = found.determined
-    tolerance = np.maximum(np.where(np.isfinite(found.uncertainty), found.uncertainty, 0.0), _LEAST)
-    inside = (found.coefficients >= -tolerance) & (found.coefficients <= 1 + tolerance)
-    outside = float((~inside & known[:, None]).sum())
-    choices: list[tuple[tuple[float, ...], Parents]] = []
-    for place in range(len(found.subset)):
-        order = [place, *(n for n in range(len(found.subset)) if n != place)]
-        subset = tuple(found.subset[n] for n in order)
-        method, weights, uncertainty = _method(
-            found.coefficients[:, order], found.uncertainty[:, order], known
-        )
-        if method == "add_difference" and np.mean(weights[known]) < 0:
-            subset, weights = (subset[0], subset[2], subset[1]), -weights
-        matches: list[Match] = []
-        if method in ("weighted_sum", "add_difference"):
-            every = np.full(len(blocks.names), np.nan)
-            certain = np.zeros(len(blocks.names), dtype=np.bool_)
-            error = np.zeros(len(blocks.names))
-            for u, name in enumerate(unet_names):
-                at = blocks.names.index(name)
-                every[at], certain[at], error[at] = weights[u], known[u], uncertainty[u]
-            matches = matching_presets(family, blocks.names, every, error, certain)
-        share = float(found.coefficients[known, place].mean()) if known.any() else 0.0
-        rank = (
-            0.0 if method == "add_difference" else outside,
-            0.0 if method == "add_difference" else 1.0,
-            float(not any(match.ratio == 1 for match in matches)),
-            float(not matches),
-            # Many presets are another's mirror image; merges leave the VAE to the base.
-            float(not sight.is_copy("vae", found.subset[place])),
-            -round(share, 1),
-            float(found.subset[place]),
-        )
-        choices.append((rank, Parents(subset, method, tuple(matches))))
-    return min(choices, key=lambda choice: choice[0])
+
+    candidates: tuple[int, ...]
+    method: str
+    weights: Array
+    uncertainty: Array
+
+    @classmethod
+    def of(cls, found: Fit, base: int) -> _Reading:
+        """Read a fit with the candidate at the place `base` (of its own) as the base."""
+        order = [base, *(place for place in range(len(found.candidates)) if place != base)]
+        candidates = tuple(found.candidates[place] for place in order)
+        coefficients, uncertainty = found.coefficients[:, order], found.uncertainty[:, order]
+        if _takes_all_of_base(found, base) and len(candidates) == 3:
+            weights = (coefficients[:, 1] - coefficients[:, 2]) / 2
+            if np.mean(weights[found.determined]) < 0:
+                candidates, weights = (candidates[0], candidates[2], candidates[1]), -weights
+            return cls(candidates, "add_difference", weights, uncertainty[:, 1:].max(axis=1))
+        weights = coefficients[:, 1] if len(candidates) > 1 else np.zeros(len(coefficients))
+        return cls(candidates, _plain_method(len(candidates)), weights, uncertainty.max(axis=1))
 
 
-def _method(coefficients: Array, uncertainty: Array, known: Flags) -> tuple[str, Array, Array]:
-    """Tell the method when the first parent is the base, with each block's weight and how far it is known."""
-    count = coefficients.shape[1]
-    if count == 3 and known.any():
-        one = np.abs(coefficients[known, 0] - 1) <= np.maximum(uncertainty[known, 0], _LEAST)
-        if one.all():
-            return (
-                "add_difference",
-                (coefficients[:, 1] - coefficients[:, 2]) / 2,
-                uncertainty[:, 1:].max(axis=1),
-            )
-    weights = coefficients[:, 1] if count > 1 else np.zeros(len(coefficients))
-    return _plain_method(count), weights, uncertainty.max(axis=1)
+def _takes_all_of_base(found: Fit, base: int) -> bool:
+    """Whether every block takes the base with coefficient 1, as add difference does."""
+    known = found.determined
+    off = np.abs(found.coefficients[known, base] - 1)
+    return bool(known.any() and (off <= np.maximum(found.uncertainty[known, base], _LEAST)).all())
 
 
 def _plain_method(count: int) -> str:
     return {1: "copy", 2: "weighted_sum", 3: "triple_sum"}.get(count, "linear")
+
+
+@dataclass(frozen=True, order=True)
+class _Doubts:
+    """What speaks against a reading. Compared field by field: the first that differs decides."""
+
+    weights_outside_0_to_1: int
+    is_no_add_difference: bool
+    is_no_preset: bool
+    is_no_scaled_preset: bool
+    vae_is_not_of_base: bool  # many presets are another's mirror image; merges leave the VAE to the base
+    lack_of_base: float  # how little the blocks take of the base
+    place_of_base: int  # among the candidates, as the user named them
+
+    @classmethod
+    def about(cls, reading: _Reading, found: Fit, presets: Sequence[Match], sums: MergeSums) -> _Doubts:
+        """Look for what speaks against reading a fit so."""
+        base, known = reading.candidates[0], found.determined
+        adds = reading.method == "add_difference"
+        shares = found.coefficients[known, found.candidates.index(base)]
+        return cls(
+            weights_outside_0_to_1=0 if adds else _count_outside(found),
+            is_no_add_difference=not adds,
+            is_no_preset=all(match.is_scaled for match in presets),
+            is_no_scaled_preset=not presets,
+            vae_is_not_of_base=not sums.is_copy("vae", base),
+            lack_of_base=-round(float(shares.mean()) if len(shares) else 0.0, 1),
+            place_of_base=base,
+        )
+
+
+def _count_outside(found: Fit) -> int:
+    """How many known coefficients are not from 0 to 1, by more than rounding can explain."""
+    tolerance = np.maximum(np.where(np.isfinite(found.uncertainty), found.uncertainty, 0.0), _LEAST)
+    inside = (found.coefficients >= -tolerance) & (found.coefficients <= 1 + tolerance)
+    return int((~inside & found.determined[:, None]).sum())
+
+
+def _most_plausible(fits: Sequence[Fit], sums: MergeSums, family: str) -> Parents:
+    """Read every fit with each of its candidates as the base, and return the least doubtful parents."""
+    choices: list[tuple[_Doubts, Parents]] = []
+    for found in fits:
+        for base in range(len(found.candidates)):
+            reading = _Reading.of(found, base)
+            presets = _presets_of(reading, found, sums, family)
+            parents = Parents(reading.candidates, reading.method, tuple(presets))
+            choices.append((_Doubts.about(reading, found, presets, sums), parents))
+    return min(choices, key=lambda choice: choice[0])[1]
+
+
+def _presets_of(reading: _Reading, found: Fit, sums: MergeSums, family: str) -> list[Match]:
+    """The presets that the weights may be."""
+    if reading.method not in ("weighted_sum", "add_difference"):
+        return []
+    blocks = sums.blocks.names
+    of_unet = [block != "BASE" for block in blocks]
+    weights, uncertainty = np.full(len(blocks), np.nan), np.zeros(len(blocks))
+    known = np.zeros(len(blocks), dtype=np.bool_)
+    weights[of_unet], uncertainty[of_unet] = reading.weights, reading.uncertainty
+    known[of_unet] = found.determined
+    return matching_presets(family, blocks, weights, uncertainty, known)

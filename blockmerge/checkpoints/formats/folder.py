@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from blockmerge.checkpoints.checkpoint import Checkpoint, Reader, TensorInfo
+from blockmerge.checkpoints.formats.any_file import open_file
 from blockmerge.checkpoints.formats.safetensors_file import LARGEST_HEADER
 from blockmerge.errors import CheckpointError, did_you_mean, listing, reason, shown
 
@@ -89,14 +90,12 @@ class DiffusersFolder(Checkpoint):
         self.files = tuple(path for file in self._files for path in file.files)
 
     def _add(self, component: str, weights: _Weights) -> None:
-        from blockmerge.checkpoints.open import open_checkpoint  # which opens folders too
-
         folder = self.path / component
         prefix = f"{component}/" if component else ""
         index = folder / weights.name if weights.is_index else None
         shards = _read_index(index) if index else {weights.name: ()}
         for shard, promised in shards.items():
-            file = open_checkpoint(folder / shard)
+            file = open_file(folder / shard)
             file.name = f"{self.name}/{prefix}{shard}"
             missing = [name for name in promised if name not in file.tensors]
             if missing:
