@@ -261,7 +261,7 @@ class Family:
         """What the names of a whole model's U-Net begin with in a naming."""
         return next((p for p, component in self.prefixes.get(naming, {}).items() if component == "unet"), "")
 
-    @property
+    @cached_property
     def input_layer(self) -> str:
         """The LDM name of the tensor whose second axis are the input channels, which tell the variant."""
         return self.unet_prefix("ldm") + self.signs["ldm"].first

@@ -4,7 +4,7 @@ matched.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from blockmerge.anatomy import (
@@ -90,11 +90,7 @@ def made(origin: Origin, tensors: Mapping[str, Expression], whose: str) -> Expre
     Raises CheckpointError, with the name `whose` they are, when they are not of the shapes that it takes.
     """
     rows = [_rows(tensors[one.name], one, whose) for one in origin.rows]
-    if len({(one.dtype, one.shape[1:]) for one in rows}) > 1 or (len(rows) > 1 and not rows[0].shape):
-        names = dict.fromkeys(one.name for one in origin.rows)
-        said = ", ".join(f"{tensors[name].dtype} {list(tensors[name].shape)}" for name in names)
-        raise CheckpointError(f"{shown(whose)}: {listing(names)} belong together but do not join ({said})")
-    tensor = Joined(tuple(rows)) if len(rows) > 1 else rows[0]
+    tensor = rows[0] if len(rows) == 1 else _joined(rows, [tensors[one.name] for one in origin.rows], whose)
     shape = tensor.shape
     if origin.transposed and len(shape) == 2:
         return Transposed(tensor)
@@ -105,25 +101,38 @@ def made(origin: Origin, tensors: Mapping[str, Expression], whose: str) -> Expre
     return tensor
 
 
+def _joined(rows: Sequence[Expression], tensors: Sequence[Expression], whose: str) -> Expression:
+    if not rows[0].shape or len({(one.dtype, one.shape[1:]) for one in rows}) > 1:
+        said = {_name_in_file(one): f"{one.dtype} {list(one.shape)}" for one in tensors}
+        raise CheckpointError(
+            f"{shown(whose)}: {listing(said)} belong together but do not join ({', '.join(said.values())})"
+        )
+    return Joined(tuple(rows))
+
+
 def _rows(tensor: Expression, rows: Rows, whose: str) -> Expression:
     if rows.of == 1:
         return tensor
     if not tensor.shape or tensor.shape[0] % rows.of:
         raise CheckpointError(
-            f"{shown(whose)}: {shown(rows.name)} has the shape {shown(list(tensor.shape))}, "
+            f"{shown(whose)}: {shown(_name_in_file(tensor))} has the shape {shown(list(tensor.shape))}, "
             f"which does not split into {rows.of} equal parts"
         )
     unit = tensor.shape[0] // rows.of
     return Part(tensor, rows.start * unit, rows.stop * unit)
 
 
+def _name_in_file(tensor: Expression) -> str:
+    return next(one.name for one in leaves_of(tensor) if isinstance(one, Stored))
+
+
 def _in_ldm(
     checkpoint: Checkpoint, original: Mapping[str, str], naming: str, family: Family
 ) -> dict[str, Expression]:
     """A checkpoint's tensors under LDM names; `original` maps canonical names to the file's own."""
-    stored: dict[str, Expression] = {own: Stored.of(checkpoint, own) for own in original.values()}
+    stored: dict[str, Expression] = {name: Stored.of(checkpoint, own) for name, own in original.items()}
     return {
-        name: simplify(made(origin.renamed(original), stored, checkpoint.name))
+        name: simplify(made(origin, stored, checkpoint.name))
         for name, origin in family.origins(original, naming, "ldm").items()
     }
 

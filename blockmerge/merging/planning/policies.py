@@ -35,7 +35,7 @@ from blockmerge.expressions import Cast, Expression, Gathered, Known, simplify
 from blockmerge.merging.planning.combining import Combination, adjusted, widest_input
 from blockmerge.merging.planning.decisions import Decision, Decisions, Findings, VaeFile
 from blockmerge.merging.planning.describing import describe
-from blockmerge.merging.planning.naming import has_place, named
+from blockmerge.merging.planning.naming import OutputTensor, has_place, named
 from blockmerge.merging.planning.recipe import Recipe
 from blockmerge.merging.result import Counts
 from blockmerge.weights import BlockWeights, Change
@@ -74,7 +74,7 @@ def decide(
         raise IncompatibleModelsError(f"two tensors of the output would be called {listing(twice)}")
     notes = describe(models, recipe, weights, beta, decisions, judge.found, naming)
     return Decisions(
-        tuple(replace(one, expression=simplify(one.expression)) for one in tensors),
+        tuple(OutputTensor(one.name, one.ldm, simplify(one.expression)) for one in tensors),
         tuple(dict.fromkeys(donor.source for donor in judge.donors)),
         _counts(models, decisions, len(judge.found.left_out), len(tensors)),
         (*notes, *lost),
@@ -114,6 +114,7 @@ class _Judge:
         self.rules = recipe.rules.resolve(self.family.name)
         self.vae = _choose_vae(models, recipe, weights)
         self.found = Findings(self.vae, self.rules)
+        self.adjust = recipe.adjust if recipe.adjust else None
         self.donors: list[Model | VaeFile] = [*models]
         if isinstance(self.vae, VaeFile):
             self.donors.append(self.vae)
@@ -220,9 +221,9 @@ class _Judge:
 
     def _change(self, name: str, dtype: str, shape: tuple[int, ...]) -> Change | None:
         """What `adjust` does to a tensor of the output."""
-        if not self.recipe.adjust or dtype not in FLOAT_DTYPES:
+        if self.adjust is None or dtype not in FLOAT_DTYPES:
             return None
-        change = self.recipe.adjust.for_tensor(name, self.family.name)
+        change = self.adjust.for_tensor(name, self.family.name)
         if change and change.shift and shape != (len(change.shift),):
             self.found.faults.append(
                 f"{shown(name)} (shape {list(shape)}: adjust sets the colours of 4 channels)"

@@ -28,11 +28,11 @@ class Operand:
     dtype: str
 
     @classmethod
-    def of(cls, tensor: Expression) -> Operand:
+    def of(cls, tensor: Expression, dtype: str) -> Operand:
         """Where a tensor lies, if its bytes lie in a row, else the tensor itself."""
         if isinstance(tensor, Stored) and isinstance(tensor.source, Checkpoint):
-            return cls(tensor.source, tensor.offset, tensor.dtype)
-        return cls(tensor, 0, tensor.dtype)
+            return cls(tensor.source, tensor.offset, dtype)
+        return cls(tensor, 0, dtype)
 
     def continues(self, other: Operand, elements: int) -> bool:
         """Whether it begins where `other` ends after so many elements, in the same file."""
@@ -75,14 +75,16 @@ class Run:
         """The size of the stretch that cannot be cut."""
         return self.grain * size_of(self.dtype)
 
-    def continues(self, other: Run) -> bool:
-        """Whether this run goes on where `other` ends, in the output and in everything that is read."""
-        if self.program is not other.program or not self.program.joins:
+    def continues(self, other: Run, elements: int) -> bool:
+        """Whether this run goes on where `other` ends after so many elements, in the output and in all that
+        is read.
+        """
+        if self.program is not other.program or not self.program.joins or self.dtype != other.dtype:
             return False
-        if (self.start, self.dtype) != (other.stop, other.dtype):
+        if self.start != other.start + elements * size_of(self.dtype):
             return False
         pairs = zip(self.operands, other.operands, strict=True)
-        return all(mine.continues(theirs, other.elements) for mine, theirs in pairs)
+        return all(mine.continues(theirs, elements) for mine, theirs in pairs)
 
 
 COPY = Programs().of(Known(b"", "U8", (0,)))[0]
@@ -103,21 +105,26 @@ class Drafter:
                 start += member.nbytes
         elif is_arranged(tensor):
             if tensor.nbytes:
-                yield Run(start, tensor.nbytes, "U8", COPY, (replace(Operand.of(tensor), dtype="U8"),))
+                yield Run(start, tensor.nbytes, "U8", COPY, (Operand.of(tensor, "U8"),))
         elif tensor.elements:
             program, leaves = self._programs.of(tensor)
-            grain = program.grain(tensor.shape)
-            yield Run(start, tensor.elements, tensor.dtype, program, tuple(map(Operand.of, leaves)), grain)
+            operands = tuple(Operand.of(leaf, leaf.dtype) for leaf in leaves)
+            yield Run(start, tensor.elements, tensor.dtype, program, operands, program.grain(tensor.shape))
 
     def all(self, tensors: Sequence[tuple[int, Expression]]) -> tuple[Run, ...]:
         """The runs of (start, tensor) in the order of the file, those that go on joined."""
         runs: list[Run] = []
+        elements = 0
         for start, tensor in tensors:
             for run in self.runs(tensor, start):
-                if runs and run.continues(runs[-1]):
-                    runs[-1] = replace(runs[-1], elements=runs[-1].elements + run.elements)
-                else:
-                    runs.append(run)
+                if runs and run.continues(runs[-1], elements):
+                    elements += run.elements
+                    continue
+                if runs and elements != runs[-1].elements:
+                    runs[-1] = replace(runs[-1], elements=elements)
+                runs.append(run)
+                elements = run.elements
+        runs[-1] = replace(runs[-1], elements=elements)
         return tuple(runs)
 
 
