@@ -193,10 +193,9 @@ class Transposed(Arrangement):
         matrix = self.matrix
         if isinstance(matrix, Transposed):
             return matrix.matrix
-        if matrix.inputs and matrix.locality == "element" and not matrix.is_chance:
-            return matrix.with_inputs(
-                tuple(Transposed(one).simplified() for one in matrix.inputs)
-            ).simplified()
+        if _is_by_element(matrix) and not matrix.is_chance:
+            inputs = tuple(Transposed(one).simplified() for one in matrix.inputs)
+            return matrix.with_inputs(inputs).simplified()
         return self
 
 
@@ -231,7 +230,7 @@ class Reshaped(Arrangement):
             return Reshaped(tensor.tensor, self.shape).simplified()
         if isinstance(tensor, Stored):
             return Stored(tensor.source, tensor.name, tensor.dtype, self.shape, tensor.begin)
-        if tensor.inputs and tensor.locality == "element" and not isinstance(tensor, Arrangement):
+        if _is_by_element(tensor):
             inputs = tuple(Reshaped(one, self.shape).simplified() for one in tensor.inputs)
             return tensor.with_inputs(inputs).simplified()
         return self
@@ -251,6 +250,11 @@ def is_arranged(expression: Expression) -> bool:
     if not expression.inputs:
         return True
     return isinstance(expression, Arrangement) and all(map(is_arranged, expression.inputs))
+
+
+def _is_by_element(tensor: Expression) -> bool:
+    """Whether it is computed, each element from the same one of all inputs, which have its shape."""
+    return bool(tensor.inputs) and tensor.locality == "element" and not isinstance(tensor, Arrangement)
 
 
 def _entries(axis: int, start: int, stop: int) -> tuple[slice, ...]:
