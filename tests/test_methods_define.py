@@ -322,6 +322,7 @@ def test_rows(pairs, tmp_path):
     )
     merged = load_file(tmp_path / "m.safetensors")
     same(merged, blockmerge.merge_state_dicts(a, b, weights=0.5, vae="blend", method=half_and_half))
+    assert find_method(half_and_half).rows((), 0.5, 0.0) == ((0, 1, 1),)  # nothing of nothing
     middle = len(a[UNET]) // 2
     assert torch.equal(merged[UNET], torch.cat([a[UNET][:middle], b[UNET][middle:]]))
 
@@ -409,3 +410,21 @@ def test_definitions_that_do_not_fit(function, options, message):
     with pytest.raises(RecipeError) as caught:
         blockmerge.merge_method(**options)(function)
     assert str(caught.value) == f"{__name__}:{function.__name__}{message}"
+
+
+def test_chance_goes_by_the_place_in_the_tensor_live_too(monkeypatch):
+    """A user's function gets a large tensor in stretches."""
+    from blockmerge.merging import launching
+    from tests.test_live import PREFIX, make_state_dicts, module_of, unet_of, values
+
+    monkeypatch.setattr(launching, "_COPIED_ELEMENTS", 1000)
+    models = [unet_of(make_state_dicts("sd1", seed=seed)[0]) for seed in range(2)]
+    module = module_of(models[0])
+    blockmerge.LiveMerge(module, *models, method=jitter).apply(weights=0.4)
+    found = values(module)
+    largest = max(found, key=lambda name: found[name].numel())
+    a, b = (model[largest].double().numpy() for model in models)
+    assert a.size > 10_000
+    noise = oracle.normals(key_of(0, PREFIX + largest), a.size).reshape(a.shape)
+    wanted = a + 0.4 * (b - a) + 0.5 * noise
+    assert np.abs(found[largest].double().numpy() - wanted).max() <= 4e-3

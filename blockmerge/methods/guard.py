@@ -77,7 +77,7 @@ class Guard:
                 borders = [border for start, stop, _ in found for border in (start, stop)]
                 is_whole = [0, *borders, length][::2] == [0, *borders, length][1::2]
                 if is_whole and all(start <= stop and self._is_model(model) for start, stop, model in found):
-                    return found
+                    return tuple(part for part in found if part[0] < part[1])
             except (TypeError, ValueError):
                 pass
             raise RecipeError(
