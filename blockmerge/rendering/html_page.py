@@ -1,6 +1,4 @@
-"""Comparisons as one self-contained HTML page: no script, nothing fetched, legible in light, in dark and on
-paper.
-"""
+"""Comparisons as one self-contained HTML page: no script, nothing fetched; for light, dark and paper."""
 
 from __future__ import annotations
 
@@ -56,9 +54,7 @@ def explanation_html(found: Explanation) -> str:
 
 
 def _along_the_u(weights: Mapping[str, float | None]) -> list[tuple[str, str, float | None]]:
-    """(place, block, weight) in the order of a two-column grid: inputs down the left, outputs up the
-    right.
-    """
+    """(place, block, weight) in the order of a grid: inputs down the left, outputs up the right."""
     inputs = [block for block in weights if block.startswith("IN")]
     outputs = [block for block in reversed(list(weights)) if block.startswith("OUT")]
     pairs = [block for pair in zip(inputs, outputs, strict=False) for block in pair]
