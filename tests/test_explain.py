@@ -399,6 +399,35 @@ def test_nan_is_told_by_name(pairs, tmp_path, capsys):
     assert CONV in found.left_out["candidate.safetensors"]
 
 
+def test_names_stay_when_one_of_the_same_name_is_left_out(tmp_path):
+    models = relatives(3)
+    broken = {**models["c"], CONV: torch.full_like(models["c"][CONV], torch.nan)}
+    made = mixed(models, preset_shares("high_res"))
+    paths = [tmp_path / place / "a.safetensors" for place in ("broken", "good")]
+    for path, model in zip(paths, (broken, models["a"]), strict=True):
+        path.parent.mkdir()
+        save_file(model, path)
+    save_file(models["b"], tmp_path / "b.safetensors")
+    save_file(made, tmp_path / "m.safetensors")
+    found = blockmerge.explain(tmp_path / "m.safetensors", [*paths, tmp_path / "b.safetensors"])
+    assert set(found.parents) == {"a.safetensors (2)", "b.safetensors"}
+    assert found.left_out.keys() == {"a.safetensors"}
+
+
+def test_many_candidates_of_which_nothing_can_be_told(tmp_path):
+    """All lie on one line, so no weights are determined, and the merge lies elsewhere."""
+    two = relatives(2, dtype=torch.float32)
+    on_a_line = {
+        f"c{number}": {
+            name: torch.lerp(t, two["b"][name], number / 8) if t.is_floating_point() else t
+            for name, t in two["a"].items()
+        }
+        for number in range(6)
+    }
+    found = explain(tmp_path, tuned(two["b"], 0.02, seed=4), on_a_line)
+    assert (found.method, found.parents, found.exact) == (None, (), False)
+
+
 def test_bystanders_change_nothing(tmp_path):
     """Neither a candidate in a coarse dtype nor one of huge values hides what the true parents show."""
     models = relatives(2, 0.005)

@@ -23,13 +23,13 @@ class Differences:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One reference beside the base. With an `error`, one line about why there is no number, all else is
-    empty.
+    """One reference beside the base.
 
-    `similarity` and `parts` are percent for the method ``"attention"`` (parts: the output blocks looked at)
-    and cosines for ``"weights"`` (parts: all blocks, BASE being everything outside the U-Net). `total`,
-    `blocks` and `components` are for ``"weights"`` only. `hash` is the old (AutoV1) hash, None for what is no
-    file. `notes` tell what could not be compared.
+    With an `error`, one line about why there is no number, all else is empty. `similarity` and `parts` are
+    percent for the method ``"attention"`` (parts: the output blocks looked at) and cosines for ``"weights"``
+    (parts: all blocks, BASE being everything outside the U-Net). `total`, `blocks` and `components` are for
+    ``"weights"`` only. `hash` is the old (AutoV1) hash, None for what is no file. `notes` tell what could not
+    be compared.
     """
 
     name: str
@@ -45,10 +45,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class SimilarityResult:
-    """A base and its references, best first, those with errors last. `seed` is None for the method
-    ``"weights"``.
+    """A base and its references, best first, those with errors last.
 
-    `common_base` is the name of the model that differences were taken from, if one was given.
+    `seed` is None for the method ``"weights"``. `common_base` is the name of the model that differences were
+    taken from, if one was given.
     """
 
     method: str

@@ -129,8 +129,7 @@ def similarity_matrix(
     )
 
 
-# -- attention
-# ------------------------------------------------------------------------------------------------------
+# -- attention -----------------------------------------------------------------------------------------------
 
 
 def _attention(
@@ -163,8 +162,7 @@ def _attention_pairs(
     return {pair: 100 * _mean(values) for pair, values in pairs.items()}, failed
 
 
-# -- weights
-# --------------------------------------------------------------------------------------------------------
+# -- weights -------------------------------------------------------------------------------------------------
 
 
 def _weights(
@@ -256,13 +254,12 @@ def _not_compared(base: Model, model: Model, sums: Sums, compared: Sequence[int]
     left = [name for name in every if name not in names and component_of(name) in both]
     if left:
         yield (
-            f"{counted(len(left), 'tensor')} that only one of the two has, or in another shape: not "
-            f"compared ({listing(left)})"
+            f"{counted(len(left), 'tensor')} that only one of the two has, or in another shape: "
+            f"not compared ({listing(left)})"
         )
 
 
-# -- both
-# -----------------------------------------------------------------------------------------------------------
+# -- both ----------------------------------------------------------------------------------------------------
 
 
 def check_method(method: str, common_base: object = None) -> None:

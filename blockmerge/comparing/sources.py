@@ -1,6 +1,4 @@
-"""From what a user names to models: files, folders and patterns, where one that cannot be read does not stop
-the others.
-"""
+"""From what a user names to models: one that cannot be read does not stop the others."""
 
 from __future__ import annotations
 
@@ -26,9 +24,7 @@ from blockmerge.expressions import Expression
 
 @dataclass(frozen=True)
 class Source:
-    """Something to compare: its name, unique among its kind, and the model, or one line about why there is
-    none.
-    """
+    """Something to compare: a unique name, and the model or one line about why there is none."""
 
     name: str
     model: Model | None
@@ -36,10 +32,10 @@ class Source:
 
 
 def open_sources(models: CheckpointLike | Iterable[CheckpointLike]) -> list[Source]:
-    """Open everything that `models` names: paths, folders (the models in them), patterns, checkpoints, state
-    dicts.
+    """Open everything that `models` names.
 
-    What cannot be opened becomes a Source with an error. Raises RecipeError when nothing at all was named.
+    These may be paths, folders (for the models in them), patterns, opened checkpoints and state dicts. What
+    cannot be opened becomes a Source with an error. Raises RecipeError when nothing at all was named.
     """
     if isinstance(models, (str, os.PathLike, Checkpoint, Mapping)):
         models = [models]

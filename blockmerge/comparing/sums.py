@@ -211,7 +211,7 @@ class _PairSums:
         }
         self.seen[index, list(alike)] = True
         dtype = "F64" if any(tensor.dtype == "F64" for tensor in alike.values()) else "F32"
-        with np.errstate(over="ignore", invalid="ignore"):  # sums that are not finite are told of at the end
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is reported at the end
             for start in range(0, first.elements, self.chunk):
                 count = min(self.chunk, first.elements - start)
                 self._sum_chunk(_Chunk(index, start, count, dtype), reader)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,29 +42,19 @@ class MergeStream:
     def read(
         self, candidates_of: Mapping[str, Sequence[int]], look: Callable[[Chunk], None], dtype: str
     ) -> None:
-        """Call `look` with every chunk of some tensors, as floats of `dtype` (or of float64: see below).
+        """Call `look` with every chunk of some tensors, as floats of `dtype` or of float64.
 
         `candidates_of` maps the tensors' names to the candidates that are read beside the merge. A thread
         does whole tensors, in order: sums over a tensor never depend on the number of threads.
         """
-        tensors = self.merge.tensors
         # A chunk of every model and a few more are held by each worker, in float64 of twice the size.
-        chunk = CHUNK // max(1 if dtype == "F32" else 4, (1 + len(self.candidates)) // 2)
+        most = CHUNK // max(1 if dtype == "F32" else 4, (1 + len(self.candidates)) // 2)
 
         def read_tensor(name: str, reader: TensorReader) -> None:
-            stored = tensors[name].dtype
-            # Where the merge itself has float32's digits, they must not drown in the arithmetic.
-            wide = "F64" if stored in ("F32", "F64") else dtype
-            elements = tensors[name].elements
-            for start in range(0, elements, chunk):
-                count = min(chunk, elements - start)
-                merge = reader.read(self.merge, name, start, count, dtype=wide, buffer="merge")
-                candidates = {
-                    n: reader.read(self.candidates[n], name, start, count, dtype=wide, buffer=n)
-                    for n in candidates_of[name]
-                }
-                look(Chunk(name, stored, merge, candidates))
+            for chunk in self._chunks(name, candidates_of[name], most, dtype, reader):
+                look(chunk)
 
+        tensors = self.merge.tensors
         total = sum(
             model.tensors[name].nbytes
             for name, read in candidates_of.items()
@@ -74,6 +64,25 @@ class MergeStream:
         read_in_parallel(largest_first, read_tensor, total, threads=self.threads, progress=self.progress)
         for model in (self.merge, *self.candidates):
             model.source.check_unchanged()
+
+    def _chunks(
+        self, name: str, candidates: Sequence[int], most: int, dtype: str, reader: TensorReader
+    ) -> Iterator[Chunk]:
+        """Yield a tensor in chunks of at most so many elements; each is valid until the next."""
+        tensor = self.merge.tensors[name]
+        # Where the merge itself has float32's digits, they must not drown in the arithmetic.
+        wide = "F64" if tensor.dtype in ("F32", "F64") else dtype
+        for start in range(0, tensor.elements, most):
+            count = min(most, tensor.elements - start)
+            yield Chunk(
+                name,
+                tensor.dtype,
+                reader.read(self.merge, name, start, count, dtype=wide, buffer="merge"),
+                {
+                    n: reader.read(self.candidates[n], name, start, count, dtype=wide, buffer=n)
+                    for n in candidates
+                },
+            )
 
 
 def step_of(values: torch.Tensor, dtype: str) -> torch.Tensor:

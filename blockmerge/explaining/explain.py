@@ -41,9 +41,9 @@ def explain(
     Every block's weights are found by least squares over all its values: M = Σ cᵢXᵢ with Σ cᵢ = 1, which
     covers weighted sums, add difference and averages, whichever candidate is the base. The fewest parents
     that leave nothing but rounding are taken; then the merge is made again in memory, with these weights and
-    with rounder ones and presets near them, and held against the file. With `tensors` every tensor is told as
-    well. `candidates` are what `similarity` takes for references. Reads the merge and the candidates twice;
-    `progress(done, total)` is told the bytes of each pass.
+    with rounder ones and presets near them, and held against the file. With `tensors`, every tensor is listed
+    too. `candidates` are what `similarity` takes for references. Reads the merge and the candidates twice;
+    `progress(done, total)` gets the bytes of each pass.
 
     Candidates that cannot be used are named in `left_out`. Raises what is wrong with the merge itself,
     RecipeError without any candidate, IncompatibleModelsError or NonFiniteError when none can be compared.

@@ -22,9 +22,7 @@ from blockmerge.streaming import Progress
 
 @dataclass(frozen=True)
 class Part:
-    """The size of a component or a block; `bytes` as stored, `dtypes` maps each dtype to its number of
-    tensors.
-    """
+    """The size of a component or a block, in `bytes` as stored; `dtypes` counts the tensors of each dtype."""
 
     tensors: int
     parameters: int

@@ -20,16 +20,16 @@ def check_metadata(metadata: Mapping[str, str], family: str | None) -> Iterator[
         yield Problem.of(
             "metadata_architecture",
             f"modelspec.architecture says '{shown(metadata['modelspec.architecture'])}', but the tensors are "
-            "those of "
-            f"{FAMILIES[family].architecture}: programs that believe it load the model wrongly",
+            f"those of {FAMILIES[family].architecture}: programs that believe it load the model wrongly",
         )
     if broken := faults.get("json"):
         yield Problem.of("metadata_json", f"{listing(broken)} should be JSON and cannot be read as that")
     if leaking := faults.get("paths"):
         yield Problem.of(
-            "metadata_paths", f"{len(leaking)} of the metadata's entries "
-            f"name folders of the computer that wrote the file ({listing(leaking)})"
-        )  # fmt: skip
+            "metadata_paths",
+            f"{len(leaking)} of the metadata's entries name folders of the computer that wrote the file "
+            f"({listing(leaking)})",
+        )
 
 
 def check_file(file: SafetensorsFile) -> Iterator[Problem]:
@@ -37,14 +37,11 @@ def check_file(file: SafetensorsFile) -> Iterator[Problem]:
     askew = [name for name, info in file.tensors.items() if info.offset % (itemsize(info.dtype) or 1)]
     if askew or file.data_start % _ALIGNMENT:
         where = f"the data begins at byte {file.data_start}"
-        yield Problem.of(
-            "unaligned_data",
-            f"{counted(len(askew), 'tensor')} lie at offsets unfit for their dtype ({where}): some readers "
-            "are slow on that"
-            if askew
-            else f"{where}, which is no multiple of {_ALIGNMENT}: some readers are slow on that",
-            askew,
-        )
+        if askew:
+            what = f"{counted(len(askew), 'tensor')} lie at offsets unfit for their dtype ({where})"
+        else:
+            what = f"{where}, which is no multiple of {_ALIGNMENT}"
+        yield Problem.of("unaligned_data", f"{what}: some readers are slow on that", askew)
     if "format" not in file.metadata:
         yield Problem.of(
             "no_format",

@@ -20,8 +20,9 @@ def repair(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> CheckResult:
-    """Write a repaired copy of a checkpoint and say what was wrong with it; `fixed` are the codes that the
-    copy is rid of.
+    """Write a repaired copy of a checkpoint, and say what was wrong with it.
+
+    `fixed` are the codes of the problems that the copy is rid of.
 
     A conversion that prunes does all of it: it writes the usual names, `position_ids` as int64, aligned data
     and honest metadata, and neither EMA copies nor leftovers. What it cannot repair stays: the copy is

@@ -1,6 +1,4 @@
-"""What names, shapes and dtypes tell: what is missing, unknown, superfluous, or stored in a way that few
-programs read.
-"""
+"""What names, shapes and dtypes tell: what is missing, unknown, superfluous, or stored oddly."""
 
 from __future__ import annotations
 
@@ -48,11 +46,11 @@ _ODD_DTYPES: tuple[tuple[str, Callable[[str], bool], str], ...] = (
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint under check. `tensors` are LDM name → tensor, `originals` LDM name → name in the file (the
-    first of several).
+    """A checkpoint under check.
 
-    `unused` are the file's names of what no loader needs, EMA copies among them. Without a known U-Net
-    `model` is None, `why_unknown` says why, and every tensor counts.
+    `tensors` are LDM name → tensor, `originals` LDM name → name in the file (the first of several). `unused`
+    are the file's names of what no loader needs, EMA copies among them. Without a known U-Net `model` is
+    None, `why_unknown` says why, and every tensor counts.
     """
 
     checkpoint: Checkpoint

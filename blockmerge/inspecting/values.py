@@ -24,9 +24,7 @@ PIECE_BYTES = 2 << 20
 
 @dataclass(frozen=True)
 class _Bits:
-    """Magnitudes in bits: the first that is no number, and the first that rounds to infinity in float16 (from
-    65520 on).
-    """
+    """Magnitudes in bits: the first that is no number, and the first that is infinity in float16 (65520)."""
 
     unsigned: str
     not_finite: int

@@ -18,9 +18,7 @@ def warmth(value: float, span: tuple[float, float]) -> float:
 
 
 def rgb(warm: float) -> tuple[int, int, int]:
-    """A colour between deep blue (0) and amber (1), as dark text on light and light text on dark can both
-    stand on.
-    """
+    """A colour from deep blue (0) to amber (1), on which both light and dark text can be read."""
     cold, hot = (49, 84, 156), (224, 152, 40)
     red, green, blue = (round(one + (other - one) * warm) for one, other in zip(cold, hot, strict=True))
     return red, green, blue

@@ -27,9 +27,7 @@ _TITLES = {
 
 
 def print_similarity(console: Console, result: SimilarityResult, *, blocks: bool = False) -> None:
-    """Print the base, then each reference with its number, best first; with `blocks` a heat map of blocks ×
-    models.
-    """
+    """Print the base, then each reference, best first; with `blocks` a heat map of blocks × models."""
     _line(
         console,
         Text.assemble(("base  ", "dim"), (shown(result.base), "bold"), f"  {_hash(result.base_hash)}"),

@@ -1,6 +1,4 @@
-"""Comparisons as one self-contained HTML page: no script, nothing fetched, legible in light, in dark and on
-paper.
-"""
+"""Comparisons as one self-contained HTML page: no script, nothing fetched; for light, dark and paper."""
 
 from __future__ import annotations
 

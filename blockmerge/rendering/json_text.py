@@ -39,9 +39,7 @@ def check_json(found: CheckResult) -> str:
 
 
 def methods_json(methods: Sequence[Method]) -> str:
-    """A list of methods; `models` is null where it is any number, `weights` are the block weights that each
-    takes.
-    """
+    """A list of methods; `models` is null for any number, `weights` are the block weights each takes."""
     return _dumps(
         [
             {

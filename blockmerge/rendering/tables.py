@@ -8,9 +8,7 @@ from rich.table import Table
 
 
 def print_table(console: Console, table: Table, needed: int | None = None) -> None:
-    """Print a table never narrower than it `needed` (by default all its cells): the terminal then breaks the
-    lines itself.
-    """
+    """Print a table at least as wide as `needed` (by default its cells): the terminal breaks its lines."""
     width = console.width
     if needed is None:
         needed = Measurement.get(console, console.options.update(max_width=10_000), table).maximum

@@ -1,6 +1,4 @@
-"""The U: input blocks down the left, output blocks up the right, the middle at the bottom, a bar for each
-weight.
-"""
+"""The U: inputs down the left, outputs up the right, the middle at the bottom, a bar for each weight."""
 
 from __future__ import annotations
 
