@@ -60,9 +60,9 @@ class WeightsU:
 
 def arms_of(blocks: Iterable[str]) -> Arms | None:
     """How these blocks are drawn, or None where no family has just these, in two arms."""
-    wanted = set(blocks) - {OUTSIDE}
+    wanted = set(blocks)
     drawn = (family.arms for family in FAMILIES.values() if family.arms is not None)
-    return next((a for a in drawn if {*a.left, *a.middle, *a.right} == wanted), None)
+    return next((a for a in drawn if {OUTSIDE, *a.left, *a.middle, *a.right} == wanted), None)
 
 
 def _whole(line: Text) -> Text:
