@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from blockmerge.expressions.expression import Expression, Locality, Shape
@@ -81,10 +82,22 @@ class Part(Arrangement):
             ).simplified()
         if isinstance(whole, Joined) and whole.axis == self.axis:
             return self._of_joined(whole)
-        part = whole.part(self.start, self.stop) if self.axis == 0 else None
-        if part is None:
+        return self._moved_inside() if self.axis == 0 else self
+
+    def _moved_inside(self) -> Expression:
+        """The same without what is computed, or read, for nothing. What looks at rows or more gets whole
+        tensors: in every naming the same ones, so that the bits are the same, too.
+        """
+        whole, start, stop = self.whole, self.start, self.stop
+        if isinstance(whole, Stored):
+            return whole.part(start, stop)
+        if isinstance(whole, Reshaped) and whole.shape[:1] == whole.tensor.shape[:1]:
+            part = Part(whole.tensor, start, stop).simplified()
+            return Reshaped(part, (stop - start, *whole.shape[1:])).simplified()
+        if not _is_by_element(whole):
             return self
-        return part.with_inputs(tuple(one.simplified() for one in part.inputs)).simplified()
+        inputs = tuple(Part(one, start, stop).simplified() for one in whole.inputs)
+        return whole.with_inputs(inputs).later(start * prod(whole.shape[1:])).simplified()
 
     def _of_joined(self, joined: Joined) -> Expression:
         taken: list[Expression] = []
@@ -150,10 +163,6 @@ class Joined(Arrangement):
                 else:
                     members[-1] = joined
         return members[0] if len(members) == 1 else Joined(tuple(members), self.axis)
-
-    def part(self, start: int, stop: int) -> Expression | None:
-        """A part along another axis would be one of each; along this one `Part` takes the members."""
-        return None
 
     def _said(self) -> Sequence[str]:
         return [*map(str, self.members), *([f"axis {self.axis}"] if self.axis else [])]
@@ -234,12 +243,6 @@ class Reshaped(Arrangement):
             inputs = tuple(Reshaped(one, self.shape).simplified() for one in tensor.inputs)
             return tensor.with_inputs(inputs).simplified()
         return self
-
-    def part(self, start: int, stop: int) -> Expression | None:
-        """Entries of the first axis are other ones in the other shape, unless that axis is the same."""
-        if self.shape[:1] != self.tensor.shape[:1]:
-            return None
-        return Reshaped(Part(self.tensor, start, stop), (stop - start, *self.shape[1:]))
 
     def _said(self) -> Sequence[str]:
         return [str(self.tensor), str(list(self.shape))]

@@ -167,14 +167,9 @@ class Merged(Expression):
         members = (Part(self.tensors[source], start, stop).simplified() for start, stop, source in rows)
         return Joined(tuple(Cast(one, self.dtype).simplified() for one in members)).simplified()
 
-    def part(self, start: int, stop: int) -> Expression | None:
+    def later(self, begin: int) -> Merged:
         """Chance goes by the place in the whole tensor."""
-        part = super().part(start, stop)
-        if part is None or not self.is_chance:
-            return part
-        assert isinstance(part, Merged)
-        width = self.elements // self.shape[0]
-        return replace(part, begin=self.begin + start * width)
+        return replace(self, begin=self.begin + begin) if self.is_chance else self
 
     def __str__(self) -> str:
         weights = [

@@ -90,18 +90,11 @@ class Expression(ABC):
         """The same without what does nothing; the inputs are simplified already."""
         return self
 
-    def part(self, start: int, stop: int) -> Expression | None:
-        """Entries start … stop of the first axis, as an expression that computes no more than these; else
-        None.
-
-        By default that of a kind whose elements depend on the same ones of all inputs. What looks at rows
-        gets whole tensors: in every naming the same ones, so that the bits are the same, too.
+    def later(self, begin: int) -> Expression:
+        """The same for a part of a tensor that begins at its element `begin`; another one only where chance
+        plays.
         """
-        if self.locality != "element" or not self.inputs:
-            return None
-        from blockmerge.expressions.arrangements import Part
-
-        return self.with_inputs(tuple(Part(one, start, stop) for one in self.inputs))
+        return self
 
     def __str__(self) -> str:
         return f"{type(self).__name__.lower()}({', '.join(self._said())})"
