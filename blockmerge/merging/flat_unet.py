@@ -79,7 +79,7 @@ class FlatModel:
         """What a tensor of the module under an LDM name is in this model."""
         if isinstance(tensor, Stored):
             info = self.tensors[tensor.name]
-            shape = tensor.shape if info.elements == tensor.elements else info.shape
+            shape = tensor.shape if info.shape == self.slots[tensor.name].shape else info.shape
             return Stored(self, tensor.name, info.dtype, shape, tensor.begin)
         return tensor.with_inputs(tuple(map(self.in_ldm, tensor.inputs)))
 

@@ -80,7 +80,7 @@ def make_plan(models: Sequence[Model], recipe: Recipe, output: Output) -> Plan:
         tuple(model.source.name for model in models),
         replace(decided, notes=(*decided.notes, *recipe.idle(family), *laid_out.notes)),
         output,
-        tuple(_plan_file(file, metadata) for file in laid_out.files),
+        tuple(planned_file(file, metadata) for file in laid_out.files),
         laid_out.small_files,
         tuple(gathered_by(decided.tensors)),
     )
@@ -99,7 +99,10 @@ def _variant(a: Model, tensors: Sequence[OutputTensor]) -> str:
     return family.variants.get(shape[1], a.anatomy.variant) if len(shape) > 1 else a.anatomy.variant
 
 
-def _plan_file(file: WeightFile[OutputTensor], metadata: Mapping[str, str]) -> PlannedFile:
+def planned_file(file: WeightFile[OutputTensor], metadata: Mapping[str, str]) -> PlannedFile:
+    """Lay out a file: its header, then its tensors, aligned as readers want them, and the runs that make
+    them.
+    """
     order = _aligned_order(list(file.tensors.items()))
     in_file: dict[str, TensorInfo] = {}
     offset = 0
