@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 
 import blockmerge
 from blockmerge.anatomy import component_of, components_of, layout, layout_gaps
-from blockmerge.checkpoints import FLOAT_DTYPES, StateDict, TensorInfo, encode_header
+from blockmerge.checkpoints import StateDict, TensorInfo, encode_header
 from blockmerge.cli.main import run
 from blockmerge.demo import demo_layout, make_state_dicts
+from blockmerge.dtypes import FLOAT_DTYPES
 from blockmerge.inspecting import KINDS
 from blockmerge.inspecting.metadata import check_metadata
 from blockmerge.inspecting.values import BITS, PIECE_BYTES, peaks_of

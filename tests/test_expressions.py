@@ -128,7 +128,7 @@ def computations(draw, shape=None, depth=2):
 def computed(expression):
     """Its value, by the evaluator for tensors in memory."""
     out = torch.empty(expression.shape, dtype=torch_dtype(expression.dtype))
-    for task in tasks_of(expression, out, Programs(), 7):
+    for task in tasks_of(expression, out, Programs(), 7, "x"):
         task.run({})
     return out
 

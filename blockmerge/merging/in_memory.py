@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from blockmerge.dtypes import torch_dtype
+from blockmerge.errors import RecipeError, shown
 from blockmerge.expressions import (
     Arrangement,
     Expression,
@@ -20,6 +22,7 @@ from blockmerge.expressions import (
     Stored,
     is_arranged,
 )
+from blockmerge.streaming import TorchThreads, for_each, processors
 
 Figures = Mapping[Gathered, object]
 """What was gathered of all tensors before the first is merged."""
@@ -37,12 +40,13 @@ class Task:
     """Something to compute: a program, what it is applied to, and the memory that gets the result.
 
     Operands are made when it is run, as some take memory: arranged ones, and those from another device.
-    `first` is the number of the first element of `out` in its tensor.
+    `first` is the number of the first element of `out` in its tensor, `label` what messages call that.
     """
 
     program: Program
     operands: tuple[Expression, ...]
     out: torch.Tensor
+    label: str
     first: int = 0
 
     def tensors(self, figures: Figures) -> list[Any]:
@@ -58,10 +62,19 @@ class Task:
     def run(self, figures: Figures) -> None:
         """Compute it."""
         out = self.out.view(-1) if self.program.locality == "element" else self.out
-        self.program.run(self.tensors(figures), out, self.first)
+        self.run_on(self.tensors(figures), out)
+
+    def run_on(self, tensors: list[Any], out: torch.Tensor) -> None:
+        """Apply the program to these operands. Raises RecipeError when a method of the user's own fails."""
+        try:
+            self.program.run(tensors, out, self.first)
+        except RecipeError as error:
+            raise RecipeError(f"{error} (at {shown(self.label)})") from error
 
 
-def tasks_of(tensor: Expression, out: torch.Tensor, programs: Programs, most: int) -> Iterator[Task]:
+def tasks_of(
+    tensor: Expression, out: torch.Tensor, programs: Programs, most: int, label: str
+) -> Iterator[Task]:
     """Yield what there is to compute for a tensor, in tasks of `most` elements where it can be cut.
 
     What is only copied is copied at once.
@@ -69,18 +82,80 @@ def tasks_of(tensor: Expression, out: torch.Tensor, programs: Programs, most: in
     if isinstance(tensor, Joined) and tensor.axis == 0:
         begin = 0
         for one in tensor.members:
-            yield from tasks_of(one, out[begin : begin + one.shape[0]], programs, most)
+            yield from tasks_of(one, out[begin : begin + one.shape[0]], programs, most, label)
             begin += one.shape[0]
     elif is_arranged(tensor):
         out.copy_(tensor_of(tensor))
     elif out.numel():
         program, operands = programs.of(tensor)
         if program.locality != "element" or out.numel() <= most:
-            yield Task(program, operands, out)
+            yield Task(program, operands, out, label)
             return
         flat = out.view(-1)
         for first in range(0, len(flat), most):
-            yield Task(program, operands, flat[first : first + most], first)
+            yield Task(program, operands, flat[first : first + most], label, first)
+
+
+def compute_in_threads(tasks: Sequence[Task], figures: Figures) -> None:
+    """Compute one task after the other in each of as many threads as there are processors.
+
+    torch's own threads, which would share each tensor, cost more than they bring where most tensors are
+    small.
+    """
+    torch_threads = TorchThreads()
+    inference = torch.is_inference_mode_enabled()
+
+    @contextmanager
+    def worker() -> Iterator[Callable[[Task], int]]:
+        torch_threads.single_here()
+        with torch.inference_mode(inference), torch.no_grad():
+
+            def compute(task: Task) -> int:
+                task.run(figures)
+                return 0
+
+            yield compute
+
+    try:
+        for_each(tasks, worker, min(processors(), len(tasks)), 0)
+    finally:
+        torch_threads.restore()
+
+
+def compute_together(tasks: Sequence[Task], figures: Figures, most: int) -> None:
+    """Compute in few large launches, as a GPU likes it: tensors of one program are laid side by side, `most`
+    elements at the most.
+    """
+    for first, *others in alike(tasks, most):
+        if not others:
+            first.run(figures)
+            continue
+        together = [first, *others]
+        tensors = zip(*(one.tensors(figures) for one in together), strict=True)
+        result = torch.empty(
+            sum(one.out.numel() for one in together), dtype=first.out.dtype, device=first.out.device
+        )
+        first.run_on([torch.cat(each) for each in tensors], result)
+        outs = [one.out.view(-1) for one in together]
+        torch._foreach_copy_(outs, list(torch.split(result, [len(one) for one in outs])))
+
+
+def alike(tasks: Iterable[Task], most: int) -> Iterator[list[Task]]:
+    """Group tasks that can be computed as one, in groups of `most` elements, or of a task that is larger."""
+    groups: dict[Hashable, list[Task]] = {}
+    for task in tasks:
+        kind = (task.program, task.out.device) if task.program.joins else id(task)
+        groups.setdefault(kind, []).append(task)
+    for group in groups.values():
+        part: list[Task] = []
+        elements = 0
+        for task in group:
+            if part and elements + task.out.numel() > most:
+                yield part
+                part, elements = [], 0
+            part.append(task)
+            elements += task.out.numel()
+        yield part
 
 
 def gathered(wanted: Gathered) -> object:

@@ -73,7 +73,9 @@ class Launcher:
             out = target
             if not target.is_contiguous():
                 out = torch.empty_like(target, memory_format=torch.contiguous_format)
-            for task in tasks_of(self._merged(slot, content), out, self._programs, _COPIED_ELEMENTS):
+            for task in tasks_of(
+                self._merged(slot, content), out, self._programs, _COPIED_ELEMENTS, slot.ldm
+            ):
                 task.run(self._figures)
             if out is not target:
                 target.copy_(out)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from blockmerge.checkpoints import Model, StateDict, state_dict_name
@@ -15,13 +14,12 @@ from blockmerge.merging.planning.naming import OutputTensor
 from blockmerge.merging.planning.plan import gathered_by
 from blockmerge.merging.planning.policies import decide
 from blockmerge.merging.planning.recipe import check_flag, make_recipe
-from blockmerge.streaming import TorchThreads, for_each, processors
 from blockmerge.weights import WeightsLike, WeightsRequest
 
 if TYPE_CHECKING:
     import torch
 
-    from blockmerge.merging.in_memory import Figures, Task
+    from blockmerge.merging.in_memory import Task
 
 _SHARED = 1 << 22
 """Elements of a tensor that a processor's threads share, so many each."""
@@ -95,19 +93,21 @@ def merge_state_dicts(
 def _compute(models: Sequence[Model], tensors: Sequence[OutputTensor]) -> dict[str, torch.Tensor]:
     import torch
 
-    from blockmerge.merging.in_memory import gathered, tasks_of
+    from blockmerge.merging.in_memory import compute_in_threads, compute_together, gathered, tasks_of
 
     merged: dict[str, torch.Tensor] = {}
-    tasks: list[tuple[str, Task]] = []
+    on_cpu: list[Task] = []
+    elsewhere: list[Task] = []
     programs = Programs()
     with torch.no_grad():
         figures = {one: gathered(one) for one in gathered_by(tensors)}
         for one in tensors:
             out = merged[one.name] = _empty(models, one)
-            most = _SHARED if out.device.type == "cpu" else max(1, out.numel())
-            tasks += ((one.ldm, task) for task in tasks_of(one.expression, out, programs, most))
-        _compute_on_cpu([one for one in tasks if one[1].out.device.type == "cpu"], figures)
-        _compute_together([one for one in tasks if one[1].out.device.type != "cpu"], figures)
+            is_cpu = out.device.type == "cpu"
+            most = _SHARED if is_cpu else max(1, out.numel())
+            (on_cpu if is_cpu else elsewhere).extend(tasks_of(one.expression, out, programs, most, one.ldm))
+        compute_in_threads(on_cpu, figures)
+        compute_together(elsewhere, figures, _TOGETHER)
     return merged
 
 
@@ -120,82 +120,6 @@ def _empty(models: Sequence[Model], tensor: OutputTensor) -> torch.Tensor:
     holder = next(model for model in models if tensor.ldm in model.tensors)
     device = tensor_of(next(leaves_of(holder.tensors[tensor.ldm]))).device
     return torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype), device=device)
-
-
-def _compute_on_cpu(tasks: Sequence[tuple[str, Task]], figures: Figures) -> None:
-    """Compute one task after the other in each of as many threads as there are processors.
-
-    torch's own threads, which would share each tensor, cost more than they bring where most tensors are
-    small.
-    """
-    import torch
-
-    torch_threads = TorchThreads()
-    inference = torch.is_inference_mode_enabled()
-
-    @contextmanager
-    def worker() -> Iterator[Callable[[tuple[str, Task]], int]]:
-        torch_threads.single_here()
-        with torch.inference_mode(inference), torch.no_grad():
-
-            def compute(named: tuple[str, Task]) -> int:
-                ldm, task = named
-                with _named(ldm):
-                    task.run(figures)
-                return 0
-
-            yield compute
-
-    try:
-        for_each(tasks, worker, min(processors(), len(tasks)), 0)
-    finally:
-        torch_threads.restore()
-
-
-def _compute_together(tasks: Sequence[tuple[str, Task]], figures: Figures) -> None:
-    """Compute in few large launches: tensors that get the same treatment are laid side by side."""
-    import torch
-
-    groups: dict[Hashable, list[tuple[str, Task]]] = {}
-    for ldm, task in tasks:
-        kind = (task.program, task.out.device) if task.program.joins else id(task)
-        groups.setdefault(kind, []).append((ldm, task))
-    for (ldm, first), *others in (part for group in groups.values() for part in _parts(group)):
-        together = [first, *(task for _, task in others)]
-        with _named(ldm):
-            if not others:
-                first.run(figures)
-                continue
-            inputs = [
-                torch.cat(tensors)
-                for tensors in zip(*(one.tensors(figures) for one in together), strict=True)
-            ]
-            result = torch.empty(len(inputs[0]), dtype=first.out.dtype, device=first.out.device)
-            first.program.run(inputs, result)
-        outs = [task.out.view(-1) for task in together]
-        torch._foreach_copy_(outs, list(torch.split(result, [len(one) for one in outs])))
-
-
-def _parts(tasks: Sequence[tuple[str, Task]]) -> Iterator[list[tuple[str, Task]]]:
-    """Cut a group into parts whose tensors, laid side by side, do not take too much memory."""
-    part: list[tuple[str, Task]] = []
-    elements = 0
-    for ldm, task in tasks:
-        if part and elements + task.out.numel() > _TOGETHER:
-            yield part
-            part, elements = [], 0
-        part.append((ldm, task))
-        elements += task.out.numel()
-    yield part
-
-
-@contextmanager
-def _named(ldm: str) -> Iterator[None]:
-    """Say at which tensor a method of the user's own failed."""
-    try:
-        yield
-    except RecipeError as error:
-        raise RecipeError(f"{error} (at {shown(ldm)})") from error
 
 
 def _check_finite(merged: Mapping[str, torch.Tensor]) -> None:
