@@ -33,7 +33,6 @@ from blockmerge.expressions import (
 )
 from blockmerge.merging.in_memory import tasks_of, tensor_of
 from blockmerge.methods import METHODS
-from tests.oracle import bits
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def test_what_is_arranged_is_what_torch_makes_of_it(both):
 
 @given(arrangements(), st.data())
 def test_bytes_are_read_in_that_order_wherever_one_begins(both, data):
-    raw = bits(both.tensor).numpy().tobytes()
+    raw = both.tensor.numpy().tobytes()
     for expression in (both.expression, simplify(both.expression)):
         with Readers() as readers:
             for _ in range(3):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -294,57 +295,96 @@ def _values(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _with_extras(model: dict[str, torch.Tensor], source: Source) -> dict[str, torch.Tensor]:
-    text = [name for name in model if name.startswith(("cond_stage_model.", "conditioner."))]
-    unet = [name for name in model if name.startswith(UNET)]
     for extra in source.extras:
-        match extra:
-            case "ema" | "ema-only":
-                for name in unet:
-                    model[f"model_ema.diffusion_model{name.removeprefix(UNET).replace('.', '')}"] = (
-                        model[name] / 2
-                    )
-                model |= {
-                    "model_ema.decay": torch.tensor(0.9999),
-                    "model_ema.num_updates": torch.tensor(7, dtype=torch.int32),
-                }
-                if extra == "ema-only":
-                    model = {name: tensor for name, tensor in model.items() if name not in unet}
-            case "leftovers":
-                model |= {
-                    "betas": torch.linspace(0, 1, 10),
-                    "optimizer.state": torch.ones(3),
-                    VAE + "loss.x": torch.ones(2),
-                }
-            case "markers":
-                model |= {
-                    "v_pred": torch.zeros(0),
-                    "ztsnr": torch.zeros(0),
-                    "edm_vpred.sigma_max": torch.tensor(120.0),
-                }
-            case "float-ids":
-                model |= {n: t.float() for n, t in model.items() if n.endswith("position_ids")}
-            case "broken-ids":
-                model |= {n: t * 1.1 for n, t in model.items() if n.endswith("position_ids")}
-            case "nai":
-                model = {
-                    name.replace("transformer.text_model.", "transformer."): tensor
-                    for name, tensor in model.items()
-                }
-            case "no-vae":
-                model = {name: tensor for name, tensor in model.items() if not name.startswith(VAE)}
-            case "no-text":
-                model = {name: tensor for name, tensor in model.items() if name not in text}
-            case "less-text":
-                model = {
-                    n: t
-                    for n, t in model.items()
-                    if n not in text or crc32(f"{source.letter}{n}".encode()) % 5
-                }
-            case "ints":
-                norm = next(name for name in text if "final" in name)
-                model[norm] = (model[norm].float() * 10).to(torch.int32)
-            case "nan":
-                model[UNET + "input_blocks.1.0.in_layers.2.weight"].view(-1)[5] = torch.nan
-            case "depth":
-                model["depth_model.model.scale"] = torch.ones(3)
+        if extra in _EXTRAS:  # others are of the file, not of its tensors
+            model = _EXTRAS[extra](model, source.letter)
     return model
+
+
+def _is_text(name: str) -> bool:
+    return name.startswith(("cond_stage_model.", "conditioner."))
+
+
+def _ema(model: Model, letter: str) -> Model:
+    copies = {n.removeprefix(UNET).replace(".", ""): t / 2 for n, t in model.items() if n.startswith(UNET)}
+    counters = {
+        "model_ema.decay": torch.tensor(0.9999),
+        "model_ema.num_updates": torch.tensor(7, dtype=torch.int32),
+    }
+    return model | {f"model_ema.diffusion_model{name}": one for name, one in copies.items()} | counters
+
+
+def _ema_only(model: Model, letter: str) -> Model:
+    return {name: one for name, one in _ema(model, letter).items() if not name.startswith(UNET)}
+
+
+def _leftovers(model: Model, letter: str) -> Model:
+    rest = {
+        "betas": torch.linspace(0, 1, 10),
+        "optimizer.state": torch.ones(3),
+        VAE + "loss.x": torch.ones(2),
+    }
+    return model | rest
+
+
+def _markers(model: Model, letter: str) -> Model:
+    empty = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    return model | empty | {"edm_vpred.sigma_max": torch.tensor(120.0)}
+
+
+def _float_ids(model: Model, letter: str) -> Model:
+    return model | {n: t.float() for n, t in model.items() if n.endswith("position_ids")}
+
+
+def _broken_ids(model: Model, letter: str) -> Model:
+    return model | {n: t * 1.1 for n, t in model.items() if n.endswith("position_ids")}
+
+
+def _nai(model: Model, letter: str) -> Model:
+    return {name.replace("transformer.text_model.", "transformer."): one for name, one in model.items()}
+
+
+def _no_vae(model: Model, letter: str) -> Model:
+    return {name: one for name, one in model.items() if not name.startswith(VAE)}
+
+
+def _no_text(model: Model, letter: str) -> Model:
+    return {name: one for name, one in model.items() if not _is_text(name)}
+
+
+def _less_text(model: Model, letter: str) -> Model:
+    return {n: t for n, t in model.items() if not _is_text(n) or crc32(f"{letter}{n}".encode()) % 5}
+
+
+def _ints(model: Model, letter: str) -> Model:
+    norm = next(name for name in model if _is_text(name) and "final" in name)
+    return model | {norm: (model[norm].float() * 10).to(torch.int32)}
+
+
+def _nan(model: Model, letter: str) -> Model:
+    model[UNET + "input_blocks.1.0.in_layers.2.weight"].view(-1)[5] = torch.nan
+    return model
+
+
+def _depth(model: Model, letter: str) -> Model:
+    return model | {"depth_model.model.scale": torch.ones(3)}
+
+
+Model = dict[str, torch.Tensor]
+
+_EXTRAS: dict[str, Callable[[Model, str], Model]] = {
+    "ema": _ema,
+    "ema-only": _ema_only,
+    "leftovers": _leftovers,
+    "markers": _markers,
+    "float-ids": _float_ids,
+    "broken-ids": _broken_ids,
+    "nai": _nai,
+    "no-vae": _no_vae,
+    "no-text": _no_text,
+    "less-text": _less_text,
+    "ints": _ints,
+    "nan": _nan,
+    "depth": _depth,
+}
+"""What a model may have, or lack, beside the plain one's tensors; the letter tells A from B."""
