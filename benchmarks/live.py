@@ -30,14 +30,14 @@ import torch
 from harness import machine
 
 import blockmerge
-from blockmerge.anatomy import LAYOUTS, UNET_PREFIX, layout
+from blockmerge.anatomy import FAMILIES, UNET_PREFIX, layout
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--family", default="sd1", choices=LAYOUTS)
+    parser.add_argument("--family", default="sd1", choices=list(FAMILIES))
     parser.add_argument("--dtype", default="fp16", choices=DTYPES)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -11,30 +11,12 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
-from blockmerge.anatomy import origins_in_diffusers
 from tests.oracle import bits
+from tests.other_names import in_diffusers
 
 UNET = "model.diffusion_model."
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 FORMS = ("safetensors", "zip", "legacy", "folder", "sharded")
-
-
-def in_diffusers(model, family):
-    """A model of LDM naming as one dict of `component/name`, made with torch from the origins that
-    `test_renaming` tests.
-    """
-    made = {}
-    for name, origin in origins_in_diffusers(model, family).items():
-        tensor = (
-            torch.cat([model[one] for one in origin.names])
-            if len(origin.names) > 1
-            else model[origin.names[0]]
-        )
-        tensor = tensor.chunk(origin.parts)[origin.part] if origin.parts > 1 else tensor
-        tensor = tensor.T if origin.transposed else tensor
-        tensor = tensor.squeeze(-1).squeeze(-1) if origin.axes == 2 else tensor
-        made[name] = tensor.contiguous().clone()
-    return made
 
 
 def write(model, path, form, family="sd1"):

@@ -8,8 +8,9 @@ from functools import cache
 import torch
 from safetensors.torch import save_file
 
-from blockmerge.anatomy import is_position_ids, origins_in_diffusers
+from blockmerge.anatomy import is_position_ids
 from blockmerge.demo import demo_layout
+from tests.other_names import in_diffusers
 
 _KEPT = re.compile(
     r"model\.diffusion_model\.(time_embed\.0|label_emb\.0\.0|input_blocks\.[01]\.|middle_block\.1\.(norm|proj_in)|out\.).*"
@@ -48,16 +49,6 @@ def small_model(family="sd1", dtype=torch.float16, seed=0, *, for_a_folder=False
         return torch.randn(shape, generator=generator).to(dtype)
 
     return {name: made(name, shape) for name, shape in shapes.items()}
-
-
-def in_diffusers(model, family):
-    """The same under diffusers' names, ``component/name``."""
-    found = {}
-    for name, origin in origins_in_diffusers(model, family).items():
-        tensor = model[origin.names[0]].chunk(origin.parts)[origin.part]
-        tensor = tensor.T if origin.transposed else tensor
-        found[name] = (tensor[:, :, 0, 0] if origin.axes == 2 and tensor.dim() == 4 else tensor).contiguous()
-    return found
 
 
 def write_folder(folder, model, family):

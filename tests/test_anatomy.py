@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from blockmerge import RecipeError, UnknownFamilyError, block_of
-from blockmerge.anatomy import SD_BLOCKS, SDXL_BLOCKS, component_of, identify, layout, plain_names_of_ema
+from blockmerge.anatomy import FAMILIES, component_of, identify, layout, plain_names_of_ema
 from blockmerge.demo import demo_layout
 from tests import oracle
 
@@ -173,5 +173,5 @@ def test_ema_names_lead_back_to_plain_ones(family):
 
 
 def test_block_orders():
-    assert ",".join(SD_BLOCKS) == ",".join(oracle.SD)
-    assert ",".join(SDXL_BLOCKS) == ",".join(oracle.SDXL)
+    assert ",".join(FAMILIES["sd1"].blocks) == ",".join(oracle.SD)
+    assert ",".join(FAMILIES["sdxl"].blocks) == ",".join(oracle.SDXL)

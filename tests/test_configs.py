@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 from blockmerge import UnknownFamilyError
-from blockmerge.anatomy import layout, origins_in_diffusers
+from blockmerge.anatomy import layout
 from blockmerge.anatomy.configs import folder_configs
 from blockmerge.demo import make_state_dicts
+from tests.other_names import in_diffusers
 
 FAMILIES = ("sd1", "sd2", "sdxl", "sdxl_refiner")
 VARIANTS = {"base": 4, "depth": 5, "pix2pix": 8, "inpainting": 9}
@@ -41,18 +42,6 @@ PIPELINES = {
 }
 
 
-def converted(tensors, family):
-    """As a folder holds them; works on the meta device too."""
-    found = {}
-    for name, origin in origins_in_diffusers(tensors, family).items():
-        tensor = torch.cat([tensors[source] for source in origin.names]).chunk(origin.parts)[origin.part]
-        tensor = tensor.T if origin.transposed else tensor
-        found[name] = (
-            tensor if origin.axes is None else tensor.reshape(tensor.shape[: origin.axes])
-        ).contiguous()
-    return found
-
-
 def thin_refiner():
     """The demo makes none: 8 channels for 384, 40 text channels for 1280."""
     generator = torch.Generator().manual_seed(0)
@@ -70,7 +59,7 @@ def thin_refiner():
 
 @cache
 def thin(family):
-    return converted(thin_refiner() if family == "sdxl_refiner" else make_state_dicts(family)[0], family)
+    return in_diffusers(thin_refiner() if family == "sdxl_refiner" else make_state_dicts(family)[0], family)
 
 
 def with_variant(tensors, variant):
@@ -149,7 +138,7 @@ def test_full_size_configs_build_the_published_shapes(family):
     from transformers import CLIPTextConfig
 
     with torch.device("meta"):
-        tensors = converted({name: torch.empty(shape) for name, shape in layout(family).items()}, family)
+        tensors = in_diffusers({name: torch.empty(shape) for name, shape in layout(family).items()}, family)
         configs = folder_configs(shapes_of(tensors), family)
         built = {}
         for component in {name.split("/")[0] for name in tensors}:
@@ -229,7 +218,7 @@ def test_what_shapes_alone_do_not_tell_is_as_published(family):
     -xl-refiner-1.0).
     """
     with torch.device("meta"):
-        tensors = converted({name: torch.empty(shape) for name, shape in layout(family).items()}, family)
+        tensors = in_diffusers({name: torch.empty(shape) for name, shape in layout(family).items()}, family)
     configs = folder_configs(shapes_of(tensors), family)
     unet = configs["unet/config.json"]
     assert {key: unet[key] for key in PUBLISHED[family]} == PUBLISHED[family]

@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import blockmerge
-from blockmerge.anatomy import SD_BLOCKS, SDXL_BLOCKS, block_of, component_of
+from blockmerge.anatomy import FAMILIES, block_of, component_of
 from blockmerge.demo import make_state_dicts
 from blockmerge.weights import find_preset
 from tests.every_pair import every_pair
 from tests.refusals import assert_refused
 
-BLOCKS = {"sd1": SD_BLOCKS, "sd2": SD_BLOCKS, "sdxl": SDXL_BLOCKS}
+BLOCKS = {name: family.blocks for name, family in FAMILIES.items()}
+SD_BLOCKS = BLOCKS["sd1"]
 SIGNS = re.compile(
     r"input_blocks\.(0\.0|1\.1\.proj_in|4\.1\.proj_in)|middle_block\.1\.proj_in|label_emb|attn2\.to_k|out\.2"
 )

@@ -1,7 +1,6 @@
 """What a checkpoint is made of: families, components, blocks and the names of tensors. No torch, no files."""
 
 from blockmerge.anatomy.by_name import (
-    LAYOUTS,
     block_of,
     layout,
     origins_in_diffusers,
@@ -12,8 +11,6 @@ from blockmerge.anatomy.completeness import LayoutGaps, components_of, layout_ga
 from blockmerge.anatomy.families import (
     DEFAULT_FAMILY,
     FAMILIES,
-    SD_BLOCKS,
-    SDXL_BLOCKS,
     register,
     unregister,
 )
@@ -41,11 +38,8 @@ __all__ = [
     "DEFAULT_FAMILY",
     "DIFFUSERS_UNET_PREFIX",
     "FAMILIES",
-    "LAYOUTS",
     "NAMINGS",
     "OUTSIDE",
-    "SDXL_BLOCKS",
-    "SD_BLOCKS",
     "TITLES",
     "UNET_PREFIX",
     "VAE_PARTS",

@@ -8,9 +8,6 @@ from blockmerge.anatomy.families import DEFAULT_FAMILY, FAMILIES
 from blockmerge.anatomy.origins import Origin, Relation
 from blockmerge.errors import RecipeError, shown
 
-LAYOUTS = tuple(FAMILIES)
-"""The families that come with blockmerge."""
-
 
 def layout(family: str) -> dict[str, tuple[int, ...]]:
     """Return {tensor name: shape} of a complete file of one of FAMILIES, LDM naming."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 
 ALL = ((0, 1),)
@@ -37,25 +36,6 @@ class Origin:
     rows: tuple[Rows, ...]
     transposed: bool = False
     axes: int | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The tensors that it is made from, each once."""
-        return tuple(dict.fromkeys(rows.name for rows in self.rows))
-
-    @property
-    def part(self) -> int:
-        """Which of `parts` equal parts of its only tensor it is."""
-        return self.rows[0].start if len(self.rows) == 1 else 0
-
-    @property
-    def parts(self) -> int:
-        """How many equal parts its only tensor has; 1 where it is whole or joined."""
-        return self.rows[0].of if len(self.rows) == 1 else 1
-
-    def renamed(self, names: Mapping[str, str]) -> Origin:
-        """The same with the tensors' other names, {name: other name}."""
-        return replace(self, rows=tuple(replace(rows, name=names[rows.name]) for rows in self.rows))
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,12 +53,6 @@ FAMILIES = Families(files(__name__))
 DEFAULT_FAMILY = "sd1"
 """Which family is meant where none is given."""
 
-SD_BLOCKS = FAMILIES["sd1"].blocks
-"""The 26 blocks of SD1 and SD2, in the order in which weights are listed."""
-
-SDXL_BLOCKS = FAMILIES["sdxl"].blocks
-"""The 20 blocks of SDXL, in the order in which weights are listed."""
-
 
 def remembered(size: int | None) -> Callable[[F], F]:
     """`lru_cache` for what depends on which families there are: emptied when one is added or taken out."""
