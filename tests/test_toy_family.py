@@ -119,8 +119,6 @@ def test_how_origins_are_written(toy):
     assert back[qkv] == Origin(tuple(parts))
     place = "unet/norm_out.linear.bias"
     assert back[modulation] == Origin((Rows(place, 1, 2, 2), Rows(place, 0, 1, 2)))
-    renamed = back[qkv].renamed({rows.name: rows.name.upper() for rows in parts})
-    assert renamed.names == tuple(rows.name.upper() for rows in parts)
     lonely = toy.origins(["unet/blocks.0.attn.to_q.weight"], "diffusers", "ldm")
     assert lonely == {"unet/blocks.0.attn.to_q.weight": Origin((Rows("unet/blocks.0.attn.to_q.weight"),))}
 
