@@ -11,7 +11,7 @@ import click
 from blockmerge.cli.console import json_option, not_empty, progress_bar, stdout_console
 
 if TYPE_CHECKING:
-    from blockmerge.merging import Recipe
+    from blockmerge.merging.planning.request import MergeRequest
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -205,14 +205,13 @@ def merge(
     The inputs are never changed, and the output appears complete or not at all.
     """
     from blockmerge.merging.default_name import default_output
-    from blockmerge.merging.merge import dry_run as plan_only
-    from blockmerge.merging.merge import run
-    from blockmerge.merging.planning.recipe import make_recipe
+    from blockmerge.merging.planning.request import make_request
+    from blockmerge.merging.recipe import Recipe
     from blockmerge.weights import WeightsRequest
 
     options_of_methods = {"ratios": ratios, "density": density, "drop_rate": drop_rate, "gamma": gamma}
     numbers = {name: value for name, value in options_of_methods.items() if value is not None}
-    recipe = make_recipe(
+    request = make_request(
         method,
         _with_own(numbers, own_numbers),
         WeightsRequest(presets, weights, ",".join(changes) or None, sdxl_map, seed=seed),
@@ -220,23 +219,20 @@ def merge(
             presets_beta, weights_beta, ",".join(changes_beta) or None, sdxl_map, seed=seed, beta=True
         ),
         rules=", ".join(rules),
+        variant=variant,
         **options,
     )
     if len(models) == 1:
-        _check_single(models[0], recipe)
-    recipe.weights.check()
-    target = output if output is not None else default_output(recipe, models)
-    common: dict[str, Any] = {
-        "device": device,
-        "threads": threads,
-        "overwrite": overwrite,
-        "variant": variant,
-    }
+        _check_single(models[0], request)
+    request.weights.check()
+    recipe = Recipe.of(models, request)
+    target = output if output is not None else default_output(recipe)
+    common: dict[str, Any] = {"device": device, "threads": threads, "overwrite": overwrite}
     if dry_run:
-        result = plan_only(recipe, models, target, **common)
+        result = recipe.plan(target, **common).summary()
     else:
         with progress_bar("merging", quiet=quiet or as_json) as progress:
-            result = run(recipe, models, target, **common, progress=progress)
+            result = recipe.run(target, **common, progress=progress)
     if as_json:
         from blockmerge.rendering.json_text import merge_json
 
@@ -262,11 +258,11 @@ def _with_own(numbers: dict[str, str], texts: tuple[str, ...]) -> dict[str, str]
     return numbers
 
 
-def _check_single(model: str, recipe: Recipe) -> None:
+def _check_single(model: str, request: MergeRequest) -> None:
     # Also where a mistyped command ends, since `blockmerge X` means `blockmerge merge X`.
     from blockmerge.errors import CheckpointError, RecipeError, shown
 
     if not os.path.exists(model):
         raise CheckpointError(f"{shown(model)}: no such file or command")
-    if recipe.merge_method.models != 1:
+    if request.merge_method.models != 1:
         raise RecipeError("one model given; merging takes two: blockmerge A B --preset high_res")

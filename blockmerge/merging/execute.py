@@ -137,7 +137,7 @@ def gather(plan: Plan, pace: Pace) -> object:
     """For a method that looks at the whole model: go through all tensors once for the figures it needs. Else
     None.
     """
-    if plan.recipe.method is None or plan.recipe.merge_method.locality != "model":
+    if plan.recipe.merge_method.locality != "model":
         return None
     from blockmerge.merging.kernel import Statistics
 
@@ -249,16 +249,16 @@ def _explain_nonfinite(plan: Plan, names: list[str]) -> str:
             if holds_nonfinite(checkpoint, info)
         ]
         dtype = next(file.tensors[name].dtype for file in plan.files if name in file.tensors)
-        method = plan.recipe.merge_method if plan.recipe.method is not None else None
+        method = plan.recipe.merge_method
         cause = f"values too large for {dtype}"
         if bad:
             cause = f"NaN or infinity in {' and '.join(bad)}"
-        elif method is not None and method.own and plan.decision_of(name).alpha is not None:
+        elif method.own and plan.decision_of(name).alpha is not None:
             cause = (
                 f"the method {shown(method.name)} makes NaN of finite values, or some too large for {dtype}"
             )
         why[shown(name)] = cause
-    verb = "merged" if plan.recipe.method is not None else "converted"
+    verb = "merged" if plan.recipe.changes_values else "converted"
     what = "tensors" if len(names) > 1 else "tensor"
     same = len(why) > 1 and len(set(why.values())) == 1
     named = (

@@ -17,7 +17,7 @@ from blockmerge.checkpoints import FLOAT_DTYPES, Checkpoint, Reader, TensorInfo,
 from blockmerge.errors import RecipeError, shown
 from blockmerge.merging.planning.decisions import SHARED_CHANNELS
 from blockmerge.merging.planning.plan import Plan, PlannedFile, Run, Whole, Work, size_of
-from blockmerge.merging.planning.recipe import Recipe
+from blockmerge.merging.planning.request import MergeRequest
 from blockmerge.methods import Method
 from blockmerge.methods.arithmetic import round_into, wide_dtype
 from blockmerge.methods.elementwise import cast, clip
@@ -44,7 +44,7 @@ class Kernel:
         self, plan: Plan, file: PlannedFile, device: str, chunk_bytes: int, gathered: object = None
     ) -> None:
         self._plan, self._file = plan, file
-        self._computation = Computation(plan.recipe, plan.numbers, gathered)
+        self._computation = Computation(plan.recipe, plan.resolved.numbers, gathered)
         self._check = not plan.recipe.allow_nonfinite
         self._clip = plan.recipe.clip
         self._device = torch.device(device)
@@ -166,13 +166,13 @@ class Computation:
     once.
     """
 
-    def __init__(self, recipe: Recipe, numbers: Mapping[str, Any], gathered: object = None) -> None:
-        self._method: Method | None = recipe.merge_method if recipe.method is not None else None
+    def __init__(self, recipe: MergeRequest, numbers: Mapping[str, Any], gathered: object = None) -> None:
+        self._method = recipe.merge_method
         self._clip = recipe.clip
         self._numbers = dict(numbers)
-        if self._method is not None and self._method.random:
+        if self._method.random:
             del self._numbers["seed"]
-        if self._method is not None and self._method.locality == "model":
+        if self._method.locality == "model":
             self._numbers["gathered"] = gathered
 
     def run(self, inputs: list[torch.Tensor], work: Work | None, position: int, out: torch.Tensor) -> None:
@@ -188,7 +188,6 @@ class Computation:
             self._merge_whole(inputs, work, work.whole, position, out)
 
     def _merge(self, inputs: list[torch.Tensor], work: Work, position: int, out: torch.Tensor) -> None:
-        assert self._method is not None
         extra = dict(self._numbers)
         if "beta" in self._method.weights:
             extra["beta"] = work.beta
@@ -211,7 +210,7 @@ class Computation:
         result = out.view(shape) if as_it_is else torch.empty(shape, dtype=dtype, device=out.device)
         if work.alpha is None:
             cast(inputs[0], out=result)
-        elif self._method is not None and self._method.locality == "element":
+        elif self._method.locality == "element":
             self._merge([tensor.reshape(-1) for tensor in inputs], work, position, result.view(-1))
         else:
             self._merge(inputs, work, position, result)
@@ -291,14 +290,14 @@ def _read_tensor(reader: Reader, info: TensorInfo) -> torch.Tensor:
     return tensor_view(buffer, info.dtype, info.elements).view(info.shape)
 
 
-def choose_device(device: str, method: Method | None = None) -> str:
+def choose_device(device: str, method: Method) -> str:
     """Return the device that `device` means. Raises RecipeError.
 
     "auto" is the GPU, where there is one, for the methods that compute enough to be worth the way there and
     back.
     """
     if device == "auto":
-        heavy = method is not None and (method.locality != "element" or method.random)
+        heavy = method.locality != "element" or method.random
         return "cuda" if heavy and torch.cuda.is_available() else "cpu"
     if device != "cpu" and re.fullmatch(r"cuda(:\d{1,3})?", device) is None:
         raise RecipeError(f"unknown device '{shown(device)}': cpu, cuda, cuda:N or auto")

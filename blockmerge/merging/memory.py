@@ -11,7 +11,7 @@ from blockmerge.checkpoints import Model, StateDict, state_dict_name
 from blockmerge.errors import CheckpointError, NonFiniteError, RecipeError, counted, listing, shown
 from blockmerge.merging.planning.decisions import Decision, Decisions, check_vae_option, decide
 from blockmerge.merging.planning.plan import Drafter, Work
-from blockmerge.merging.planning.recipe import Recipe, check_flag, make_recipe
+from blockmerge.merging.planning.request import MergeRequest, check_flag, make_request
 from blockmerge.weights import WeightsLike, WeightsRequest
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def merge_state_dicts(
     """
     check_vae_option(vae)
     check_flag("check_finite", check_finite)
-    recipe = make_recipe(
+    recipe = make_request(
         method,
         numbers,
         WeightsRequest(preset, weights, changes, sdxl_map, seed=seed),
@@ -79,8 +79,9 @@ def merge_state_dicts(
         Model.of(StateDict(tensors, state_dict_name(number))) for number, tensors in enumerate(state_dicts)
     ]
     family = models[0].anatomy.family.name
-    decided = decide(models, recipe, recipe.weights.resolve(family), recipe.beta.resolve(family))
-    drafter = Drafter(recipe, decided, recipe.resolve_numbers(len(models)), family)
+    resolved = recipe.resolve(family, len(models))
+    decided = decide(models, recipe, resolved.weights, resolved.beta)
+    drafter = Drafter(recipe, decided, resolved.numbers, family)
     merged = _compute(state_dicts, drafter)
     if check_finite:
         _check_finite(merged)
@@ -204,7 +205,7 @@ def _parts(jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
 
 
 def _gathered(
-    recipe: Recipe, state_dicts: Sequence[Mapping[str, torch.Tensor]], decided: Decisions
+    recipe: MergeRequest, state_dicts: Sequence[Mapping[str, torch.Tensor]], decided: Decisions
 ) -> object:
     """The figures of a method that looks at the whole model."""
     method = recipe.merge_method

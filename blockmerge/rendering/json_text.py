@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 def merge_json(result: MergeResult) -> str:
     """A merge; `output` is the only path, all other names are without folders."""
-    fields = asdict(result)
-    fields.update(output=str(result.output))
-    return _dumps(fields)
+    return _dumps(result.to_dict())
 
 
 def inspection_json(found: Inspection) -> str:

@@ -43,7 +43,7 @@ from blockmerge.checkpoints import (
     vae_view,
 )
 from blockmerge.errors import CheckpointError, IncompatibleModelsError, RecipeError, counted, listing, shown
-from blockmerge.merging.planning.recipe import Recipe
+from blockmerge.merging.planning.request import MergeRequest
 from blockmerge.merging.result import Counts
 from blockmerge.weights import BlockWeights, Change
 
@@ -106,7 +106,7 @@ class Decisions:
 
 def decide(
     models: Sequence[Model],
-    recipe: Recipe,
+    recipe: MergeRequest,
     weights: BlockWeights,
     beta: BlockWeights | None = None,
     naming: str | None = None,
@@ -128,7 +128,7 @@ def decide(
 @dataclass
 class _Judge:
     models: Sequence[Model]
-    recipe: Recipe
+    recipe: MergeRequest
     weights: BlockWeights
     beta: BlockWeights | None
     naming: str
@@ -210,7 +210,7 @@ class _Judge:
             if component == "other" or any(component in other.components for other in others):
                 self.only_in.setdefault(tuple(holders), []).append(name)
             return self._take(name, holders[0])
-        return self._take(name, 0) if self.recipe.method is None else self._merge(name)
+        return self._merge(name)
 
     def _merge(self, name: str) -> Decision | None:
         shapes = [self.views[number].tensors[name].shape for number in range(len(self.models))]
@@ -270,7 +270,7 @@ class _Judge:
         decision = self._take(name, source, fixed_dtype=True)
         if fault_of_position_ids(self.views[source], name) is not None:
             self.restored.append(name)
-        elif self.recipe.method is not None or decision.dtype not in FLOAT_DTYPES:
+        elif not self.recipe.restores_position_ids or decision.dtype not in FLOAT_DTYPES:
             # Exact floats do no harm, and a merge has no business with them; converting puts them right.
             return decision
         literal = struct.pack(f"<{POSITIONS}q", *range(POSITIONS))
@@ -300,15 +300,14 @@ class _Judge:
         """Return the model that the VAE is taken from as a whole, or None where it follows BASE like all
         else.
         """
-        vae = self.recipe.vae
+        vae = self.recipe.vae_choice(len(self.models))
         has_vae = [number for number, model in enumerate(self.models) if "vae" in model.components]
-        if isinstance(vae, str) and vae in _letters(self.models):
-            number = _letters(self.models).index(vae)
-            if number not in has_vae:
+        if isinstance(vae, int):
+            if vae not in has_vae:
                 raise IncompatibleModelsError(
-                    f"{shown(self.models[number].name)} has no VAE: give another as vae (--vae)"
+                    f"{shown(self.models[vae].name)} has no VAE: give another as vae (--vae)"
                 )
-            return number
+            return vae
         if vae == "blend" or vae == "auto":
             if len(has_vae) < 2:
                 return has_vae[0] if has_vae else None
@@ -327,9 +326,7 @@ class _Judge:
         try:
             checkpoint = open_checkpoint(self.recipe.vae)
         except CheckpointError as error:
-            choices = (
-                "" if self.recipe.method is None else ", ".join(("auto", *_letters(self.models), "blend", ""))
-            )
+            choices = self.recipe.vae_choices(len(self.models))
             raise CheckpointError(f"{error}; vae (--vae) takes {choices}a file or a folder") from error
         view = vae_view(checkpoint)
         shapes = {name: info.shape for name, info in view.tensors.items()}
@@ -511,7 +508,7 @@ class _Judge:
             self.notes.append(f"the {title} is only in {only} and copied from {whence}{stale}")
         for model in self.models:
             if model.ema_tensors:
-                is_stale = self.recipe.method is not None and any(
+                is_stale = self.recipe.changes_values and any(
                     component_of(name) == "unet" for name in model.source.tensors
                 )
                 left_out = f"left out {counted(len(model.ema_tensors), 'EMA tensor')} of {shown(model.name)}"
@@ -537,10 +534,6 @@ class _Judge:
 
 def _tensors_are(count: int, noun: str = "tensor") -> str:
     return f"{counted(count, noun)} {'is' if count == 1 else 'are'}"
-
-
-def _letters(models: Sequence[Model]) -> str:
-    return "abcdefghijklmnopqrstuvwxyz"[: len(models)]
 
 
 def _same_files(models: Sequence[Model]) -> Iterator[str]:

@@ -19,10 +19,11 @@ from blockmerge.errors import IncompatibleModelsError, shown
 from blockmerge.merging.outputs import Output, WeightFile
 from blockmerge.merging.planning.decisions import SHARED_CHANNELS, Decision, Decisions, decide
 from blockmerge.merging.planning.metadata import output_metadata
-from blockmerge.merging.planning.recipe import Recipe
+from blockmerge.merging.planning.request import MergeRequest, Resolved
+from blockmerge.merging.planning.written import as_run
 from blockmerge.methods import Method, key_of
 from blockmerge.streaming import PAGE
-from blockmerge.weights import BlockWeights, Change
+from blockmerge.weights import Change
 
 LDM = 1000
 """Added to a model's number: its view under LDM names, where the output has others."""
@@ -170,11 +171,10 @@ class Plan:
     beside them.
     """
 
-    recipe: Recipe
+    recipe: MergeRequest
     anatomy: Anatomy
-    weights: BlockWeights
-    beta: BlockWeights
-    numbers: Mapping[str, Any]
+    resolved: Resolved
+    described: Mapping[str, Any]
     decided: Decisions
     output: Output
     files: tuple[PlannedFile, ...]
@@ -215,28 +215,28 @@ def size_of(dtype: str) -> int:
     return size
 
 
-def make_plan(models: Sequence[Model], recipe: Recipe, output: Output) -> Plan:
+def make_plan(models: Sequence[Model], recipe: MergeRequest, output: Output) -> Plan:
     """Plan a merge from the checkpoints' headers. Reads no weights.
 
     Raises what the recipe, the models or the weights are refused for: RecipeError, WeightsError,
     UnknownFamilyError, IncompatibleModelsError, CheckpointError.
     """
     family = models[0].anatomy.family.name
-    weights, beta = recipe.weights.resolve(family), recipe.beta.resolve(family)
-    numbers = recipe.resolve_numbers(len(models))
+    resolved = recipe.resolve(family, len(models))
+    weights, beta = resolved.weights, resolved.beta
     decided = decide(models, recipe, weights, beta, output.naming, names_components=output.names_components)
     sources = [model.source for model in models]
-    decided = replace(decided, notes=(*decided.notes, *recipe.idle(family)))
-    described = recipe.described([source.name for source in sources], weights, beta)
+    decided = replace(decided, notes=(*decided.notes, *resolved.notes))
+    described = as_run(recipe, [source.name for source in sources], resolved)
     metadata = output_metadata(sources[0].metadata, json.dumps(described, ensure_ascii=False), family)
-    drafter = Drafter(recipe, decided, numbers, family)
+    drafter = Drafter(recipe, decided, resolved.numbers, family)
     anatomy = identify(
         {d.key: d.shape for d in decided.tensors if component_of(d.ldm) != "ema"}
     )  # B may have widened it
     laid_out = output.lay_out(decided.tensors, models, anatomy)
     decided = replace(decided, notes=(*decided.notes, *laid_out.notes))
     files = tuple(_plan_file(file, drafter, metadata) for file in laid_out.files)
-    return Plan(recipe, anatomy, weights, beta, numbers, decided, output, files, laid_out.small_files)
+    return Plan(recipe, anatomy, resolved, described, decided, output, files, laid_out.small_files)
 
 
 def _plan_file(file: WeightFile[Decision], drafter: Drafter, metadata: Mapping[str, str]) -> PlannedFile:
@@ -291,7 +291,7 @@ def _lay_out(decisions: Sequence[Decision]) -> dict[str, TensorInfo]:
 class Drafter:
     """Turns decisions into runs."""
 
-    recipe: Recipe
+    recipe: MergeRequest
     decided: Decisions
     numbers: Mapping[str, Any]
     family: str
