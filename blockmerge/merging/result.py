@@ -56,9 +56,4 @@ class MergeResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain data, ready for JSON, with the keys of `docs/json.md`."""
-        return {
-            **asdict(self),
-            "output": str(self.output),
-            "models": list(self.models),
-            "notes": list(self.notes),
-        }
+        return {**asdict(self), "output": str(self.output)}
