@@ -38,7 +38,10 @@ if TYPE_CHECKING:
     from blockmerge.inspecting import check as check
     from blockmerge.inspecting import inspect as inspect
     from blockmerge.merging import LiveMerge as LiveMerge
+    from blockmerge.merging import Merge as Merge
     from blockmerge.merging import MergeResult as MergeResult
+    from blockmerge.merging import Plan as Plan
+    from blockmerge.merging import Recipe as Recipe
     from blockmerge.merging import convert as convert
     from blockmerge.merging import merge as merge
     from blockmerge.merging import merge_state_dicts as merge_state_dicts
@@ -57,10 +60,13 @@ _HOMES = {
     "IncompatibleModelsError": "errors",
     "Inspection": "inspecting",
     "LiveMerge": "merging",
+    "Merge": "merging",
     "MergeResult": "merging",
     "NonFiniteError": "errors",
     "OutputError": "errors",
+    "Plan": "merging",
     "PresetError": "errors",
+    "Recipe": "merging",
     "RecipeError": "errors",
     "SimilarityMatrix": "comparing",
     "SimilarityResult": "comparing",

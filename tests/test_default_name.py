@@ -10,8 +10,7 @@ import shutil
 import pytest
 
 from blockmerge.merging.default_name import default_output
-from blockmerge.merging.planning.recipe import Recipe
-from blockmerge.weights import WeightsRequest
+from blockmerge.merging.recipe import Recipe
 from tests.commands import ok
 
 
@@ -47,9 +46,9 @@ def test_default_output_names(pairs, here, capsys, arguments, name):
 def test_the_default_name_of_the_current_folder(tmp_path, monkeypatch):
     (tmp_path / "model" / "unet").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "model" / "unet")
-    recipe = Recipe(WeightsRequest(weights=0.5))
-    assert str(default_output(recipe, (".", "../b.safetensors"))) == "unet+b-0.5.safetensors"
-    assert str(default_output(recipe, ("..", "."))) == "model+unet-0.5.safetensors"
+    first, second = Recipe(".", "../b.safetensors", weights=0.5), Recipe("..", ".", weights=0.5)
+    assert str(default_output(first)) == "unet+b-0.5.safetensors"
+    assert str(default_output(second)) == "model+unet-0.5.safetensors"
 
 
 def test_default_output_names_that_would_be_long(pairs, here, capsys):

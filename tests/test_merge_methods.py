@@ -22,7 +22,7 @@ from blockmerge.merging.execute import Pace, execute
 from blockmerge.merging.in_memory import alike, compute_together, gathered, tasks_of
 from blockmerge.merging.outputs import choose_output
 from blockmerge.merging.planning.plan import make_plan
-from blockmerge.merging.planning.recipe import Recipe
+from blockmerge.merging.planning.request import MergeRequest
 from blockmerge.methods import METHODS, key_of
 from blockmerge.weights import WeightsRequest
 from tests import method_oracle, oracle
@@ -133,7 +133,9 @@ def planned(name, dtypes):
     ]
     opened = [Model.of(blockmerge.open_checkpoint(model)) for model in models]
     request = WeightsRequest(weights=ALPHA), WeightsRequest(weights=BETA, beta=True)
-    recipe = Recipe(request[0], method=name, **({"beta": request[1]} if "beta" in method.weights else {}))
+    recipe = MergeRequest(
+        request[0], method=name, **({"beta": request[1]} if "beta" in method.weights else {})
+    )
     return make_plan(opened, recipe, choose_output("out.safetensors", opened[0]))
 
 
@@ -195,7 +197,7 @@ def in_memory_plan(models, method):
         WeightsRequest(weights=given.get("weights_beta"), beta=True),
     )
     numbers = {"seed": given["seed"]} if any(one.name == "seed" for one in method.numbers) else {}
-    recipe = Recipe(weights, method=method, beta=beta, numbers=numbers)
+    recipe = MergeRequest(weights, method=method, beta=beta, numbers=numbers)
     opened = [Model.of(StateDict(model)) for model in models]
     return make_plan(opened, recipe, choose_output("out.safetensors", opened[0]))
 
@@ -269,7 +271,7 @@ def test_copies_are_bytes_and_nothing_else_is_read(tmp_path, name, weights, sour
         save_file(model, tmp_path / f"{letter}.safetensors")
     files = [tmp_path / f"{letter}.safetensors" for letter in "abcd"[: len(models)]]
     beta = {"weights_beta": str(weights[1])} if "beta" in method.weights else {}
-    made = Recipe(WeightsRequest(weights=str(weights[0])), method=name, vae="blend",
+    made = MergeRequest(WeightsRequest(weights=str(weights[0])), method=name, vae="blend",
                   **({"beta": WeightsRequest(weights=str(weights[1]), beta=True)} if beta else {}))  # fmt: skip
     opened = [Model.of(blockmerge.open_checkpoint(file)) for file in files]
     plan = make_plan(opened, made, choose_output("out.safetensors", opened[0]))
@@ -291,7 +293,7 @@ def test_tensor_sum_reads_only_the_rows_it_takes(tmp_path):
     models = [Model.of(blockmerge.open_checkpoint(small_model(seed=seed))) for seed in range(2)]
     plan = make_plan(
         models,
-        Recipe(WeightsRequest(weights=0.5), method="tensor_sum"),
+        MergeRequest(WeightsRequest(weights=0.5), method="tensor_sum"),
         choose_output("out.safetensors", models[0]),
     )
     assert not any(run.is_computed for run in plan.files[0].runs)

@@ -99,7 +99,7 @@ def test_the_command_python_and_a_repetition_from_the_metadata_agree(
     blockmerge.merge(*recipe["models"], output="again.safetensors", **again, **recipe["numbers"])
     assert same(out, load_file("again.safetensors"))
     with safe_open("again.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["blockmerge.recipe"]) == {**recipe, "preset": None}
+        assert json.loads(file.metadata()["blockmerge.recipe"]) == {**recipe, "preset": None, "asked": {}}
     assert result["method"] == recipe["method"] == python.get("method", "weighted_sum")
     assert (result["weights"], result["weights_beta"]) == (recipe["weights"], recipe["weights_beta"])
     assert (result["weights_beta"] is not None) == (

@@ -17,7 +17,7 @@ from blockmerge.checkpoints import Model
 from blockmerge.merging.execute import Pace, execute
 from blockmerge.merging.outputs import choose_output
 from blockmerge.merging.planning.plan import make_plan
-from blockmerge.merging.planning.recipe import Recipe
+from blockmerge.merging.planning.request import MergeRequest
 from blockmerge.weights import WeightsRequest
 from tests import oracle
 from tests.conftest import FAMILIES, unchanged
@@ -130,7 +130,9 @@ def test_the_complement_merges_the_other_way_round(pairs, tmp_path):
 def test_the_result_does_not_depend_on_threads_or_cuts(pairs, tmp_path, threads, piece, chunk, direct, mixed):
     a, b = pairs("sd1", ("F16", "F32") if mixed else ("F16", "F16"))
     models = [Model.of(blockmerge.open_checkpoint(path)) for path in (a, b)]
-    plan = make_plan(models, Recipe(WeightsRequest("high_res")), choose_output("out.safetensors", models[0]))
+    plan = make_plan(
+        models, MergeRequest(WeightsRequest("high_res")), choose_output("out.safetensors", models[0])
+    )
 
     def bytes_with(pace):
         path = tmp_path / "out"

@@ -18,7 +18,7 @@ from blockmerge.expressions import Expression
 from blockmerge.merging.execute import Pace, execute
 from blockmerge.merging.outputs import WeightFile, choose_output
 from blockmerge.merging.planning.plan import make_plan, planned_file
-from blockmerge.merging.planning.recipe import make_recipe
+from blockmerge.merging.planning.request import make_request
 from blockmerge.methods import METHODS
 from blockmerge.weights import WeightsRequest
 from tests import toy_family
@@ -216,7 +216,7 @@ class Negated(Mirrored):
 
 def plan_of(*models, output):
     opened = [Model.of(open_checkpoint(path)) for path in models]
-    recipe = make_recipe("weighted_sum", {}, WeightsRequest(weights=0.5), WeightsRequest(beta=True))
+    recipe = make_request("weighted_sum", {}, WeightsRequest(weights=0.5), WeightsRequest(beta=True))
     return make_plan(opened, recipe, choose_output(output, opened[0]))
 
 

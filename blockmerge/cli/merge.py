@@ -12,7 +12,7 @@ from blockmerge.cli.console import json_option, not_empty, progress_bar, stdout_
 from blockmerge.cli.numbers import CommandWithNumbers
 
 if TYPE_CHECKING:
-    from blockmerge.merging import Recipe
+    from blockmerge.merging.planning.request import MergeRequest
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -198,12 +198,11 @@ def merge(
     The inputs are never changed, and the output appears complete or not at all.
     """
     from blockmerge.merging.default_name import default_output
-    from blockmerge.merging.merge import dry_run as plan_only
-    from blockmerge.merging.merge import run
-    from blockmerge.merging.planning.recipe import make_recipe
+    from blockmerge.merging.planning.request import make_request
+    from blockmerge.merging.recipe import Recipe
     from blockmerge.weights import WeightsRequest
 
-    recipe = make_recipe(
+    request = make_request(
         method,
         numbers,
         WeightsRequest(presets, weights, ",".join(changes) or None, sdxl_map, seed=seed),
@@ -211,23 +210,20 @@ def merge(
             presets_beta, weights_beta, ",".join(changes_beta) or None, sdxl_map, seed=seed, beta=True
         ),
         rules=", ".join(rules),
+        variant=variant,
         **options,
     )
     if len(models) == 1:
-        _check_single(models[0], recipe)
-    recipe.weights.check()
-    target = output if output is not None else default_output(recipe, models)
-    common: dict[str, Any] = {
-        "device": device,
-        "threads": threads,
-        "overwrite": overwrite,
-        "variant": variant,
-    }
+        _check_single(models[0], request)
+    request.weights.check()
+    recipe = Recipe.of(models, request)
+    target = output if output is not None else default_output(recipe)
+    common: dict[str, Any] = {"device": device, "threads": threads, "overwrite": overwrite}
     if dry_run:
-        result = plan_only(recipe, models, target, **common)
+        result = recipe.plan(target, **common).summary()
     else:
         with progress_bar("merging", quiet=quiet or as_json) as progress:
-            result = run(recipe, models, target, **common, progress=progress)
+            result = recipe.run(target, **common, progress=progress)
     if as_json:
         from blockmerge.rendering.json_text import merge_json
 
@@ -238,11 +234,11 @@ def merge(
         print_merge(stdout_console(), result)
 
 
-def _check_single(model: str, recipe: Recipe) -> None:
+def _check_single(model: str, request: MergeRequest) -> None:
     # Also where a mistyped command ends, since `blockmerge X` means `blockmerge merge X`.
     from blockmerge.errors import CheckpointError, RecipeError, shown
 
     if not os.path.exists(model):
         raise CheckpointError(f"{shown(model)}: no such file or command")
-    if recipe.merge_method.models != 1:
+    if request.merge_method.models != 1:
         raise RecipeError("one model given; merging takes two: blockmerge A B --preset high_res")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,26 @@ class Comparison:
     notes: tuple[str, ...] = ()
     error: str | None = None
 
+    def differences(self, *, common_base: bool) -> dict[str, Any]:
+        """What is told beside, as plain data, of weights that were compared."""
+        kinds = {"relative_difference": "relative_difference", "max_difference": "max_difference"}
+        if common_base:
+            kinds["difference_similarity"] = "difference_cosine"
+        fields: dict[str, Any] = {}
+        for key, attribute in kinds.items():
+            fields[key] = None if self.total is None else getattr(self.total, attribute)
+            fields[f"{key}_parts"] = {
+                block: getattr(found, attribute) for block, found in self.blocks.items()
+            }
+        fields["components"] = {
+            component: {
+                "similarity": found.cosine,
+                **{key: getattr(found, attribute) for key, attribute in kinds.items()},
+            }
+            for component, found in self.components.items()
+        }
+        return fields
+
 
 @dataclass(frozen=True)
 class SimilarityResult:
@@ -59,6 +80,30 @@ class SimilarityResult:
     references: tuple[Comparison, ...]
     common_base: str | None = None
     notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain data, ready for JSON, with the keys of `docs/json.md`."""
+        return {
+            "method": self.method,
+            "seed": self.seed,
+            "family": self.family,
+            "base": {"name": self.base, "hash": self.base_hash},
+            "common_base": self.common_base,
+            "references": [self._reference(one) for one in self.references],
+            "notes": self.notes,
+        }
+
+    def _reference(self, one: Comparison) -> dict[str, Any]:
+        more = one.differences(common_base=self.common_base is not None) if self.method == "weights" else {}
+        return {
+            "name": one.name,
+            "hash": one.hash,
+            "similarity": one.similarity,
+            "parts": dict(one.parts),
+            **more,
+            "notes": one.notes,
+            "error": one.error,
+        }
 
     @property
     def failed(self) -> tuple[Comparison, ...]:
@@ -79,3 +124,7 @@ class SimilarityMatrix:
     similarity: tuple[tuple[float | None, ...], ...]
     errors: Mapping[str, str]
     notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain data, ready for JSON, with the keys of `docs/json.md`."""
+        return asdict(self)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -50,3 +51,12 @@ class Explanation:
     tensors: Mapping[str, BlockOrigin] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain data, ready for JSON, with the keys of `docs/json.md`: `tensors` only
+        where they were asked for.
+        """
+        fields = asdict(self)
+        if not self.tensors:
+            del fields["tensors"]
+        return fields

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from blockmerge.anatomy import (
     COMPONENTS,
@@ -58,6 +59,17 @@ class Inspection:
     blocks: Mapping[str, Part]
     metadata: Mapping[str, str]
     hashes: Hashes | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain data, ready for JSON, with the keys of `docs/json.md`: `hashes` only
+        where they were asked for.
+        """
+        fields = asdict(self)
+        if self.hashes is None:
+            del fields["hashes"]
+        for block in fields["blocks"].values():
+            del block["dtypes"]
+        return fields
 
 
 def inspect(path: CheckpointLike, hashes: bool = False, progress: Progress | None = None) -> Inspection:

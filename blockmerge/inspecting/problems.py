@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal, Self
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
 
 Severity = Literal["error", "warning", "note"]
 
@@ -99,3 +99,7 @@ class CheckResult:
             for problem in self.problems
             if problem.severity != "note" and problem.code not in self.fixed
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain data, ready for JSON, with the keys of `docs/json.md`."""
+        return asdict(self)

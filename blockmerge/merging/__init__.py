@@ -3,8 +3,21 @@
 from blockmerge.merging.convert import convert
 from blockmerge.merging.live import LiveMerge
 from blockmerge.merging.memory import merge_state_dicts
-from blockmerge.merging.merge import dry_run, merge
-from blockmerge.merging.planning.recipe import Recipe
+from blockmerge.merging.merge import merge
+from blockmerge.merging.recipe import Plan, Recipe
 from blockmerge.merging.result import Counts, MergeResult
 
-__all__ = ["Counts", "LiveMerge", "MergeResult", "Recipe", "convert", "dry_run", "merge", "merge_state_dicts"]
+Merge = Recipe
+"""One merge is a recipe."""
+
+__all__ = [
+    "Counts",
+    "LiveMerge",
+    "Merge",
+    "MergeResult",
+    "Plan",
+    "Recipe",
+    "convert",
+    "merge",
+    "merge_state_dicts",
+]

@@ -1,4 +1,6 @@
-"""`convert`: one model under other names, in another container or dtype. It is a merge of one model."""
+"""`convert`: one model under other names, in another container or dtype. It is a merge of one model, with the
+method that does nothing.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,10 @@ import os
 from typing import TYPE_CHECKING
 
 from blockmerge.checkpoints import CheckpointLike
-from blockmerge.merging.merge import run
-from blockmerge.merging.planning.recipe import Recipe
+from blockmerge.merging.planning.request import MergeRequest
+from blockmerge.merging.recipe import Recipe
 from blockmerge.merging.result import MergeResult
+from blockmerge.methods import IDENTITY
 from blockmerge.streaming import Progress
 from blockmerge.weights import WeightsRequest
 
@@ -45,33 +48,16 @@ def convert(
 
     Raises a BlockmergeError, as `merge` does.
     """
-    recipe = conversion(
-        naming, vae, str(dtype), ema, prune=prune, configs=configs, allow_nonfinite=allow_nonfinite
-    )
-    return run(
-        recipe, (source,), output, threads=threads, overwrite=overwrite, variant=variant, progress=progress
-    )
-
-
-def conversion(
-    naming: str | None,
-    vae: CheckpointLike,
-    dtype: str,
-    ema: str,
-    *,
-    prune: bool,
-    configs: str | os.PathLike[str] | None,
-    allow_nonfinite: bool,
-) -> Recipe:
-    """The recipe of a conversion."""
-    return Recipe(
-        WeightsRequest(weights=0.0),
-        method=None,
+    request = MergeRequest(
+        WeightsRequest(),
+        method=IDENTITY,
         vae=vae,
-        dtype=dtype,
+        dtype=str(dtype),
         allow_nonfinite=allow_nonfinite,
         naming=naming,
         ema=ema,
         prune=prune,
         configs=configs,
+        variant=variant,
     )
+    return Recipe.of((source,), request).run(output, threads=threads, overwrite=overwrite, progress=progress)

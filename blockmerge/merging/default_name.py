@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 
 from blockmerge.merging.outputs import default_ending
-from blockmerge.merging.planning.recipe import Recipe
+from blockmerge.merging.planning.request import MergeRequest
+from blockmerge.merging.planning.written import path_of
+from blockmerge.merging.recipe import Recipe
 
 _NAME, _TOLD, _WEIGHTS, _WORD = 87, 60, 40, 24
 """The most bytes of UTF-8 that a name has without its ending, what is told of the merge, its weights, and any
@@ -19,42 +21,48 @@ other word.
 _REFUSED = '<>:"|?*\\/'  # in file names, by Windows
 
 
-def default_output(recipe: Recipe, models: Sequence[str]) -> Path:
-    """Return `<A>+<B>-<what is done>.safetensors`, in the current folder, for the paths of models.
+def default_output(recipe: Recipe) -> Path:
+    """Return `<A>+<B>-<what is done>.safetensors`, in the current folder, for a recipe of models' paths.
 
     Every file system takes its characters and its length, 100 bytes at most. Words that do not fit, or hold
     other characters, end in a hash instead. Folders are not told, nor what is in a preset's file.
     """
+    models = [path_of(model, "a model") for model in recipe.models]
     paths = [Path(os.path.abspath(model)) for model in models]  # "." has no name
     names = "+".join(path.name if path.is_dir() else path.stem for path in paths)
-    told = _portable("-".join(_words(recipe)), _TOLD)
-    ending = default_ending(recipe.naming, models[0])
+    told = _portable("-".join(_words(recipe.request, len(models))), _TOLD)
+    ending = default_ending(recipe.request.naming, models[0])
     name = f"{_portable(names, _NAME - len(told.encode()))}-{told}"
     return Path(f"{name}{ending}".rstrip("."))
 
 
-def _words(recipe: Recipe) -> Iterator[str]:
+def _words(request: MergeRequest, models: int) -> Iterator[str]:
     """The method unless it is the usual one, the weights, and all else that was asked for."""
-    if recipe.method_name != "weighted_sum":
-        yield recipe.method_name
-    weights, beta = recipe.weights, recipe.beta
+    if request.method_name != "weighted_sum":
+        yield request.method_name
+    weights, beta = request.weights, request.beta
     if weights.is_asked_for:
         yield _portable(_plain(weights.label), _WEIGHTS, "presets" if weights.preset else "weights")
     asked_for = [
         ("set", weights.changes),
         ("beta", beta.label if beta.is_asked_for else None),
         ("set-beta", beta.changes),
-        *{"seed": weights.seed if recipe.is_random else None, **recipe.numbers}.items(),
+        *{"seed": weights.seed if request.is_random else None, **request.numbers}.items(),
         ("map", weights.sdxl_map),
-        ("rules", str(recipe.rules)),
-        ("adjust", str(recipe.adjust) if recipe.adjust else None),
-        ("vae", None if recipe.vae == Recipe.vae else recipe.vae_name.removesuffix(".safetensors")),
-        ("ema", None if recipe.ema == Recipe.ema else recipe.ema),
+        ("rules", str(request.rules)),
+        ("adjust", str(request.adjust) if request.adjust else None),
+        (
+            "vae",
+            None
+            if request.vae == MergeRequest.vae
+            else request.vae_name(models).removesuffix(".safetensors"),
+        ),
+        ("ema", None if request.ema == MergeRequest.ema else request.ema),
     ]
     yield from (_portable(_plain(f"{name}_{said}"), _WORD, name) for name, said in asked_for if said)
-    if recipe.dtype != Recipe.dtype:
-        yield recipe.dtype
-    if recipe.clip:
+    if request.dtype != MergeRequest.dtype:
+        yield request.dtype
+    if request.clip:
         yield "clip"
 
 

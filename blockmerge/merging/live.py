@@ -11,7 +11,7 @@ from weakref import WeakSet
 from blockmerge.checkpoints import SUFFIXES, CheckpointLike, Model, open_checkpoint
 from blockmerge.errors import RecipeError, counted, listing, shown
 from blockmerge.merging.planning.combining import Combination
-from blockmerge.merging.planning.recipe import check_flag
+from blockmerge.merging.planning.request import check_flag
 from blockmerge.methods import Method, find_method
 from blockmerge.weights import BlockWeights, WeightsLike, WeightsRequest
 

@@ -13,7 +13,7 @@ from blockmerge.merging.planning.combining import Combination
 from blockmerge.merging.planning.naming import OutputTensor
 from blockmerge.merging.planning.plan import gathered_by
 from blockmerge.merging.planning.policies import decide
-from blockmerge.merging.planning.recipe import check_flag, make_recipe
+from blockmerge.merging.planning.request import check_flag, make_request
 from blockmerge.weights import WeightsLike, WeightsRequest
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def merge_state_dicts(
     """
     _check_vae(vae)
     check_flag("check_finite", check_finite)
-    recipe = make_recipe(
+    recipe = make_request(
         method,
         numbers,
         WeightsRequest(preset, weights, changes, sdxl_map, seed=seed),
@@ -82,9 +82,9 @@ def merge_state_dicts(
         Model.of(StateDict(tensors, state_dict_name(number))) for number, tensors in enumerate(state_dicts)
     ]
     family = models[0].anatomy.family.name
-    weights, beta = recipe.weights.resolve(family), recipe.beta.resolve(family)
-    combination = Combination.of(recipe.merge_method, recipe.resolve_numbers(len(models)), clip=recipe.clip)
-    merged = _compute(models, decide(models, recipe, weights, beta, combination).tensors)
+    resolved = recipe.resolve(family, len(models))
+    combination = Combination.of(recipe.merge_method, resolved.numbers, clip=recipe.clip)
+    merged = _compute(models, decide(models, recipe, resolved, combination).tensors)
     if check_finite:
         _check_finite(merged)
     return _spelled_as(state_dicts[0], merged)

@@ -1,27 +1,14 @@
-"""`merge`: models in, one file out."""
+"""`merge`: models in, one output out. It is a recipe that is run at once."""
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blockmerge.checkpoints import (
-    Checkpoint,
-    CheckpointLike,
-    DiffusersFolder,
-    Model,
-    check_space,
-    open_checkpoint,
-    state_dict_name,
-    told_apart,
-)
-from blockmerge.merging.execute import Pace, execute
-from blockmerge.merging.outputs import choose_output
-from blockmerge.merging.planning.plan import Plan, make_plan
-from blockmerge.merging.planning.recipe import Recipe, check_flag, make_recipe
+from blockmerge.checkpoints import CheckpointLike
+from blockmerge.merging.planning.request import make_request
+from blockmerge.merging.recipe import Leaf, Recipe
 from blockmerge.merging.result import MergeResult
 from blockmerge.streaming import Progress
 from blockmerge.weights import WeightsLike, WeightsRequest
@@ -31,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def merge(
-    *models: CheckpointLike,
+    *models: Leaf,
     output: str | os.PathLike[str],
     preset: str | Sequence[str] | None = None,
     weights: WeightsLike | None = None,
@@ -82,7 +69,7 @@ def merge(
 
     Raises a BlockmergeError: see `blockmerge.errors` for which and when.
     """
-    recipe = make_recipe(
+    request = make_request(
         method,
         numbers,
         WeightsRequest(preset, weights, changes, sdxl_map, seed=seed),
@@ -93,138 +80,12 @@ def merge(
         naming=naming,
         ema=ema,
         configs=configs,
+        variant=variant,
         rules=rules,
         adjust=adjust,
         clip=clip,
         arguments=merge.__kwdefaults__,
     )
-    return run(
-        recipe,
-        models,
-        output,
-        device=device,
-        threads=threads,
-        overwrite=overwrite,
-        variant=variant,
-        progress=progress,
-    )
-
-
-def run(
-    recipe: Recipe,
-    models: tuple[CheckpointLike, ...],
-    output: str | os.PathLike[str],
-    *,
-    device: str = "cpu",
-    threads: int | None = None,
-    overwrite: bool = False,
-    variant: str | None = None,
-    progress: Progress | None = None,
-) -> MergeResult:
-    """Carry out a recipe: plan, reserve, execute, commit."""
-    started = time.perf_counter()
-    device, pace = _choose_pace(recipe, str(device), threads)
-    plan, target = _prepare(recipe, models, output, overwrite, variant)
-    sizes: dict[str, int | bytes] = {file.path: file.size for file in plan.files}
-    with plan.output.reserve(target, {**plan.small_files, **sizes}, overwrite=overwrite) as reserved:
-        execute(plan, reserved.path_of, pace, device, progress, shown_as=target)
-        reserved.commit()
-        swept = reserved.swept
-    return _result(plan, target, time.perf_counter() - started, swept)
-
-
-def dry_run(
-    recipe: Recipe,
-    models: tuple[CheckpointLike, ...],
-    output: str | os.PathLike[str],
-    *,
-    device: str = "cpu",
-    threads: int | None = None,
-    overwrite: bool = False,
-    variant: str | None = None,
-) -> MergeResult:
-    """Make all checks that need no weights, and the plan, and write nothing.
-
-    Raises what `run` would raise before it reads a weight.
-    """
-    started = time.perf_counter()
-    _choose_pace(recipe, str(device), threads)
-    plan, target = _prepare(recipe, models, output, overwrite, variant)
-    check_space(target, plan.size)
-    return _result(plan, target, time.perf_counter() - started, (), dry=True)
-
-
-def _choose_pace(recipe: Recipe, device: str, threads: int | None) -> tuple[str, Pace]:
-    pace = Pace.default(threads)
-    if device == "cpu":
-        return device, pace
-    from blockmerge.merging.kernel import choose_device
-
-    device = choose_device(device, recipe.merge_method if recipe.method is not None else None)
-    if device == "cpu":
-        return device, pace
-    # A GPU is worth asking for whole pieces only.
-    return device, Pace(pace.threads, pace.piece_bytes, chunk_bytes=pace.piece_bytes)
-
-
-def _prepare(
-    recipe: Recipe,
-    models: tuple[CheckpointLike, ...],
-    output: str | os.PathLike[str],
-    overwrite: bool,
-    variant: str | None,
-) -> tuple[Plan, Path]:
-    check_flag("overwrite", overwrite)
-    recipe.check_model_count(len(models))
-    checkpoints = _open(models, variant)
-    labels = told_apart(checkpoints)
-    opened = [
-        Model.of(checkpoint, recipe.ema, label) for checkpoint, label in zip(checkpoints, labels, strict=True)
-    ]
-    form = choose_output(output, opened[0], recipe.naming, recipe.configs)
-    plan = make_plan(opened, recipe, form)
-    inputs = [file for checkpoint in plan.decided.checkpoints for file in checkpoint.files]
-    inputs += [model.source.path for model in opened if isinstance(model.source, DiffusersFolder)]
-    inputs += (
-        [Path(path)]
-        if isinstance(path := getattr(recipe.configs, "path", recipe.configs), (str, os.PathLike))
-        else []
-    )
-    return plan, form.check(inputs, overwrite=overwrite)
-
-
-def _open(models: Sequence[CheckpointLike], variant: str | None) -> list[Checkpoint]:
-    """Open the models; a variant is for those that are folders."""
-    folders = [isinstance(model, (str, os.PathLike)) and os.path.isdir(model) for model in models]
-    return [
-        open_checkpoint(
-            model, name=state_dict_name(number), variant=variant if folder or not any(folders) else None
-        )
-        for number, (model, folder) in enumerate(zip(models, folders, strict=True))
-    ]
-
-
-def _result(
-    plan: Plan, target: Path, seconds: float, swept: tuple[str, ...], *, dry: bool = False
-) -> MergeResult:
-    recipe = plan.recipe
-    return MergeResult(
-        output=target,
-        family=plan.anatomy.family.name,
-        variant=plan.anatomy.variant,
-        naming=plan.output.naming,
-        method=recipe.method_name,
-        preset=recipe.weights.label if recipe.weights.preset is not None else None,
-        weights=dict(plan.weights) if recipe.method is not None else {},
-        weights_beta=dict(plan.beta)
-        if recipe.method is not None and "beta" in recipe.merge_method.weights
-        else None,
-        models=tuple(plan.models),
-        tensors=plan.decided.counts,
-        bytes=plan.size,
-        seconds=seconds,
-        notes=(*plan.decided.notes, *swept),
-        runs=sum(len(file.runs) for file in plan.files),
-        recipe=recipe.described(plan.models, plan.weights, plan.beta),
-        dry_run=dry,
+    return Recipe.of(models, request).run(
+        output, device=device, threads=threads, overwrite=overwrite, progress=progress
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ class MergeResult:
 
     `weights` is what each block took (None: left out of the merge); `bytes` is the output's size; `notes` are
     texts for the user about everything that was decided for them. `preset` is the preset's name, if one was
-    asked for. `recipe` decides the values, given the models, as the output's metadata has it; the output's
-    naming, variant and configs are not in it, and models and a VAE file are there by name, without folders.
+    asked for. `recipe` decides the output, given the models, as its metadata has it; models, a VAE file and
+    configs are there by name, without folders.
     """
 
     output: Path
@@ -53,3 +53,7 @@ class MergeResult:
     runs: int
     recipe: Mapping[str, Any]
     dry_run: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain data, ready for JSON, with the keys of `docs/json.md`."""
+        return {**asdict(self), "output": str(self.output)}

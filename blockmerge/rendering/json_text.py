@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blockmerge.comparing import Comparison, SimilarityMatrix, SimilarityResult
+    from blockmerge.comparing import SimilarityMatrix, SimilarityResult
     from blockmerge.explaining import Explanation
     from blockmerge.inspecting import CheckResult, Inspection
     from blockmerge.merging import MergeResult
@@ -18,24 +17,17 @@ if TYPE_CHECKING:
 
 def merge_json(result: MergeResult) -> str:
     """A merge; `output` is the only path, all other names are without folders."""
-    fields = asdict(result)
-    fields.update(output=str(result.output))
-    return _dumps(fields)
+    return _dumps(result.to_dict())
 
 
 def inspection_json(found: Inspection) -> str:
     """An inspection; `hashes` only where they were asked for."""
-    fields: dict[str, Any] = asdict(found)
-    if found.hashes is None:
-        del fields["hashes"]
-    for block in fields["blocks"].values():
-        del block["dtypes"]
-    return _dumps(fields)
+    return _dumps(found.to_dict())
 
 
 def check_json(found: CheckResult) -> str:
     """What is wrong with a checkpoint; every tensor of a problem is named."""
-    return _dumps(asdict(found))
+    return _dumps(found.to_dict())
 
 
 def methods_json(methods: Sequence[Method]) -> str:
@@ -76,54 +68,17 @@ def preset_json(preset: Preset) -> str:
 
 def similarity_json(result: SimilarityResult) -> str:
     """A base and its references; `similarity` and `parts` are percent or cosines, by the method."""
-    return _dumps(
-        {
-            "method": result.method,
-            "seed": result.seed,
-            "family": result.family,
-            "base": {"name": result.base, "hash": result.base_hash},
-            "common_base": result.common_base,
-            "references": [_comparison(one, result) for one in result.references],
-            "notes": result.notes,
-        }
-    )
+    return _dumps(result.to_dict())
 
 
 def matrix_json(result: SimilarityMatrix) -> str:
     """All models beside all."""
-    return _dumps(asdict(result))
+    return _dumps(result.to_dict())
 
 
 def explanation_json(found: Explanation) -> str:
     """Where a merge comes from; `tensors` only where they were asked for."""
-    fields = asdict(found)
-    if not found.tensors:
-        del fields["tensors"]
-    return _dumps(fields)
-
-
-def _comparison(one: Comparison, result: SimilarityResult) -> dict[str, Any]:
-    fields: dict[str, Any] = {
-        "name": one.name,
-        "hash": one.hash,
-        "similarity": one.similarity,
-        "parts": dict(one.parts),
-    }
-    if result.method == "weights":
-        kinds = {"relative_difference": "relative_difference", "max_difference": "max_difference"}
-        if result.common_base is not None:
-            kinds["difference_similarity"] = "difference_cosine"
-        for key, attribute in kinds.items():
-            fields[key] = None if one.total is None else getattr(one.total, attribute)
-            fields[f"{key}_parts"] = {block: getattr(found, attribute) for block, found in one.blocks.items()}
-        fields["components"] = {
-            component: {
-                "similarity": found.cosine,
-                **{key: getattr(found, attribute) for key, attribute in kinds.items()},
-            }
-            for component, found in one.components.items()
-        }
-    return {**fields, "notes": one.notes, "error": one.error}
+    return _dumps(found.to_dict())
 
 
 def _preset(preset: Preset) -> dict[str, Any]:

@@ -4,7 +4,7 @@ have.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ class Combination:
     gathered: Gathered | None = field(default=None, compare=False)
 
     @classmethod
-    def of(cls, method: Method, numbers: dict[str, Any], *, clip: bool = False) -> Combination:
+    def of(cls, method: Method, numbers: Mapping[str, Any], *, clip: bool = False) -> Combination:
         """With numbers as `Method.check_numbers` returns them."""
         own = {name: value for name, value in numbers.items() if not (method.random and name == "seed")}
         return cls(method, tuple(own.items()), numbers.get("seed", 0) if method.random else 0, clip)

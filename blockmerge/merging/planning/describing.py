@@ -10,15 +10,14 @@ from blockmerge.anatomy import TITLES, component_of, is_prediction_marker
 from blockmerge.checkpoints import DiffusersFolder, Model, state_dict_name
 from blockmerge.errors import counted, listing, shown
 from blockmerge.merging.planning.decisions import Decision, Findings, VaeFile
-from blockmerge.merging.planning.recipe import Recipe
+from blockmerge.merging.planning.request import MergeRequest, Resolved
 from blockmerge.weights import BlockWeights
 
 
 def describe(
     models: Sequence[Model],
-    recipe: Recipe,
-    weights: BlockWeights,
-    beta: BlockWeights,
+    recipe: MergeRequest,
+    resolved: Resolved,
     decisions: Sequence[Decision],
     found: Findings,
     naming: str,
@@ -32,7 +31,7 @@ def describe(
         *_ema(models, recipe),
         *_tensors(models, found, naming),
         *_markers(models),
-        *_weights(weights, beta),
+        *_weights(resolved.weights, resolved.beta),
         *_casts(decisions),
     ]
 
@@ -48,7 +47,7 @@ def _same_files(models: Sequence[Model]) -> Iterator[str]:
             yield f"{', '.join(letters[:-1])} and {letters[-1]} are the same file"
 
 
-def _vae(models: Sequence[Model], recipe: Recipe, vae: Model | VaeFile | None) -> Iterator[str]:
+def _vae(models: Sequence[Model], recipe: MergeRequest, vae: Model | VaeFile | None) -> Iterator[str]:
     if isinstance(vae, VaeFile):
         source, name = vae.source, vae.source.name
         # The folder of a VAE alone is called "vae".
@@ -74,7 +73,7 @@ def _only_in(holders: Sequence[Model]) -> str:
     return f"only in {only} and copied from {'there' if len(holders) == 1 else first}"
 
 
-def _ema(models: Sequence[Model], recipe: Recipe) -> Iterator[str]:
+def _ema(models: Sequence[Model], recipe: MergeRequest) -> Iterator[str]:
     for model in models:
         if model.ema_tensors:
             has_unet = any(component_of(name) == "unet" for name in model.source.tensors)

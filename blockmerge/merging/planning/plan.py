@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from blockmerge.anatomy import Anatomy
 from blockmerge.checkpoints import Model, TensorInfo, encode_header
@@ -16,10 +17,10 @@ from blockmerge.merging.planning.decisions import Decisions
 from blockmerge.merging.planning.metadata import output_metadata
 from blockmerge.merging.planning.naming import OutputTensor
 from blockmerge.merging.planning.policies import decide
-from blockmerge.merging.planning.recipe import Recipe
+from blockmerge.merging.planning.request import MergeRequest, Resolved
 from blockmerge.merging.planning.runs import Drafter, PlannedFile, known_bytes
+from blockmerge.merging.planning.written import as_run
 from blockmerge.streaming import PAGE
-from blockmerge.weights import BlockWeights
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,10 @@ class Plan:
     `gathered` is what has to be looked at before the first tensor is merged, a pass over the models each.
     """
 
-    recipe: Recipe
+    recipe: MergeRequest
     anatomy: Anatomy
-    weights: BlockWeights
-    beta: BlockWeights
+    resolved: Resolved
+    described: Mapping[str, Any]
     models: tuple[str, ...]
     decided: Decisions
     output: Output
@@ -55,7 +56,7 @@ class Plan:
         yield from (one for one in leaves_of(self.tensor(name).expression) if isinstance(one, Stored))
 
 
-def make_plan(models: Sequence[Model], recipe: Recipe, output: Output) -> Plan:
+def make_plan(models: Sequence[Model], recipe: MergeRequest, output: Output) -> Plan:
     """Plan a merge from the checkpoints' headers. Reads no weights.
 
     Raises what the recipe, the models or the weights are refused for: RecipeError, WeightsError,
@@ -63,22 +64,22 @@ def make_plan(models: Sequence[Model], recipe: Recipe, output: Output) -> Plan:
     """
     a = models[0]
     family = a.anatomy.family.name
-    weights, beta = recipe.weights.resolve(family), recipe.beta.resolve(family)
-    combination = Combination.of(recipe.merge_method, recipe.resolve_numbers(len(models)), clip=recipe.clip)
+    resolved = recipe.resolve(family, len(models))
+    combination = Combination.of(recipe.merge_method, resolved.numbers, clip=recipe.clip)
     decided = decide(
-        models, recipe, weights, beta, combination, output.naming, names_components=output.names_components
+        models, recipe, resolved, combination, output.naming, names_components=output.names_components
     )
-    described = recipe.described([model.source.name for model in models], weights, beta)
+    described = as_run(recipe, [model.source.name for model in models], resolved)
     metadata = output_metadata(a.source.metadata, json.dumps(described, ensure_ascii=False), family)
     anatomy = replace(a.anatomy, variant=_variant(a, decided.tensors), naming=output.naming)
     laid_out = output.lay_out(decided.tensors, models, anatomy)
     return Plan(
         recipe,
         anatomy,
-        weights,
-        beta,
+        resolved,
+        described,
         tuple(model.source.name for model in models),
-        replace(decided, notes=(*decided.notes, *recipe.idle(family), *laid_out.notes)),
+        replace(decided, notes=(*decided.notes, *resolved.notes, *laid_out.notes)),
         output,
         tuple(planned_file(file, metadata) for file in laid_out.files),
         laid_out.small_files,

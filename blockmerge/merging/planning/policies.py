@@ -36,16 +36,15 @@ from blockmerge.merging.planning.combining import Combination, adjusted, widest_
 from blockmerge.merging.planning.decisions import Decision, Decisions, Findings, VaeFile
 from blockmerge.merging.planning.describing import describe
 from blockmerge.merging.planning.naming import OutputTensor, has_place, named
-from blockmerge.merging.planning.recipe import Recipe
+from blockmerge.merging.planning.request import MergeRequest, Resolved
 from blockmerge.merging.result import Counts
 from blockmerge.weights import BlockWeights, Change
 
 
 def decide(
     models: Sequence[Model],
-    recipe: Recipe,
-    weights: BlockWeights,
-    beta: BlockWeights,
+    recipe: MergeRequest,
+    resolved: Resolved,
     combination: Combination,
     naming: str | None = None,
     *,
@@ -63,7 +62,7 @@ def decide(
     if combination.method.locality == "model":
         gathered = Gathered(combination.method, tuple(looked_at(models)))
         combination = replace(combination, gathered=gathered)
-    judge = _Judge(models, recipe, weights, beta, combination, naming)
+    judge = _Judge(models, recipe, resolved, combination, naming)
     _check_unets(models)
     decisions = judge.decide()
     tensors, lost = named(
@@ -72,7 +71,7 @@ def decide(
     if twice := [name for name, count in Counter(one.name for one in tensors).items() if count > 1]:
         # The last guard before a file that no reader opens.
         raise IncompatibleModelsError(f"two tensors of the output would be called {listing(twice)}")
-    notes = describe(models, recipe, weights, beta, decisions, judge.found, naming)
+    notes = describe(models, recipe, resolved, decisions, judge.found, naming)
     return Decisions(
         tuple(OutputTensor(one.name, one.ldm, simplify(one.expression)) for one in tensors),
         tuple(dict.fromkeys(donor.source for donor in judge.donors)),
@@ -102,17 +101,16 @@ class _Judge:
     def __init__(
         self,
         models: Sequence[Model],
-        recipe: Recipe,
-        weights: BlockWeights,
-        beta: BlockWeights,
+        recipe: MergeRequest,
+        resolved: Resolved,
         combination: Combination,
         naming: str,
     ) -> None:
         self.models, self.recipe, self.naming = models, recipe, naming
-        self.weights, self.beta, self.combination = weights, beta, combination
+        self.weights, self.beta, self.combination = resolved.weights, resolved.beta, combination
         self.family = models[0].anatomy.family
         self.rules = recipe.rules.resolve(self.family.name)
-        self.vae = _choose_vae(models, recipe, weights)
+        self.vae = _choose_vae(models, recipe, resolved.weights)
         self.found = Findings(self.vae, self.rules)
         self.adjust = recipe.adjust if recipe.adjust else None
         self.donors: list[Model | VaeFile] = [*models]
@@ -257,7 +255,7 @@ def _names(models: Sequence[Model]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def _check_models(models: Sequence[Model], recipe: Recipe) -> None:
+def _check_models(models: Sequence[Model], recipe: MergeRequest) -> None:
     """Raise IncompatibleModelsError for models that cannot be merged, or have not what was asked for."""
     first = models[0]
     for other in models[1:]:
@@ -288,7 +286,9 @@ def _check_unets(models: Sequence[Model]) -> None:
         raise IncompatibleModelsError(f"these models cannot be merged: {'; '.join(lacking)}")
 
 
-def _choose_vae(models: Sequence[Model], recipe: Recipe, weights: BlockWeights) -> Model | VaeFile | None:
+def _choose_vae(
+    models: Sequence[Model], recipe: MergeRequest, weights: BlockWeights
+) -> Model | VaeFile | None:
     """Return whose VAE is taken as a whole, or None where it follows BASE like all else."""
     has_vae = [model for model in models if "vae" in model.components]
     match recipe.vae_choice(len(models)):
@@ -310,7 +310,7 @@ def _choose_vae(models: Sequence[Model], recipe: Recipe, weights: BlockWeights) 
             return _open_vae(file, models, recipe)
 
 
-def _open_vae(vae: CheckpointLike, models: Sequence[Model], recipe: Recipe) -> VaeFile:
+def _open_vae(vae: CheckpointLike, models: Sequence[Model], recipe: MergeRequest) -> VaeFile:
     try:
         checkpoint = open_checkpoint(vae)
     except CheckpointError as error:

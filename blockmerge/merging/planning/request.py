@@ -1,0 +1,330 @@
+"""`MergeRequest`: what a user asks of a merge, as plain data, before any model is opened."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from numbers import Integral
+from string import ascii_lowercase
+from typing import Any
+
+from blockmerge.checkpoints import EMA_CHOICES, Checkpoint, CheckpointLike
+from blockmerge.dtypes import DTYPES
+from blockmerge.errors import RecipeError, did_you_mean, shown
+from blockmerge.methods import Method, find_method
+from blockmerge.weights import Adjust, BlockWeights, ElementRules, WeightsRequest
+
+OUTPUT_DTYPES = {dtype.short: name for name, dtype in DTYPES.items() if dtype.short}
+"""The output dtypes that can be asked for, with their names in safetensors headers; ``"keep"`` keeps A's."""
+
+_IN_TORCH = {f"torch.{dtype.torch}": dtype.short for dtype in DTYPES.values() if dtype.short}
+
+NAMINGS = ("ldm", "diffusers")
+
+_VAE_WORDS = ("auto", "blend")
+
+_NO_BETA, _NO_RULES, _NO_CHANGE = WeightsRequest(beta=True), ElementRules(), Adjust()
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an earlier run found for the weights: of every block, whatever has become of a preset since.
+
+    `preset` is what that run called the presets, None where it was asked for none.
+    """
+
+    preset: str | None
+    weights: Mapping[str, float | None]
+    beta: Mapping[str, float | None] | None = None
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A request, looked up and checked once for models of a family: all that was left open is decided.
+
+    `preset` is the presets' label, None without; `numbers` are all that the method takes; `notes` say which
+    arguments are without effect.
+    """
+
+    preset: str | None
+    weights: BlockWeights
+    beta: BlockWeights
+    numbers: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class MergeRequest:
+    """What to merge and how; `dtype` may be spelled as torch does. Raises RecipeError when an option has an
+    unknown value.
+
+    Everything that decides the output's values and form is in it, but for the models. `method` may be given
+    as `find_method` takes it, and is a Method then; one without weights converts. `naming` is the output's,
+    ``"ldm"`` or ``"diffusers"``, or None for A's; `ema` is one of EMA_CHOICES; `prune` leaves out what no
+    loader needs; `configs` is a folder whose configs and tokenizers go into a new one; `variant` picks the
+    weights of folders that have several. `beta` and `numbers` are for methods that have them; `rules`
+    override the weights of single tensors; `clip` and `adjust` are done to what the method gives, in this
+    order. `found` are weights that go before those that `weights` and `beta` ask for.
+    """
+
+    weights: WeightsRequest
+    method: object = "weighted_sum"
+    vae: CheckpointLike = "auto"
+    dtype: str = "keep"
+    allow_nonfinite: bool = False
+    naming: str | None = None
+    ema: str = "drop"
+    prune: bool = False
+    configs: CheckpointLike | None = None
+    beta: WeightsRequest = _NO_BETA
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    rules: ElementRules = _NO_RULES
+    adjust: Adjust = _NO_CHANGE
+    clip: bool = False
+    variant: str | None = None
+    found: Found | None = None
+
+    def __post_init__(self) -> None:
+        plain = {
+            "method": find_method(self.method),
+            "vae": _told_from_words(self.vae),
+            "dtype": _IN_TORCH.get(self.dtype, self.dtype),
+            "configs": os.fspath(self.configs) if isinstance(self.configs, os.PathLike) else self.configs,
+            "numbers": as_plain(self.numbers),
+            "weights": _plain_request(self.weights),
+            "beta": _plain_request(self.beta),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+        self._fit_to(self.merge_method)
+        vae_choice(self.vae, 0)
+        if self.dtype != "keep" and self.dtype not in OUTPUT_DTYPES:
+            known = ["keep", *OUTPUT_DTYPES]
+            raise RecipeError(
+                f"unknown dtype '{shown(self.dtype)}'{did_you_mean(self.dtype, known)} ({', '.join(known)})"
+            )
+        if self.ema not in EMA_CHOICES:
+            raise RecipeError(f"unknown choice '{shown(self.ema)}' for EMA copies: {', '.join(EMA_CHOICES)}")
+        if self.naming not in (None, *NAMINGS):
+            raise RecipeError(f"unknown naming '{shown(self.naming)}': {' or '.join(NAMINGS)}")
+        for name in ("clip", "prune", "allow_nonfinite"):
+            check_flag(name, getattr(self, name))
+
+    def _fit_to(self, method: Method) -> None:
+        """Take the method's defaults where nothing is said, and refuse what it does not take."""
+        for name, weight in (("weights", "alpha"), ("beta", "beta")):
+            request: WeightsRequest = getattr(self, name)
+            if weight not in method.weights and request.is_asked_for:
+                raise RecipeError(f"{shown(method.name)} takes no '{name}'")
+            default = method.weights.get(weight, 0.0)
+            if request.default is None and default is not None:
+                object.__setattr__(self, name, replace(request, default=default))
+        if self.clip and method.models == 1:
+            raise RecipeError(f"{shown(method.name)} merges 1 model: there is no B to clip to")
+
+    @property
+    def merge_method(self) -> Method:
+        """The method itself."""
+        assert isinstance(self.method, Method)
+        return self.method
+
+    @property
+    def method_name(self) -> str:
+        """The method's name."""
+        return self.merge_method.name
+
+    @property
+    def changes_values(self) -> bool:
+        """Whether it merges at all: without weights, values are only copied and cast."""
+        return bool(self.merge_method.weights)
+
+    @property
+    def restores_position_ids(self) -> bool:
+        """Whether position_ids become whole numbers again also where exact floats do no harm: a merge has no
+        business with them.
+        """
+        return not self.changes_values
+
+    @property
+    def output_dtype(self) -> str | None:
+        """The dtype that all weights get, in safetensors' spelling, or None where each keeps its own."""
+        return OUTPUT_DTYPES.get(self.dtype)
+
+    @property
+    def is_random(self) -> bool:
+        """Whether chance, and so the seed, has a part in it."""
+        has_seed = any(number.name == "seed" for number in self.merge_method.numbers)
+        return has_seed or (not self.found and (self.weights.is_random or self.beta.is_random))
+
+    @property
+    def preset_label(self) -> str | None:
+        """What the presets are called, with their ratios, or None without. Raises PresetError for an unknown
+        one.
+        """
+        if self.found:
+            return self.found.preset
+        return None if self.weights.preset is None else self.weights.label
+
+    def vae_file(self, models: int) -> str | None:
+        """The name of the file or folder that the VAE is from, or None where it is one of so many models'."""
+        if is_vae_of_models(self.vae, models):
+            return None
+        if isinstance(self.vae, str):
+            return os.path.basename(os.path.normpath(self.vae))
+        return self.vae.name if isinstance(self.vae, Checkpoint) else "state dict"
+
+    def vae_name(self, models: int) -> str:
+        """The policy of the VAE, or the name of the file or folder it is from."""
+        return self.vae_file(models) or str(self.vae)
+
+    def check_model_count(self, count: int) -> None:
+        """Raise RecipeError when the method does not take that many models."""
+        self.merge_method.check_models(count)
+
+    def vae_choice(self, models: int) -> CheckpointLike | int:
+        """What `vae_choice` says of this request's VAE."""
+        return vae_choice(self.vae, models)
+
+    def vae_choices(self, models: int) -> str:
+        """What may be given as VAE other than a file or a folder, for messages: words that end in a comma, or
+        nothing.
+        """
+        letters = ascii_lowercase[:models]
+        return ", ".join(("auto", *letters, "blend", "")) if self.changes_values else ""
+
+    def resolve(self, family: str, models: int) -> Resolved:
+        """Look up presets, read weights and check numbers, for so many models of a family.
+
+        Raises WeightsError for weights that cannot be used, PresetError for an unknown preset, RecipeError
+        for a number out of range.
+        """
+        weights, beta = self.weights, self.beta
+        if self.found:
+            weights = replace(weights, preset=None, weights=self.found.weights, changes=None)
+            beta = replace(beta, preset=None, weights=self.found.beta, changes=None)
+        return Resolved(
+            preset=self.preset_label,
+            weights=weights.resolve(family),
+            beta=beta.resolve(family),
+            numbers=self.merge_method.check_numbers(self.numbers, models),
+            notes=tuple(self._idle(family)),
+        )
+
+    def _idle(self, family: str) -> Iterator[str]:
+        """Say which arguments are without effect on models of a family."""
+        if self.found:
+            return
+        if self.weights.seed and not self.is_random:
+            yield "seed (--seed) without effect, since nothing is left to chance"
+        if self.weights.sdxl_map and not (self.weights.heeds_map(family) or self.beta.heeds_map(family)):
+            yield "sdxl_map (--sdxl-map) without effect, since these weights are the same with any"
+
+
+def vae_choice(vae: CheckpointLike, models: int) -> CheckpointLike | int:
+    """Return what a choice of VAE means where there are so many models.
+
+    >>> vae_choice("b", 2), vae_choice("c", 2), vae_choice("ab", 2), vae_choice("auto", 2)
+    (1, 'c', 'ab', 'auto')
+
+    A number is that of the model (0 = A) whose VAE is taken whole; only the first 26 have letters.
+    ``"auto"`` and ``"blend"`` are themselves; everything else is a VAE: a path, an opened checkpoint or a
+    state dict. Raises RecipeError for an empty text.
+    """
+    if not isinstance(vae, str):
+        return vae
+    if not vae:
+        raise RecipeError("vae (--vae) is empty: it takes auto, a, b, blend, a file or a folder")
+    letters = ascii_lowercase[:models]
+    return letters.index(vae) if len(vae) == 1 and vae in letters else vae
+
+
+def is_vae_of_models(vae: CheckpointLike, models: int) -> bool:
+    """Whether a choice of VAE stands for one of so many models', and not for a VAE of its own."""
+    choice = vae_choice(vae, models)
+    return isinstance(choice, int) or (isinstance(choice, str) and choice in _VAE_WORDS)
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise RecipeError for an argument that is neither True nor False: any text would count as True, "no" as
+    well.
+    """
+    if not isinstance(value, bool):
+        raise RecipeError(f"{name} is True or False; {type(value).__name__} given")
+
+
+def make_request(
+    method: object,
+    numbers: Mapping[str, Any],
+    weights: WeightsRequest,
+    beta: WeightsRequest,
+    *,
+    rules: str = "",
+    adjust: str = "",
+    arguments: Iterable[str] | None = None,
+    **options: Any,
+) -> MergeRequest:
+    """Read what was given as text. The seed of the weights is that of the method as well, where it has one.
+
+    Raises RecipeError, naming the argument, for what is no text, and for a number that the method does not
+    have: one of the caller's own `arguments` may have been meant.
+    """
+    for name, text, example in (("rules", rules, "OUT03-OUT05:attn2:0.5"), ("adjust", adjust, "0,0,0,1")):
+        if not isinstance(text, str):
+            raise RecipeError(f"{name} is a text, as in '{example}'; {type(text).__name__} given")
+    found = find_method(method)
+    found.check_names(numbers, others=arguments or ())
+    if "seed" not in numbers and any(number.name == "seed" for number in found.numbers):
+        numbers = {**numbers, "seed": weights.seed}
+    return MergeRequest(
+        weights,
+        method=found,
+        beta=beta,
+        numbers=numbers,
+        rules=ElementRules.parse(rules),
+        adjust=Adjust.parse(adjust),
+        **options,
+    )
+
+
+def as_plain(value: Any) -> Any:
+    """Return numbers, paths, lists and mappings as Python's own, so that they can be written down and
+    compared; all else as it is.
+
+    Lists become tuples, and BlockWeights the tuple of its numbers, which is read in the same way.
+    """
+    if isinstance(value, (bool, str, type(None))):
+        return value
+    if isinstance(value, Integral):  # NumPy's, too
+        return int(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, BlockWeights):
+        return tuple(value.values())
+    if isinstance(value, Mapping):
+        return {str(key): as_plain(entry) for key, entry in value.items()}
+    if isinstance(value, Sequence):
+        return tuple(map(as_plain, value))
+    if hasattr(value, "tolist") and getattr(value, "ndim", None) in (0, 1):
+        return as_plain(value.tolist())
+    with suppress(TypeError, ValueError, OverflowError):
+        return float(value)
+    return value
+
+
+def _plain_request(request: WeightsRequest) -> WeightsRequest:
+    return replace(
+        request,
+        preset=as_plain(request.preset),
+        weights=as_plain(request.weights),
+        seed=as_plain(request.seed),
+    )
+
+
+def _told_from_words(vae: CheckpointLike) -> CheckpointLike:
+    """A VAE's path as a text that is none of the words and letters that stand for something else."""
+    if not isinstance(vae, os.PathLike):
+        return vae
+    path = os.fspath(vae)
+    return os.path.join(os.curdir, path) if len(path) == 1 or path in _VAE_WORDS else path

@@ -1,0 +1,401 @@
+"""`Recipe`: a merge that can be written down, read back, planned and run; and the `Plan` of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, Union
+
+from blockmerge.checkpoints import (
+    AtomicFile,
+    Checkpoint,
+    CheckpointLike,
+    DiffusersFolder,
+    Model,
+    check_output,
+    check_space,
+    open_checkpoint,
+    state_dict_name,
+    told_apart,
+)
+from blockmerge.errors import OutputError, RecipeError, counted, reason, shown
+from blockmerge.merging.execute import Pace, execute
+from blockmerge.merging.outputs import choose_output
+from blockmerge.merging.planning.plan import Plan as FilePlan
+from blockmerge.merging.planning.plan import make_plan
+from blockmerge.merging.planning.request import MergeRequest, check_flag, make_request
+from blockmerge.merging.planning.written import (
+    as_asked,
+    asked_of_run,
+    from_asked,
+    is_as_run,
+    path_of,
+)
+from blockmerge.merging.result import MergeResult
+from blockmerge.streaming import Progress
+from blockmerge.weights import WeightsLike, WeightsRequest
+
+if TYPE_CHECKING:
+    import torch
+
+Leaf = Union[CheckpointLike, "Recipe"]
+"""What a recipe merges: a model, or what another recipe makes."""
+
+_LARGEST = 1 << 20  # bytes; a recipe is a page of text
+
+
+@dataclass(frozen=True, init=False)
+class Recipe:
+    """What to merge and how, as data: nothing is opened before `plan` or `run`.
+
+    >>> recipe = blockmerge.Merge("a.safetensors", "b.safetensors", preset="high_res", dtype="fp16")
+    >>> recipe.to_dict()
+    {'models': ['a.safetensors', 'b.safetensors'], 'preset': 'high_res', 'dtype': 'fp16'}
+    >>> blockmerge.Recipe.from_dict(recipe.to_dict()) == recipe
+    True
+    >>> recipe.run("merged.safetensors")  # doctest: +SKIP
+
+    `models` are paths, opened checkpoints or state dicts; the first is A. All other arguments are those of
+    `merge` that decide what is written, and `prune` of `convert`; `numbers` are the method's own. (A recipe
+    may hold another one as a model. That is kept, but cannot be planned yet.)
+
+    Raises RecipeError, WeightsError among them, for arguments that make no sense whatever the models are.
+    """
+
+    models: tuple[Leaf, ...]
+    request: MergeRequest
+
+    def __init__(
+        self,
+        *models: Leaf,
+        preset: str | Sequence[str] | None = None,
+        weights: WeightsLike | None = None,
+        changes: str | None = None,
+        method: object = "weighted_sum",
+        preset_beta: str | Sequence[str] | None = None,
+        weights_beta: WeightsLike | None = None,
+        changes_beta: str | None = None,
+        rules: str = "",
+        adjust: str = "",
+        clip: bool = False,
+        seed: int = 0,
+        vae: CheckpointLike = "auto",
+        dtype: str | torch.dtype = "keep",
+        sdxl_map: str | None = None,
+        allow_nonfinite: bool = False,
+        naming: str | None = None,
+        ema: str = "drop",
+        prune: bool = False,
+        configs: CheckpointLike | None = None,
+        variant: str | None = None,
+        **numbers: Any,
+    ) -> None:
+        request = make_request(
+            method,
+            numbers,
+            WeightsRequest(preset, weights, changes, sdxl_map, seed=seed),
+            WeightsRequest(preset_beta, weights_beta, changes_beta, sdxl_map, seed=seed, beta=True),
+            rules=rules,
+            adjust=adjust,
+            clip=clip,
+            vae=vae,
+            dtype=str(dtype),
+            allow_nonfinite=allow_nonfinite,
+            naming=naming,
+            ema=ema,
+            prune=prune,
+            configs=configs,
+            variant=variant,
+            arguments=Recipe.__init__.__kwdefaults__,
+        )
+        self._set(models, request)
+
+    @classmethod
+    def of(cls, models: Sequence[Leaf], request: MergeRequest) -> Self:
+        """Return the recipe of a request that is made already."""
+        recipe = cls.__new__(cls)
+        recipe._set(models, request)
+        return recipe
+
+    def _set(self, models: Sequence[Leaf], request: MergeRequest) -> None:
+        plain = tuple(os.fspath(model) if isinstance(model, os.PathLike) else model for model in models)
+        object.__setattr__(self, "models", plain)
+        object.__setattr__(self, "request", request)
+
+    # -- as data
+    # --------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as plain data, ready for JSON: `models`, and all that is not as by default.
+
+        Keys are the command line's long options, with `_` for `-` (`set`, `to`, `weights_beta`), and the
+        method's numbers by their names. Paths are as they were given.
+
+        Raises RecipeError for models that are in memory and so have no name.
+        """
+        models = [
+            model.to_dict() if isinstance(model, Recipe) else path_of(model, f"model {number}")
+            for number, model in enumerate(self.models, start=1)
+        ]
+        return {"models": models, **as_asked(self.request)}
+
+    @classmethod
+    def from_dict(
+        cls,
+        written: Mapping[str, Any],
+        *,
+        models: Sequence[CheckpointLike] | None = None,
+        vae: CheckpointLike | None = None,
+        configs: CheckpointLike | None = None,
+        methods: Mapping[str, object] | None = None,
+    ) -> Self:
+        """Return the recipe that `to_dict` has written, or that stands in a merged file's metadata.
+
+        >>> with safe_open("merged.safetensors", "pt") as file:  # doctest: +SKIP
+        ...     written = json.loads(file.metadata()["blockmerge.recipe"])
+        >>> recipe = blockmerge.Recipe.from_dict(written, models=["a.safetensors", "b.safetensors"])
+
+        `models`, in order, `vae` and `configs` go in place of those that are written. Metadata knows names
+        only, so what it names must be given. The weights of the blocks are those that the file was made with,
+        whatever has become of its preset. A method of one's own is given as `methods`, ``{"module:function":
+        function}``: nothing is imported because a recipe names it.
+
+        Raises RecipeError for what cannot be read, and names what is missing.
+        """
+        if not isinstance(written, Mapping):
+            raise RecipeError(f"a recipe is a table of options; {type(written).__name__} given")
+        try:
+            return cls._read(written, models, vae, configs, methods)
+        except RecursionError:
+            raise RecipeError("recipe: merges within merges, too deep") from None
+
+    @classmethod
+    def _read(
+        cls,
+        written: Mapping[str, Any],
+        models: Sequence[CheckpointLike] | None,
+        vae: CheckpointLike | None,
+        configs: CheckpointLike | None,
+        methods: Mapping[str, object] | None,
+    ) -> Self:
+        leaves = _leaves(written)
+        if models is not None and len(models) != len(leaves):
+            names = ", ".join(shown(leaf) if isinstance(leaf, str) else "a merge" for leaf in leaves)
+            raise RecipeError(
+                f"the recipe is one of {counted(len(leaves), 'model')} ({names}); {len(models)} given"
+            )
+        asked = {key: value for key, value in written.items() if key != "models"}
+        if is_as_run(written):
+            asked, places = asked_of_run(written, len(leaves))
+            given = {"vae": vae, "configs": configs}
+            missing = [f"its {key}, {shown(name)}" for key, name in places.items() if given[key] is None]
+            if models is None:
+                missing.insert(0, f"its models, {', '.join(map(shown, leaves))}")
+            if missing:
+                raise RecipeError(f"this recipe has names only, no places: give {' and '.join(missing)}")
+        read = [
+            cls._read(leaf, None, None, None, methods) if isinstance(leaf, Mapping) else leaf
+            for leaf in (leaves if models is None else models)
+        ]
+        return cls.of(read, from_asked(asked, methods, vae=vae, configs=configs))
+
+    def dump(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write `to_dict` as JSON. Raises RecipeError as it does, OutputError when it cannot be written."""
+        try:
+            text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
+        except ValueError as error:
+            raise RecipeError(f"this recipe cannot be written down: {error}") from error
+        files = [leaf for leaf in self.models if isinstance(leaf, str)]
+        target = check_output(path, map(Path, files), overwrite=overwrite)
+        data = f"{text}\n".encode()
+        with AtomicFile(target, len(data), overwrite=overwrite) as file:
+            try:
+                file.path.write_bytes(data)
+            except OSError as error:
+                raise OutputError(f"cannot write {shown(path)}: {reason(error)}") from error
+            file.commit()
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, methods: Mapping[str, object] | None = None) -> Self:
+        """Read what `dump` has written. Raises RecipeError, naming the file, when that is not possible."""
+        try:
+            with open(path, "rb") as file:
+                data = file.read(_LARGEST + 1)
+        except (OSError, ValueError) as error:
+            why = reason(error) if isinstance(error, OSError) else str(error)
+            raise RecipeError(f"cannot read the recipe {shown(path)}: {why}") from error
+        if len(data) > _LARGEST:
+            raise RecipeError(f"{shown(path)} is too large for a recipe")
+        try:
+            written = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise RecipeError(f"{shown(path)} is no recipe: it is not JSON") from error
+        try:
+            return cls.from_dict(written, methods=methods)
+        except RecipeError as error:
+            raise type(error)(f"{shown(path)}: {error}") from error
+
+    # -- doing it
+    # -------------------------------------------------------------------------------------------------
+
+    def plan(
+        self,
+        output: str | os.PathLike[str],
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        overwrite: bool = False,
+    ) -> Plan:
+        """Open the models, make all checks that their headers allow, and say what will be done.
+
+        The arguments are those of `merge`. No weight is read and nothing written. Raises what `merge` raises
+        before it reads a weight.
+        """
+        started = time.perf_counter()
+        device, pace = _choose_pace(self.request, str(device), threads)
+        check_flag("overwrite", overwrite)
+        self.request.check_model_count(len(self.models))
+        checkpoints = _open(self.models, self.request.variant)
+        labels = told_apart(checkpoints)
+        opened = [
+            Model.of(checkpoint, self.request.ema, label)
+            for checkpoint, label in zip(checkpoints, labels, strict=True)
+        ]
+        form = choose_output(output, opened[0], self.request.naming, self.request.configs)
+        files = make_plan(opened, self.request, form)
+        target = form.check(_inputs(files, opened, self.request), overwrite=overwrite)
+        seconds = time.perf_counter() - started
+        return Plan(self, target, files, pace, device, overwrite, seconds)
+
+    def run(
+        self,
+        output: str | os.PathLike[str],
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> MergeResult:
+        """Merge: `plan`, and `run` of the plan. Raises what `merge` raises."""
+        plan = self.plan(output, device=device, threads=threads, overwrite=overwrite)
+        return plan.run(progress)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe with its models opened and everything decided that headers tell, ready to be run.
+
+    >>> plan = blockmerge.Merge("a.safetensors", "b.safetensors", weights=0.5).plan("c.safetensors")
+    ... # doctest: +SKIP
+    >>> print(*plan.summary().notes, sep="\\n")  # doctest: +SKIP
+    >>> result = plan.run()  # doctest: +SKIP
+
+    `target` is where the output will really lie; `files` is what will be done, byte by byte.
+    """
+
+    recipe: Recipe
+    target: Path
+    files: FilePlan
+    pace: Pace
+    device: str
+    overwrite: bool
+    seconds: float
+
+    def summary(self) -> MergeResult:
+        """What the merge will be, as its result would say it, with `dry_run`.
+
+        Raises OutputError when the disk has not the space for it.
+        """
+        check_space(self.target, self.files.size)
+        return self._result(self.seconds, (), dry=True)
+
+    def run(self, progress: Progress | None = None) -> MergeResult:
+        """Write the output; `progress(done, total)` is told the bytes. Raises what `merge` raises."""
+        started = time.perf_counter()
+        plan = self.files
+        sizes: dict[str, int | bytes] = {file.path: file.size for file in plan.files}
+        with plan.output.reserve(
+            self.target, {**plan.small_files, **sizes}, overwrite=self.overwrite
+        ) as reserved:
+            execute(plan, reserved.path_of, self.pace, self.device, progress, shown_as=self.target)
+            reserved.commit()
+            swept = reserved.swept
+        return self._result(self.seconds + time.perf_counter() - started, swept)
+
+    def _result(self, seconds: float, swept: tuple[str, ...], *, dry: bool = False) -> MergeResult:
+        plan, request = self.files, self.recipe.request
+        has = request.merge_method.weights
+        return MergeResult(
+            output=self.target,
+            family=plan.anatomy.family.name,
+            variant=plan.anatomy.variant,
+            naming=plan.output.naming,
+            method=request.method_name,
+            preset=plan.resolved.preset,
+            weights=dict(plan.resolved.weights) if "alpha" in has else {},
+            weights_beta=dict(plan.resolved.beta) if "beta" in has else None,
+            models=tuple(plan.models),
+            tensors=plan.decided.counts,
+            bytes=plan.size,
+            seconds=seconds,
+            notes=(*plan.decided.notes, *swept),
+            runs=sum(len(file.runs) for file in plan.files),
+            recipe=plan.described,
+            dry_run=dry,
+        )
+
+
+def _leaves(written: Mapping[str, Any]) -> list[Any]:
+    """The models of a recipe that was read: texts, and tables that are recipes themselves."""
+    leaves = written.get("models")
+    if not isinstance(leaves, (list, tuple)) or not leaves:
+        raise RecipeError("recipe: models are a list of files, A first")
+    for leaf in leaves:
+        if not isinstance(leaf, (str, Mapping)):
+            raise RecipeError(f"recipe: a model is a file; {type(leaf).__name__} given")
+    return list(leaves)
+
+
+def _open(models: Sequence[Leaf], variant: str | None) -> list[Checkpoint]:
+    """Open the models; a variant is for those that are folders."""
+    leaves: list[CheckpointLike] = []
+    for number, model in enumerate(models):
+        if isinstance(model, Recipe):
+            which = state_dict_name(number).removeprefix("state dict ")
+            raise RecipeError(
+                f"model {which} is itself a merge, and merges within merges come with a later version: merge "
+                "that one into a file first"
+            )
+        leaves.append(model)
+    folders = [isinstance(model, (str, os.PathLike)) and os.path.isdir(model) for model in leaves]
+    return [
+        open_checkpoint(
+            model, name=state_dict_name(number), variant=variant if folder or not any(folders) else None
+        )
+        for number, (model, folder) in enumerate(zip(leaves, folders, strict=True))
+    ]
+
+
+def _choose_pace(request: MergeRequest, device: str, threads: int | None) -> tuple[str, Pace]:
+    pace = Pace.default(threads)
+    if device == "cpu":
+        return device, pace
+    from blockmerge.merging.kernel import choose_device
+
+    device = choose_device(device, request.merge_method)
+    if device == "cpu":
+        return device, pace
+    # A GPU is worth asking for whole pieces only.
+    return device, Pace(pace.threads, pace.piece_bytes, chunk_bytes=pace.piece_bytes)
+
+
+def _inputs(plan: FilePlan, models: Sequence[Model], request: MergeRequest) -> list[Path]:
+    """All files and folders that are read, and that the output must spare."""
+    inputs = [file for checkpoint in plan.decided.checkpoints for file in checkpoint.files]
+    inputs += [model.source.path for model in models if isinstance(model.source, DiffusersFolder)]
+    configs = getattr(request.configs, "path", request.configs)
+    return [*inputs, Path(configs)] if isinstance(configs, (str, os.PathLike)) else inputs
