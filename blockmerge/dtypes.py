@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
+
+
+class Precision(NamedTuple):
+    """How precisely a float dtype holds numbers: bits of the mantissa, and the exponent of the smallest
+    normal number.
+    """
+
+    mantissa: int
+    least_exponent: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,24 +24,22 @@ class Dtype:
     """What there is to know about a dtype: the bytes of an element, and its names elsewhere.
 
     `torch` is its name in torch, None where tensors of it are never made; `short` is what ``--dtype`` calls
-    it, None where no output can be asked for in it. `mantissa` are a float's bits after the point, and
-    `least_exponent` is that of its smallest normal number; both are None for all others.
+    it, None where no output can be asked for in it. Only floats have a `precision`.
     """
 
     size: int
     torch: str | None = None
     short: str | None = None
-    mantissa: int | None = None
-    least_exponent: int | None = None
+    precision: Precision | None = None
 
 
 DTYPES: Mapping[str, Dtype] = {
-    "F8_E4M3": Dtype(1, "float8_e4m3fn", "fp8_e4m3fn", 3, -6),
-    "F8_E5M2": Dtype(1, "float8_e5m2", "fp8_e5m2", 2, -14),
-    "F16": Dtype(2, "float16", "fp16", 10, -14),
-    "BF16": Dtype(2, "bfloat16", "bf16", 7, -126),
-    "F32": Dtype(4, "float32", "fp32", 23, -126),
-    "F64": Dtype(8, "float64", None, 52, -1022),
+    "F8_E4M3": Dtype(1, "float8_e4m3fn", "fp8_e4m3fn", Precision(3, -6)),
+    "F8_E5M2": Dtype(1, "float8_e5m2", "fp8_e5m2", Precision(2, -14)),
+    "F16": Dtype(2, "float16", "fp16", Precision(10, -14)),
+    "BF16": Dtype(2, "bfloat16", "bf16", Precision(7, -126)),
+    "F32": Dtype(4, "float32", "fp32", Precision(23, -126)),
+    "F64": Dtype(8, "float64", None, Precision(52, -1022)),
     "C64": Dtype(8, "complex64"),
     "BOOL": Dtype(1, "bool"),
     "U8": Dtype(1, "uint8"),
@@ -45,7 +52,7 @@ DTYPES: Mapping[str, Dtype] = {
     "I64": Dtype(8, "int64"),
 }
 
-FLOAT_DTYPES = frozenset(name for name, dtype in DTYPES.items() if dtype.mantissa is not None)
+FLOAT_DTYPES = frozenset(name for name, dtype in DTYPES.items() if dtype.precision)
 """The dtypes whose tensors can be merged; all others are only ever copied."""
 
 
@@ -57,6 +64,13 @@ def itemsize(dtype: str) -> int | None:
 def size_of(dtype: str) -> int:
     """Return the bytes of one element of a dtype that is in the table."""
     return DTYPES[dtype].size
+
+
+def precision_of(dtype: str) -> Precision:
+    """Return the precision of one of FLOAT_DTYPES."""
+    precision = DTYPES[dtype].precision
+    assert precision is not None, dtype
+    return precision
 
 
 def wide_dtype(inputs: tuple[str, ...], output: str) -> str:

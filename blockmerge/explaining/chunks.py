@@ -11,7 +11,7 @@ import torch
 from blockmerge.checkpoints import Model
 from blockmerge.comparing.reading import TensorReader, read_in_parallel
 from blockmerge.comparing.sums import CHUNK
-from blockmerge.explaining.precision import PRECISIONS
+from blockmerge.dtypes import precision_of
 from blockmerge.streaming import Progress
 
 _EXPONENT_BITS = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF << 52)}
@@ -90,11 +90,11 @@ def step_of(values: torch.Tensor, dtype: str) -> torch.Tensor:
 
     The values are those of some other, wider dtype, and are not changed.
     """
-    precision = PRECISIONS[dtype]
+    precision = precision_of(dtype)
     integer, mask = _EXPONENT_BITS[values.dtype]
     powers = values.view(integer).bitwise_and(mask).view(values.dtype)
     # A subnormal number of the wide dtype has no power of its own here, but its step is the smallest one's.
-    smallest = math.ldexp(1.0, max(precision.smallest_exponent, -126))
+    smallest = math.ldexp(1.0, max(precision.least_exponent, -126))
     return powers.clamp_(min=smallest).mul_(math.ldexp(1.0, -precision.mantissa))
 
 

@@ -11,7 +11,7 @@ from blockmerge.anatomy import COMPONENTS, Family, block_of, component_of
 from blockmerge.checkpoints import Model
 from blockmerge.comparing.arrays import Array
 from blockmerge.comparing.sources import weights_of
-from blockmerge.explaining.precision import PRECISIONS
+from blockmerge.dtypes import precision_of
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class ComparedTensors:
                 skipped.append(name)
         coarseness = np.ones((len(holders), len(candidates)))
         for place, (name, held_by) in enumerate(holders.items()):
-            bits = PRECISIONS[of_merge[name].dtype].mantissa
+            bits = precision_of(of_merge[name].dtype).mantissa
             for n in held_by:
-                fewer = bits - PRECISIONS[of_candidates[n][name].dtype].mantissa
+                fewer = bits - precision_of(of_candidates[n][name].dtype).mantissa
                 coarseness[place, n] = max(1.0, 4.0**fewer)
         return cls(tuple(holders), holders, tuple(skipped), coarseness)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 
-from blockmerge.checkpoints import Model, StateDict, state_dict_name
+from blockmerge.checkpoints import CheckpointLike, Model, StateDict, state_dict_name
 from blockmerge.dtypes import FLOAT_DTYPES, torch_dtype
 from blockmerge.errors import CheckpointError, NonFiniteError, RecipeError, counted, listing, shown
 from blockmerge.expressions import Programs, leaves_of
@@ -13,7 +14,7 @@ from blockmerge.merging.planning.combining import Combination
 from blockmerge.merging.planning.naming import OutputTensor
 from blockmerge.merging.planning.plan import gathered_by
 from blockmerge.merging.planning.policies import decide
-from blockmerge.merging.planning.request import check_flag, make_request
+from blockmerge.merging.planning.request import check_flag, is_vae_of_models, make_request
 from blockmerge.weights import WeightsLike, WeightsRequest
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def merge_state_dicts(
     Raises a BlockmergeError: NonFiniteError with `check_finite`, else as `merge` does before it reads a
     weight.
     """
-    _check_vae(vae)
+    _check_vae(vae, len(state_dicts))
     check_flag("check_finite", check_finite)
     recipe = make_request(
         method,
@@ -142,7 +143,8 @@ def _spelled_as(a: Mapping[str, torch.Tensor], merged: dict[str, torch.Tensor]) 
     return {name.replace("/", ".", 1): tensor for name, tensor in merged.items()}
 
 
-def _check_vae(vae: object) -> None:
-    """Raise RecipeError when a merge of state dicts is asked for a VAE that only files can have."""
-    if vae not in ("auto", "a", "b", "blend"):
-        raise RecipeError(f"unknown VAE choice '{shown(vae)}': auto, a, b or blend")
+def _check_vae(vae: CheckpointLike, models: int) -> None:
+    """Raise RecipeError when a merge of state dicts is asked for a VAE that is none of theirs."""
+    if not is_vae_of_models(vae, models):
+        *letters, last = list(ascii_lowercase[: max(2, models)])
+        raise RecipeError(f"unknown VAE choice '{shown(vae)}': auto, {', '.join(letters)}, {last} or blend")
