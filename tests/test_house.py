@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "methods": set(),
     "expressions": {"methods"},
     "checkpoints": {"expressions", "anatomy"},
-    "streaming": {"checkpoints"},
+    "streaming": set(),
     "merging": {"streaming", "checkpoints", "expressions", "methods", "weights", "anatomy"},
     "comparing": {"streaming", "checkpoints", "expressions", "anatomy"},
     "explaining": {"comparing", "streaming", "checkpoints", "expressions", "weights", "anatomy"},

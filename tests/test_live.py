@@ -746,3 +746,12 @@ def test_weights_that_are_refused_change_nothing(dicts):
         assert says in str(caught.value)
     assert live.weights == dict.fromkeys(oracle.SD, 0.5)
     assert_same_bits(values(module), before)
+
+
+def test_the_method_that_does_nothing_holds_a(dicts):
+    module = module_of(dicts[0])
+    with LiveMerge(module, dicts[1], method="convert") as live:
+        live.apply()
+        assert_same_bits(values(module), dicts[1])
+        with pytest.raises(RecipeError, match="^convert takes no 'weights'$"):
+            live.apply(weights=0.5)

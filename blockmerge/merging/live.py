@@ -131,12 +131,14 @@ class LiveMerge:
 
         launcher = self._opened()
         check_flag("keep", keep)
-        if "beta" not in self._method.weights and (preset_beta is not None or weights_beta is not None):
-            raise RecipeError(f"{self._method.name} takes no 'beta'")
+        asked = {"alpha": (preset, weights, changes), "beta": (preset_beta, weights_beta)}
+        for weight, given in asked.items():
+            if weight not in self._method.weights and any(one is not None for one in given):
+                what = "weights" if weight == "alpha" else weight
+                raise RecipeError(f"{self._method.name} takes no '{what}'")
         seed = self._seed if seed is None else seed
-        first = WeightsRequest(
-            preset, weights, changes, sdxl_map, seed, default=self._method.weights["alpha"]
-        )
+        default = self._method.weights.get("alpha", 0.0)
+        first = WeightsRequest(preset, weights, changes, sdxl_map, seed, default=default)
         second = WeightsRequest(preset_beta, weights_beta, None, sdxl_map, seed, beta=True)
         alpha = first.change(self._weights) if keep else first.resolve(self._unet.family.name)
         beta = second.change(self._weights_beta) if keep else second.resolve(self._unet.family.name)

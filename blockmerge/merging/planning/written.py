@@ -282,7 +282,7 @@ def _method(name: str, methods: Mapping[str, object]) -> object:
             f"the recipe's method {shown(name)} is a function of somebody's own, and no code is run "
             f"because a recipe names it: give the function, methods={{'{shown(name)}': FUNCTION}}"
         )
-    return IDENTITY if name == IDENTITY.name else name
+    return name
 
 
 def _check(written: Mapping[str, Any], key: str, kinds: type | tuple[type, ...], what: str) -> None:
