@@ -753,5 +753,5 @@ def test_the_method_that_does_nothing_holds_a(dicts):
     with LiveMerge(module, dicts[1], method="convert") as live:
         live.apply()
         assert_same_bits(values(module), dicts[1])
-        with pytest.raises(RecipeError, match="^convert takes no 'weights'$"):
+        with pytest.raises(RecipeError, match=r"^convert takes no 'weights'$"):
             live.apply(weights=0.5)
