@@ -246,8 +246,8 @@ def test_adjust_is_its_definition_and_rounds_once(
         ours, theirs = a[name].double(), b[name].double()
         if ours.shape != theirs.shape:
             extra = max(ours, theirs, key=lambda one: one.shape[1])[:, 4:]
-            shared = (1 - weight) * ours[:, :4] + weight * theirs[:, :4]
-            ours = theirs = exact = torch.cat([shared, extra], dim=1)
+            ours, theirs = (torch.cat([one[:, :4], extra], dim=1) for one in (ours, theirs))
+            exact = torch.cat([(1 - weight) * ours[:, :4] + weight * theirs[:, :4], extra], dim=1)
         else:
             exact = (1 - weight) * ours + weight * theirs
         exact = adjusted(name, exact, numbers, family)

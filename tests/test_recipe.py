@@ -375,8 +375,9 @@ def test_a_preset_that_has_changed_or_is_gone_changes_nothing(folders, here):
     again.dump("again.json")
     the_same(first.output, Recipe.load("again.json").run("4.safetensors").output)
     assert again.plan("5.safetensors").summary().preset == first.preset
+    the_same(first.output, recipe.run("6.safetensors").output)  # it has looked the preset up once
     with pytest.raises(blockmerge.PresetError):
-        recipe.run("6.safetensors")
+        Recipe(*models, preset=f"{preset}@0.5").run("7.safetensors")
 
 
 def test_ratios_are_kept_in_full(folders, here):
