@@ -78,8 +78,8 @@ def _instead_of_a_unet(names: Iterable[str]) -> str:
             return f"is a VAE alone, {counted(count, 'tensor')} in {naming} names: give it as vae (--vae)"
         case _, naming, count:
             return (
-                f"is a text encoder alone, {counted(count, 'tensor')} in {naming} names: give a model "
-                "with a U-Net"
+                f"is a text encoder alone, {counted(count, 'tensor')} in {naming} names: "
+                "give a model with a U-Net"
             )
     firsts = dict.fromkeys(f.signs["ldm"].first for f in FAMILIES.values() if "ldm" in f.signs)
     return f"holds no Stable Diffusion U-Net (no tensor {' or '.join(firsts)})"

@@ -152,8 +152,8 @@ def _matched_names(checkpoint: Checkpoint, ema: str, label: str) -> tuple[dict[s
         names[canonical] = name
     notes = (
         [
-            f"{shown(label)} holds {counted(len(twice), 'tensor')} under two names ({listing(twice, 1)}): "
-            "one of each is used"
+            f"{shown(label)} holds {counted(len(twice), 'tensor')} "
+            f"under two names ({listing(twice, 1)}): one of each is used"
         ]
         if twice
         else []

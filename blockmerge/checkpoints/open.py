@@ -34,8 +34,8 @@ def open_checkpoint(
     if variant is not None and not is_folder:
         what = shown(source) if isinstance(source, (str, os.PathLike)) else f"a {type(source).__name__}"
         raise CheckpointError(
-            f"{what} is no diffusers folder, and only these have variants: '{shown(variant)}' is not to be "
-            "had"
+            f"{what} is no diffusers folder, and only these have variants: "
+            f"'{shown(variant)}' is not to be had"
         )
     if isinstance(source, Checkpoint):
         return source

@@ -37,8 +37,8 @@ def fault_of_position_ids(tensor: Expression) -> str | None:
     what = "not exactly " if bool((np.rint(values) == np.arange(POSITIONS)).all()) else "not "
     found = str(values[first])  # of float32 the shortest text: 0.99, where a format shows 0.9900000095367432
     return (
-        f"{counted(len(wrong), 'position')} {what}0 … {POSITIONS - 1}: the first is {found} in place of "
-        f"{first}"
+        f"{counted(len(wrong), 'position')} {what}0 … {POSITIONS - 1}: "
+        f"the first is {found} in place of {first}"
     )
 
 

@@ -50,8 +50,8 @@ def check_layers(model: Model) -> list[dict[str, Expression]]:
     family = model.anatomy.family
     if not family.attention.layers:
         raise CheckpointError(
-            f"{shown(model.name)} is {family.title}, for which attention similarity is not defined: compare "
-            "its weights"
+            f"{shown(model.name)} is {family.title}, "
+            "for which attention similarity is not defined: compare its weights"
         )
     for prefix in family.attention.layers.values():
         names = {letter: f"{prefix}{letter}.weight" for letter in "qkv"}

@@ -27,8 +27,8 @@ def check_metadata(metadata: Mapping[str, str], family: str | None) -> Iterator[
     if leaking := faults.get("paths"):
         yield Problem.of(
             "metadata_paths",
-            f"{len(leaking)} of the metadata's entries name folders of the computer that wrote the file "
-            f"({listing(leaking)})",
+            f"{len(leaking)} of the metadata's entries name folders "
+            f"of the computer that wrote the file ({listing(leaking)})",
         )
 
 

@@ -129,8 +129,8 @@ def _against_layout(subject: Subject, family: str) -> Iterator[Problem]:
         if gaps.missing:
             yield Problem.of(
                 "missing_tensors",
-                f"the {TITLES[component]} lacks {counted(len(gaps.missing), 'tensor')} "
-                f"({listing(gaps.missing)})",
+                f"the {TITLES[component]} lacks "
+                f"{counted(len(gaps.missing), 'tensor')} ({listing(gaps.missing)})",
                 gaps.missing,
             )
         # position_ids have a problem of their own, which their shape is a part of.
@@ -232,7 +232,7 @@ def _names(subject: Subject) -> Iterator[Problem]:
     ]
     if old:
         what = (
-            f"{counted(len(old), 'tensor')} of the text encoder without text_model. in its name "
-            f"({listing(old)})"
+            f"{counted(len(old), 'tensor')} of the text encoder "
+            f"without text_model. in its name ({listing(old)})"
         )
         yield Problem.of("novelai_names", f"{what}: not every program finds them", old)

@@ -201,8 +201,8 @@ class FlatUNet:
 def _unet_parameters(module: Any) -> dict[str, torch.nn.Parameter]:
     if not isinstance(module, torch.nn.Module):
         raise RecipeError(
-            f"a {type(module).__name__} is no torch module: give the U-Net itself, as in "
-            "LiveMerge(pipe.unet, a, b)"
+            f"a {type(module).__name__} is no torch module: "
+            "give the U-Net itself, as in LiveMerge(pipe.unet, a, b)"
         )
     named = {
         name.replace(_COMPILED, ""): found for name, found in module.named_parameters(remove_duplicate=False)
@@ -227,8 +227,8 @@ def _check_parameters(parameters: Mapping[str, torch.nn.Parameter]) -> None:
     ]:
         names, kind = [name for name, _ in special], type(special[0][1]).__name__
         raise RecipeError(
-            f"the module's weights are no plain tensors ({kind}: {listing(names)}): load it without "
-            "quantisation to merge it live"
+            f"the module's weights are no plain tensors ({kind}: "
+            f"{listing(names)}): load it without quantisation to merge it live"
         )
 
 
@@ -265,8 +265,8 @@ def _check_models(unet: Model, models: Sequence[Model], names: Mapping[str, str]
         found = {ldm: info for ldm, info in model.tensors.items() if component_of(ldm) == "unet"}
         if lacking := [name for ldm, name in names.items() if ldm not in found]:
             faults.append(
-                f"{shown(model.name)} lacks {counted(len(lacking), 'tensor')} of the module "
-                f"({listing(lacking)})"
+                f"{shown(model.name)} lacks {counted(len(lacking), 'tensor')} "
+                f"of the module ({listing(lacking)})"
             )
         if more := [model.names_in_file(ldm)[0] for ldm in found if ldm not in names]:
             faults.append(

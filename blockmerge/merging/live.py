@@ -152,9 +152,8 @@ class LiveMerge:
         if moved := self._unet.moved(launcher.out, changed):  # looked for while the device computes
             self._held.update(dict.fromkeys(changed))
             raise RecipeError(
-                f"the module's parameters have been moved or replaced ({listing(moved)}): leave it on its "
-                "device, without "
-                "offloading, while it is merged live"
+                f"the module's parameters have been moved or replaced ({listing(moved)}): "
+                "leave it on its device, without offloading, while it is merged live"
             )
         self._weights, self._weights_beta = alpha, beta
         return alpha

@@ -367,8 +367,8 @@ def _open(models: Sequence[Leaf], variant: str | None) -> list[Checkpoint]:
         if isinstance(model, Recipe):
             which = state_dict_name(number).removeprefix("state dict ")
             raise RecipeError(
-                f"model {which} is itself a merge, and merges within merges come with a later version: merge "
-                "that one into a file first"
+                f"model {which} is itself a merge, and merges within merges "
+                "come with a later version: merge that one into a file first"
             )
         leaves.append(model)
     folders = [isinstance(model, (str, os.PathLike)) and os.path.isdir(model) for model in leaves]

@@ -184,8 +184,8 @@ class _Definition:
             )
         if (self.passes is not None) != (self.locality == "model"):
             raise RecipeError(
-                f"{shown(self.name)}: passes=(statistics, gather) are what the locality 'model' needs, "
-                "and no other"
+                f"{shown(self.name)}: passes=(statistics, gather) "
+                "are what the locality 'model' needs, and no other"
             )
         if self.rows is not None and self.locality != "row":
             raise RecipeError(f"{shown(self.name)}: rows are for the locality 'row'")
@@ -223,8 +223,8 @@ class _Definition:
             return None
         if (default := _finite(parameter.default)) is None:
             raise RecipeError(
-                f"{shown(self.name)}: the weight {parameter.name} needs a finite number as its default, "
-                "or none"
+                f"{shown(self.name)}: "
+                f"the weight {parameter.name} needs a finite number as its default, or none"
             )
         return float(default)
 
@@ -241,8 +241,8 @@ class _Definition:
         name = parameter.name
         if name in _TAKEN:
             raise RecipeError(
-                f"{shown(self.name)}: a number cannot be called {name}, which is an argument of merging "
-                "itself"
+                f"{shown(self.name)}: a number cannot be called {name}, "
+                "which is an argument of merging itself"
             )
         if name == "seed" and self.chance:
             raise self._refusal("is of chance: it takes key and position in place of the seed")
@@ -257,8 +257,8 @@ class _Definition:
             )
         if name == "seed" and (type(default), default) != (int, 0):
             raise RecipeError(
-                f"{shown(self.name)}: the seed is the merge's own, and 0 when nobody says: give it that "
-                "default"
+                f"{shown(self.name)}: the seed is the merge's own, "
+                "and 0 when nobody says: give it that default"
             )
         kind = "whole number" if isinstance(default, int) else "number"
         found = replace(number, default=default, kind=kind)

@@ -130,8 +130,8 @@ def _wrong(result: Any, out: torch.Tensor) -> str:
         return f"numbers of {result.dtype}: it must return a tensor of a float dtype, as those that it gets"
     if result.shape != out.shape:
         return (
-            f"shape {list(result.shape)} for tensors of shape {list(out.shape)}: it must return a tensor "
-            "of the shape it gets"
+            f"shape {list(result.shape)} for tensors of shape {list(out.shape)}: "
+            "it must return a tensor of the shape it gets"
         )
     return ""
 

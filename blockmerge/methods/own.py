@@ -34,8 +34,8 @@ def own_method(wanted: object) -> Method | None:
         wanted = getattr(module, name)
         if not (callable(wanted) or isinstance(wanted, Method)):
             raise RecipeError(
-                f"{shown(f'{module_name}:{name}')} is no function: a method is one, decorated with "
-                "@blockmerge.merge_method()"
+                f"{shown(f'{module_name}:{name}')} is no function: "
+                "a method is one, decorated with @blockmerge.merge_method()"
             )
     if callable(wanted):
         found = getattr(wanted, "blockmerge_method", None)
@@ -66,8 +66,8 @@ def _import(module: str, function: str) -> ModuleType:
         ) as error:  # a user's module may raise anything, and may be a script that exits
             if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
                 missing = (
-                    f"no module named '{shown(error.name)}', neither in the current folder nor where "
-                    "Python looks"
+                    f"no module named '{shown(error.name)}', "
+                    "neither in the current folder nor where Python looks"
                 )
                 raise RecipeError(f"{method}: {missing}") from error
             raise RecipeError(f"{method}: cannot import {shown(module)} ({why(error)})") from error

@@ -72,14 +72,14 @@ def find_method(method: object) -> Method:
         return found
     if not isinstance(method, str):
         raise RecipeError(
-            "a method is a name, a function decorated with @blockmerge.merge_method() or a Method; "
-            f"{type(method).__name__} given"
+            "a method is a name, a function decorated with @blockmerge.merge_method() "
+            f"or a Method; {type(method).__name__} given"
         )
     if method == IDENTITY.name:
         return IDENTITY
     if method not in METHODS:
         raise RecipeError(
-            f"unknown method '{shown(method)}'{did_you_mean(method, METHODS)} ('blockmerge methods' lists "
-            "them)"
+            f"unknown method '{shown(method)}'{did_you_mean(method, METHODS)} "
+            "('blockmerge methods' lists them)"
         )
     return METHODS[method]

@@ -135,8 +135,8 @@ def _parse_numbers(text: str, blocks: BlockList, seed: int | str) -> BlockWeight
     words = _entries(text)
     if not words:
         raise WeightsError(
-            f"the weights are empty: give a number, {len(kindred(blocks)[0])} numbers, or names as in "
-            f"{example(blocks)}=0.3"
+            "the weights are empty: give a number, "
+            f"{len(kindred(blocks)[0])} numbers, or names as in {example(blocks)}=0.3"
         )
     if len(words) == 1:
         return BlockWeights({block: _number(words[0], block, blocks, seed) for block in blocks}, blocks)

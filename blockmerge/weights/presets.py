@@ -155,8 +155,8 @@ def _shipped(name: str) -> Preset | None:
 def _unknown(name: str) -> PresetError:
     names = [name for preset in presets() for name in (preset.name, *preset.aliases)]
     return PresetError(
-        f"unknown preset '{shown(name)}'{did_you_mean(name, names)} ('blockmerge presets' lists "
-        f"them){_unreadable(name)}"
+        f"unknown preset '{shown(name)}'{did_you_mean(name, names)} "
+        f"('blockmerge presets' lists them){_unreadable(name)}"
     )
 
 

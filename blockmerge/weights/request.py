@@ -63,15 +63,15 @@ class WeightsRequest:
         """
         if self.preset is None and self.weights is None and self.default is None:
             raise WeightsError(
-                "how much of B? give a preset (--preset high_res) or weights (--weights 0.5); 'blockmerge "
-                "presets' lists them"
+                "how much of B? give a preset (--preset high_res) "
+                "or weights (--weights 0.5); 'blockmerge presets' lists them"
             )
         if self.preset is not None and self.weights is not None:
             whose = " for beta" if self.beta else ""
             options = f"{self._option('preset')} or {self._option('weights')}"
             raise WeightsError(
-                f"both a preset and weights are given{whose}: give {options}; {self._option('changes')} go "
-                "on top"
+                f"both a preset and weights are given{whose}: "
+                f"give {options}; {self._option('changes')} go on top"
             )
         _ = self._shares
 

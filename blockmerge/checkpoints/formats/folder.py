@@ -70,9 +70,9 @@ class DiffusersFolder(Checkpoint):
             folders = _component_folders(self.path)
             if not folders:
                 raise CheckpointError(
-                    f"{shown(path)} is a folder without a model: give a .safetensors file, or a diffusers "
-                    "folder (unet/, vae/, "
-                    f"text_encoder/ with diffusion_pytorch_model.safetensors or model.safetensors)"
+                    f"{shown(path)} is a folder without a model: "
+                    "give a .safetensors file, or a diffusers folder (unet/, vae/, "
+                    "text_encoder/ with diffusion_pytorch_model.safetensors or model.safetensors)"
                 )
             chosen = _choose(self.path, folders, variant)
             self.carried = tuple(_carried(self.path, "" in folders))

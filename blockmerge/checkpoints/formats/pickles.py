@@ -262,8 +262,8 @@ def _refused_opcode(code: bytes) -> str:
         return _CUT_SHORT
     known = [opcode.name for opcode in pickletools.opcodes if opcode.code == code.decode("latin1")]
     return (
-        f"its pickle holds the opcode {known[0] if known else repr(code)}, which torch never writes: it "
-        "is refused"
+        f"its pickle holds the opcode {known[0] if known else repr(code)}, "
+        "which torch never writes: it is refused"
     )
 
 

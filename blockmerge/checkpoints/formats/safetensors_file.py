@@ -151,8 +151,8 @@ def _checked_entry(entry: Any, data_start: int) -> tuple[int, int, TensorInfo]:
         raise ValueError(f"has the shape {_brief(shape)}; shapes are lists of whole numbers from 0 up")
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(
-            f"has the data_offsets {_brief(offsets)}; these are two whole numbers, the second not below the "
-            "first"
+            f"has the data_offsets {_brief(offsets)}; "
+            "these are two whole numbers, the second not below the first"
         )
     begin, end = offsets
     # Multiplied step by step and given up early: a hostile shape must not make a number of a million digits.
@@ -163,8 +163,8 @@ def _checked_entry(entry: Any, data_start: int) -> tuple[int, int, TensorInfo]:
             break
     if needed != end - begin:
         raise ValueError(
-            f"has {counted(end - begin, 'byte')} of data, which shape {shown(shape, 60)} in {dtype} does not "
-            "take"
+            f"has {counted(end - begin, 'byte')} of data, "
+            f"which shape {shown(shape, 60)} in {dtype} does not take"
         )
     return begin, end, TensorInfo(dtype, tuple(shape), data_start + begin)
 

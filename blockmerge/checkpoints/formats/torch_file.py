@@ -101,8 +101,8 @@ def _read_zip(file: BinaryIO, size: int) -> tuple[object, dict[str, TensorInfo]]
     if len(pickles) != 1:
         holds = f"it holds {listing(entries)}" if entries else "it is empty"
         raise ValueError(
-            f"it is a zip archive without one data.pkl, as torch writes it ({holds}): unpack it if a model "
-            "is in it"
+            f"it is a zip archive without one data.pkl, as torch writes it ({holds}): "
+            "unpack it if a model is in it"
         )
     folder = pickles[0].removesuffix("data.pkl")
     if folder + "constants.pkl" in entries:

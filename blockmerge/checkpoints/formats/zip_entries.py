@@ -40,8 +40,8 @@ class Entry:
         """
         if not self.stored:
             raise ValueError(
-                f"its {shown(self.name)} is compressed, which torch never does: unpack the archive and zip "
-                "it stored"
+                f"its {shown(self.name)} is compressed, which torch never does: "
+                "unpack the archive and zip it stored"
             )
         file.seek(self.header)
         raw_name = self.name.encode("utf-8", "surrogateescape")

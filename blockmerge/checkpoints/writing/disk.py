@@ -112,8 +112,8 @@ def _sweep_writer(stem: Path) -> Iterator[str]:
             yield f"put {shown(target)} back, which an interrupted run had moved aside"
         else:
             yield (
-                f"{shown(aside.name)} is a folder that an interrupted run moved aside: rename it, or "
-                "remove it"
+                f"{shown(aside.name)} is a folder that an interrupted run moved aside: "
+                "rename it, or remove it"
             )
 
 

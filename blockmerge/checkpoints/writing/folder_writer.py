@@ -38,8 +38,8 @@ def check_output_folder(
         for model in inputs:
             if _holds(target, model) or _holds(model, target):
                 raise OutputError(
-                    f"the output {shown(path)} is, holds or lies in the input {shown(model)}: give another "
-                    "name"
+                    f"the output {shown(path)} is, "
+                    f"holds or lies in the input {shown(model)}: give another name"
                 )
         parent_exists, status = target.parent.is_dir(), disk.status(target)
         if status is not None:
@@ -76,8 +76,8 @@ def _check_replaceable(folder: Path) -> None:
         )
     if foreign:
         raise OutputError(
-            f"{shown(folder)} holds what is no part of a model: {listing(foreign)}: move that elsewhere, or "
-            "give another name"
+            f"{shown(folder)} holds what is no part of a model: "
+            f"{listing(foreign)}: move that elsewhere, or give another name"
         )
 
 

@@ -47,8 +47,8 @@ def choose_output(
     kind = next((kind for kind in KINDS if kind.takes(wish)), None)
     if kind is None and wish.is_folder:
         raise OutputError(
-            f"{shown(wish.path)} is a folder: give the output a file name, or naming='diffusers' (--to "
-            "diffusers)"
+            f"{shown(wish.path)} is a folder: "
+            "give the output a file name, or naming='diffusers' (--to diffusers)"
         )
     if kind is None:
         raise OutputError(f"{shown(wish.path)}: the output is a .safetensors file; end its name so")

@@ -66,8 +66,8 @@ def folder_files(
     source = _folder_of_configs(models, configs)
     if source is None:
         notes = [
-            "a single file holds no tokenizers: the new folder has none (--configs FOLDER takes them from "
-            "another)"
+            "a single file holds no tokenizers: "
+            "the new folder has none (--configs FOLDER takes them from another)"
         ]
         return {path: _json(content) for path, content in made.items()}, notes + guess
     components = {tensor.name.partition("/")[0] for tensor in tensors}
@@ -82,9 +82,8 @@ def folder_files(
     ]
     if faults and configs is not None:
         raise IncompatibleModelsError(
-            f"{shown(source.name)} has configs of another kind of model than {shown(models[0].name)} "
-            f"({listing(faults)}): "
-            f"give a folder of {anatomy.family.title}"
+            f"{shown(source.name)} has configs of another kind of model than "
+            f"{shown(models[0].name)} ({listing(faults)}): give a folder of {anatomy.family.title}"
         )
     fitting = {path: data for path, data in carried.items() if path not in {unfit for unfit, _ in differing}}
     files = {path: _json(content) for path, content in made.items()} | fitting
@@ -115,9 +114,8 @@ def unsaid_in_a_file(a: Model) -> list[str]:
     if prediction == "epsilon":
         return []
     return [
-        f"warning: {shown(a.name)} predicts {shown(prediction)}, as its scheduler_config.json says, which a "
-        "single file has no "
-        f"place for: set that in the program that loads it"
+        f"warning: {shown(a.name)} predicts {shown(prediction)}, as its scheduler_config.json says, "
+        "which a single file has no place for: set that in the program that loads it"
     ]
 
 
@@ -168,9 +166,8 @@ def _carried(source: DiffusersFolder) -> dict[str, bytes]:
         size += len(files[path])
         if size > LARGEST_CARRIED:
             raise CheckpointError(
-                f"{shown(source.path)}: its configs and tokenizers have more than {LARGEST_CARRIED // 10**6} "
-                "MB, which no model "
-                f"needs: take out what is none of them"
+                f"{shown(source.path)}: its configs and tokenizers have more than "
+                f"{LARGEST_CARRIED // 10**6} MB, which no model needs: take out what is none of them"
             )
     return files
 

@@ -30,8 +30,8 @@ class SingleFile(Output):
         naming = wish.naming or ("ldm" if wish.from_folder else wish.a.anatomy.naming)
         if naming == "diffusers" and wish.a.components != {"unet"}:
             raise OutputError(
-                f"{shown(wish.path)}: a whole model under diffusers' names is a folder; give a folder, or "
-                "naming='ldm' (--to ldm)"
+                f"{shown(wish.path)}: a whole model under diffusers' names is a folder; "
+                "give a folder, or naming='ldm' (--to ldm)"
             )
         return naming
 

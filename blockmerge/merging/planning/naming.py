@@ -87,8 +87,8 @@ def _in_diffusers(tensors: Mapping[str, Expression], a: Model) -> tuple[list[Out
                 placed[place] = OutputTensor(place, ldm, made(origin, tensors, a.name))
     order = _order_in(a, list(placed.values()))
     notes = [
-        f"{counted(len(doubles), 'tensor')} left out, since the output has others of that name "
-        f"({listing(doubles)})"
+        f"{counted(len(doubles), 'tensor')} left out, "
+        f"since the output has others of that name ({listing(doubles)})"
     ]
     return sorted(placed.values(), key=lambda one: order.get(one.name, (2, 0))), notes if doubles else []
 

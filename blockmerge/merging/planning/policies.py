@@ -262,9 +262,8 @@ def _check_models(models: Sequence[Model], recipe: MergeRequest) -> None:
         ours, theirs = first.anatomy, other.anatomy
         if ours.family != theirs.family:
             raise IncompatibleModelsError(
-                f"{shown(first.name)} is {ours.family.title} and {shown(other.name)} is "
-                f"{theirs.family.title}: "
-                "only models of one family can be merged"
+                f"{shown(first.name)} is {ours.family.title} and {shown(other.name)} "
+                f"is {theirs.family.title}: only models of one family can be merged"
             )
     if recipe.ema == "use" and not any(plain_names_of_ema(model.source.tensors) for model in models):
         raise IncompatibleModelsError(
