@@ -135,8 +135,9 @@ class _Part:
 
 
 class AssembledReader(Reader):
-    """Reads tensors in pieces as if they lay in a row. Holds the rows that it put in order last, for the next
-    read.
+    """Reads tensors in pieces as if they lay in a row.
+
+    Holds the rows that it put in order last, for the next read.
     """
 
     def __init__(self, base: Reader, end: int, parts: Sequence[_Part]) -> None:

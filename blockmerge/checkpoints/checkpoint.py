@@ -38,8 +38,9 @@ class Reader(ABC):
 
     @abstractmethod
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes that begin at `offset`. Raises CheckpointError when they cannot be
-        read.
+        """Fill `buffer` with the bytes that begin at `offset`.
+
+        Raises CheckpointError when they cannot be read.
         """
 
     @abstractmethod

@@ -66,8 +66,9 @@ def told_apart(checkpoints: Sequence[Checkpoint]) -> list[str]:
 
 
 def _shortest(parts: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> str:
-    """The shortest end of a path that no other path has. An absolute path, from its root on, is no other's
-    end.
+    """The shortest end of a path that no other path has.
+
+    An absolute path, from its root on, is no other's end.
     """
     count = next(n for n in range(1, len(parts) + 1) if all(other[-n:] != parts[-n:] for other in others))
     return str(Path(*parts[-count:]))

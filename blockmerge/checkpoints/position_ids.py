@@ -1,5 +1,6 @@
-"""`position_ids`: the numbers 0 … 76 of a text encoder's places for words. Tools that blend them as weights
-break them.
+"""`position_ids`: the numbers 0 … 76 of a text encoder's places for words.
+
+Tools that blend them as weights break them.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ POSITIONS = 77
 
 
 def fault_of_position_ids(tensor: Expression) -> str | None:
-    """Say in what `position_ids` differ from 0 … 76 in shape [1, 77], or return None. Exact floats and int32
-    do not.
+    """Say in what `position_ids` differ from 0 … 76 in shape [1, 77], or return None.
+
+    Exact floats and int32 do not.
     """
     import numpy as np  # where numbers are read, and not before
 

@@ -1,5 +1,6 @@
-"""What the commands share: where they print, and the progress bar. Loads rich late, since `--help` does
-without.
+"""What the commands share: where they print, and the progress bar.
+
+Loads rich late, since `--help` does without.
 """
 
 from __future__ import annotations

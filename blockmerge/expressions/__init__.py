@@ -1,5 +1,6 @@
-"""What a tensor is: stored bytes, or something made from other tensors. Frozen, and without torch until
-computed.
+"""What a tensor is: stored bytes, or something made from other tensors.
+
+Frozen, and without torch until computed.
 """
 
 from blockmerge.expressions.arrangements import Arrangement, Joined, Part, Reshaped, Transposed, is_arranged

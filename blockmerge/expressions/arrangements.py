@@ -85,8 +85,10 @@ class Part(Arrangement):
         return self._moved_inside() if self.axis == 0 else self
 
     def _moved_inside(self) -> Expression:
-        """The same without what is computed, or read, for nothing. What looks at rows or more gets whole
-        tensors: in every naming the same ones, so that the bits are the same, too.
+        """The same without what is computed, or read, for nothing.
+
+        What looks at rows or more gets whole tensors: in every naming the same ones, so that the bits are the
+        same, too.
         """
         whole, start, stop = self.whole, self.start, self.stop
         if isinstance(whole, Stored):

@@ -1,5 +1,6 @@
-"""What has to be computed: casts, merges by a method, and what is done to a result. Torch is loaded to
-compute.
+"""What has to be computed: casts, merges by a method, and what is done to a result.
+
+Torch is loaded to compute.
 """
 
 from __future__ import annotations

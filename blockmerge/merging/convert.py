@@ -1,5 +1,6 @@
-"""`convert`: one model under other names, in another container or dtype. It is a merge of one model, with the
-method that does nothing.
+"""`convert`: one model under other names, in another container or dtype.
+
+It is a merge of one model, with the method that does nothing.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""A U-Net's parameters in flat memory, block after block, and models laid out the same way. Loads torch:
-imported late.
+"""A U-Net's parameters in flat memory, block after block, and models laid out the same way.
+
+Loads torch: imported late.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""The part of a merge that needs torch: computing a run, chunk by chunk. Loaded by the first worker that
-needs it.
+"""The part of a merge that needs torch: computing a run, chunk by chunk.
+
+Loaded by the first worker that needs it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""What a live merge launches: neighbours in flat memory that have one program are computed as one. Loads
-torch: imported late.
+"""What a live merge launches: neighbours in flat memory that have one program are computed as one.
+
+Loads torch: imported late.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""What is done to one tensor: pure functions on torch tensors and numbers. No names, no files, no choice of
-device.
+"""What is done to one tensor: pure functions on torch tensors and numbers.
+
+No names, no files, no choice of device.
 
 `merge_method` makes a function a method, and `registry` finds it, neither of which needs torch; the functions
 themselves load it when they first compute.

@@ -69,8 +69,9 @@ _scratch = _Scratch()
 
 
 def scratch(place: str, count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return an uninitialised flat tensor. On the CPU a small one is the calling thread's own memory for that
-    `place`.
+    """Return an uninitialised flat tensor.
+
+    On the CPU a small one is the calling thread's own memory for that `place`.
 
     New memory must be fetched from the system page by page, which takes several times as long as computing
     with it. Making a view of it takes long too, while all other threads wait for the interpreter: the last

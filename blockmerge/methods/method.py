@@ -52,8 +52,9 @@ class Number:
         return f"a {self.kind}" + (f" of at least {self.low}" if math.isfinite(self.low) else "")
 
     def check(self, method: str, value: Any, models: int) -> Value:
-        """Return the value that was given as the method is to get it. Raises RecipeError for one out of
-        range.
+        """Return the value that was given as the method is to get it.
+
+        Raises RecipeError for one out of range.
         """
         if self.kind == "numbers":
             try:

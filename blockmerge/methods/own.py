@@ -48,8 +48,9 @@ def own_method(wanted: object) -> Method | None:
 
 
 def _import(module: str, function: str) -> ModuleType:
-    """Import a user's module, from the current folder or wherever Python looks. Raises RecipeError when that
-    fails.
+    """Import a user's module, from the current folder or wherever Python looks.
+
+    Raises RecipeError when that fails.
     """
     method = f"method {shown(f'{module}:{function}')}"
     if re.search(r"[/\\]|\.py$", module):

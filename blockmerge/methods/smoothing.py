@@ -149,8 +149,9 @@ def _merging_network(length: int, only_middle: bool) -> tuple[list[Exchange], li
 
 
 def _odd_even_merge(one: Sequence[int], other: Sequence[int], exchanges: list[tuple[int, int]]) -> list[int]:
-    """Append the exchanges that merge two sorted lists of wires; return the wires in order. K. E. Batcher,
-    1968.
+    """Append the exchanges that merge two sorted lists of wires; return the wires in order.
+
+    K. E. Batcher, 1968.
     """
     if not one or not other:
         return [*one, *other]

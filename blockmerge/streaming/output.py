@@ -61,8 +61,9 @@ class PieceWriter:
         self._direct = self._buffered = -1
 
     def write(self, offset: int, piece: memoryview) -> None:
-        """Write a piece, whose memory begins at a page: directly, where it is whole pages of the file. Raises
-        OSError.
+        """Write a piece, whose memory begins at a page: directly, where it is whole pages of the file.
+
+        Raises OSError.
         """
         if offset % PAGE == 0 and len(piece) % PAGE == 0 and self._stream.direct:
             try:

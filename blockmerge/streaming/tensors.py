@@ -1,5 +1,6 @@
-"""Buffers seen as tensors, and the check that a tensor is finite. Loads torch: imported only where weights
-are computed.
+"""Buffers seen as tensors, and the check that a tensor is finite.
+
+Loads torch: imported only where weights are computed.
 """
 
 from __future__ import annotations

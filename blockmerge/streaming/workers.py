@@ -24,8 +24,9 @@ _POLL = 0.05  # seconds between two looks at the progress
 
 
 def thread_count(threads: int | None) -> int:
-    """Return how many threads to use when `threads` are asked for. Raises RecipeError for what is no
-    count.
+    """Return how many threads to use when `threads` are asked for.
+
+    Raises RecipeError for what is no count.
     """
     if threads is None:
         return default_threads()
@@ -83,8 +84,9 @@ def for_each(
 
 
 class _Pool(Generic[Task]):
-    """What the threads share. They are counted here, as Python takes a thread whose `join` Ctrl-C interrupts
-    for ended.
+    """What the threads share.
+
+    They are counted here, as Python takes a thread whose `join` Ctrl-C interrupts for ended.
     """
 
     def __init__(

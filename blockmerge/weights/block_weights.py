@@ -130,8 +130,9 @@ class BlockWeights(Mapping[str, float | None]):
         return self.scale(1.0 - ratio).add(_checked_other(other).scale(ratio))
 
     def replace(self, changes: Mapping[str, float | None]) -> BlockWeights:
-        """The same with the weights of some blocks changed. Raises WeightsError for a block that is not
-        there.
+        """The same with the weights of some blocks changed.
+
+        Raises WeightsError for a block that is not there.
         """
         for block in changes:
             if block not in self._weights:
@@ -182,8 +183,9 @@ def check_sdxl_map(by: object) -> None:
 
 
 def checked_weight(weight: object, block: str) -> float | None:
-    """A weight as a float, None for "skip". Raises WeightsError, naming the block, when it is none or too
-    large.
+    """A weight as a float, None for "skip".
+
+    Raises WeightsError, naming the block, when it is none or too large.
     """
     if weight is None or (isinstance(weight, str) and weight.casefold() == "skip"):
         return None

@@ -77,8 +77,9 @@ class ElementRules:
         return bool(self.rules)
 
     def resolve(self, family: str) -> FamilyRules:
-        """Return the rules for a family's blocks. Raises WeightsError, quoting the rule, for a block it does
-        not have.
+        """Return the rules for a family's blocks.
+
+        Raises WeightsError, quoting the rule, for a block it does not have.
         """
         order = family_named(family).blocks
         return FamilyRules(
@@ -93,8 +94,9 @@ class FamilyRules:
     rules: tuple[tuple[ElementRule, frozenset[str]], ...]
 
     def weight(self, block: str, name: str, otherwise: float | None) -> float | None:
-        """Return the weight of a tensor: that of the last rule that takes it, or `otherwise`. None means
-        `skip`.
+        """Return the weight of a tensor: that of the last rule that takes it, or `otherwise`.
+
+        None means `skip`.
 
         `name` is the tensor's name in LDM naming, whatever the model's own naming is.
         """

@@ -118,8 +118,9 @@ def presets_of_file(path: Path, stamp: tuple[int, int]) -> tuple[Preset, ...] | 
 
 
 def read_preset_file(path: Path) -> list[Preset]:
-    """Read all presets of a file. Raises PresetError that names the file and the line or key that is
-    wrong.
+    """Read all presets of a file.
+
+    Raises PresetError that names the file and the line or key that is wrong.
     """
     try:
         with path.open("rb") as file:

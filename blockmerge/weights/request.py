@@ -76,8 +76,9 @@ class WeightsRequest:
         _ = self._shares
 
     def resolve(self, family: str) -> BlockWeights:
-        """Return the weights for a family. Raises WeightsError when they cannot be read, and as `check`
-        does.
+        """Return the weights for a family.
+
+        Raises WeightsError when they cannot be read, and as `check` does.
         """
         self.check()
         return self._resolve(family, self.sdxl_map)

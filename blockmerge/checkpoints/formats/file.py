@@ -29,8 +29,9 @@ class FileCheckpoint(Checkpoint):
 
     @contextmanager
     def _opened(self, kind: str) -> Iterator[tuple[BinaryIO, int]]:
-        """Open the file to read what is in it; yields it and its size. Raises CheckpointError for OSError and
-        ValueError.
+        """Open the file to read what is in it; yields it and its size.
+
+        Raises CheckpointError for OSError and ValueError.
         """
         try:
             # Looked at before it is opened: opening a named pipe would wait for a writer for ever.
@@ -80,8 +81,9 @@ class FileReader(Reader):
             raise CheckpointError(f"cannot open {shown(path)}: {reason(error)}") from error
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from `offset` on. Raises CheckpointError on a read error and when the file ends too
-        early.
+        """Fill `buffer` from `offset` on.
+
+        Raises CheckpointError on a read error and when the file ends too early.
         """
         try:
             self._file.seek(offset)

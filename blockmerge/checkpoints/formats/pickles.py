@@ -106,8 +106,9 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Builder:
-    """A name that stands for something: what makes it of its arguments. Raises ValueError or TypeError for
-    others.
+    """A name that stands for something: what makes it of its arguments.
+
+    Raises ValueError or TypeError for others.
     """
 
     build: Callable[..., object]

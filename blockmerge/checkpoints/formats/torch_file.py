@@ -42,15 +42,17 @@ _ROOM = 1 << 20  # bytes by which an expanded tensor may exceed its file
 
 
 def begins_torch_file(head: bytes) -> bool:
-    """Whether a file that begins so (9 bytes or more) is a zip archive or a pickle. A safetensors file has a
-    "{" at byte 8.
+    """Whether a file that begins so (9 bytes or more) is a zip archive or a pickle.
+
+    A safetensors file has a "{" at byte 8.
     """
     return head.startswith(b"PK\3\4") or (head[:1] == b"\x80" and head[8:9] != b"{")
 
 
 class TorchFile(Assembled):
-    """An opened file of `torch.save`: what it describes has been read and checked, its data has not. It has
-    no metadata.
+    """An opened file of `torch.save`: what it describes has been read and checked, its data has not.
+
+    It has no metadata.
 
     Its tensors are those of the state dict: the dict itself, or what it holds under "state_dict". Numbers and
     texts in it are skipped, and so is what lies beside it. Raises CheckpointError, in one line with the
@@ -207,8 +209,9 @@ def _kind(value: object) -> str:
 def _locate(
     name: str, tensor: StoredTensor, storages: Mapping[str, TensorInfo], file_size: int
 ) -> tuple[int, str, TensorInfo | Assembly]:
-    """Return (where its first byte lies, name, place) of a tensor. Raises ValueError, with its name, when
-    that makes no sense.
+    """Return (where its first byte lies, name, place) of a tensor.
+
+    Raises ValueError, with its name, when that makes no sense.
     """
     label = f"its tensor {shown(name)}"
     storage, offset, shape, strides = tensor.storage, tensor.offset, tensor.shape, tensor.strides

@@ -35,8 +35,9 @@ class Entry:
     limit: int
 
     def locate(self, file: BinaryIO) -> int:
-        """Return where the entry's bytes begin. Raises ValueError when it is compressed, or its header says
-        something else.
+        """Return where the entry's bytes begin.
+
+        Raises ValueError when it is compressed, or its header says something else.
         """
         if not self.stored:
             raise ValueError(

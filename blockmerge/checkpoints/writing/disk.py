@@ -73,8 +73,9 @@ def create_locked(folder: Path, suffix: str) -> tuple[Path, int]:
 
 
 def unlock_and_remove(path: Path, file: int) -> None:
-    """Remove a file made by `create_locked`, if it is still there, and close it. An error is no reason to
-    stop.
+    """Remove a file made by `create_locked`, if it is still there, and close it.
+
+    An error is no reason to stop.
     """
     if os.name == "nt":  # Windows removes no open file
         os.close(file)
@@ -137,8 +138,9 @@ def _take_lock(path: Path) -> str | None:
 
 
 def _lock(file: int) -> bool:
-    """Lock a file for as long as it is open, or say that somebody else has. Where files cannot be locked:
-    True.
+    """Lock a file for as long as it is open, or say that somebody else has.
+
+    Where files cannot be locked: True.
     """
     if fcntl is None:
         return True
@@ -216,8 +218,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Let two folders of one file system change names at once, or say that the system cannot. Raises
-    OSError.
+    """Let two folders of one file system change names at once, or say that the system cannot.
+
+    Raises OSError.
     """
     if sys.platform != "linux":
         return False

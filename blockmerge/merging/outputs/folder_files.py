@@ -105,8 +105,9 @@ def folder_files(
 
 
 def unsaid_in_a_file(a: Model) -> list[str]:
-    """What a single file cannot say of A, as notes for the user. Raises CheckpointError when A's configs
-    cannot be read.
+    """What a single file cannot say of A, as notes for the user.
+
+    Raises CheckpointError when A's configs cannot be read.
     """
     if not (_is_pipeline(a.source) and _SCHEDULER in a.source.carried):
         return []

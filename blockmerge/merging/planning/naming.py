@@ -98,8 +98,9 @@ def _places(ldm: str, family: Family) -> Mapping[str, Origin]:
 
 
 def _order_in(a: Model, tensors: Sequence[OutputTensor]) -> dict[str, tuple[int, int]]:
-    """Where A has each: parts of joined tensors do not stand side by side in every file. What is turned comes
-    last.
+    """Where A has each: parts of joined tensors do not stand side by side in every file.
+
+    What is turned comes last.
     """
     order: dict[str, tuple[int, int]] = {}
     for number, one in enumerate(tensors):

@@ -57,8 +57,9 @@ class Resolved:
 
 @dataclass(frozen=True)
 class MergeRequest:
-    """What to merge and how; `dtype` may be spelled as torch does. Raises RecipeError when an option has an
-    unknown value.
+    """What to merge and how; `dtype` may be spelled as torch does.
+
+    Raises RecipeError when an option has an unknown value.
 
     Everything that decides the output's values and form is in it, but for the models. `method` may be given
     as `find_method` takes it, and is a Method then; one without weights converts. `naming` is the output's,
@@ -160,8 +161,9 @@ class MergeRequest:
 
     @property
     def preset_label(self) -> str | None:
-        """What the presets are called, with their ratios, or None without. Raises PresetError for an unknown
-        one.
+        """What the presets are called, with their ratios, or None without.
+
+        Raises PresetError for an unknown one.
         """
         if self.found:
             return self.found.preset

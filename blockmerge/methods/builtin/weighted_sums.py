@@ -122,8 +122,9 @@ def sum_twice(
 def average(
     *models: torch.Tensor, alpha: float = 1.0, ratios: Sequence[float] = (), out: torch.Tensor
 ) -> None:
-    """(1 − α)·A + α·Σ rᵢXᵢ / Σ rᵢ over all models, A among them: model soups, arXiv 2203.05482. The ratios
-    are 1 by default.
+    """(1 − α)·A + α·Σ rᵢXᵢ / Σ rᵢ over all models, A among them: model soups, arXiv 2203.05482.
+
+    The ratios are 1 by default.
     """
     ratios = ratios or [1.0] * len(models)
     total = math.fsum(ratios)
