@@ -7,10 +7,14 @@ Makes a full-size pair with the project's own generator (kept in --folder, when 
 rounds of
 
   attention, whole models   load_file of both, then the published procedure with nn.Linear, as its users ran
-  it attention                 blockmerge.similarity weights, whole models     load_file of both, then
-  torch.nn.functional.cosine_similarity on float32 copies, tensor by tensor weights
-  blockmerge.similarity(method="weights"), which also finds differences, per block and component explain
-  blockmerge.explain of a high_res merge of the two (SD1 and SD2: with a random weight per block)
+                            it
+  attention                 blockmerge.similarity
+  weights, whole models     load_file of both, then torch.nn.functional.cosine_similarity on float32 copies,
+                            tensor by tensor
+  weights                   blockmerge.similarity(method="weights"), which also finds differences, per block
+                            and component
+  explain                   blockmerge.explain of a high_res merge of the two (SD1 and SD2: with a random
+                            weight per block)
 
 each in a process of its own, timed from when torch has been imported. Ratios are taken within a round.
 """

@@ -5,16 +5,17 @@
 On a full-size U-Net of random weights, with `weighted_sum`:
 
   copy          one flat tensor of the U-Net's size into another: its bytes read and written are the copy
-  bandwidth lerp          torch.lerp of two such tensors into a third, by hand all blocks    apply() of
-  another weight for all blocks: A and B read, the U-Net written every other   apply() of a weight for one
-  block and another for the next, so that no neighbours are done as one OUT05         apply() of another
-  weight for that block alone
+                bandwidth
+  lerp          torch.lerp of two such tensors into a third, by hand
+  all blocks    apply() of another weight for all blocks: A and B read, the U-Net written
+  every other   apply() of a weight for one block and another for the next, so that no neighbours are done as
+                one
+  OUT05         apply() of another weight for that block alone
 
 Each is timed with CUDA events after a warm-up, the device being busy until all is queued, and on other
 devices by the clock; what is printed is the median. The share is of the copy bandwidth, for the bytes that
 must move. `until queued` is how long the call itself keeps Python busy, which adds to the device's time where
-that has nothing else to do.
-"""
+that has nothing else to do. """
 
 from __future__ import annotations
 

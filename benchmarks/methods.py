@@ -1,14 +1,13 @@
 """How long every method takes on full-size models, beside weighted_sum on the same files in the same minute,
 and its memory.
 
-    python benchmarks/methods.py [--family sd1] [--rounds 3] [--folder DIR] [--methods slerp,ties]
-    [--no-memory]
+    python benchmarks/methods.py [--family sd1] [--rounds 3] [--folder DIR] [--methods slerp,ties] \
+        [--no-memory]
 
 Every merge is of a flat weight of 0.5, of four models where a method takes any number, with torch loaded and
 files warm; fsync included. CPU seconds are those of all threads, and of the system for them. Each is run
 right after weighted_sum, `--rounds` times, and the ratio is the median of those within a round. Before them,
-add_difference with the preset high_res is held against weighted_sum with it. Memory is as in merge.py.
-"""
+add_difference with the preset high_res is held against weighted_sum with it. Memory is as in merge.py. """
 
 from __future__ import annotations
 

@@ -84,8 +84,7 @@ def found(result):
     return {problem.code: set(problem.tensors) for problem in result.problems}
 
 
-# -- healthy
-# ------------------------------------------------------------------------------------------------------
+# -- healthy -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("sd1", "F16"), ("sd2", "F32"), ("sdxl", "BF16")])
@@ -133,8 +132,7 @@ def test_what_real_files_may_lack_is_not_missed(states):
     }
 
 
-# -- names, shapes and dtypes
-# --------------------------------------------------------------------------------------
+# -- names, shapes and dtypes --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -305,8 +303,7 @@ def test_components_may_have_their_own_dtypes(states):
     assert blockmerge.check(state).problems == ()
 
 
-# -- position_ids
-# ---------------------------------------------------------------------------------------------------
+# -- position_ids --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("ids", "code", "says"), [
@@ -334,8 +331,7 @@ def test_position_ids_of_sdxl(states):
     }
 
 
-# -- values
-# ---------------------------------------------------------------------------------------------------------
+# -- values --------------------------------------------------------------------------------------------------
 
 
 def test_the_bits_of_every_float_are_known():
@@ -419,8 +415,7 @@ def test_what_float16_cannot_hold(states, dtype):
     assert codes == {"overflows_fp16": {VAE}}
 
 
-# -- metadata and the file
-# --------------------------------------------------------------------------------------------
+# -- metadata and the file -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("metadata", "code"), [
@@ -486,8 +481,7 @@ def test_unaligned_data(states, tmp_path):
         assert load_file(tmp_path / "m.safetensors").keys() == state.keys()
 
 
-# -- the command
-# ------------------------------------------------------------------------------------------------------
+# -- the command ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -83,8 +83,7 @@ def ema_in(tensors):
     return {name: tensor for name, tensor in tensors.items() if component_of(name) == "ema"}
 
 
-# -- EMA
-# --------------------------------------------------------------------------------------------------------------
+# -- EMA -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("who", ["a", "b", "both"])
@@ -167,8 +166,7 @@ def test_a_folder_has_no_place_for_ema(small, tmp_path):
     )
 
 
-# -- the VAE
-# ----------------------------------------------------------------------------------------------------------
+# -- the VAE -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -266,8 +264,7 @@ def test_vaes_that_do_not_fit_are_refused(states, tmp_path, capsys):
         assert_refused(capsys, tmp_path, "a.safetensors", "a.safetensors", "-w", "0", *vae_option, says=says)
 
 
-# -- variants
-# ---------------------------------------------------------------------------------------------------------
+# -- variants ------------------------------------------------------------------------------------------------
 
 
 def widened(state, channels):
@@ -358,8 +355,7 @@ def test_the_refiner_merges_only_with_refiners(states, tmp_path, capsys):
     )
 
 
-# -- dtypes
-# -----------------------------------------------------------------------------------------------------------
+# -- dtypes --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("given", DTYPES)
@@ -401,8 +397,7 @@ def test_what_overflows_is_named(states, tmp_path, capsys):
                 )
 
 
-# -- convert
-# ----------------------------------------------------------------------------------------------------------
+# -- convert -------------------------------------------------------------------------------------------------
 
 
 def test_pruning_leaves_what_a_loader_needs(states, tmp_path):

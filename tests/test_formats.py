@@ -156,8 +156,7 @@ def test_large_folders_come_in_shards_as_diffusers_writes_them(forms, tmp_path, 
     assert_same(load_file(tmp_path / "back.safetensors"), load_file(tmp_path / "again.safetensors"))
 
 
-# -- the models that this project grew from
-# ---------------------------------------------------------------------------
+# -- the models that this project grew from ------------------------------------------------------------------
 
 
 def training(state):

@@ -109,8 +109,7 @@ def dicts():
     ]
 
 
-# -- the values
-# -----------------------------------------------------------------------------------------------------
+# -- the values ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -278,8 +277,7 @@ def test_a_users_own_method_and_one_that_fails(dicts):
     assert torch.equal(values(module)[OUT05], (a + 0.25 * (b - a)).half())
 
 
-# -- step by step
-# ---------------------------------------------------------------------------------------------------
+# -- step by step --------------------------------------------------------------------------------------------
 
 steps = st.lists(
     st.tuples(
@@ -349,8 +347,7 @@ def test_a_default_weight_need_not_be_given(three):
     assert (values(module)[OUT05].double() - exact).abs().max() < 1e-6
 
 
-# -- the module
-# -----------------------------------------------------------------------------------------------------
+# -- the module ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -492,8 +489,7 @@ def test_a_module_that_is_moved_meanwhile(dicts):
     assert all(values(module)[name].data_ptr() == tensor.data_ptr() for name, tensor in originals.items())
 
 
-# -- the first convolution of inpainting
-# ----------------------------------------------------------------------------
+# -- the first convolution of inpainting ---------------------------------------------------------------------
 
 
 def widened(model, channels):
@@ -546,8 +542,7 @@ def test_the_module_decides_how_many_channels_there_are(dicts):
         LiveMerge(module, wide[0], widened(dicts[1], 8))
 
 
-# -- refusals
-# -------------------------------------------------------------------------------------------------------
+# -- refusals ------------------------------------------------------------------------------------------------
 
 
 def with_parameter(module, name, parameter):

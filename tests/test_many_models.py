@@ -51,8 +51,7 @@ def test_more_files_than_a_worker_may_open(tmp_path):
     assert all((tensor == 29.5).all() for tensor in load_file(out).values())
 
 
-# -- letters of models, and files that are called alike
-# ---------------------------------------------------------------
+# -- letters of models, and files that are called alike ------------------------------------------------------
 
 
 @pytest.fixture

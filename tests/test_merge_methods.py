@@ -299,8 +299,7 @@ def test_tensor_sum_reads_only_the_rows_it_takes(tmp_path):
     assert not any(run.is_computed for run in plan.files[0].runs)
 
 
-# -- inpainting
-# -------------------------------------------------------------------------------------------------------
+# -- inpainting ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -355,8 +354,7 @@ def test_the_recipe_for_inpainting_models(tmp_path, dtype):
     assert torch.equal(out.float(), torch.cat([wanted, extra.double()], dim=1).to(out.dtype).float())
 
 
-# -- what is not finite
-# -----------------------------------------------------------------------------------------------
+# -- what is not finite --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -422,8 +420,7 @@ def test_markers_that_hold_nothing(tmp_path):
         assert load_file(tmp_path / f"{name}.safetensors")["v_pred"].shape == (0,)
 
 
-# -- on a GPU
-# ---------------------------------------------------------------------------------------------------------
+# -- on a GPU ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -161,8 +161,7 @@ def test_what_is_refused(models, capsys, tmp_path, text, says):
     assert_refused(capsys, tmp_path, *text.split(), "-o", "out.safetensors", says=says)
 
 
-# -- rules, adjust, clip
-# ----------------------------------------------------------------------------------------------
+# -- rules, adjust, clip -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -293,8 +292,7 @@ def test_clip_limits_to_what_lies_between_a_and_b(models, tmp_path, method, weig
     assert not same(out, free)
 
 
-# -- mixtures and chance
-# ----------------------------------------------------------------------------------------------
+# -- mixtures and chance -------------------------------------------------------------------------------------
 
 
 def test_presets_add_up(models, capsys, tmp_path, monkeypatch):
@@ -321,8 +319,7 @@ def test_chance_follows_from_the_seed(models, capsys, tmp_path, monkeypatch):
         assert first[2] == again[2] != other[2]
 
 
-# -- methods of one's own
-# ---------------------------------------------------------------------------------------------
+# -- methods of one's own ------------------------------------------------------------------------------------
 
 SOURCE = """
 import blockmerge
@@ -470,8 +467,7 @@ def test_flags_are_no_texts(models, tmp_path):
         blockmerge.merge_state_dicts(*models[:2], weights=0.5, check_finite="no")
 
 
-# -- memory
-# -----------------------------------------------------------------------------------------------------------
+# -- memory --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")

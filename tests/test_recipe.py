@@ -50,8 +50,7 @@ def below(folder):
     return {os.path.relpath(path, folder): content for path, content in snapshot(folder).items()}
 
 
-# -- written and read
-# --------------------------------------------------------------------------------------------
+# -- written and read ----------------------------------------------------------------------------------------
 
 weight = st.floats(-2, 2).map(lambda value: round(value, 6)) | st.integers(-1, 2)
 one_weight = weight | st.none() | st.sampled_from(["skip", "random", "random(0.2,0.8,2)"])
@@ -236,8 +235,7 @@ def test_a_merge_within_a_merge_is_kept_and_refused_when_it_is_planned(pairs, tm
         blockmerge.merge(inner, b, weights=0.5, output=tmp_path / "out.safetensors")
 
 
-# -- to the same file
-# --------------------------------------------------------------------------------------------
+# -- to the same file ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -448,8 +446,7 @@ def test_a_plan_says_what_its_run_does(folders, here):
     the_same(result.output, direct.output)
 
 
-# -- the choice of a VAE
-# --------------------------------------------------------------------------------------------
+# -- the choice of a VAE -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

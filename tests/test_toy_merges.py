@@ -170,8 +170,7 @@ def test_explain_and_similarity_know_its_blocks(models, tmp_path):
     assert set(report.references[0].blocks) == {"BASE", "L00", "L01"}
 
 
-# -- a kind of expression of one's own
-# --------------------------------------------------------------------------------
+# -- a kind of expression of one's own -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

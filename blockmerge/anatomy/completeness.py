@@ -13,9 +13,8 @@ from blockmerge.anatomy.families import FAMILIES
 from blockmerge.anatomy.family import Shape
 from blockmerge.anatomy.names import component_of
 
-_LEAST_WIDTH = (
-    128  # of the layouts' extents, smaller ones are kernels, channels of pictures and latents, and positions
-)
+# Of the layouts' extents, smaller ones are kernels, channels of pictures and latents, and positions.
+_LEAST_WIDTH = 128
 
 
 @dataclass(frozen=True)

@@ -62,9 +62,8 @@ _OPEN_CLIP_ENDS = {
     "ln_final.bias": "text_model.final_layer_norm.bias",
 }
 
-_LEVEL = (
-    3  # units in each level of the U-Net: two of resnet and attention and a sampler, or three on the way up
-)
+# Units in each level of the U-Net: two of resnet and attention and a sampler, or three on the way up.
+_LEVEL = 3
 
 
 def _unet(name: str, *, folder: str) -> Relation:

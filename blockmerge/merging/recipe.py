@@ -126,8 +126,7 @@ class Recipe:
         object.__setattr__(self, "models", plain)
         object.__setattr__(self, "request", request)
 
-    # -- as data
-    # --------------------------------------------------------------------------------------------------
+    # -- as data ---------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain data, ready for JSON: `models`, and all that is not as by default.
@@ -239,8 +238,7 @@ class Recipe:
         except RecipeError as error:
             raise type(error)(f"{shown(path)}: {error}") from error
 
-    # -- doing it
-    # -------------------------------------------------------------------------------------------------
+    # -- doing it --------------------------------------------------------------------------------------------
 
     def plan(
         self,

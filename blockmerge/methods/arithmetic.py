@@ -12,9 +12,8 @@ from typing import Any
 
 from blockmerge.methods.late import torch
 
-_E4M3FN_OVERFLOW = (
-    464.0  # half a step above 448: beyond it, a value rounds to one that the format does not have
-)
+# Half a step above 448: beyond it, a value rounds to one that the format does not have.
+_E4M3FN_OVERFLOW = 464.0
 _BLOCK = 1 << 19  # elements whose intermediate values stay in a processor's cache
 _DEVICE_BLOCK = (
     1 << 24

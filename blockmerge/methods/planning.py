@@ -29,8 +29,7 @@ def share(fraction: float, count: int) -> int:
     return ceil(Fraction(str(fraction)) * count)
 
 
-# -- the weights at which a result is an input
-# ------------------------------------------------------------------------
+# -- the weights at which a result is an input ---------------------------------------------------------------
 
 
 def never(alpha: float, beta: float = 0.0) -> int | None:
@@ -73,8 +72,7 @@ def twice(alpha: float, beta: float = 0.0) -> int | None:
     return 2 if beta == 1 else a_to_b(alpha) if beta == 0 else None
 
 
-# -- rows of A and B
-# --------------------------------------------------------------------------------------------------
+# -- rows of A and B -----------------------------------------------------------------------------------------
 
 
 def swapped_rows(shape: tuple[int, ...], alpha: float, beta: float = 0.0) -> Rows:

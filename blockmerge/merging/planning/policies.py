@@ -246,8 +246,7 @@ def _counts(models: Sequence[Model], decisions: Sequence[Decision], left_out: in
     )
 
 
-# -- the models as wholes
-# ---------------------------------------------------------------------------------------------
+# -- the models as wholes ------------------------------------------------------------------------------------
 
 
 def _names(models: Sequence[Model]) -> str:

@@ -7,9 +7,8 @@ from blockmerge.methods.define import merge_method
 from blockmerge.methods.late import torch
 from blockmerge.methods.method import Number
 
-_SHORT = (
-    4  # entries of a row: along so short an axis torch takes several times as long as from column to column
-)
+# Entries of a row: along so short an axis torch takes several times as long as from column to column.
+_SHORT = 4
 
 
 @merge_method(
