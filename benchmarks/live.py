@@ -15,7 +15,8 @@ On a full-size U-Net of random weights, with `weighted_sum`:
 Each is timed with CUDA events after a warm-up, the device being busy until all is queued, and on other
 devices by the clock; what is printed is the median. The share is of the copy bandwidth, for the bytes that
 must move. `until queued` is how long the call itself keeps Python busy, which adds to the device's time where
-that has nothing else to do. """
+that has nothing else to do.
+"""
 
 from __future__ import annotations
 

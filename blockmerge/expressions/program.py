@@ -97,13 +97,10 @@ class Program:
             if isinstance(one, Slot):
                 given.append(operands[one.number])
                 continue
-            place = f"{place}.{number}"
-            held = (
-                out
-                if number == 0 and node.in_place and one.dtype == node.dtype
-                else self._memory(one, out, place)
-            )
-            self._compute(one, operands, held, first, place)
+            inner = f"{place}.{number}"
+            in_place = number == 0 and node.in_place and one.dtype == node.dtype
+            held = out if in_place else self._memory(one, out, inner)
+            self._compute(one, operands, held, first, inner)
             given.append(held)
         node.compute(given, out, first)
 
@@ -166,17 +163,17 @@ def _slots(root: Expression) -> Iterator[Slot]:
 
 
 def _locality(expression: Expression) -> Locality:
-    """The widest of all that is computed; rows only where all have the same, and nothing depends on its
-    place.
+    """The widest of all that is computed. Rows may be cut only where there are some, where each of the result
+    is one of everything that is read or computed, and where nothing depends on its place in the tensor.
     """
     computed = list(_nodes_computed(expression))
     widest = LOCALITIES[max((LOCALITIES.index(one.locality) for one in computed), default=0)]
     if widest != "row":
         return widest
     rows = expression.shape[:1]
-    able = len(expression.shape) > 1 and rows[0] > 0
-    same = all(one.shape[:1] == rows for one in (*computed, *operands_of(expression)))
-    return "row" if able and same and not any(one.is_chance for one in computed) else "tensor"
+    has_rows = len(expression.shape) > 1 and rows[0] > 0
+    are_the_same = all(one.shape[:1] == rows for one in (*computed, *operands_of(expression)))
+    return "row" if has_rows and are_the_same and not any(one.is_chance for one in computed) else "tensor"
 
 
 def _nodes_computed(expression: Expression) -> Iterator[Expression]:

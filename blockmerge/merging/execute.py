@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from blockmerge.checkpoints import Readers
 from blockmerge.errors import NonFiniteError, OutputError, reason, shown
 from blockmerge.expressions import Gathered, methods_of
-from blockmerge.merging.planning.plan import Plan
+from blockmerge.merging.planning.plan import PlannedOutput
 from blockmerge.merging.planning.runs import PlannedFile, Run
 from blockmerge.streaming import (
     PAGE,
@@ -71,7 +71,7 @@ class Pace:
 
 
 def execute(
-    plan: Plan,
+    plan: PlannedOutput,
     path_of: Callable[[str], Path],
     pace: Pace,
     device: str = "cpu",
@@ -143,7 +143,7 @@ class _Job:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: PlannedOutput,
         file: PlannedFile,
         output: OutputStream,
         pace: Pace,
@@ -222,7 +222,7 @@ class _Worker:
             self.job.note_nonfinite(start, stop, is_finite)
 
 
-def _explain_nonfinite(plan: Plan, names: list[str]) -> str:
+def _explain_nonfinite(plan: PlannedOutput, names: list[str]) -> str:
     """Say which tensors are not finite and, for the first few, which input is the reason."""
     from blockmerge.merging.kernel import holds_nonfinite
 
@@ -238,7 +238,7 @@ def _explain_nonfinite(plan: Plan, names: list[str]) -> str:
             makes = f"the method {shown(own[0].name)} makes NaN of finite values"
             cause = f"{makes}, or some too large for {tensor.dtype}"
         why[shown(name)] = cause
-    verb = "merged" if plan.recipe.changes_values else "converted"
+    verb = "merged" if plan.request.changes_values else "converted"
     what = "tensors" if len(names) > 1 else "tensor"
     same = len(why) > 1 and len(set(why.values())) == 1
     each = ", ".join(f"{name} ({cause})" for name, cause in why.items())

@@ -18,7 +18,7 @@ from blockmerge.checkpoints import Readers
 from blockmerge.dtypes import size_of
 from blockmerge.errors import RecipeError, shown
 from blockmerge.expressions import Expression, Gathered, Stored
-from blockmerge.merging.planning.plan import Plan
+from blockmerge.merging.planning.plan import PlannedOutput
 from blockmerge.merging.planning.runs import PlannedFile, Run
 from blockmerge.methods import Method
 from blockmerge.streaming import TorchThreads, aligned_buffer
@@ -42,14 +42,14 @@ class Kernel:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: PlannedOutput,
         file: PlannedFile,
         device: str,
         chunk_bytes: int,
         gathered: Mapping[Gathered, object],
     ) -> None:
         self._plan, self._file, self._gathered = plan, file, gathered
-        self._check = not plan.recipe.allow_nonfinite
+        self._check = not plan.request.allow_nonfinite
         self._device = torch.device(device)
         on_gpu = self._device.type == "cuda"
         self._stream = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]

@@ -62,7 +62,7 @@ def merge_state_dicts(
     """
     _check_vae(vae, len(state_dicts))
     check_flag("check_finite", check_finite)
-    recipe = make_request(
+    request = make_request(
         method,
         numbers,
         WeightsRequest(preset, weights, changes, sdxl_map, seed=seed),
@@ -73,7 +73,7 @@ def merge_state_dicts(
         arguments=merge_state_dicts.__kwdefaults__,
         vae=vae,
     )
-    recipe.check_model_count(len(state_dicts))
+    request.check_model_count(len(state_dicts))
     for given in state_dicts:
         if not isinstance(given, Mapping):
             raise CheckpointError(
@@ -83,9 +83,9 @@ def merge_state_dicts(
         Model.of(StateDict(tensors, state_dict_name(number))) for number, tensors in enumerate(state_dicts)
     ]
     family = models[0].anatomy.family.name
-    resolved = recipe.resolve(family, len(models))
-    combination = Combination.of(recipe.merge_method, resolved.numbers, clip=recipe.clip)
-    merged = _compute(models, decide(models, recipe, resolved, combination).tensors)
+    resolved = request.resolve(family, len(models))
+    combination = Combination.of(request.merge_method, resolved.numbers, clip=request.clip)
+    merged = _compute(models, decide(models, request, resolved, combination).tensors)
     if check_finite:
         _check_finite(merged)
     return _spelled_as(state_dicts[0], merged)

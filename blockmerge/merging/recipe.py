@@ -25,8 +25,7 @@ from blockmerge.checkpoints import (
 from blockmerge.errors import OutputError, RecipeError, counted, reason, shown
 from blockmerge.merging.execute import Pace, execute
 from blockmerge.merging.outputs import choose_output
-from blockmerge.merging.planning.plan import Plan as FilePlan
-from blockmerge.merging.planning.plan import make_plan
+from blockmerge.merging.planning.plan import PlannedOutput, make_plan
 from blockmerge.merging.planning.request import MergeRequest, check_flag, make_request
 from blockmerge.merging.planning.written import (
     as_asked,
@@ -263,11 +262,11 @@ class Recipe:
             Model.of(checkpoint, self.request.ema, label)
             for checkpoint, label in zip(checkpoints, labels, strict=True)
         ]
-        form = choose_output(output, opened[0], self.request.naming, self.request.configs)
-        files = make_plan(opened, self.request, form)
-        target = form.check(_inputs(files, opened, self.request), overwrite=overwrite)
+        kind = choose_output(output, opened[0], self.request.naming, self.request.configs)
+        planned = make_plan(opened, self.request, kind)
+        target = kind.check(_inputs(planned, opened, self.request), overwrite=overwrite)
         seconds = time.perf_counter() - started
-        return Plan(self, target, files, pace, device, overwrite, seconds)
+        return Plan(self, target, planned, pace, device, overwrite, seconds)
 
     def run(
         self,
@@ -292,12 +291,12 @@ class Plan:
     >>> print(*plan.summary().notes, sep="\\n")  # doctest: +SKIP
     >>> result = plan.run()  # doctest: +SKIP
 
-    `target` is where the output will really lie; `files` is what will be done, byte by byte.
+    `target` is where the output will really lie; `planned` is what will be done, byte by byte.
     """
 
     recipe: Recipe
     target: Path
-    files: FilePlan
+    planned: PlannedOutput
     pace: Pace
     device: str
     overwrite: bool
@@ -308,13 +307,13 @@ class Plan:
 
         Raises OutputError when the disk has not the space for it.
         """
-        check_space(self.target, self.files.size)
+        check_space(self.target, self.planned.size)
         return self._result(self.seconds, (), dry=True)
 
     def run(self, progress: Progress | None = None) -> MergeResult:
         """Write the output; `progress(done, total)` is told the bytes. Raises what `merge` raises."""
         started = time.perf_counter()
-        plan = self.files
+        plan = self.planned
         sizes: dict[str, int | bytes] = {file.path: file.size for file in plan.files}
         with plan.output.reserve(
             self.target, {**plan.small_files, **sizes}, overwrite=self.overwrite
@@ -325,7 +324,7 @@ class Plan:
         return self._result(self.seconds + time.perf_counter() - started, swept)
 
     def _result(self, seconds: float, swept: tuple[str, ...], *, dry: bool = False) -> MergeResult:
-        plan, request = self.files, self.recipe.request
+        plan, request = self.planned, self.recipe.request
         has = request.merge_method.weights
         return MergeResult(
             output=self.target,
@@ -391,7 +390,7 @@ def _choose_pace(request: MergeRequest, device: str, threads: int | None) -> tup
     return device, Pace(pace.threads, pace.piece_bytes, chunk_bytes=pace.piece_bytes)
 
 
-def _inputs(plan: FilePlan, models: Sequence[Model], request: MergeRequest) -> list[Path]:
+def _inputs(plan: PlannedOutput, models: Sequence[Model], request: MergeRequest) -> list[Path]:
     """All files and folders that are read, and that the output must spare."""
     inputs = [file for checkpoint in plan.decided.checkpoints for file in checkpoint.files]
     inputs += [model.source.path for model in models if isinstance(model.source, DiffusersFolder)]

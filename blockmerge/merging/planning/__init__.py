@@ -1,3 +1,3 @@
-"""What a merge will be, before a weight is read: recipe → decisions → plan, and what lies beside the weights
-of a folder.
+"""What a merge will be, before a weight is read: request → decisions → plan, and how a recipe is written
+down.
 """

@@ -16,7 +16,7 @@ from blockmerge.weights import BlockWeights
 
 def describe(
     models: Sequence[Model],
-    recipe: MergeRequest,
+    request: MergeRequest,
     resolved: Resolved,
     decisions: Sequence[Decision],
     found: Findings,
@@ -26,9 +26,9 @@ def describe(
     return [
         *_same_files(models),
         *(note for model in models for note in model.notes),
-        *_vae(models, recipe, found.vae),
+        *_vae(models, request, found.vae),
         *_components(models, found.vae),
-        *_ema(models, recipe),
+        *_ema(models, request),
         *_tensors(models, found, naming),
         *_markers(models),
         *_weights(resolved.weights, resolved.beta),
@@ -47,14 +47,14 @@ def _same_files(models: Sequence[Model]) -> Iterator[str]:
             yield f"{', '.join(letters[:-1])} and {letters[-1]} are the same file"
 
 
-def _vae(models: Sequence[Model], recipe: MergeRequest, vae: Model | VaeFile | None) -> Iterator[str]:
+def _vae(models: Sequence[Model], request: MergeRequest, vae: Model | VaeFile | None) -> Iterator[str]:
     if isinstance(vae, VaeFile):
         source, name = vae.source, vae.source.name
         # The folder of a VAE alone is called "vae".
         if isinstance(source, DiffusersFolder) and "" in source.components:
             name = os.path.join(os.path.basename(os.path.dirname(os.path.abspath(source.path))), name)
         yield f"the VAE is {shown(name)}"
-    elif vae is not None and recipe.vae == "auto" and sum("vae" in model.components for model in models) > 1:
+    elif vae is not None and request.vae == "auto" and sum("vae" in model.components for model in models) > 1:
         yield f"the VAE is taken whole from {shown(vae.name)} (--vae blend would blend it)"
 
 
@@ -73,11 +73,11 @@ def _only_in(holders: Sequence[Model]) -> str:
     return f"only in {only} and copied from {'there' if len(holders) == 1 else first}"
 
 
-def _ema(models: Sequence[Model], recipe: MergeRequest) -> Iterator[str]:
+def _ema(models: Sequence[Model], request: MergeRequest) -> Iterator[str]:
     for model in models:
         if model.ema_tensors:
             has_unet = any(component_of(name) == "unet" for name in model.source.tensors)
-            stale = ", which would be stale" if has_unet and recipe.changes_values else ""
+            stale = ", which would be stale" if has_unet and request.changes_values else ""
             left_out = f"left out {counted(len(model.ema_tensors), 'EMA tensor')} of {shown(model.name)}"
             yield f"{left_out}{stale} ({listing(model.ema_tensors)})"
 

@@ -24,14 +24,14 @@ from blockmerge.streaming import PAGE
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlannedOutput:
     """A merge, ready to be carried out: the files that are computed and, in a folder, the `small_files`
     beside them.
 
     `gathered` is what has to be looked at before the first tensor is merged, a pass over the models each.
     """
 
-    recipe: MergeRequest
+    request: MergeRequest
     anatomy: Anatomy
     resolved: Resolved
     described: Mapping[str, Any]
@@ -56,25 +56,25 @@ class Plan:
         yield from (one for one in leaves_of(self.tensor(name).expression) if isinstance(one, Stored))
 
 
-def make_plan(models: Sequence[Model], recipe: MergeRequest, output: Output) -> Plan:
+def make_plan(models: Sequence[Model], request: MergeRequest, output: Output) -> PlannedOutput:
     """Plan a merge from the checkpoints' headers. Reads no weights.
 
-    Raises what the recipe, the models or the weights are refused for: RecipeError, WeightsError,
+    Raises what the request, the models or the weights are refused for: RecipeError, WeightsError,
     UnknownFamilyError, IncompatibleModelsError, CheckpointError.
     """
     a = models[0]
     family = a.anatomy.family.name
-    resolved = recipe.resolve(family, len(models))
-    combination = Combination.of(recipe.merge_method, resolved.numbers, clip=recipe.clip)
+    resolved = request.resolve(family, len(models))
+    combination = Combination.of(request.merge_method, resolved.numbers, clip=request.clip)
     decided = decide(
-        models, recipe, resolved, combination, output.naming, names_components=output.names_components
+        models, request, resolved, combination, output.naming, names_components=output.names_components
     )
-    described = as_run(recipe, [model.source.name for model in models], resolved)
+    described = as_run(request, [model.source.name for model in models], resolved)
     metadata = output_metadata(a.source.metadata, json.dumps(described, ensure_ascii=False), family)
     anatomy = replace(a.anatomy, variant=_variant(a, decided.tensors), naming=output.naming)
     laid_out = output.lay_out(decided.tensors, models, anatomy)
-    return Plan(
-        recipe,
+    return PlannedOutput(
+        request,
         anatomy,
         resolved,
         described,

@@ -1,8 +1,9 @@
-"""What becomes of every tensor: the policies, applied to names, dtypes and shapes alone.
+"""What becomes of every tensor: the policies, applied to names, dtypes and shapes.
 
 Files and state dicts share this, so that both merge alike. Everything is decided under LDM names, whatever
 the models' own; `naming.py` then gives each tensor the name, and the arrangement, that it has in the output.
-What is decided is in `docs/policies.md`; what it means for the user, in notes, is in `describing.py`.
+What is decided is in `docs/policies.md`; what it means for the user, in notes, is in `describing.py`. Of the
+data only the 77 numbers of `position_ids` are read.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from blockmerge.weights import BlockWeights, Change
 
 def decide(
     models: Sequence[Model],
-    recipe: MergeRequest,
+    request: MergeRequest,
     resolved: Resolved,
     combination: Combination,
     naming: str | None = None,
@@ -58,11 +59,11 @@ def decide(
     there.
     """
     naming = naming or models[0].anatomy.naming
-    _check_models(models, recipe)
+    _check_models(models, request)
     if combination.method.locality == "model":
         gathered = Gathered(combination.method, tuple(looked_at(models)))
         combination = replace(combination, gathered=gathered)
-    judge = _Judge(models, recipe, resolved, combination, naming)
+    judge = _Judge(models, request, resolved, combination, naming)
     _check_unets(models)
     decisions = judge.decide()
     tensors, lost = named(
@@ -71,7 +72,7 @@ def decide(
     if twice := [name for name, count in Counter(one.name for one in tensors).items() if count > 1]:
         # The last guard before a file that no reader opens.
         raise IncompatibleModelsError(f"two tensors of the output would be called {listing(twice)}")
-    notes = describe(models, recipe, resolved, decisions, judge.found, naming)
+    notes = describe(models, request, resolved, decisions, judge.found, naming)
     return Decisions(
         tuple(OutputTensor(one.name, one.ldm, simplify(one.expression)) for one in tensors),
         tuple(dict.fromkeys(donor.source for donor in judge.donors)),
@@ -101,18 +102,18 @@ class _Judge:
     def __init__(
         self,
         models: Sequence[Model],
-        recipe: MergeRequest,
+        request: MergeRequest,
         resolved: Resolved,
         combination: Combination,
         naming: str,
     ) -> None:
-        self.models, self.recipe, self.naming = models, recipe, naming
+        self.models, self.request, self.naming = models, request, naming
         self.weights, self.beta, self.combination = resolved.weights, resolved.beta, combination
         self.family = models[0].anatomy.family
-        self.rules = recipe.rules.resolve(self.family.name)
-        self.vae = _choose_vae(models, recipe, resolved.weights)
+        self.rules = request.rules.resolve(self.family.name)
+        self.vae = _choose_vae(models, request, resolved.weights)
         self.found = Findings(self.vae, self.rules)
-        self.adjust = recipe.adjust if recipe.adjust else None
+        self.adjust = request.adjust if request.adjust else None
         self.donors: list[Model | VaeFile] = [*models]
         if isinstance(self.vae, VaeFile):
             self.donors.append(self.vae)
@@ -157,7 +158,7 @@ class _Judge:
         if not has_place(name, self.naming, self.family):
             self.found.homeless.append(name)
             return True
-        if self.recipe.prune and is_leftover(name, (holders or self.models)[0].anatomy.variant):
+        if self.request.prune and is_leftover(name, (holders or self.models)[0].anatomy.variant):
             self.found.pruned.append(name)
             return True
         if component_of(name) == "vae" and self.vae is not None:
@@ -176,7 +177,7 @@ class _Judge:
         block = self.family.block_of(plain_name)
         alpha, beta = self.rules.weight(block, plain_name, self.weights[block]), self.beta[block]
         self.found.blended.append((block, name))
-        dtype = self.recipe.output_dtype or tensors[0].dtype
+        dtype = self.request.output_dtype or tensors[0].dtype
         change = self._change(name, dtype, shapes[widest or 0])
         made = self.combination.combine(name, tensors, (alpha, beta), dtype, change, widest)
         return Decision(
@@ -188,7 +189,7 @@ class _Judge:
         dtype = tensor.dtype
         if not keeps_dtype and dtype in FLOAT_DTYPES:
             of_a = self.models[0].tensors.get(name, tensor).dtype
-            dtype = self.recipe.output_dtype or (of_a if of_a in FLOAT_DTYPES else dtype)
+            dtype = self.request.output_dtype or (of_a if of_a in FLOAT_DTYPES else dtype)
         change = self._change(name, dtype, tensor.shape)
         expression = adjusted(change, dtype, [tensor], lambda dtype: Cast(tensor, dtype))
         return Decision(name, expression, (tensor,), donor)
@@ -213,7 +214,7 @@ class _Judge:
         tensor = donor.tensors[name]
         if fault_of_position_ids(tensor) is not None:
             self.found.restored.append(name)
-        elif tensor.dtype not in FLOAT_DTYPES or not self.recipe.restores_position_ids:
+        elif tensor.dtype not in FLOAT_DTYPES or not self.request.restores_position_ids:
             return self._taken(name, donor, keeps_dtype=True)
         return Decision(name, Known(struct.pack(f"<{POSITIONS}q", *range(POSITIONS)), "I64", (1, POSITIONS)))
 
@@ -254,7 +255,7 @@ def _names(models: Sequence[Model]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def _check_models(models: Sequence[Model], recipe: MergeRequest) -> None:
+def _check_models(models: Sequence[Model], request: MergeRequest) -> None:
     """Raise IncompatibleModelsError for models that cannot be merged, or have not what was asked for."""
     first = models[0]
     for other in models[1:]:
@@ -264,7 +265,7 @@ def _check_models(models: Sequence[Model], recipe: MergeRequest) -> None:
                 f"{shown(first.name)} is {ours.family.title} and {shown(other.name)} "
                 f"is {theirs.family.title}: only models of one family can be merged"
             )
-    if recipe.ema == "use" and not any(plain_names_of_ema(model.source.tensors) for model in models):
+    if request.ema == "use" and not any(plain_names_of_ema(model.source.tensors) for model in models):
         raise IncompatibleModelsError(
             f"no EMA copies to use in {_names(models)}: leave out ema='use' (--ema use)"
         )
@@ -285,11 +286,11 @@ def _check_unets(models: Sequence[Model]) -> None:
 
 
 def _choose_vae(
-    models: Sequence[Model], recipe: MergeRequest, weights: BlockWeights
+    models: Sequence[Model], request: MergeRequest, weights: BlockWeights
 ) -> Model | VaeFile | None:
     """Return whose VAE is taken as a whole, or None where it follows BASE like all else."""
     has_vae = [model for model in models if "vae" in model.components]
-    match recipe.vae_choice(len(models)):
+    match request.vae_choice(len(models)):
         case int(number):
             if models[number] not in has_vae:
                 raise IncompatibleModelsError(
@@ -301,19 +302,19 @@ def _choose_vae(
         case "blend":
             return None
         case "auto":
-            weight_one_is_b = recipe.merge_method.copies(1.0, 0.0) == 1
+            weight_one_is_b = request.merge_method.copies(1.0, 0.0) == 1
             base = weights["BASE"]
             return has_vae[1] if weight_one_is_b and base is not None and base > 0.5 else has_vae[0]
         case file:
-            return _open_vae(file, models, recipe)
+            return _open_vae(file, models, request)
 
 
-def _open_vae(vae: CheckpointLike, models: Sequence[Model], recipe: MergeRequest) -> VaeFile:
+def _open_vae(vae: CheckpointLike, models: Sequence[Model], request: MergeRequest) -> VaeFile:
     try:
         checkpoint = open_checkpoint(vae)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}; vae (--vae) takes {recipe.vae_choices(len(models))}a file or a folder"
+            f"{error}; vae (--vae) takes {request.vae_choices(len(models))}a file or a folder"
         ) from error
     family = models[0].anatomy.family
     tensors = vae_tensors(checkpoint, family)

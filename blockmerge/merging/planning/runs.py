@@ -8,7 +8,7 @@ few dozen long runs instead of a thousand small tensors.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from blockmerge.checkpoints import Checkpoint, TensorInfo
@@ -113,19 +113,23 @@ class Drafter:
 
     def all(self, tensors: Sequence[tuple[int, Expression]]) -> tuple[Run, ...]:
         """The runs of (start, tensor) in the order of the file, those that go on joined."""
-        runs: list[Run] = []
-        elements = 0
-        for start, tensor in tensors:
-            for run in self.runs(tensor, start):
-                if runs and run.continues(runs[-1], elements):
-                    elements += run.elements
-                    continue
-                if runs and elements != runs[-1].elements:
-                    runs[-1] = replace(runs[-1], elements=elements)
-                runs.append(run)
-                elements = run.elements
-        runs[-1] = replace(runs[-1], elements=elements)
-        return tuple(runs)
+        runs = (run for start, tensor in tensors for run in self.runs(tensor, start))
+        return tuple(_joined(runs))
+
+
+def _joined(runs: Iterable[Run]) -> Iterator[Run]:
+    """Join each run to the one before, where it continues that."""
+    held: Run | None = None
+    elements = 0  # of the run that is held, and of all that have joined it
+    for run in runs:
+        if held is not None and run.continues(held, elements):
+            elements += run.elements
+            continue
+        if held is not None:
+            yield replace(held, elements=elements)
+        held, elements = run, run.elements
+    if held is not None:
+        yield replace(held, elements=elements)
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,10 @@ class PlannedFile:
             start = stop
 
     def _end_of_piece(self, start: int, size: int) -> int:
+        """Where a piece ends that begins at `start`: at the last page within `size`, if it can; else before
+        what lies across that, at a page or else where that begins; else after it, where it is larger than a
+        piece.
+        """
         goal = (start + size) // PAGE * PAGE
         if goal >= self.size:
             return self.size
