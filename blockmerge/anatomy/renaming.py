@@ -8,7 +8,7 @@ transposed. Some tensors have no place in a folder at all.
 A rule turns a name, without the prefix that its component has, into a Relation. The structure (three units a
 level, resnet before attention) is that of the U-Net's and VAE's published code; that the result is right is
 tested against diffusers' own converters. A family whose names need no arithmetic has a table instead
-(`renaming.tsv`, read by `table`).
+(`renaming.tsv`).
 """
 
 from __future__ import annotations

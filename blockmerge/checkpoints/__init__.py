@@ -1,4 +1,4 @@
-"""One lazy `Checkpoint` for every kind of source, and the writer that never leaves a bad file."""
+"""One lazy `Checkpoint` for every kind of source, the `Model` in it, and a writer that leaves no bad file."""
 
 from blockmerge.checkpoints.assembled import Assembled, Assembly, Piece
 from blockmerge.checkpoints.checkpoint import Checkpoint, Reader, TensorInfo

@@ -1,4 +1,4 @@
-"""What has to be computed: casts, merges by a method, and what is done to a result.
+"""What has to be computed: casts, merges by a method, what it gathers first, what is done to a result.
 
 Torch is loaded to compute.
 """

@@ -33,7 +33,7 @@ class Expression(ABC):
 
     Expressions are equal when they say the same of the same sources. A kind is a frozen dataclass with
     `dtype` (as safetensors spells it) and `shape`, as fields or properties; `inputs` and `with_inputs`; and
-    `compute`. Whatever plans, reads, converts or evaluates asks these, and knows no kinds. `locality` and
+    `compute`. Whatever plans or evaluates asks these, and knows no kinds of what is computed. `locality` and
     `is_chance` are of the kind alone; `Program` adds them up over a tree.
     """
 

@@ -1,4 +1,4 @@
-"""One merge from request to file: recipe → plan → execute; the same in memory, and live on a U-Net."""
+"""One merge from request to file: recipe → plan → execute, into any output; in memory; and live."""
 
 from blockmerge.merging.convert import convert
 from blockmerge.merging.live import LiveMerge

@@ -1,5 +1,5 @@
 """What a plan needs of the methods before any weight is read: which results are copies, of what, and keys for
-chance. Of `copies` and `rows`, those that methods choose from.
+chance. Methods choose their `copies` and `rows` from what is here.
 
 No torch. A *source* is the number of a model: 0 is A, 1 is B, 2 is C. Weights are read as the decimal numbers
 that they are written as: 0.29 of 100 rows are 29, although the double nearest to 0.29 is a little less.

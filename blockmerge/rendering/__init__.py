@@ -1,1 +1,1 @@
-"""Results as people and programs read them: rich tables and drawings, and JSON. Computes nothing."""
+"""Results as people and programs read them: rich tables and drawings, JSON, CSV, HTML. Computes nothing."""
