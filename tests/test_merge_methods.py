@@ -19,7 +19,7 @@ from blockmerge.checkpoints import Model, StateDict
 from blockmerge.dtypes import torch_dtype
 from blockmerge.expressions import Programs
 from blockmerge.merging.execute import Pace, execute
-from blockmerge.merging.in_memory import alike, compute_together, gathered, tasks_of
+from blockmerge.merging.in_memory import alike, compute_together, gather, tasks_of
 from blockmerge.merging.outputs import choose_output
 from blockmerge.merging.planning.plan import make_plan
 from blockmerge.merging.planning.request import MergeRequest
@@ -175,7 +175,7 @@ def test_tensors_laid_side_by_side_give_the_same_bits(name):
     models = [small_model(dtype=torch.float16, seed=seed) for seed in range(count_of(method))]
     one_by_one = blockmerge.merge_state_dicts(*models, **options(method))
     plan = in_memory_plan(models, method)
-    figures = {one: gathered(one) for one in plan.gathered}
+    figures = {one: gather(one) for one in plan.to_gather}
     together, tasks, programs = {}, [], Programs()
     for one in plan.decided.tensors:
         out = together[one.name] = torch.empty(one.shape, dtype=torch_dtype(one.dtype))
@@ -405,19 +405,48 @@ def test_finite_in_finite_out(name, weights):
         )
 
 
-def test_markers_that_hold_nothing(tmp_path):
+@pytest.mark.parametrize("name", METHODS)
+def test_tensors_that_hold_nothing_or_one_number(tmp_path, name):
+    method = METHODS[name]
+    shapes = {"v_pred": (0,), "rows": (0, 4), "columns": (3, 0), "one": ()}
     models = [
-        {**small_model(seed=seed), "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)} for seed in range(2)
+        {
+            **small_model(seed=seed),
+            **{marker: torch.full(shape, seed + 1.0) for marker, shape in shapes.items()},
+        }
+        for seed in range(count_of(method))
     ]
-    for name in ("cosine_a", "slerp", "add_difference"):
-        blockmerge.merge(
-            *models,
-            *models[: METHODS[name].models - 2],
-            method=name,
-            weights=0.5,
-            output=tmp_path / f"{name}.safetensors",
-        )
-        assert load_file(tmp_path / f"{name}.safetensors")["v_pred"].shape == (0,)
+    merged = blockmerge.merge_state_dicts(*models, **options(method))
+    files = [tmp_path / f"{number}.safetensors" for number in range(len(models))]
+    for model, file in zip(models, files, strict=True):
+        save_file(model, file)
+    blockmerge.merge(*files, output=tmp_path / "out.safetensors", **options(method))
+    out = load_file(tmp_path / "out.safetensors")
+    for marker, shape in shapes.items():
+        assert merged[marker].shape == out[marker].shape == shape
+        assert torch.equal(oracle.bits(merged[marker]), oracle.bits(out[marker]))
+
+
+@pytest.mark.parametrize("name", ["add_difference", "slerp", "cosine_a", "dare", "tensor_sum"])
+def test_tensors_that_lie_in_memory_in_another_order(name):
+    method = METHODS[name]
+    models = [small_model(seed=seed) for seed in range(count_of(method))]
+    wanted = blockmerge.merge_state_dicts(*models, **options(method))
+    spread = [
+        {
+            name: tensor.to(memory_format=torch.channels_last)
+            if tensor.dim() == 4
+            else tensor.mT.contiguous().mT
+            if tensor.dim() == 2
+            else tensor
+            for name, tensor in model.items()
+        }
+        for model in models
+    ]
+    assert any(not tensor.is_contiguous() for tensor in spread[0].values())
+    merged = blockmerge.merge_state_dicts(*spread, **options(method))
+    for tensor, value in wanted.items():
+        assert torch.equal(oracle.bits(merged[tensor]), oracle.bits(value)), tensor
 
 
 # -- on a GPU ------------------------------------------------------------------------------------------------

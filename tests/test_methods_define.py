@@ -302,6 +302,31 @@ def test_passes(pairs, tmp_path, number):
     assert ((merged[UNET].double() - wanted).abs() <= step_at(wanted, torch.float16)).all()
 
 
+def weighed(figures):
+    """A sum that comes out otherwise in another order."""
+    total = 0.0
+    for figure in figures:
+        total = total * 1.0009765625 + figure
+    return total
+
+
+@blockmerge.merge_method(locality="model", passes=(lambda a, b: float(a.double().sum()), weighed))
+def in_order(a, b, *, alpha, gathered):
+    """What it does depends on the order of the tensors."""
+    return a + alpha * (b - a) * gathered
+
+
+def test_passes_are_gathered_in_the_order_of_the_model(pairs, tmp_path):
+    a, b = pairs(dtypes=("F32", "F32"))
+    merged = blockmerge.merge_state_dicts(load_file(a), load_file(b), weights=0.25, vae="a", method=in_order)
+    for threads in (1, 2, 3, 4, 4, 4):
+        output = tmp_path / "m.safetensors"
+        blockmerge.merge(
+            a, b, weights=0.25, vae="a", method=in_order, output=output, threads=threads, overwrite=True
+        )
+        same(load_file(output), merged)
+
+
 def halves(shape, alpha, beta):
     rows = shape[0] if shape else 1
     return ((0, rows // 2, 0), (rows // 2, rows, 1))

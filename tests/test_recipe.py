@@ -156,6 +156,35 @@ def test_a_recipe_is_dumped_and_loaded(here):
     assert sorted(path.name for path in here.iterdir()) == ["a.safetensors", "mix.json"]
 
 
+def test_nothing_that_a_recipe_names_is_overwritten_by_its_own_text(pairs, tmp_path):
+    a, b = pairs()
+    other = tmp_path / "vae.safetensors"
+    other.write_bytes(a.read_bytes())
+    (tmp_path / "configs").mkdir()
+    settings_ = tmp_path / "configs" / "model_index.json"
+    settings_.write_text("{}", encoding="utf-8")
+    before = snapshot(tmp_path)
+    for recipe, path in (
+        (Recipe(str(a), str(b), weights=0.5, vae=str(other)), other),
+        (Recipe(a, b, weights=0.5, configs=tmp_path / "configs"), settings_),
+        (Recipe(Recipe(a, b, weights=0.5), a, weights=0.5), b),
+    ):
+        with pytest.raises(OutputError, match=path.name):
+            recipe.dump(path, overwrite=True)
+    assert snapshot(tmp_path) == before
+
+
+def test_recipes_of_models_in_memory_are_equal_where_those_are_one():
+    one, other = ({"x": torch.zeros(2)} for _ in range(2))
+    recipe = Recipe(one, "b", weights=0.5)
+    assert recipe == Recipe(one, "b", weights=0.5)
+    assert hash(recipe) == hash(Recipe(one, "b", weights=0.5))
+    assert recipe != Recipe(other, "b", weights=0.5)
+    assert recipe != Recipe(one, "b", weights=0.25)
+    assert recipe != Recipe(one, "b", weights=0.5, vae="a")
+    assert len({recipe, Recipe(one, "b", weights=0.5), Recipe("a", "b", weights=0.5)}) == 2
+
+
 TWO = {"models": ["a", "b"]}
 
 

@@ -4,7 +4,6 @@ from blockmerge.anatomy.by_name import (
     block_of,
     layout,
     origins_in_diffusers,
-    origins_in_ldm,
     relation_of,
 )
 from blockmerge.anatomy.completeness import LayoutGaps, components_of, layout_gaps
@@ -65,7 +64,6 @@ __all__ = [
     "layout_gaps",
     "lone_component",
     "origins_in_diffusers",
-    "origins_in_ldm",
     "plain_names_of_ema",
     "register",
     "relation_of",

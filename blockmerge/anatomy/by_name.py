@@ -43,11 +43,6 @@ def relation_of(name: str, family: str) -> Relation:
     return FAMILIES[family].relation_of(name)
 
 
-def origins_in_ldm(names: Iterable[str], family: str) -> dict[str, Origin]:
-    """Return {LDM name: origin} for the tensors of a diffusers folder, as `Family.origins` does."""
-    return FAMILIES[family].origins(names, "diffusers", "ldm")
-
-
 def origins_in_diffusers(names: Iterable[str], family: str) -> dict[str, Origin]:
     """Return {diffusers name: origin} for tensors of LDM naming, as `Family.origins` does."""
     return FAMILIES[family].origins(names, "ldm", "diffusers")

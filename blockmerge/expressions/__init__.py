@@ -4,7 +4,7 @@ Frozen, and without torch until computed.
 """
 
 from blockmerge.expressions.arrangements import Arrangement, Joined, Part, Reshaped, Transposed, is_arranged
-from blockmerge.expressions.computed import Cast, Clipped, Gathered, Merged, Scaled
+from blockmerge.expressions.computed import Cast, Clipped, Figures, Gathered, Merged, Scaled
 from blockmerge.expressions.expression import Expression, Locality, simplify
 from blockmerge.expressions.leaves import Known, Source, Stored
 from blockmerge.expressions.program import Program, Programs, leaves_of, methods_of, operands_of
@@ -14,6 +14,7 @@ __all__ = [
     "Cast",
     "Clipped",
     "Expression",
+    "Figures",
     "Gathered",
     "Joined",
     "Known",

@@ -94,6 +94,10 @@ class Gathered(Expression):
         return f"gathered({self.method.name}, {len(self.tensors)} tensors)"
 
 
+Figures = Mapping[Gathered, object]
+"""What was gathered."""
+
+
 @dataclass(frozen=True)
 class Merged(Expression):
     """Tensors of one shape, merged by a method with its weights and numbers, rounded once to `dtype`.
@@ -163,6 +167,8 @@ class Merged(Expression):
         if self.method.rows is None:
             return self
         rows = self.method.rows(self.shape, self.alpha, self.beta)
+        if not rows:  # there are none to take
+            return Cast(self.tensors[0], self.dtype).simplified()
         if not self.shape:
             return Cast(self.tensors[rows[0][2]], self.dtype).simplified()
         members = (Part(self.tensors[source], start, stop).simplified() for start, stop, source in rows)

@@ -7,7 +7,8 @@ treated alike have one program, so that they can be computed as one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Slot(Leaf):
+class Placeholder(Leaf):
     """The place of an operand in a program. Its shape is empty where elements are all that matters."""
 
     number: int
@@ -45,20 +46,20 @@ class Program:
 
     root: Expression
     locality: Locality
-    slots: tuple[Slot, ...]
+    placeholders: tuple[Placeholder, ...]
     is_chance: bool
-    _hash: int = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_hash", hash((self.root, self.locality)))
 
     def __hash__(self) -> int:
         return self._hash
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.root, self.locality))
+
     @property
     def is_copy(self) -> bool:
         """Whether the result is the operand's bytes."""
-        return isinstance(self.root, Slot)
+        return isinstance(self.root, Placeholder)
 
     @property
     def joins(self) -> bool:
@@ -69,7 +70,9 @@ class Program:
     def may_overwrite_first(self) -> bool:
         """Whether the first operand may stand in the memory of the result: one step that says so."""
         first, *others = self.root.inputs or (self.root,)
-        single = isinstance(first, Slot) and all(isinstance(one, Slot) and one != first for one in others)
+        single = isinstance(first, Placeholder) and all(
+            isinstance(one, Placeholder) and one != first for one in others
+        )
         return self.root.in_place and single and first.dtype == self.root.dtype
 
     def grain(self, shape: Shape) -> int:
@@ -77,6 +80,10 @@ class Program:
         if self.locality == "element":
             return 1
         return max(1, prod(shape[1:] if self.locality == "row" else shape))
+
+    def at(self, alpha: float | None, beta: float | None) -> Program:
+        """The same at other weights, as long as neither are such that something is only copied."""
+        return replace(self, root=_at(self.root, alpha, beta))
 
     def run(self, operands: Sequence[torch.Tensor], out: torch.Tensor, first: int = 0) -> None:
         """Write the result into `out`, which is contiguous, as the operands are.
@@ -89,12 +96,12 @@ class Program:
     def _compute(
         self, node: Expression, operands: Sequence[torch.Tensor], out: torch.Tensor, first: int, place: str
     ) -> None:
-        if isinstance(node, Slot):
+        if isinstance(node, Placeholder):
             out.copy_(operands[node.number])
             return
         given = []
         for number, one in enumerate(node.inputs):
-            if isinstance(one, Slot):
+            if isinstance(one, Placeholder):
                 given.append(operands[one.number])
                 continue
             inner = f"{place}.{number}"
@@ -128,10 +135,20 @@ class Programs:
         """
         locality = _locality(expression)
         operands: list[Expression] = []
-        root = _with_slots(expression, operands, flat=locality == "element")
-        slots = tuple(dict.fromkeys(_slots(root)))
-        program = Program(root, locality, slots, any(one.is_chance for one in _nodes(expression)))
+        root = _with_placeholders(expression, operands, flat=locality == "element")
+        placeholders = tuple(dict.fromkeys(_placeholders(root)))
+        program = Program(root, locality, placeholders, any(one.is_chance for one in _nodes(expression)))
         return self._known.setdefault(program, program), tuple(operands)
+
+
+def _at(node: Expression, alpha: float | None, beta: float | None) -> Expression:
+    node = node.with_inputs(tuple(_at(one, alpha, beta) for one in node.inputs))
+    if not isinstance(node, Merged):
+        return node
+    weights = node.method.weights
+    return replace(
+        node, alpha=alpha if "alpha" in weights else None, beta=beta if "beta" in weights else None
+    )
 
 
 def operands_of(expression: Expression) -> Iterator[Expression]:
@@ -158,8 +175,8 @@ def _nodes(expression: Expression) -> Iterator[Expression]:
         yield from _nodes(one)
 
 
-def _slots(root: Expression) -> Iterator[Slot]:
-    return (one for one in _nodes(root) if isinstance(one, Slot))
+def _placeholders(root: Expression) -> Iterator[Placeholder]:
+    return (one for one in _nodes(root) if isinstance(one, Placeholder))
 
 
 def _locality(expression: Expression) -> Locality:
@@ -183,9 +200,11 @@ def _nodes_computed(expression: Expression) -> Iterator[Expression]:
             yield from _nodes_computed(one)
 
 
-def _with_slots(expression: Expression, operands: list[Expression], *, flat: bool) -> Expression:
+def _with_placeholders(expression: Expression, operands: list[Expression], *, flat: bool) -> Expression:
     if is_arranged(expression):
         if expression not in operands:
             operands.append(expression)
-        return Slot(operands.index(expression), expression.dtype, () if flat else expression.shape)
-    return expression.with_inputs(tuple(_with_slots(one, operands, flat=flat) for one in expression.inputs))
+        return Placeholder(operands.index(expression), expression.dtype, () if flat else expression.shape)
+    return expression.with_inputs(
+        tuple(_with_placeholders(one, operands, flat=flat) for one in expression.inputs)
+    )

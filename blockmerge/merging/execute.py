@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from blockmerge.checkpoints import Readers
 from blockmerge.errors import NonFiniteError, OutputError, reason, shown
-from blockmerge.expressions import Gathered, methods_of
+from blockmerge.expressions import Figures, Gathered, methods_of
 from blockmerge.merging.planning.plan import PlannedOutput
 from blockmerge.merging.planning.runs import PlannedFile, Run
 from blockmerge.streaming import (
@@ -88,13 +88,13 @@ def execute(
     """
     nonfinite: list[str] = []
     done, total = 0, sum(file.size for file in plan.files)
-    gathered = gather(plan.gathered, pace)
+    figures = gather(plan.to_gather, pace)
     for file in plan.files:
         pieces = list(file.pieces(pace.piece_bytes))
         if "torch" not in sys.modules:
             pieces = _ordered_for_loading(pieces, file)
         job = _Job(
-            plan, file, OutputStream(path_of(file.path), direct=pace.direct), pace, device, shown_as, gathered
+            plan, file, OutputStream(path_of(file.path), direct=pace.direct), pace, device, shown_as, figures
         )
         try:
             progressed = _part_of(progress, done, total)
@@ -131,10 +131,12 @@ def gather(wanted: Sequence[Gathered], pace: Pace) -> dict[Gathered, object]:
 
         gathering = Gathering(one)
         try:
-            for_each(one.tensors, gathering.worker, min(pace.threads, processors()), gathering.total)
+            for_each(
+                enumerate(one.tensors), gathering.worker, min(pace.threads, processors()), gathering.total
+            )
         finally:
             gathering.torch_threads.restore()
-        found[one] = gathering.gathered()
+        found[one] = gathering.result()
     return found
 
 
@@ -149,16 +151,16 @@ class _Job:
         pace: Pace,
         device: str,
         shown_as: Path,
-        gathered: Mapping[Gathered, object],
+        figures: Figures,
     ) -> None:
         self.plan, self.file, self.output = plan, file, output
         self.pace, self.device, self.shown_as = pace, device, shown_as
-        self.gathered = gathered
+        self.figures = figures
         self.nonfinite: set[str] = set()
         self.lock = threading.Lock()
         self.torch_threads = TorchThreads()
-        # Whole tensors take whole tensors' memory: no more of them at once than can be computed at once.
-        self.large = threading.BoundedSemaphore(processors())
+        self._large = threading.BoundedSemaphore(processors())
+        self._desks: list[_Desk] = []
 
     @contextmanager
     def worker(self) -> Iterator[Callable[[Piece], int]]:
@@ -168,6 +170,18 @@ class _Job:
         except OSError as error:  # readers have their own errors: this is the output
             raise OutputError(f"cannot write {shown(self.shown_as)}: {reason(error)}") from error
 
+    @contextmanager
+    def desk_for_large_pieces(self) -> Iterator[_Desk]:
+        """Lend memory for whole tensors: to no more workers at once than can compute at once, and the same
+        again.
+        """
+        with self._large:
+            with self.lock:
+                desk = self._desks.pop() if self._desks else _Desk()
+            yield desk
+            with self.lock:
+                self._desks.append(desk)
+
     def note_nonfinite(self, start: int, stop: int, is_finite: Callable[[int, int], bool]) -> None:
         """Find out which tensors in the bytes [start, stop) of the output are not finite."""
         for name, info in self.file.tensors_between(start, stop):
@@ -176,49 +190,57 @@ class _Job:
                     self.nonfinite.add(name)
 
 
+class _Desk:
+    """Memory to work in: for the piece of the output that is being written, and for what it is made from."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[object, memoryview] = {}
+        self._piece = memoryview(b"")
+
+    def piece(self, nbytes: int) -> memoryview:
+        """Memory for so many bytes, in whole pages."""
+        if nbytes > len(self._piece):
+            self._piece = aligned_buffer(-(-nbytes // PAGE) * PAGE)
+        return self._piece
+
+
 class _Worker:
-    """One thread's readers, writer and buffers."""
+    """One thread's readers, writer and memory."""
 
     def __init__(self, job: _Job, stack: ExitStack) -> None:
         self.job = job
         self.readers = stack.enter_context(Readers())
         self.writer = stack.enter_context(job.output.writer())
-        self.piece = aligned_buffer(job.pace.piece_bytes)
+        self.desk = _Desk()
         self.kernel: Kernel | None = None
 
     def do_piece(self, piece: Piece) -> int:
         start, stop = piece
         runs = list(self.job.file.runs_between(start, stop))
         large = any(run.grain_bytes > self.job.pace.chunk_bytes for run in runs)
-        with self.job.large if large else nullcontext():
-            self.fill(runs, start, stop)
+        with self.job.desk_for_large_pieces() if large else nullcontext(self.desk) as desk:
+            memory = desk.piece(stop - start)
+            for run in runs:
+                low, high = max(start, run.start), min(stop, run.stop)
+                self.fill(run, low, memory[low - start : high - start], desk)
             # Whole pages, as direct writes need them; the last page is cut to the file's size at the end.
             is_last = stop == self.job.file.size
             end = -(-(stop - start) // PAGE) * PAGE if is_last and start % PAGE == 0 else stop - start
-            self.writer.write(start, self.piece[:end])
+            self.writer.write(start, memory[:end])
         return stop - start
 
-    def fill(self, runs: Sequence[Run], start: int, stop: int) -> None:
-        room = -(-(stop - start) // PAGE) * PAGE
-        if room > len(self.piece):
-            self.piece = aligned_buffer(room)
-        for run in runs:
-            low, high = max(start, run.start), min(stop, run.stop)
-            target = self.piece[low - start : high - start]
-            if run.is_computed:
-                self.compute(run, low, target)
-            else:
-                operand = run.operands[0]
-                self.readers.read_into(operand.source, operand.offset + low - run.start, target)
-
-    def compute(self, run: Run, low: int, target: memoryview) -> None:
+    def fill(self, run: Run, low: int, target: memoryview, desk: _Desk) -> None:
+        if not run.is_computed:
+            operand = run.operands[0]
+            self.readers.read_into(operand.source, operand.offset + low - run.start, target)
+            return
         if self.kernel is None:
             from blockmerge.merging.kernel import Kernel
 
             job = self.job
             job.torch_threads.single_here()
-            self.kernel = Kernel(job.plan, job.file, job.device, job.pace.chunk_bytes, job.gathered)
-        for start, stop, is_finite in self.kernel.compute(run, low, target, self.readers):
+            self.kernel = Kernel(job.plan, job.file, job.device, job.pace.chunk_bytes, job.figures)
+        for start, stop, is_finite in self.kernel.compute(run, low, target, self.readers, desk.buffers):
             self.job.note_nonfinite(start, stop, is_finite)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from blockmerge.errors import RecipeError, shown
 from blockmerge.expressions import (
     Arrangement,
     Expression,
+    Figures,
     Gathered,
     Joined,
     Known,
@@ -23,9 +24,6 @@ from blockmerge.expressions import (
     is_arranged,
 )
 from blockmerge.streaming import TorchThreads, for_each, processors
-
-Figures = Mapping[Gathered, object]
-"""What was gathered of all tensors before the first is merged."""
 
 
 class Holder(Protocol):
@@ -88,12 +86,24 @@ def tasks_of(
         out.copy_(tensor_of(tensor))
     elif out.numel():
         program, operands = programs.of(tensor)
-        if program.locality != "element" or out.numel() <= most:
+        if (
+            program.locality != "element"
+            or out.numel() <= most
+            or not all(_is_there(one, out) for one in operands)
+        ):
             yield Task(program, operands, out, label)
             return
         flat = out.view(-1)
         for first in range(0, len(flat), most):
             yield Task(program, operands, flat[first : first + most], label, first)
+
+
+def _is_there(operand: Expression, out: torch.Tensor) -> bool:
+    """Whether a part of an operand can be had without moving or copying all of it."""
+    if not isinstance(operand, Stored):
+        return False
+    tensor = tensor_of(operand)
+    return tensor.is_contiguous() and tensor.device == out.device
 
 
 def compute_in_threads(tasks: Sequence[Task], figures: Figures) -> None:
@@ -158,7 +168,7 @@ def alike(tasks: Iterable[Task], most: int) -> Iterator[list[Task]]:
         yield part
 
 
-def gathered(wanted: Gathered) -> object:
+def gather(wanted: Gathered) -> object:
     """What a method says of all tensors."""
     figures = []
     for tensors in wanted.tensors:

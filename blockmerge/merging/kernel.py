@@ -6,8 +6,7 @@ Loaded by the first worker that needs it.
 from __future__ import annotations
 
 import re
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from blockmerge.checkpoints import Readers
 from blockmerge.dtypes import size_of
 from blockmerge.errors import RecipeError, shown
-from blockmerge.expressions import Expression, Gathered, Stored
+from blockmerge.expressions import Expression, Figures, Gathered, Stored
 from blockmerge.merging.planning.plan import PlannedOutput
 from blockmerge.merging.planning.runs import PlannedFile, Run
 from blockmerge.methods import Method
@@ -33,7 +32,7 @@ _SCAN_BYTES = 4 << 20
 
 
 class Kernel:
-    """One worker's means to compute: the device, what was gathered, and a buffer for each operand.
+    """One worker's means to compute: the device, and what was gathered.
 
     On a GPU each worker has a stream and page-locked buffers of its own: while one reads, another's data is
     on its way there, a third's is computed with and a fourth's is on its way back. What the device holds is a
@@ -46,9 +45,9 @@ class Kernel:
         file: PlannedFile,
         device: str,
         chunk_bytes: int,
-        gathered: Mapping[Gathered, object],
+        figures: Figures,
     ) -> None:
-        self._plan, self._file, self._gathered = plan, file, gathered
+        self._plan, self._file, self._figures = plan, file, figures
         self._check = not plan.request.allow_nonfinite
         self._device = torch.device(device)
         on_gpu = self._device.type == "cuda"
@@ -56,12 +55,22 @@ class Kernel:
         self._chunk_bytes = chunk_bytes
         self._buffers: dict[object, memoryview] = {}
 
-    def compute(self, run: Run, low: int, target: memoryview, readers: Readers) -> Iterator[Nonfinite]:
+    def compute(
+        self,
+        run: Run,
+        low: int,
+        target: memoryview,
+        readers: Readers,
+        buffers: dict[object, memoryview],
+    ) -> Iterator[Nonfinite]:
         """Fill `target`, the output's bytes from `low` on, with a run's result; yield the chunks that are not
         finite.
 
+        Operands are read into `buffers`, which are kept there for the next run.
+
         Raises RecipeError, with the first tensor it was about, when a method of the user's own fails.
         """
+        self._buffers = buffers
         size = size_of(run.dtype)
         first = (low - run.start) // size
         count = len(target) // size
@@ -102,18 +111,18 @@ class Kernel:
         self, run: Run, place: int, first: int, elements: int, part: memoryview, readers: Readers
     ) -> Any:
         """An operand for these elements of the output: as many of its own, its rows, or all of it."""
-        operand, slot = run.operands[place], run.program.slots[place]
+        operand, given = run.operands[place], run.program.placeholders[place]
         if isinstance(operand.source, Gathered):
-            return self._gathered[operand.source]
+            return self._figures[operand.source]
         shape: tuple[int, ...]
         match run.program.locality:
             case "element":
                 begin, shape = first, (elements,)
             case "row":
-                width = prod(slot.shape[1:])
-                begin, shape = first // run.grain * width, (elements // run.grain, *slot.shape[1:])
+                width = prod(given.shape[1:])
+                begin, shape = first // run.grain * width, (elements // run.grain, *given.shape[1:])
             case _:
-                begin, shape = 0, slot.shape
+                begin, shape = 0, given.shape
         count = prod(shape)
         nbytes = count * size_of(operand.dtype)
         # A is read straight into the output, where the result then takes its place: less memory to go
@@ -168,27 +177,28 @@ class Gathering:
 
     def __init__(self, wanted: Gathered) -> None:
         self._method = wanted.method
+        self._found: list[Any] = [None] * len(wanted.tensors)
         self.total = sum(first.nbytes for first, *_ in wanted.tensors)
         self.torch_threads = TorchThreads()
-        self._found: list[Any] = []
-        self._lock = threading.Lock()
 
     @contextmanager
-    def worker(self) -> Iterator[Callable[[tuple[Expression, ...]], int]]:
-        """A worker of the pool: looks at the tensors of one name after the other."""
+    def worker(self) -> Iterator[Callable[[tuple[int, tuple[Expression, ...]]], int]]:
+        """A worker of the pool: looks at the tensors of one number after the other."""
         self.torch_threads.single_here()
         with Readers() as readers:
 
-            def look_at(tensors: tuple[Expression, ...]) -> int:
-                figures = self._method.statistics(*(_read_tensor(readers, one) for one in tensors))
-                with self._lock:
-                    self._found.append(figures)
+            def look_at(task: tuple[int, tuple[Expression, ...]]) -> int:
+                number, tensors = task
+                # In the model's order, whoever is done first: sums depend on it.
+                self._found[number] = self._method.statistics(
+                    *(_read_tensor(readers, one) for one in tensors)
+                )
                 return tensors[0].nbytes
 
             yield look_at
 
-    def gathered(self) -> object:
-        """What the method gets of it."""
+    def result(self) -> object:
+        """What the method says of them."""
         return self._method.gather(self._found)
 
 

@@ -15,10 +15,10 @@ import torch
 from blockmerge.checkpoints import made
 from blockmerge.expressions import Expression, Gathered, Part, Programs, Stored, methods_of, simplify
 from blockmerge.merging.flat_unet import Block, FlatModel, FlatUNet, Slot
-from blockmerge.merging.in_memory import gathered, tasks_of
-from blockmerge.merging.planning.combining import Combination, widened, widest_input
+from blockmerge.merging.in_memory import Task, gather, tasks_of
+from blockmerge.merging.planning.combining import Combination, Weights
 
-Content = FlatModel | tuple[float | None, float | None]
+Content = FlatModel | Weights
 """What a block holds: a model as it is, or all of them merged at weights alpha and beta."""
 
 _COPIED_ELEMENTS = 1 << 22  # that a user's own function, which gets wide copies, is given at once
@@ -32,104 +32,116 @@ class Launcher:
     ) -> None:
         self.models, self.out = models, out
         self._unet = unet
-        self._plain: dict[str, bool] = {}
+        self._combination = combination
         self._programs = Programs()
         self._figures: dict[Gathered, object] = {}
-        self._combination = combination
+        self._known_tasks: dict[str, Sequence[Task]] = {}
 
-    def content(self, weights: tuple[float | None, float | None]) -> Content:
+    def content(self, weights: Weights) -> Content:
         """What blocks of these weights hold."""
-        source = self._combination.copied(*weights)
-        return weights if source is None else self.models[source]
+        model = self._combination.copied(weights)
+        return weights if model is None else self.models[model]
 
     def fill(self, blocks: Sequence[Block], content: Content) -> None:
         """Let neighbouring blocks hold this."""
         slots = [slot for block in blocks for slot in block.slots]
-        for is_plain, group in groupby(slots, self._is_plain):
+        for is_whole, group in groupby(slots, lambda slot: slot.name in self._whole):
             stretch = list(group)
-            if is_plain:
-                self._merge_plain(stretch, content)
+            if is_whole and (isinstance(content, FlatModel) or self._method_joins):
+                self._fill_stretch(stretch, content)
             else:
-                self._merge_each(stretch, content)
+                self._fill_each(stretch, content)
 
-    def _merge_plain(self, slots: Sequence[Slot], content: Content) -> None:
-        """Merge tensors that all models have whole: as one, where each element stands for itself."""
+    def _fill_stretch(self, slots: Sequence[Slot], content: Content) -> None:
+        """Fill neighbours as one: models that have them whole, where each element stands for itself, are
+        treated alike, and so the program of the first is that of all.
+        """
         tensor = self._merged(slots[0], content)
         program, operands = self._programs.of(tensor)
-        is_copy = isinstance(content, FlatModel)
-        if not (program.joins and (is_copy or self._combination.method.locality == "element")):
-            self._merge_each(slots, content)
-            return
-        flats = [model.flat for one in operands for model in self.models if _source(one) is model]
+        flats = [
+            one.source.flat
+            for one in operands
+            if isinstance(one, Stored) and isinstance(one.source, FlatModel)
+        ]
         begin, end = slots[0].offset, slots[-1].end
         step = _COPIED_ELEMENTS if any(method.own for method in methods_of(tensor)) else end - begin
         for start in range(begin, end, max(1, step)):
             part = slice(start, min(start + step, end))
             program.run([flat[part] for flat in flats], self.out[part])
 
-    def _merge_each(self, slots: Sequence[Slot], content: Content) -> None:
-        """Merge parameters one by one, each in its shape."""
+    def _fill_each(self, slots: Sequence[Slot], content: Content) -> None:
+        """Fill parameters one by one, each in its shape."""
         for slot in slots:
             target = slot.of(self.out)
-            out = target
-            if not target.is_contiguous():
+            if target.is_contiguous():
+                tasks = self._tasks(slot, target, content)
+            else:
                 out = torch.empty_like(target, memory_format=torch.contiguous_format)
-            for task in tasks_of(
-                self._merged(slot, content), out, self._programs, _COPIED_ELEMENTS, slot.ldm
-            ):
+                tasks = self._new_tasks(slot, out, content)
+            for task in tasks:
                 task.run(self._figures)
-            if out is not target:
+            if not target.is_contiguous():
                 target.copy_(out)
+
+    def _tasks(self, slot: Slot, out: torch.Tensor, content: Content) -> Sequence[Task]:
+        """What there is to do; other weights change nothing of it but these, unless whole rows are taken."""
+        if isinstance(content, FlatModel) or self._combination.method.rows is not None:
+            return self._new_tasks(slot, out, content)
+        if slot.name not in self._known_tasks:
+            self._known_tasks[slot.name] = self._new_tasks(slot, out, content)
+        return [replace(task, program=task.program.at(*content)) for task in self._known_tasks[slot.name]]
+
+    def _new_tasks(self, slot: Slot, out: torch.Tensor, content: Content) -> Sequence[Task]:
+        tensor = self._merged(slot, content)
+        most = _COPIED_ELEMENTS if any(method.own for method in methods_of(tensor)) else max(1, out.numel())
+        return list(tasks_of(tensor, out, self._programs, most, slot.ldm))
+
+    @property
+    def _method_joins(self) -> bool:
+        method = self._combination.method
+        return method.locality == "element" and not method.random
 
     def _merged(self, slot: Slot, content: Content) -> Expression:
         """What a parameter is to be."""
-        made_of = {slot.ldm: self._in_ldm(slot.ldm, content)}
-        return simplify(made(slot.origin, made_of, "the module"))
-
-    def _in_ldm(self, ldm: str, content: Content) -> Expression:
-        """What the tensor of an LDM name is to be."""
-        tensors = self._of_models(ldm)
-        widest = widest_input(ldm, [one.shape for one in tensors], self._unet.family)
+        tensors = self._tensors[slot.ldm]
         if isinstance(content, FlatModel):
-            own = content.in_ldm(self._unet.tensors[ldm])
-            if widest is None:
-                return own
-            shared = min(one.shape[1] for one in tensors)
-            return widened([own], tensors[widest], shared, own.dtype, lambda given: given[0])
-        combination = self._combination
-        if combination.method.locality == "model":
-            combination = replace(combination, gathered=self._looked_at)
-        return combination.combine(ldm, tensors, content, tensors[0].dtype, widest=widest).expression
-
-    def _of_models(self, ldm: str) -> list[Expression]:
-        return [model.in_ldm(self._unet.tensors[ldm]) for model in self.models]
+            merged = self._combination.copy(slot.ldm, tensors, self.models.index(content), tensors[0].dtype)
+        else:
+            merged = self._to_merge.combine(slot.ldm, tensors, content, tensors[0].dtype)
+        return simplify(made(slot.origin, {slot.ldm: merged.expression}, "the module"))
 
     @cached_property
-    def _looked_at(self) -> Gathered:
-        """All that is merged, for a method that looks at all tensors first: gathered when it is first asked
-        for.
-        """
-        wanted = Gathered(self._combination.method, tuple(map(self._shared, self._unet.tensors)))
-        self._figures[wanted] = gathered(wanted)
-        return wanted
+    def _tensors(self) -> dict[str, tuple[Expression, ...]]:
+        """LDM name → the tensor of each model."""
+        return {
+            ldm: tuple(model.in_ldm(tensor) for model in self.models)
+            for ldm, tensor in self._unet.tensors.items()
+        }
 
-    def _shared(self, ldm: str) -> tuple[Expression, ...]:
+    @cached_property
+    def _whole(self) -> frozenset[str]:
+        """The parameters that all models have whole, and as they stand in the module."""
+
+        def is_whole(slot: Slot) -> bool:
+            own = [simplify(made(slot.origin, {slot.ldm: one}, "")) for one in self._tensors[slot.ldm]]
+            stand = zip(own, self.models, strict=True)
+            return all(one == Stored.of(model, slot.name) and one.shape == slot.shape for one, model in stand)
+
+        return frozenset(slot.name for slot in self._unet.slots if is_whole(slot))
+
+    @cached_property
+    def _to_merge(self) -> Combination:
+        """The combination, with what a method gathers of all tensors before it merges the first."""
+        method = self._combination.method
+        if method.locality != "model":
+            return self._combination
+        wanted = Gathered(method, tuple(map(self._shared, self._tensors.values())))
+        self._figures[wanted] = gather(wanted)
+        return replace(self._combination, figures=wanted)
+
+    def _shared(self, tensors: Sequence[Expression]) -> tuple[Expression, ...]:
         """A tensor of each model: of a first convolution, the input channels that all have."""
-        tensors = self._of_models(ldm)
         if len({one.shape for one in tensors}) == 1:
             return tuple(tensors)
-        shared = min(one.shape[1] for one in tensors)
+        shared = self._unet.family.shared_channels
         return tuple(Part(one, 0, shared, axis=1).simplified() for one in tensors)
-
-    def _is_plain(self, slot: Slot) -> bool:
-        """Whether all models have a parameter whole, and as it stands in the module."""
-        if slot.name not in self._plain:
-            own = [simplify(made(slot.origin, {slot.ldm: one}, "")) for one in self._of_models(slot.ldm)]
-            pairs = zip(own, self.models, strict=True)
-            alike = all(one == Stored.of(model, slot.name) for one, model in pairs)
-            self._plain[slot.name] = alike and {one.shape for one in own} == {slot.shape}
-        return self._plain[slot.name]
-
-
-def _source(tensor: Expression) -> object:
-    return tensor.source if isinstance(tensor, Stored) else None

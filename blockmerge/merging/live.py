@@ -69,8 +69,7 @@ class LiveMerge:
         while len(sources) > 1 and sources[-1] is None:
             sources.pop()
         self._method.check_models(len(sources))
-        combination = Combination.of(self._method, self._method.check_numbers(numbers, len(sources)))
-        self._seed = combination.seed
+        checked = self._method.check_numbers(numbers, len(sources))
         self._module_class = type(module).__name__
         models = [
             Model.of(open_checkpoint(source, f"state dict {letter}"))  # type: ignore[arg-type]  # it refuses None
@@ -83,6 +82,8 @@ class LiveMerge:
                 raise RecipeError("another LiveMerge is open on this module: close() it first")
             copies, out = self._unet.copies(models)
             self._originals = self._unet.place(out)
+            combination = Combination.of(self._method, self._unet.family, checked)
+            self._seed = combination.seed
             self._launcher: Launcher | None = Launcher(self._unet, copies, out, combination)
         _OPEN.add(self)
         self._held: dict[str, Content | None] = {block.name: copies[0] for block in self._unet.blocks}

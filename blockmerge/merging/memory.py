@@ -10,9 +10,8 @@ from blockmerge.checkpoints import CheckpointLike, Model, StateDict, state_dict_
 from blockmerge.dtypes import FLOAT_DTYPES, torch_dtype
 from blockmerge.errors import CheckpointError, NonFiniteError, RecipeError, counted, listing, shown
 from blockmerge.expressions import Programs, leaves_of
-from blockmerge.merging.planning.combining import Combination
 from blockmerge.merging.planning.naming import OutputTensor
-from blockmerge.merging.planning.plan import gathered_by
+from blockmerge.merging.planning.plan import to_gather
 from blockmerge.merging.planning.policies import decide
 from blockmerge.merging.planning.request import check_flag, is_vae_of_models, make_request
 from blockmerge.weights import WeightsLike, WeightsRequest
@@ -84,8 +83,7 @@ def merge_state_dicts(
     ]
     family = models[0].anatomy.family.name
     resolved = request.resolve(family, len(models))
-    combination = Combination.of(request.merge_method, resolved.numbers, clip=request.clip)
-    merged = _compute(models, decide(models, request, resolved, combination).tensors)
+    merged = _compute(models, decide(models, request, resolved).tensors)
     if check_finite:
         _check_finite(merged)
     return _spelled_as(state_dicts[0], merged)
@@ -94,14 +92,14 @@ def merge_state_dicts(
 def _compute(models: Sequence[Model], tensors: Sequence[OutputTensor]) -> dict[str, torch.Tensor]:
     import torch
 
-    from blockmerge.merging.in_memory import compute_in_threads, compute_together, gathered, tasks_of
+    from blockmerge.merging.in_memory import compute_in_threads, compute_together, gather, tasks_of
 
     merged: dict[str, torch.Tensor] = {}
     on_cpu: list[Task] = []
     elsewhere: list[Task] = []
     programs = Programs()
     with torch.no_grad():
-        figures = {one: gathered(one) for one in gathered_by(tensors)}
+        figures = {one: gather(one) for one in to_gather(tensors)}
         for one in tensors:
             out = merged[one.name] = _empty(models, one)
             is_cpu = out.device.type == "cpu"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Union
 
@@ -47,7 +47,7 @@ Leaf = Union[CheckpointLike, "Recipe"]
 _LARGEST = 1 << 20  # bytes; a recipe is a page of text
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, init=False, eq=False)
 class Recipe:
     """What to merge and how, as data: nothing is opened before `plan` or `run`.
 
@@ -124,6 +124,22 @@ class Recipe:
         plain = tuple(os.fspath(model) if isinstance(model, os.PathLike) else model for model in models)
         object.__setattr__(self, "models", plain)
         object.__setattr__(self, "request", request)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the two ask for the same of the same models; those in memory are the same where they are
+        one.
+        """
+        if not isinstance(other, Recipe):
+            return NotImplemented
+        return self._compared() == other._compared()
+
+    def __hash__(self) -> int:
+        return hash((len(self.models), self.request.method_name, self.request.dtype))
+
+    def _compared(self) -> tuple[object, ...]:
+        leaves = (*self.models, self.request.vae, self.request.configs)
+        told = [leaf if isinstance(leaf, (str, Recipe, type(None))) else id(leaf) for leaf in leaves]
+        return (*told, replace(self.request, vae="auto", configs=None))
 
     # -- as data ---------------------------------------------------------------------------------------------
 
@@ -207,8 +223,7 @@ class Recipe:
             text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
         except ValueError as error:
             raise RecipeError(f"this recipe cannot be written down: {error}") from error
-        files = [leaf for leaf in self.models if isinstance(leaf, str)]
-        target = check_output(path, map(Path, files), overwrite=overwrite)
+        target = check_output(path, self._files(), overwrite=overwrite)
         data = f"{text}\n".encode()
         with AtomicFile(target, len(data), overwrite=overwrite) as file:
             try:
@@ -216,6 +231,17 @@ class Recipe:
             except OSError as error:
                 raise OutputError(f"cannot write {shown(path)}: {reason(error)}") from error
             file.commit()
+
+    def _files(self) -> Iterator[Path]:
+        """All files that the recipe names, or that are in folders it names; those of merges within it too."""
+        for leaf in (*self.models, self.request.vae, self.request.configs):
+            if isinstance(leaf, Recipe):
+                yield from leaf._files()
+            elif isinstance(leaf, Checkpoint):
+                yield from leaf.files
+            elif isinstance(leaf, (str, os.PathLike)):
+                yield Path(leaf)
+                yield from Path(leaf).rglob("*")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, methods: Mapping[str, object] | None = None) -> Self:

@@ -73,8 +73,8 @@ class Adjust:
         """Return what is done to a tensor, or None when nothing is.
 
         `name` is its name in LDM naming. The shift of `out.2.bias` has four numbers, as the tensor has. Which
-        tensors and by which formulas is the family's own (`anatomy/families.py`): SuperMerger's, weights ×
-        (1 − n/100) and biases × (1 + n/50); SD2 has the colours of SD1.
+        tensors and by which formulas is the family's own (`[adjusted]` of the family's `family.toml`):
+        SuperMerger's, weights × (1 − n/100) and biases × (1 + n/50); SD2 has the colours of SD1.
         """
         adjusted = family_named(family).adjusted.get(name.removeprefix(UNET_PREFIX))
         if adjusted is None:

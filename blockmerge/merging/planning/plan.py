@@ -12,7 +12,6 @@ from blockmerge.checkpoints import Model, TensorInfo, encode_header
 from blockmerge.dtypes import size_of
 from blockmerge.expressions import Gathered, Stored, leaves_of
 from blockmerge.merging.outputs import Output, WeightFile
-from blockmerge.merging.planning.combining import Combination
 from blockmerge.merging.planning.decisions import Decisions
 from blockmerge.merging.planning.metadata import output_metadata
 from blockmerge.merging.planning.naming import OutputTensor
@@ -28,7 +27,7 @@ class PlannedOutput:
     """A merge, ready to be carried out: the files that are computed and, in a folder, the `small_files`
     beside them.
 
-    `gathered` is what has to be looked at before the first tensor is merged, a pass over the models each.
+    `to_gather` is what has to be looked at before the first tensor is merged, a pass over the models each.
     """
 
     request: MergeRequest
@@ -40,7 +39,7 @@ class PlannedOutput:
     output: Output
     files: tuple[PlannedFile, ...]
     small_files: Mapping[str, bytes]
-    gathered: tuple[Gathered, ...]
+    to_gather: tuple[Gathered, ...]
 
     @property
     def size(self) -> int:
@@ -65,10 +64,7 @@ def make_plan(models: Sequence[Model], request: MergeRequest, output: Output) ->
     a = models[0]
     family = a.anatomy.family.name
     resolved = request.resolve(family, len(models))
-    combination = Combination.of(request.merge_method, resolved.numbers, clip=request.clip)
-    decided = decide(
-        models, request, resolved, combination, output.naming, names_components=output.names_components
-    )
+    decided = decide(models, request, resolved, output.naming, names_components=output.names_components)
     described = as_run(request, [model.source.name for model in models], resolved)
     metadata = output_metadata(a.source.metadata, json.dumps(described, ensure_ascii=False), family)
     anatomy = replace(a.anatomy, variant=_variant(a, decided.tensors), naming=output.naming)
@@ -83,11 +79,11 @@ def make_plan(models: Sequence[Model], request: MergeRequest, output: Output) ->
         output,
         tuple(planned_file(file, metadata) for file in laid_out.files),
         laid_out.small_files,
-        tuple(gathered_by(decided.tensors)),
+        tuple(to_gather(decided.tensors)),
     )
 
 
-def gathered_by(tensors: Sequence[OutputTensor]) -> list[Gathered]:
+def to_gather(tensors: Sequence[OutputTensor]) -> list[Gathered]:
     """What tensors need to be gathered first."""
     found = (leaf for one in tensors for leaf in leaves_of(one.expression) if isinstance(leaf, Gathered))
     return list(dict.fromkeys(found))

@@ -46,7 +46,6 @@ def decide(
     models: Sequence[Model],
     request: MergeRequest,
     resolved: Resolved,
-    combination: Combination,
     naming: str | None = None,
     *,
     names_components: bool = False,
@@ -58,25 +57,26 @@ def decide(
     different tensors, or floats in one model only, when shapes differ, or the VAE that was asked for is not
     there.
     """
-    naming = naming or models[0].anatomy.naming
+    anatomy, method = models[0].anatomy, request.merge_method
+    naming = naming or anatomy.naming
     _check_models(models, request)
-    if combination.method.locality == "model":
-        gathered = Gathered(combination.method, tuple(looked_at(models)))
-        combination = replace(combination, gathered=gathered)
-    judge = _Judge(models, request, resolved, combination, naming)
     _check_unets(models)
-    decisions = judge.decide()
+    combination = Combination.of(method, anatomy.family, resolved.numbers, clip=request.clip)
+    if method.locality == "model":
+        combination = replace(combination, figures=Gathered(method, tuple(looked_at(models))))
+    policies = _Policies(models, request, resolved, combination, naming)
+    decisions = policies.decide()
     tensors, lost = named(
         {one.ldm: one.expression for one in decisions}, models[0], naming, names_components=names_components
     )
     if twice := [name for name, count in Counter(one.name for one in tensors).items() if count > 1]:
         # The last guard before a file that no reader opens.
         raise IncompatibleModelsError(f"two tensors of the output would be called {listing(twice)}")
-    notes = describe(models, request, resolved, decisions, judge.found, naming)
+    notes = describe(models, request, resolved, decisions, policies.found, naming)
     return Decisions(
         tuple(OutputTensor(one.name, one.ldm, simplify(one.expression)) for one in tensors),
-        tuple(dict.fromkeys(donor.source for donor in judge.donors)),
-        _counts(models, decisions, len(judge.found.left_out), len(tensors)),
+        tuple(dict.fromkeys(donor.source for donor in policies.donors)),
+        _counts(models, decisions, len(policies.found.left_out), len(tensors)),
         (*notes, *lost),
     )
 
@@ -96,7 +96,7 @@ def looked_at(models: Sequence[Model]) -> Iterator[tuple[Expression, ...]]:
             yield found
 
 
-class _Judge:
+class _Policies:
     """The policies, for one merge: each tensor is asked about once, by its LDM name."""
 
     def __init__(
@@ -169,19 +169,19 @@ class _Judge:
         tensors = [model.tensors[name] for model in self.models]
         shapes = [one.shape for one in tensors]
         plain_name = self.plain_of_ema.get(name, name)
-        widest = widest_input(plain_name, shapes, self.family)
+        widest = widest_input(name, shapes, self.family)
         if len(set(shapes)) > 1 and widest is None:
             said = ", ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
             self.found.faults.append(f"{shown(name)} (shapes differ: {shown(said)})")
             return None
         block = self.family.block_of(plain_name)
-        alpha, beta = self.rules.weight(block, plain_name, self.weights[block]), self.beta[block]
+        weights = self.rules.weight(block, plain_name, self.weights[block]), self.beta[block]
         self.found.blended.append((block, name))
         dtype = self.request.output_dtype or tensors[0].dtype
         change = self._change(name, dtype, shapes[widest or 0])
-        made = self.combination.combine(name, tensors, (alpha, beta), dtype, change, widest)
+        made = self.combination.combine(name, tensors, weights, dtype, change)
         return Decision(
-            name, made.expression, made.inputs, None if made.source is None else self.models[made.source]
+            name, made.expression, made.inputs, None if made.model is None else self.models[made.model]
         )
 
     def _taken(self, name: str, donor: Model | VaeFile, *, keeps_dtype: bool = False) -> Decision:
