@@ -198,6 +198,11 @@ def test_quiet_prints_nothing(pairs, here, capsys):
             ("-w", "0.5", "-m", "dare", "--drop-rate", "0", "--number", "drop_rate=1"),
             "drop_rate is given twice: 0 and 1",
         ),
+        (
+            ("-w", "0.5", "-m", "dare", "--number", "drop-rate=0", "--number", "drop_rate=1"),
+            "drop_rate is given twice: 0 and 1",
+        ),
+        (("-w", "0.5", "-m", "dare", "--number", "seed=3"), "the seed has an option of its own: --seed 3"),
     ],
 )
 def test_refused_arguments(pairs, here, capsys, arguments, says):

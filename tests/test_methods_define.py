@@ -179,7 +179,7 @@ def test_copies_of_no_model(result):
     def faulty(a, b, *, alpha):
         return a
 
-    says = rf"^the method \S+:faulty copies {result} at \(0.5, 0.0\): 0 is A, 1 the last that it always has"
+    says = rf"^copies of the method \S+:faulty gives {result} at alpha 0.5 and beta 0: .* from 0 for A to 1, "
     with pytest.raises(RecipeError, match=says):
         find_method(faulty).copies(0.5)
 

@@ -8,12 +8,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 import blockmerge
 from blockmerge.cli.main import run
 from blockmerge.errors import RecipeError
 from blockmerge.methods import find_method
 from tests.refusals import assert_refused
+from tests.thin_unet import config
 
 SOURCE = """
 import blockmerge
@@ -331,6 +333,23 @@ def test_a_method_of_an_object_is_told_apart():
 
     with pytest.raises(RecipeError, match=r":Slotted is no plain function: decorate a function of its own$"):
         blockmerge.merge_method(Slotted())
+
+
+@blockmerge.merge_method
+def with_defaults(a, b, c, *, alpha=0.5, beta=0.25):
+    return a + alpha * (b - a) + beta * (c - a)
+
+
+def test_weights_by_default_are_those_of_the_function():
+    unet = UNet2DConditionModel(**config("sd1"))
+    models = [{name: torch.randn_like(t) for name, t in unet.state_dict().items()} for _ in range(3)]
+    said = blockmerge.merge_state_dicts(*models, method=with_defaults, weights=0.5, weights_beta=0.25)
+    for options in ({}, {"weights": 0.5}, {"weights_beta": 0.25}):
+        merged = blockmerge.merge_state_dicts(*models, method=with_defaults, **options)
+        assert all(torch.equal(tensor, said[name]) for name, tensor in merged.items()), options
+    with blockmerge.LiveMerge(unet, *models, method=with_defaults) as live:
+        live.apply()
+        assert all(torch.equal(tensor, said[name]) for name, tensor in unet.state_dict().items())
 
 
 @pytest.mark.parametrize("what", ["formula", "source"])

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -407,6 +408,101 @@ def test_a_preset_that_has_changed_or_is_gone_changes_nothing(folders, here):
         Recipe(*models, preset=f"{preset}@0.5").run("7.safetensors")
 
 
+def test_what_was_found_is_for_what_was_asked(folders, here):
+    models = [folders / f"{letter}.safetensors" for letter in "ab"]
+    written = Recipe(*models, preset="high_res", changes="M00=0.25", seed=4).run("1.safetensors").recipe
+    asked = Recipe.from_dict(written, models=models).to_dict()
+    for edited in ({"preset": "low_res"}, {"set": "M00=0.5"}, {"weights": 0.5, "preset": None}, {"seed": 5}):
+        with pytest.raises(
+            RecipeError, match=r"^recipe: its found are the weights of other .*: remove found"
+        ):
+            Recipe.from_dict({**asked, **edited})
+        free = {key: value for key, value in {**asked, **edited}.items() if key != "found"}
+        Recipe.from_dict(free)
+    with pytest.raises(RecipeError, match="remove found"):
+        Recipe.from_dict(
+            {"models": ["a", "b"], "preset": "high_res", "found": {"weights": written["weights"]}}
+        )
+    first, last = list(written["weights"])[:2]
+    for weights in ({}, {first: 0.5}, {**written["weights"], "D00": 0.5}):
+        broken = Recipe.from_dict({**written, "weights": weights}, models=models)
+        with pytest.raises(blockmerge.WeightsError, match=rf"found for {len(weights)} blocks?.* have 26"):
+            broken.run("2.safetensors")
+    for weight in ("random", "0.5", True):
+        with pytest.raises(
+            RecipeError, match=rf"^recipe: {last} was found to be {weight}, which is no number"
+        ):
+            Recipe.from_dict({**written, "weights": {**written["weights"], last: weight}}, models=models)
+    with pytest.raises(RecipeError, match=r"^recipe: unknown key later, written by version 9\.9; this is "):
+        Recipe.from_dict({**written, "version": "9.9", "later": 1}, models=models)
+
+
+@pytest.mark.parametrize(("family", "other"), [("sd1", "sdxl"), ("sdxl", "sd1")])
+def test_what_was_found_for_a_family_is_not_for_another(pairs, here, family, other):
+    written = Recipe(*pairs(family), weights=0.5).run("1.safetensors").recipe
+    with pytest.raises(blockmerge.WeightsError, match="is for models of that file's family"):
+        Recipe.from_dict(written, models=pairs(other)).run("2.safetensors")
+    assert [path.name for path in here.iterdir()] == ["1.safetensors"]
+
+
+@pytest.mark.parametrize("vae", [0, 1, 2, -1, True, False, 1.5, b"a", ["a"]])
+def test_a_vae_that_is_no_model(folders, here, vae):
+    models = [folders / f"{letter}.safetensors" for letter in "ab"]
+    says = rf"vae \(--vae\) is a {type(vae).__name__}, which is no model"
+    with pytest.raises(RecipeError, match=says):
+        blockmerge.merge(*models, weights=0.5, vae=vae, output="out.safetensors")
+    with pytest.raises(RecipeError, match=says):
+        blockmerge.convert(models[0], "out.safetensors", vae=vae)
+    with pytest.raises(RecipeError, match="unknown VAE choice"):
+        blockmerge.merge_state_dicts(*map(load_file, models), weights=0.5, vae=vae)
+    written = Recipe(*models, weights=0.5).to_dict()
+    with pytest.raises(RecipeError, match=says):
+        Recipe.from_dict(written, vae=vae)
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["b", "auto", "blend"])
+def test_an_opened_vae_is_told_from_a_word(folders, here, name):
+    os.link(folders / "my.vae.safetensors", name)
+    models = [str(folders / f"{letter}.safetensors") for letter in "ab"]
+    for vae in (blockmerge.open_checkpoint(name), Path(name)):
+        recipe = Recipe(*models, weights=0.5, vae=vae)
+        assert recipe.to_dict()["vae"] == os.path.join(".", name)
+        assert Recipe.from_dict(recipe.to_dict()).plan("out.safetensors").summary().tensors.from_vae == 248
+
+
+def test_arguments_that_are_something_else(folders, here):
+    models = [folders / f"{letter}.safetensors" for letter in "ab"]
+    dicts = [load_file(path) for path in models]
+    written = Recipe(*models, weights=0.5).to_dict()
+    for changes in (3, ["BASE=1"], b"x"):
+        for merge in (blockmerge.merge, Recipe):
+            with pytest.raises(
+                blockmerge.WeightsError, match=rf"^changes \(--set\) .*{type(changes).__name__} given"
+            ):
+                merge(
+                    *models, weights=0.5, changes=changes, **({"output": "o"} if merge is not Recipe else {})
+                )
+    recipe = Recipe(*models, weights=0.5, changes={"BASE": 1})
+    assert Recipe.from_dict(through_json(recipe.to_dict())) == recipe
+    for given_models, what in (("ab", "str"), (3, "int"), (dict.fromkeys("ab"), "dict")):
+        with pytest.raises(RecipeError, match=rf"^models are a list of them, A first; {what} given"):
+            Recipe.from_dict(written, models=given_models)
+    with pytest.raises(RecipeError, match=r"^methods are functions by their names"):
+        Recipe.from_dict(written, methods=3)
+    for path in (None, 3, True):
+        with pytest.raises(RecipeError, match=r"^a recipe's file is a path"):
+            recipe.dump(path)
+        with pytest.raises(RecipeError, match=r"^a recipe's file is a path"):
+            Recipe.load(path)
+    with pytest.raises(RecipeError, match=r"a\.safetensors is too large for a recipe: .*Recipe\.from_dict"):
+        Recipe.load(models[0])
+    with pytest.raises(RecipeError, match=r"^model 1 is a bytes, and a recipe"):
+        Recipe(b"a", "b", weights=0.5).to_dict()
+    in_memory = Recipe.from_dict({"weights": 0.25}, models=dicts).run("out.safetensors")
+    the_same(in_memory.output, Recipe(*dicts, weights=0.25).run("two.safetensors").output)
+
+
 def test_ratios_are_kept_in_full(folders, here):
     models = [folders / f"{letter}.safetensors" for letter in "ab"]
     result = Recipe(*models, preset=["HIGH-RES@0.123456789", "low_res"]).run("1.safetensors")
@@ -520,9 +616,8 @@ def test_a_vae_in_a_folder_of_letters(folders, here):
 def test_a_vae_that_is_nothing_or_not_there(folders, here, run):
     models = [folders / f"{letter}.safetensors" for letter in "ab"[: 2 if run == "merge" else 1]]
     asked = {"weights": 0.5} if run == "merge" else {}
-    with pytest.raises(
-        RecipeError, match=r"^vae \(--vae\) is empty: it takes auto, a, b, blend, a file or a folder$"
-    ):
+    letters = "auto, a, b, blend, " if run == "merge" else ""
+    with pytest.raises(RecipeError, match=rf"^vae \(--vae\) is empty: it takes {letters}a file or a folder$"):
         getattr(blockmerge, run)(*models, **asked, vae="", output="out.safetensors")
     with pytest.raises(
         blockmerge.CheckpointError, match=r"ab: no such file.*vae \(--vae\) takes .*a file or a folder"

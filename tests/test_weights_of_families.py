@@ -1,4 +1,5 @@
-"""Weights know blocks by their family: any list of blocks works, and is carried over where the family says how.
+"""Weights know blocks by their family: any list of blocks works, and is carried over where the family says
+how.
 
 The toy families have the blocks that are usual for transformers.
 """
@@ -251,6 +252,14 @@ def test_one_number_is_for_every_family(tmp_path, number):
     assert ", ".join(preset.families) == ALL
     assert preset.weights_for("double", seed=3) == parse_weights(number.strip("'"), "double", seed=3)
     assert preset.weights_for("sdxl", "resolution", 3)["OUT00"] == preset.weights_for("sd1", seed=3)["OUT03"]
+
+
+def test_one_number_for_a_family_is_for_that_family(tmp_path):
+    preset = find_preset(written(tmp_path, "[weights]\nsdxl = 0.25\ndouble = 0.75"))
+    assert preset.families == ("sdxl", "double")
+    with pytest.raises(PresetError, match=r"has no weights for Stable Diffusion 1.x, only for sdxl, double"):
+        preset.weights_for("sd1")
+    assert preset.weights is None
 
 
 @pytest.mark.parametrize(

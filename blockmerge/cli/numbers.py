@@ -56,8 +56,11 @@ def _with(numbers: dict[str, str], texts: tuple[str, ...]) -> dict[str, str]:
 
     for text in texts:
         name, equals, value = text.partition("=")
+        name = name.strip().replace("-", "_")  # as the options are written
         if not (name.isidentifier() and equals and value):
             raise RecipeError(f"cannot read --number '{shown(text)}': write NAME=VALUE, as in limit=0.02")
+        if name == "seed":
+            raise RecipeError(f"the seed has an option of its own: --seed {shown(value)}")
         if name in numbers:
             raise RecipeError(
                 f"the number {shown(name)} is given twice: {shown(numbers[name])} and {shown(value)}"

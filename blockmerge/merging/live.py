@@ -140,7 +140,8 @@ class LiveMerge:
         seed = self._seed if seed is None else seed
         default = self._method.weights.get("alpha", 0.0)
         first = WeightsRequest(preset, weights, changes, sdxl_map, seed, default=default)
-        second = WeightsRequest(preset_beta, weights_beta, None, sdxl_map, seed, beta=True)
+        of_beta = self._method.weights.get("beta")
+        second = WeightsRequest(preset_beta, weights_beta, None, sdxl_map, seed, beta=True, default=of_beta)
         alpha = first.change(self._weights) if keep else first.resolve(self._unet.family.name)
         beta = second.change(self._weights_beta) if keep else second.resolve(self._unet.family.name)
         wanted = {name: launcher.content((alpha[name], beta[name])) for name in self._held}

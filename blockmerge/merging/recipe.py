@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Union
 
@@ -62,7 +62,8 @@ class Recipe:
     `merge` that decide what is written, and `prune` of `convert`; `numbers` are the method's own. (A recipe
     may hold another one as a model. That is kept, but cannot be planned yet.)
 
-    Raises RecipeError, WeightsError among them, for arguments that make no sense whatever the models are.
+    Raises RecipeError, WeightsError among them, for options and numbers that there are not. Weights, presets
+    and models are looked at by `plan`.
     """
 
     models: tuple[Leaf, ...]
@@ -147,7 +148,8 @@ class Recipe:
         """Return the recipe as plain data, ready for JSON: `models`, and all that is not as by default.
 
         Keys are the command line's long options, with `_` for `-` (`set`, `to`, `weights_beta`), and the
-        method's numbers by their names. Paths are as they were given.
+        method's numbers by their names. Paths are as they were given, and those that are relative are so to
+        the folder in which the recipe is run.
 
         Raises RecipeError for models that are in memory and so have no name.
         """
@@ -196,7 +198,9 @@ class Recipe:
         configs: CheckpointLike | None,
         methods: Mapping[str, object] | None,
     ) -> Self:
-        leaves = _leaves(written)
+        if models is not None and (isinstance(models, (str, Mapping)) or not isinstance(models, Sequence)):
+            raise RecipeError(f"models are a list of them, A first; {type(models).__name__} given")
+        leaves = _leaves(written if models is None or "models" in written else {"models": [""] * len(models)})
         if models is not None and len(models) != len(leaves):
             names = ", ".join(shown(leaf) if isinstance(leaf, str) else "a merge" for leaf in leaves)
             raise RecipeError(
@@ -211,14 +215,15 @@ class Recipe:
                 missing.insert(0, f"its models, {', '.join(map(shown, leaves))}")
             if missing:
                 raise RecipeError(f"this recipe has names only, no places: give {' and '.join(missing)}")
-        read = [
+        read: Sequence[Leaf] = models or [
             cls._read(leaf, None, None, None, methods) if isinstance(leaf, Mapping) else leaf
-            for leaf in (leaves if models is None else models)
+            for leaf in leaves
         ]
         return cls.of(read, from_asked(asked, methods, vae=vae, configs=configs))
 
     def dump(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write `to_dict` as JSON. Raises RecipeError as it does, OutputError when it cannot be written."""
+        _check_path(path)
         try:
             text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
         except ValueError as error:
@@ -246,6 +251,7 @@ class Recipe:
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, methods: Mapping[str, object] | None = None) -> Self:
         """Read what `dump` has written. Raises RecipeError, naming the file, when that is not possible."""
+        _check_path(path)
         try:
             with open(path, "rb") as file:
                 data = file.read(_LARGEST + 1)
@@ -253,7 +259,10 @@ class Recipe:
             why = reason(error) if isinstance(error, OSError) else str(error)
             raise RecipeError(f"cannot read the recipe {shown(path)}: {why}") from error
         if len(data) > _LARGEST:
-            raise RecipeError(f"{shown(path)} is too large for a recipe")
+            raise RecipeError(
+                f"{shown(path)} is too large for a recipe: that in a merged file's metadata is read by "
+                "Recipe.from_dict, which says how"
+            )
         try:
             written = json.loads(data)
         except (ValueError, RecursionError) as error:
@@ -322,7 +331,7 @@ class Plan:
 
     recipe: Recipe
     target: Path
-    planned: PlannedOutput
+    planned: PlannedOutput = field(repr=False)
     pace: Pace
     device: str
     overwrite: bool
@@ -370,6 +379,11 @@ class Plan:
             recipe=plan.described,
             dry_run=dry,
         )
+
+
+def _check_path(path: object) -> None:
+    if not isinstance(path, (str, os.PathLike)):
+        raise RecipeError(f"a recipe's file is a path; {type(path).__name__} given")
 
 
 def _leaves(written: Mapping[str, Any]) -> list[Any]:

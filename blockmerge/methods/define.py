@@ -92,7 +92,7 @@ def merge_method(
     - `rows(shape, alpha, beta)`, for a method that takes whole rows from its models: stretches (start, stop,
       model) of the first axis, in order and without gaps. They are copied, without the function.
     - `passes`, two functions: the first gives a tensor's figures `f(a, b, …)`, and the second makes of those
-      of all tensors, a list in any order, what the method gets as the keyword `gathered`.
+      of all tensors, a list in the order of A, what the method gets as the keyword `gathered`.
 
     The parentheses may be left out. Raises RecipeError, naming the function and what it lacks.
     """

@@ -56,8 +56,8 @@ class Guard:
             model: int | None = caught(alpha, beta)
             if model is not None and not self._is_model(model):
                 raise RecipeError(
-                    f"the method {shown(self.name)} copies {shown(model)} at ({alpha}, {beta}): "
-                    f"0 is A, {self.models - 1} the last that it always has, and None is none"
+                    f"copies of the method {shown(self.name)} gives {shown(model)} at alpha {alpha:g} and "
+                    f"beta {beta:g}: it is a model's number, from 0 for A to {self.models - 1}, or None"
                 )
             return model
 

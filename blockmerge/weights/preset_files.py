@@ -102,7 +102,8 @@ class Preset:
         same = [name for name in tables if FAMILIES[name].blocks == wanted.blocks]
         carried = [name for name in tables if ways_to(wanted, FAMILIES[name].blocks)]
         found = [(tables[name], name) for name in ([*carried, *same] if carry_first else [*same, *carried])]
-        found += [(table, family) for table in tables.values() if is_one_number(table)]
+        if DEFAULT_FAMILY in tables and is_one_number(tables[DEFAULT_FAMILY]):
+            found.append((tables[DEFAULT_FAMILY], family))
         return found[0] if found else None
 
 

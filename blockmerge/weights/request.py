@@ -31,12 +31,13 @@ class WeightsRequest:
     for the second weight: its default is 0, its random numbers are others than alpha's, and messages speak of
     `weights_beta`.
 
-    Raises WeightsError for a seed that is no whole number and for an unknown `sdxl_map`.
+    Raises WeightsError for a seed that is no whole number, for an unknown `sdxl_map`, and for changes that
+    are no text.
     """
 
     preset: str | Sequence[str] | None = None
     weights: WeightsLike | None = None
-    changes: str | None = None
+    changes: str | Mapping[str, float | str | None] | None = None
     sdxl_map: str | None = None
     seed: int = 0
     beta: bool = False
@@ -47,6 +48,11 @@ class WeightsRequest:
             raise WeightsError(f"a whole number is needed as seed: found {shown(self.seed)}")
         if self.sdxl_map is not None:
             check_sdxl_map(self.sdxl_map)
+        if not isinstance(self.changes, (str, Mapping, type(None))):
+            raise WeightsError(
+                f"{self._option('changes')} are a text, as in 'BASE=0,OUT11=1'; "
+                f"{type(self.changes).__name__} given"
+            )
         if isinstance(self.preset, (list, tuple)):
             object.__setattr__(self, "preset", tuple(self.preset) or None)
         if self.beta and self.default is None:

@@ -10,9 +10,10 @@ from numbers import Integral
 from string import ascii_lowercase
 from typing import Any
 
+from blockmerge.anatomy import FAMILIES
 from blockmerge.checkpoints import EMA_CHOICES, Checkpoint, CheckpointLike
 from blockmerge.dtypes import DTYPES
-from blockmerge.errors import RecipeError, did_you_mean, shown
+from blockmerge.errors import RecipeError, WeightsError, counted, did_you_mean, listing, shown
 from blockmerge.methods import Method, find_method
 from blockmerge.weights import Adjust, BlockWeights, ElementRules, WeightsRequest
 
@@ -32,12 +33,25 @@ _NO_BETA, _NO_RULES, _NO_CHANGE = WeightsRequest(beta=True), ElementRules(), Adj
 class Found:
     """What an earlier run found for the weights: of every block, whatever has become of a preset since.
 
-    `preset` is what that run called the presets, None where it was asked for none.
+    `preset` is what that run called the presets, None where it was asked for none; `of` is what the weights
+    were found for, as it is written down.
     """
 
     preset: str | None
     weights: Mapping[str, float | None]
     beta: Mapping[str, float | None] | None = None
+    of: Mapping[str, Any] = field(default_factory=dict)
+
+    def check_blocks(self, family: str) -> None:
+        """Raise WeightsError when the weights are not those of all blocks of a family."""
+        blocks = FAMILIES[family].blocks
+        for weights in (self.weights, self.beta):
+            if weights is not None and weights.keys() != set(blocks):
+                raise WeightsError(
+                    f"these weights were found for {counted(len(weights), 'block')} "
+                    f"({listing(list(weights))}), and these models have {len(blocks)}: "
+                    "a recipe in a file's metadata is for models of that file's family"
+                )
 
 
 @dataclass(frozen=True)
@@ -90,7 +104,7 @@ class MergeRequest:
     def __post_init__(self) -> None:
         plain = {
             "method": find_method(self.method),
-            "vae": _told_from_words(self.vae),
+            "vae": told_from_words(os.fspath(self.vae)) if isinstance(self.vae, os.PathLike) else self.vae,
             "dtype": _IN_TORCH.get(self.dtype, self.dtype),
             "configs": os.fspath(self.configs) if isinstance(self.configs, os.PathLike) else self.configs,
             "numbers": as_plain(self.numbers),
@@ -100,7 +114,10 @@ class MergeRequest:
         for name, value in plain.items():
             object.__setattr__(self, name, value)
         self._fit_to(self.merge_method)
-        vae_choice(self.vae, 0)
+        for name, option in (("vae", self.vae), ("configs", self.configs)):
+            _check_source(name, option)
+        if self.vae == "":
+            raise RecipeError(f"vae (--vae) is empty: it takes {self.vae_choices(2)}a file or a folder")
         if self.dtype != "keep" and self.dtype not in OUTPUT_DTYPES:
             known = ["keep", *OUTPUT_DTYPES]
             raise RecipeError(
@@ -120,7 +137,7 @@ class MergeRequest:
             if weight not in method.weights and request.is_asked_for:
                 raise RecipeError(f"{shown(method.name)} takes no '{name}'")
             default = method.weights.get(weight, 0.0)
-            if request.default is None and default is not None:
+            if default is not None and request.default in (None, 0.0):  # beta's, where no method says
                 object.__setattr__(self, name, replace(request, default=default))
         if self.clip and method.models == 1:
             raise RecipeError(f"{shown(method.name)} merges 1 model: there is no B to clip to")
@@ -206,6 +223,7 @@ class MergeRequest:
         if self.found:
             weights = replace(weights, preset=None, weights=self.found.weights, changes=None)
             beta = replace(beta, preset=None, weights=self.found.beta, changes=None)
+            self.found.check_blocks(family)
         return Resolved(
             preset=self.preset_label,
             weights=weights.resolve(family),
@@ -232,20 +250,17 @@ def vae_choice(vae: CheckpointLike, models: int) -> CheckpointLike | int:
 
     A number is that of the model (0 = A) whose VAE is taken whole; only the first 26 have letters.
     ``"auto"`` and ``"blend"`` are themselves; everything else is a VAE: a path, an opened checkpoint or a
-    state dict. Raises RecipeError for an empty text.
+    state dict.
     """
     if not isinstance(vae, str):
         return vae
-    if not vae:
-        raise RecipeError("vae (--vae) is empty: it takes auto, a, b, blend, a file or a folder")
     letters = ascii_lowercase[:models]
     return letters.index(vae) if len(vae) == 1 and vae in letters else vae
 
 
 def is_vae_of_models(vae: CheckpointLike, models: int) -> bool:
     """Whether a choice of VAE stands for one of so many models', and not for a VAE of its own."""
-    choice = vae_choice(vae, models)
-    return isinstance(choice, int) or (isinstance(choice, str) and choice in _VAE_WORDS)
+    return isinstance(vae, str) and (vae in _VAE_WORDS or isinstance(vae_choice(vae, models), int))
 
 
 def check_flag(name: str, value: object) -> None:
@@ -316,17 +331,24 @@ def as_plain(value: Any) -> Any:
 
 
 def _plain_request(request: WeightsRequest) -> WeightsRequest:
+    preset = request.preset
     return replace(
         request,
-        preset=as_plain(request.preset),
+        preset=as_plain(preset) if isinstance(preset, (list, tuple, os.PathLike)) else preset,
         weights=as_plain(request.weights),
+        changes=as_plain(request.changes),
         seed=as_plain(request.seed),
     )
 
 
-def _told_from_words(vae: CheckpointLike) -> CheckpointLike:
+def told_from_words(path: str) -> str:
     """A VAE's path as a text that is none of the words and letters that stand for something else."""
-    if not isinstance(vae, os.PathLike):
-        return vae
-    path = os.fspath(vae)
     return os.path.join(os.curdir, path) if len(path) == 1 or path in _VAE_WORDS else path
+
+
+def _check_source(name: str, source: object) -> None:
+    if not isinstance(source, (str, os.PathLike, Checkpoint, Mapping, type(None))):
+        raise RecipeError(
+            f"{name} (--{name}) is a {type(source).__name__}, which is no model: "
+            "give a path, an opened checkpoint or a state dict"
+        )

@@ -23,6 +23,7 @@ from blockmerge.merging.planning.request import (
     as_plain,
     is_vae_of_models,
     make_request,
+    told_from_words,
 )
 from blockmerge.methods import IDENTITY, METHODS, Method, find_method
 from blockmerge.version import __version__
@@ -34,11 +35,17 @@ _ASKED = (*_OF_WEIGHTS, *(f"{key}_beta" for key in _OF_WEIGHTS))
 """What was asked of the weights, which a run replaces with what it has found."""
 
 _TEXTS = (
-    "method", "set", "set_beta", "adjust", "vae", "dtype", "to", "ema", "variant", "configs", "sdxl_map",
+    "method", "adjust", "vae", "dtype", "to", "ema", "variant", "configs", "sdxl_map",
 )  # fmt: skip
 _FLAGS = ("clip", "prune", "allow_nonfinite")
 OPTIONS = (*_ASKED, *_TEXTS, *_FLAGS, "rules", "seed", "numbers", "found")
 """The keys of a request that is written as asked; all others are numbers of its method."""
+
+_AS_RUN = frozenset((
+    "version", "method", "models", "preset", "weights", "weights_beta", "numbers", "rules", "adjust",
+    "clip", "vae", "vae_file", "dtype", "ema", "prune", "naming", "variant", "configs", "allow_nonfinite",
+    "asked",
+))  # fmt: skip
 
 _NOT_NUMBERS = (*OPTIONS, "models", "version")
 
@@ -59,7 +66,7 @@ def as_asked(request: MergeRequest) -> dict[str, Any]:
         "clip": request.clip or None,
         "seed": weights.seed or None,
         "sdxl_map": weights.sdxl_map,
-        "vae": None if _is(request.vae, _VAE) else path_of(request.vae, "the VAE"),
+        "vae": None if _is(request.vae, _VAE) else _vae_written(request.vae),
         "ema": None if request.ema == _EMA else request.ema,
         "dtype": None if request.dtype == _DTYPE else request.dtype,
         "to": request.naming,
@@ -67,7 +74,8 @@ def as_asked(request: MergeRequest) -> dict[str, Any]:
         "variant": request.variant,
         "configs": None if request.configs is None else path_of(request.configs, "configs"),
         "allow_nonfinite": request.allow_nonfinite or None,
-        "found": found and {"preset": found.preset, "weights": found.weights, "weights_beta": found.beta},
+        "found": found
+        and {"of": found.of, "preset": found.preset, "weights": found.weights, "weights_beta": found.beta},
     }
     said = {key: value for key, value in asked.items() if value is not None}
     return {key: for_json(value, key) for key, value in {**said, **_numbers_asked(request)}.items()}
@@ -97,6 +105,8 @@ def from_asked(
     """
     for key in _TEXTS:
         _check(written, key, str, "a text")
+    for key in ("set", "set_beta"):
+        _check(written, key, (str, Mapping), "a text or a table")
     for key in ("preset", "preset_beta", "rules"):
         _check(written, key, (str, list, tuple), "a text or a list of texts")
         if not isinstance(written.get(key), (str, type(None))):
@@ -108,12 +118,12 @@ def from_asked(
     by_name = {key: value for key, value in written.items() if key not in OPTIONS}
     rules = written.get("rules") or ""
     if vae is not None:
-        written = {**written, "vae": Path(vae) if isinstance(vae, str) else vae}
+        written = {**written, "vae": Path(vae) if isinstance(vae, str) and vae else vae}
     beside = {"vae": "vae", "dtype": "dtype", "to": "naming", "ema": "ema", "variant": "variant"}
     options = {name: written[key] for key, name in beside.items() if written.get(key) is not None}
     flags = {key: written[key] for key in _FLAGS if written.get(key) is not None}
     return make_request(
-        _method(written.get("method") or _METHOD, methods or {}),
+        _method(_METHOD if written.get("method") is None else written["method"], methods),
         as_plain({**by_name, **(written.get("numbers") or {})}),
         _weights(written, ""),
         _weights(written, "_beta"),
@@ -121,7 +131,7 @@ def from_asked(
         adjust=written.get("adjust") or "",
         arguments=(*OPTIONS, "models"),
         configs=written.get("configs") if configs is None else configs,
-        found=_found(written.get("found")),
+        found=_found(written.get("found"), written),
         **options,
         **flags,
     )
@@ -177,10 +187,15 @@ def asked_of_run(run: Mapping[str, Any], models: int) -> tuple[dict[str, Any], d
     _check(run, "asked", Mapping, "a table")
     if unknown := (run.get("asked") or {}).keys() - {*_ASKED, "seed", "sdxl_map"}:
         raise RecipeError(f"recipe: unknown key {listing(sorted(map(str, unknown)))} in asked")
+    if unknown := run.keys() - _AS_RUN:
+        raise RecipeError(
+            f"recipe: unknown key {listing(sorted(map(str, unknown)))}, "
+            f"written by version {shown(run['version'])}; this is {__version__}"
+        )
     if run.get("weights") is not None:
         weights = {"weights": run["weights"], "weights_beta": run.get("weights_beta")}
         asked |= run.get("asked") or weights
-        asked["found"] = {"preset": run.get("preset"), **weights}
+        asked["found"] = {"of": _looked_at(asked), "preset": run.get("preset"), **weights}
     places = {key: run[key] for key in ("configs",) if run.get(key) is not None}
     file = run.get("vae_file")
     if file is None and not is_vae_of_models(run.get("vae") or _VAE, models):
@@ -195,8 +210,14 @@ def path_of(source: object, what: str) -> str:
     """The path of something that is a file or folder, as it was given. Raises RecipeError for what is not."""
     path = source.path if isinstance(source, Checkpoint) else source
     if not isinstance(path, (str, os.PathLike)):
-        raise RecipeError(f"{what} is in memory, and a recipe that is written down can only name files")
+        is_model = isinstance(source, (Checkpoint, Mapping))
+        where = "in memory" if is_model else f"a {type(source).__name__}"
+        raise RecipeError(f"{what} is {where}, and a recipe that is written down can only name files")
     return os.fspath(path)
+
+
+def _vae_written(vae: CheckpointLike) -> str:
+    return vae if isinstance(vae, str) else told_from_words(path_of(vae, "the VAE"))
 
 
 def for_json(value: Any, what: str) -> Any:
@@ -252,17 +273,31 @@ def _weights(written: Mapping[str, Any], suffix: str) -> WeightsRequest:
     )
 
 
-def _found(written: Mapping[str, Any] | None) -> Found | None:
+def _looked_at(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options on which the weights of the blocks depend."""
+    return {key: asked[key] for key in (*_ASKED, "seed", "sdxl_map") if asked.get(key) is not None}
+
+
+def _found(written: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> Found | None:
     if written is None:
         return None
-    if unknown := written.keys() - {"preset", "weights", "weights_beta"}:
+    if unknown := written.keys() - {"of", "preset", "weights", "weights_beta"}:
         raise RecipeError(f"recipe: unknown key {listing(sorted(map(str, unknown)))} in found")
     _check(written, "preset", str, "a text")
-    for key in ("weights", "weights_beta"):
-        _check(written, key, Mapping, "a table of blocks")
+    for key in ("of", "weights", "weights_beta"):
+        _check(written, key, Mapping, "a table")
     if written.get("weights") is None:
         raise RecipeError("recipe: found has no weights")
-    return Found(written.get("preset"), dict(written["weights"]), as_plain(written.get("weights_beta")))
+    for block, weight in {**written["weights"], **(written.get("weights_beta") or {})}.items():
+        if isinstance(weight, (bool, str)):
+            raise RecipeError(f"recipe: {shown(block)} was found to be {shown(weight)}, which is no number")
+    of = as_plain(written.get("of") or {})
+    if of != as_plain(_looked_at(asked)):
+        raise RecipeError(
+            "recipe: its found are the weights of other presets, weights or seed than it asks for now: "
+            "remove found, so that what it asks for is looked up"
+        )
+    return Found(written.get("preset"), dict(written["weights"]), as_plain(written.get("weights_beta")), of)
 
 
 def _method_written(method: Method) -> str:
@@ -271,8 +306,13 @@ def _method_written(method: Method) -> str:
     return method.name if is_known else f":{method.name}"
 
 
-def _method(name: str, methods: Mapping[str, object]) -> object:
-    if name in methods:
+def _method(name: str, methods: Mapping[str, object] | None) -> object:
+    if not isinstance(methods, (Mapping, type(None))):
+        raise RecipeError(
+            f"methods are functions by their names, {{'module:function': FUNCTION}}; "
+            f"{type(methods).__name__} given"
+        )
+    if methods and name in methods:
         found = find_method(methods[name])
         if _method_written(found) != name:
             raise RecipeError(f"the recipe's method is {shown(name)}; {shown(found.name)} given for it")
