@@ -28,9 +28,8 @@ settings.register_profile(
 )
 settings.load_profile("default")
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # as in what a script starts with &: children would ignore it too
+# As in what a script starts with &: children would ignore it too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FAMILIES = ("sd1", "sd2", "sdxl")

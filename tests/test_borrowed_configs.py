@@ -78,9 +78,8 @@ def test_a_marked_model_keeps_its_prediction(home, tmp_path, family, make):
     assert scheduler.alphas_cumprod[-1] < 1e-7
     scheduler.set_timesteps(10)
     assert int(scheduler.timesteps[0]) == 999
-    assert (config["beta_end"] == 0.0125) == (
-        family == "sdxl"
-    )  # PNDM, which SD1 has, can do no such schedule
+    # PNDM, which SD1 has, can do no such schedule.
+    assert (config["beta_end"] == 0.0125) == (family == "sdxl")
 
 
 def test_only_the_prediction_where_only_that_is_marked(home, tmp_path):

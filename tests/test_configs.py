@@ -314,9 +314,8 @@ def test_schedules(tmp_path, family, prediction, zero_snr):
     (tmp_path / "scheduler_config.json").write_text(json.dumps(content))
     scheduler = getattr(diffusers, content["_class_name"]).from_pretrained(tmp_path)
     assert scheduler.config.prediction_type == prediction
-    betas = (
-        torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    )  # Rombach et al., "scaled linear"
+    # Rombach et al., "scaled linear".
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     expected = torch.cumprod(1 - betas, 0)
     if zero_snr:
         assert scheduler.alphas_cumprod[-1] < 1e-7

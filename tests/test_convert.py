@@ -244,10 +244,11 @@ def test_vaes_that_do_not_fit_are_refused(states, tmp_path, capsys):
         says = [f"{case}.safetensors is", says]
         for model in ("a.safetensors", "no-vae.safetensors"):
             vae_option = ("--vae", f"{case}.safetensors")
+            # Nothing there to hold it against but itself.
             if (model, case) != (
                 "no-vae.safetensors",
                 "wider",
-            ):  # nothing there to hold it against but itself
+            ):
                 assert_refused(capsys, tmp_path, "convert", model, "o.safetensors", *vae_option, says=says)
             assert_refused(
                 capsys,

@@ -42,9 +42,8 @@ def test_the_four_examples(family):
         ),
     )
     assert found == dict.fromkeys(expected, 0.5)
-    assert len(found) == 3 * 7 * (
-        2 if family == "sdxl" else 1
-    )  # 7 tensors, and two transformer blocks in SDXL
+    # 7 tensors, and two transformer blocks in SDXL.
+    assert len(found) == 3 * 7 * (2 if family == "sdxl" else 1)
 
     found = taken("NOT OUT04:attn:1", family)
     assert found == dict.fromkeys(

@@ -202,9 +202,8 @@ def in_memory_plan(models, method):
     return make_plan(opened, recipe, choose_output("out.safetensors", opened[0]))
 
 
-@pytest.mark.parametrize(
-    "family", ["sd2", "sdxl"]
-)  # which have all that is joined, transposed or of fewer axes
+# Which have all that is joined, transposed or of fewer axes.
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_naming_does_not_matter(tmp_path, name, family):
     """Whatever the models' and the output's naming, the values are those of the LDM tensors, joined and as

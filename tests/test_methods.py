@@ -332,9 +332,8 @@ def test_rows_are_counted_in_decimals():
 def test_ties_keeps_all_that_are_as_large_as_the_smallest_kept():
     a = torch.zeros(10)
     b = torch.tensor([3.0, -1, 1, 1, -1, 0.5, 0, 0, 0, 0])
-    out = apply(
-        METHODS["ties"], [a, b], alpha=1.0, density=0.2
-    )  # two of ten, and three more of the same magnitude
+    # Two of ten, and three more of the same magnitude.
+    out = apply(METHODS["ties"], [a, b], alpha=1.0, density=0.2)
     assert out.tolist() == [3, -1, 1, 1, -1, 0, 0, 0, 0, 0]
     out = apply(METHODS["ties"], [a, b], alpha=1.0, density=0.1)
     assert out.tolist() == [3, 0, 0, 0, 0, 0, 0, 0, 0, 0]

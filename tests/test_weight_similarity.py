@@ -91,9 +91,8 @@ def test_the_cosine_of_differences(pairs, tmp_path):
     by_name = {found.name: found for found in report.references}
     assert report.common_base == "a.safetensors"
     assert by_name["0.5.safetensors"].total.difference_cosine > 0.999
-    assert (
-        by_name["a.safetensors"].total.difference_cosine is None
-    )  # it is the base: there is no difference to take
+    # It is the base: there is no difference to take.
+    assert by_name["a.safetensors"].total.difference_cosine is None
     expected = groups_of(*(load_file(tmp_path / f"{share}.safetensors") for share in (0.25, 0.5)), "sd1")
     bases = groups_of(base, base, "sd1")
     for group, (x, y) in expected.items():
@@ -161,9 +160,8 @@ def test_missing_parts_and_other_shapes(pairs):
     a, b = (load_file(path) for path in pairs())
     unet = {name: tensor for name, tensor in b.items() if name.startswith("model.diffusion_model.")}
     first = "model.diffusion_model.input_blocks.0.0.weight"
-    unet[first] = torch.cat(
-        [unet[first], unet[first][:, :1].repeat(1, 5, 1, 1)], dim=1
-    )  # as inpainting models have it
+    # As inpainting models have it.
+    unet[first] = torch.cat([unet[first], unet[first][:, :1].repeat(1, 5, 1, 1)], dim=1)
     (found,) = blockmerge.similarity(a, [unet], method="weights").references
     assert "BASE" not in found.blocks
     assert set(found.components) == {"unet"}
@@ -228,9 +226,8 @@ def test_many_files_take_few_handles(pairs, tmp_path):
         files.append(path)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken = max(map(int, os.listdir("/proc/self/fd"))) if os.path.isdir("/proc/self/fd") else 64
-    resource.setrlimit(
-        resource.RLIMIT_NOFILE, (taken + 75, hard)
-    )  # 36 files held open by 3 threads would take 108
+    # 36 files held open by 3 threads would take 108.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 75, hard))
     try:
         matrix = blockmerge.similarity_matrix(files, method="weights", threads=3)
     finally:

@@ -24,9 +24,8 @@ NAMINGS = ("ldm", "diffusers")
 OUTSIDE = "BASE"
 """The block of all that is not in the U-Net."""
 
-_REMEMBERED = (
-    1 << 13
-)  # names: the models of a merge have the same ones, and each is asked about several times
+# Names: the models of a merge have the same ones, and each is asked about several times.
+_REMEMBERED = 1 << 13
 
 
 class Listed(NamedTuple):

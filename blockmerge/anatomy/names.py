@@ -27,9 +27,8 @@ VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 
 _VAE_PREFIX = re.compile(r"first_stage_model\.|vae[./]")
 _NEW_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_REMEMBERED = (
-    1 << 13
-)  # names: the models of a merge have the same ones, and each is asked about several times
+# Names: the models of a merge have the same ones, and each is asked about several times.
+_REMEMBERED = 1 << 13
 _SCHEDULE = re.compile(
     r"betas|alphas_cumprod(_prev)?|sqrt_\w+|log_one_minus_\w+|posterior_\w+|logvar|(denoiser\.)?(sigmas|log_sigmas)"
 )

@@ -71,9 +71,8 @@ class Subject:
             return cls(checkpoint, None, str(error), found, originals, ())
         originals = {name: model.names_in_file(name)[0] for name in model.tensors}
         tensors: dict[str, TensorInfo | Expression] = dict(model.tensors)
-        if (
-            model.anatomy.naming == "ldm"
-        ):  # as they are: a view makes matrices of the VAE the convolutions that they should be
+        # As they are: a view makes matrices of the VAE the convolutions that they should be.
+        if model.anatomy.naming == "ldm":
             tensors = {name: checkpoint.tensors[original] for name, original in originals.items()}
         used = {name for one in model.tensors for name in model.names_in_file(one)}
         unused = [

@@ -15,12 +15,10 @@ from blockmerge.methods.late import torch
 # Half a step above 448: beyond it, a value rounds to one that the format does not have.
 _E4M3FN_OVERFLOW = 464.0
 _BLOCK = 1 << 19  # elements whose intermediate values stay in a processor's cache
-_DEVICE_BLOCK = (
-    1 << 24
-)  # elements that keep any GPU busy, and whose intermediate values take some hundred megabytes of it
-_SLAB = (
-    1 << 18
-)  # elements of a tensor that are widened at once, where a method goes through it more than once
+# Elements that keep any GPU busy, and whose intermediate values take some hundred megabytes of it.
+_DEVICE_BLOCK = 1 << 24
+# Elements of a tensor that are widened at once, where a method goes through it more than once.
+_SLAB = 1 << 18
 _DEVICE_SLAB = 1 << 22  # the same on a GPU
 _MOST_SCRATCH = 1 << 21  # elements of scratch memory that a thread keeps for a place
 

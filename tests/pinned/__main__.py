@@ -17,11 +17,12 @@ from tests.pinned.running import TABLE, machine, run
 def main(threads: int = 2, path: Path = TABLE) -> None:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
+        # No table depends on the presets of whoever writes it.
         for name in (
             "XDG_CONFIG_HOME",
             "APPDATA",
             "HOME",
-        ):  # no table depends on the presets of whoever writes it
+        ):
             os.environ[name] = folder
         inputs = Inputs(Path(folder, "inputs"))
         found = {case.id: run(case, inputs, Path(folder, "case"), threads) for case in CASES}

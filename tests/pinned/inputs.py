@@ -105,9 +105,8 @@ class Inputs:
                 return model
             case "zip" | "legacy":
                 path = home / "model.ckpt"
-                backwards = dict(
-                    reversed(model.items())
-                )  # an order of its own, which safetensors files cannot have
+                # An order of its own, which safetensors files cannot have.
+                backwards = dict(reversed(model.items()))
                 new = source.form == "zip"
                 backwards = backwards if new else _in_this_order(backwards)
                 torch.save({"epoch": 1, "state_dict": backwards}, path, _use_new_zipfile_serialization=new)

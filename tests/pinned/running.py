@@ -40,9 +40,8 @@ def run(case: Case, inputs: Inputs, home: Path, threads: int = 2) -> dict[str, o
     """Run a case in a new folder, which is removed again. Returns its line of the table."""
     home.mkdir()
     try:
-        with _torch_threads(
-            threads if case.call in ("merge", "convert") else 1
-        ):  # sums depend on them in memory
+        # Sums depend on them in memory.
+        with _torch_threads(threads if case.call in ("merge", "convert") else 1):
             return _run(case, inputs, home, threads)
     except blockmerge.BlockmergeError as error:
         return {"error": type(error).__name__}

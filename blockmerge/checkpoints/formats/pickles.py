@@ -246,11 +246,8 @@ class _Machine:
                 self.push(storage if storage.dtype == dtype else Storage(key, dtype, elements))
             case ("storage", Unbuilt(what=what), *_):
                 raise ValueError(f"it holds a storage of the unknown type {shown(what)}")
-            case (
-                "module",
-                Unbuilt() as module,
-                *_,
-            ):  # the class of a model that was saved whole, with its source
+            # The class of a model that was saved whole, with its source.
+            case ("module", Unbuilt() as module, *_):
                 self.push(module)
             case _:
                 raise ValueError("its pickle refers to something outside it that is no storage")

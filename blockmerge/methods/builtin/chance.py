@@ -20,9 +20,8 @@ from blockmerge.methods.randomness import CHANCES, chosen, normal
 def add_noise(a: torch.Tensor, *, alpha: float, key: int, position: int, out: torch.Tensor) -> None:
     """A + α·N(0, 1): SuperMerger's "plus random"."""
     noise = normal(key, position, out.numel(), out.device)
-    if is_half(
-        a, noise, out
-    ):  # unlike torch's addition, its fused one is the same at the end of a tensor as elsewhere
+    # Unlike torch's addition, its fused one is the same at the end of a tensor as elsewhere.
+    if is_half(a, noise, out):
         torch.addcmul(a, noise, noise.new_ones(()), value=alpha, out=out)
         return
     wide = wide_dtype(a, out)
@@ -60,18 +59,16 @@ def dare(
 
     The drop rate p is met to 1/131,072; what is kept is scaled by the rate that is.
     """
-    rate = max(
-        CHANCES - round(drop_rate * CHANCES), 1
-    )  # of so many equally likely bits, the number that keeps an element
+    # Of so many equally likely bits, the number that keeps an element.
+    rate = max(CHANCES - round(drop_rate * CHANCES), 1)
     kept = chosen(rate, key, position, out.numel(), out.device)
     factor = alpha * CHANCES / rate
     if is_half(a, b, out):
         moved = torch.lerp(a, b, factor, out=scratch("total", out.numel(), out.dtype, out.device)).view(
             torch.int16
         )
-        bits = a.view(
-            torch.int16
-        )  # torch.where takes five times as long as changing bits where they are to be changed
+        # torch.where takes five times as long as changing bits where they are to be changed.
+        bits = a.view(torch.int16)
         torch.bitwise_xor(moved.bitwise_xor_(bits).mul_(kept), bits, out=out.view(torch.int16))
         return
     wide = wide_dtype(a, b, out)

@@ -125,9 +125,8 @@ def model_stock(
     lengths = norms.outer(norms)
     cosines = torch.where(lengths > 0, gram / lengths, 0).clamp_(-1, 1)
     upper = torch.triu_indices(count, count, 1, device=out.device)
-    cosine = (
-        cosines[upper[0], upper[1]].mean().clamp(0, 1)
-    )  # a negative one would give a negative t, or one divided by 0
+    # A negative one would give a negative t, or one divided by 0.
+    cosine = cosines[upper[0], upper[1]].mean().clamp(0, 1)
     step = alpha * (count * cosine / (1 + (count - 1) * cosine)).clamp(max=1)
     for part in slabs(flat_out):
         wide_a = widened("a", a[part], wide)
