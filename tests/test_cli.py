@@ -51,7 +51,7 @@ def test_what_is_without_effect_is_said(pairs, here, capsys):
         found = json.loads(ok(capsys, *pairs(family), *arguments, "--dry-run", "--json"))["notes"]
         return [note for note in found if "without effect" in note]
 
-    assert notes("-w", "0.5", "--seed", "7") == [seed]
+    assert notes("-w", "0.5", "--seed", "7") == notes("-w", "0.5", "--number", "seed=7") == [seed]
     assert notes("-p", "high_res", "--seed", "7", "--sdxl-map", "name") == [seed, mapping]
     for chance in (("-w", "random"), ("-w", "0.5", "--set", "M00=random"), ("-w", "0.5", "-m", "dare")):
         assert notes(*chance, "--seed", "7") == []
@@ -61,6 +61,14 @@ def test_what_is_without_effect_is_said(pairs, here, capsys):
     assert notes("-w", "0.5") == []
     rule = "1 element rule without effect, since no merged tensor fits: OUT06:ATTN:0.2"
     assert notes("-w", "0.5", "--rules", "out06:ATTN:0.2,out06:attn:0.2") == [rule]
+
+
+def test_a_seed_among_the_numbers_is_the_seed(pairs, here, capsys):
+    def recipe(*seed):
+        text = ok(capsys, *pairs(), "-m", "dare", "-w", "random", *seed, "--dry-run", "--json")
+        return json.loads(text)["recipe"]
+
+    assert recipe("--number", "seed=7") == recipe("--seed", "7") != recipe()
 
 
 def test_a_dry_run_tells_the_recipe_that_the_output_would_have(pairs, here, capsys):
@@ -202,7 +210,8 @@ def test_quiet_prints_nothing(pairs, here, capsys):
             ("-w", "0.5", "-m", "dare", "--number", "drop-rate=0", "--number", "drop_rate=1"),
             "drop_rate is given twice: 0 and 1",
         ),
-        (("-w", "0.5", "-m", "dare", "--number", "seed=3"), "the seed has an option of its own: --seed 3"),
+        (("-w", "0.5", "-m", "dare", "--number", "seed=3", "--seed", "4"), "seed is given twice: 4 and 3"),
+        (("-w", "0.5", "-m", "dare", "--number", "seed=x"), "the seed is a whole number; x given"),
     ],
 )
 def test_refused_arguments(pairs, here, capsys, arguments, says):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 
 import click
+from click.core import ParameterSource
 
 
 class CommandWithNumbers(click.Command):
@@ -25,7 +26,12 @@ class CommandWithNumbers(click.Command):
         rest = super().parse_args(ctx, args)
         named = {name: ctx.params.pop(name) for name in _options()}
         given = {name: value for name, value in named.items() if value is not None}
-        ctx.params["numbers"] = _with(given, ctx.params["numbers"])
+        if ctx.get_parameter_source("seed") is ParameterSource.COMMANDLINE:
+            given["seed"] = str(ctx.params["seed"])
+        numbers = _with(given, ctx.params["numbers"])
+        if "seed" in numbers:  # it is that of random weights, too
+            ctx.params["seed"] = _whole(numbers.pop("seed"))
+        ctx.params["numbers"] = numbers
         return rest
 
 
@@ -51,6 +57,15 @@ def _options() -> dict[str, click.Option]:
     return options
 
 
+def _whole(text: str) -> int:
+    from blockmerge.errors import RecipeError, shown
+
+    try:
+        return int(text)
+    except ValueError:
+        raise RecipeError(f"the seed is a whole number; {shown(text)} given") from None
+
+
 def _with(numbers: dict[str, str], texts: tuple[str, ...]) -> dict[str, str]:
     from blockmerge.errors import RecipeError, shown
 
@@ -59,8 +74,6 @@ def _with(numbers: dict[str, str], texts: tuple[str, ...]) -> dict[str, str]:
         name = name.strip().replace("-", "_")  # as the options are written
         if not (name.isidentifier() and equals and value):
             raise RecipeError(f"cannot read --number '{shown(text)}': write NAME=VALUE, as in limit=0.02")
-        if name == "seed":
-            raise RecipeError(f"the seed has an option of its own: --seed {shown(value)}")
         if name in numbers:
             raise RecipeError(
                 f"the number {shown(name)} is given twice: {shown(numbers[name])} and {shown(value)}"

@@ -93,12 +93,12 @@ def execute(
         pieces = list(file.pieces(pace.piece_bytes))
         if "torch" not in sys.modules:
             pieces = _ordered_for_loading(pieces, file)
-        job = _Job(
-            plan, file, OutputStream(path_of(file.path), direct=pace.direct), pace, device, shown_as, figures
-        )
+        threads = min(_threads(file, pace), len(pieces))
+        output = OutputStream(path_of(file.path), direct=pace.direct)
+        job = _Job(plan, file, output, pace, threads, device, shown_as, figures)
         try:
             progressed = _part_of(progress, done, total)
-            for_each(pieces, job.worker, min(pace.threads, len(pieces)), file.size, progressed)
+            for_each(pieces, job.worker, threads, file.size, progressed)
         finally:
             job.torch_threads.restore()
         done += file.size
@@ -107,6 +107,14 @@ def execute(
         checkpoint.check_unchanged()
     if nonfinite:
         raise NonFiniteError(_explain_nonfinite(plan, nonfinite))
+
+
+def _threads(file: PlannedFile, pace: Pace) -> int:
+    """How many workers: no more than can compute at once where they would mostly wait for each other's desks,
+    for each has memory.
+    """
+    large = sum(run.stop - run.start for run in file.runs if run.grain_bytes > pace.chunk_bytes)
+    return min(pace.threads, processors()) if 2 * large > file.size else pace.threads
 
 
 def _part_of(progress: Progress | None, before: int, total: int) -> Progress | None:
@@ -149,6 +157,7 @@ class _Job:
         file: PlannedFile,
         output: OutputStream,
         pace: Pace,
+        threads: int,
         device: str,
         shown_as: Path,
         figures: Figures,
@@ -159,6 +168,7 @@ class _Job:
         self.nonfinite: set[str] = set()
         self.lock = threading.Lock()
         self.torch_threads = TorchThreads()
+        self.lends = threads > processors()
         self._large = threading.BoundedSemaphore(processors())
         self._desks: list[_Desk] = []
 
@@ -173,7 +183,7 @@ class _Job:
     @contextmanager
     def desk_for_large_pieces(self) -> Iterator[_Desk]:
         """Lend memory for whole tensors: to no more workers at once than can compute at once, and the same
-        again.
+        again. Where there are no more workers, each uses its own.
         """
         with self._large:
             with self.lock:
@@ -217,8 +227,8 @@ class _Worker:
     def do_piece(self, piece: Piece) -> int:
         start, stop = piece
         runs = list(self.job.file.runs_between(start, stop))
-        large = any(run.grain_bytes > self.job.pace.chunk_bytes for run in runs)
-        with self.job.desk_for_large_pieces() if large else nullcontext(self.desk) as desk:
+        borrows = self.job.lends and any(run.grain_bytes > self.job.pace.chunk_bytes for run in runs)
+        with self.job.desk_for_large_pieces() if borrows else nullcontext(self.desk) as desk:
             memory = desk.piece(stop - start)
             for run in runs:
                 low, high = max(start, run.start), min(stop, run.stop)
