@@ -109,6 +109,9 @@ def contestants(a: Path, b: Path, output: Path, peers: bool) -> dict[str, Callab
         "load and save (process)": lambda: process(LOAD_AND_SAVE, a, b, output),
         "merge, high_res": lambda: blockmerge.merge(a, b, preset="high_res", output=output, overwrite=True),
         "merge, flat 0.5": lambda: blockmerge.merge(a, b, weights=0.5, output=output, overwrite=True),
+        "merge, flat 0.5, adjusted": lambda: blockmerge.merge(
+            a, b, weights=0.5, adjust="0,0,0,1", output=output, overwrite=True
+        ),
         "command, high_res": lambda: run("-p", "high_res"),
         "command, flat 0.5": lambda: run("-w", "0.5"),
     }

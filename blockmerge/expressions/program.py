@@ -66,7 +66,7 @@ class Program:
         """Whether two tensors of this program may be computed as one, where they lie one behind the other."""
         return self.locality == "element" and not self.is_chance
 
-    @property
+    @cached_property
     def may_overwrite_first(self) -> bool:
         """Whether the first operand may stand in the memory of the result: one step that says so."""
         first, *others = self.root.inputs or (self.root,)

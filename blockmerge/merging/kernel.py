@@ -130,7 +130,8 @@ class Kernel:
         in_place = place == 0 and run.program.may_overwrite_first and self._stream is None
         buffer = part if in_place else self._buffer(place, nbytes)
         readers.read_into(operand.source, operand.offset + begin * size_of(operand.dtype), buffer)
-        return tensor_view(buffer, operand.dtype, count).view(shape)
+        flat = tensor_view(buffer, operand.dtype, count)
+        return flat if len(shape) == 1 else flat.view(shape)
 
     def _buffer(self, place: object, nbytes: int) -> memoryview:
         held = self._buffers.get(place)
