@@ -19,26 +19,20 @@ _KEPT = re.compile(
     r"|first_stage_model\.encoder\.(mid\.attn_1|conv_in)\..*"
 )
 
-_FOR_A_FOLDER = re.compile(
-    r"transformer_blocks\.0\.attn2\.to_k|token_embedding|position(al)?_(embedding|ids)|layers\.0\.mlp\.fc1|resblocks\.(0\.mlp\.c_fc|23\.)"
-    r"|input_blocks\.4\.1\.proj_in|decoder\.conv_(in|out)|output_blocks\.\d+\.1\.transformer_blocks\.0\.attn1\.to_[qkv]"
-)
-
 
 @cache
 def _shapes(family, for_a_folder):
-    def kept(name):
-        return _KEPT.fullmatch(name) or (for_a_folder and _FOR_A_FOLDER.search(name))
-
-    return {name: shape for name, shape in demo_layout(family).items() if kept(name)}
+    # No config makes a part of a model.
+    return {
+        name: shape for name, shape in demo_layout(family).items() if for_a_folder or _KEPT.fullmatch(name)
+    }
 
 
 def small_model(family="sd1", dtype=torch.float16, seed=0, *, for_a_folder=False):
     """A model in LDM names with few, thin tensors: what tells the family, convolutions, matrices, joined and
     transposed ones.
 
-    With what the configs of a folder are made from, and the attention that is compared, where it is to be
-    one.
+    With all tensors, where it is to become a folder.
     """
     generator = torch.Generator().manual_seed(seed)
     shapes = _shapes(family, for_a_folder)

@@ -155,11 +155,11 @@ def test_configs_that_do_not_fit(home, folder, tmp_path):
     blockmerge.convert(folder, tmp_path / "out")
     assert (parsed(tmp_path / "out" / UNET), parsed(tmp_path / "out" / "text_encoder/config.json")) == before
     with pytest.raises(
-        IncompatibleModelsError, match=r"text_encoder/config.json says num_hidden_layers 3, not 1"
+        IncompatibleModelsError, match=r"text_encoder/config.json says num_hidden_layers 3, not 12"
     ):
         blockmerge.convert(home / "sd1-a.safetensors", tmp_path / "no", naming="diffusers", configs=folder)
     edit(folder / UNET, in_channels=9, block_out_channels=before[0]["block_out_channels"])
-    edit(folder / "text_encoder/config.json", num_hidden_layers=1)
+    edit(folder / "text_encoder/config.json", num_hidden_layers=12)
     blockmerge.convert(home / "sd1-a.safetensors", tmp_path / "yes", naming="diffusers", configs=folder)
     assert parsed(tmp_path / "yes" / UNET) == before[0]
 

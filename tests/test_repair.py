@@ -46,6 +46,8 @@ DAMAGES = {
         **renamed({n: t for n, t in state.items() if TEXT in n}, "text_model.", ""),
     },
     "novelai_names": lambda state: renamed(state, TEXT + "text_model.", TEXT),
+    "wrapped_names": lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
+    "other_names": lambda state: renamed(state, "first_stage_model.", "vae."),
     "float_position_ids": lambda state: {**state, IDS: state[IDS].half()},
 }
 METADATA = {

@@ -29,8 +29,10 @@ from blockmerge.anatomy.names import (
     is_schedule,
     lone_component,
     plain_names_of_ema,
+    unwrapped_name,
 )
 from blockmerge.anatomy.origins import Origin, Place, Relation, Rows
+from blockmerge.anatomy.standing import Standing
 
 __all__ = [
     "COMPONENTS",
@@ -51,6 +53,7 @@ __all__ = [
     "Place",
     "Relation",
     "Rows",
+    "Standing",
     "block_of",
     "canonical_name",
     "component_of",
@@ -68,4 +71,5 @@ __all__ = [
     "register",
     "relation_of",
     "unregister",
+    "unwrapped_name",
 ]

@@ -7,10 +7,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from blockmerge.anatomy.families import FAMILIES
-from blockmerge.anatomy.family import Shape
+from blockmerge.anatomy.family import Shape, matches
 from blockmerge.anatomy.names import component_of
 
 # Of the layouts' extents, smaller ones are kernels, channels of pictures and latents, and positions.
@@ -50,14 +49,10 @@ def layout_gaps(shapes: Mapping[str, Shape], family: str, component: str) -> Lay
     widths = _widths((wanted[name], found[name]) for name in shared)
     expected = {name: tuple(widths.get(extent, extent) for extent in wanted[name]) for name in shared}
     return LayoutGaps(
-        missing=tuple(name for name in wanted if name not in found and not _any(known.optional, name)),
-        unknown=tuple(name for name in found if name not in wanted and not _any(known.harmless, name)),
+        missing=tuple(name for name in wanted if name not in found and not matches(known.optional, name)),
+        unknown=tuple(name for name in found if name not in wanted and not known.knows(name)),
         misshapen={name: shape for name, shape in expected.items() if found[name] != shape},
     )
-
-
-def _any(patterns: Iterable[str], name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _widths(pairs: Iterable[tuple[Shape, Shape]]) -> dict[int, int]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from blockmerge.anatomy.families import FAMILIES
+from blockmerge.anatomy.structure import built_of
 from blockmerge.errors import UnknownFamilyError, shown
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -103,6 +104,11 @@ class _Part:
     def __contains__(self, name: str) -> bool:
         return name in self._shapes
 
+    @property
+    def names(self) -> Collection[str]:
+        """The names of its tensors."""
+        return self._shapes.keys()
+
     def extent(self, name: str, axis: int) -> int:
         """The extent of a tensor along an axis."""
         shape = self._shapes.get(name)
@@ -129,34 +135,24 @@ class _Part:
 
 def _unet(part: _Part, described: Described, image_size: int) -> dict[str, Any]:
     widths = part.widths("down_blocks.#.resnets.0.conv1.weight")
-    depths = [
-        part.count(f"down_blocks.{level}.attentions.0.transformer_blocks.#") for level in range(len(widths))
-    ]
-    mid_depth = part.count("mid_block.attentions.0.transformer_blocks.#")
-    first = next(
-        (f"down_blocks.{level}.attentions.0" for level, depth in enumerate(depths) if depth),
-        "mid_block.attentions.0",
-    )
-    # diffusers builds the middle with the depth of the last level.
-    built = [*(depth or 1 for depth in depths[:-1]), mid_depth]
-    one_depth = len({depth for depth in (*depths, mid_depth) if depth}) == 1
+    built = built_of(part.names)
+    where = [f"down_blocks.{n}" for n, kind in enumerate(built["down_block_types"]) if "CrossAttn" in kind]
+    first = f"{where[0] if where else 'mid_block'}.attentions.0"
     config = _of_diffusers(described["class"][1]) | {
         "act_fn": "silu",
         "attention_head_dim": _heads(widths, described),
         "block_out_channels": widths,
         "cross_attention_dim": part.extent(f"{first}.transformer_blocks.0.attn2.to_k.weight", 1),
-        "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths],
         "in_channels": part.extent("conv_in.weight", 1),
-        "layers_per_block": part.count("down_blocks.0.resnets.#"),
         "norm_num_groups": math.gcd(32, *widths),
         "out_channels": part.extent("conv_out.weight", 0),
         "sample_size": image_size // _SAMPLES,
-        "transformer_layers_per_block": mid_depth if one_depth else built,
-        "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)],
         "upcast_attention": described["upcast_attention"],
         # A 1×1 convolution has four axes.
         "use_linear_projection": part.axes(f"{first}.proj_in.weight") == 2,
+        **built,
     }
+    config = dict(sorted(config.items()))
     if "add_embedding.linear_1.weight" in part:
         width = part.extent("add_embedding.linear_1.weight", 1)
         config |= {
@@ -164,6 +160,8 @@ def _unet(part: _Part, described: Described, image_size: int) -> dict[str, Any]:
             "addition_time_embed_dim": width // described["time_ids"],
             "projection_class_embeddings_input_dim": width,
         }
+    if "time_embedding.cond_proj.weight" in part:
+        config["time_cond_proj_dim"] = part.extent("time_embedding.cond_proj.weight", 1)
     return config
 
 

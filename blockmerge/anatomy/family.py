@@ -11,6 +11,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 from importlib.resources.abc import Traversable
 from typing import Any, NamedTuple
@@ -81,12 +82,15 @@ class Signs:
         """Whether the names are of this kind at all."""
         return self.first in shapes and _holds(shapes, self.beside)
 
-    def fit(self, shapes: Mapping[str, Shape]) -> bool:
-        """Whether this is the family's U-Net; widths are not looked at."""
+    def fit(self, shapes: Mapping[str, Shape], *, cut: bool = False) -> bool:
+        """Whether this is the family's U-Net, or with `cut` may be one that lacks its highest blocks; widths
+        are not looked at.
+        """
+        highest = self.highest_in(shapes)
         return (
             all(name in shapes for name in self.has)
             and all(name in shapes and len(shapes[name]) == axes for name, axes in self.axes.items())
-            and self.highest_in(shapes) == self.highest
+            and (0 <= highest < self.highest if cut else highest == self.highest)
             and not any(_holds(shapes, name) for name in self.lacks)
         )
 
@@ -119,6 +123,27 @@ class Unmarked:
     prediction: str
     note: str
     architectures: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Derivative:
+    """A model that was made from one of the family by adding tensors, or cutting layers out.
+
+    `adds` are patterns of U-Net names that it has beside the layout's, `beside` of names outside the U-Net,
+    and `cut` of all that it lacks, without prefix. `unfit_for_folders` says why no configs of a diffusers
+    folder can be made for it, where that is so.
+    """
+
+    name: str
+    title: str
+    adds: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    cut: tuple[str, ...] = ()
+    unfit_for_folders: str = ""
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor is one that the family's own models lack."""
+        return matches((*self.adds, *self.beside), name)
 
 
 @dataclass(frozen=True)
@@ -188,7 +213,8 @@ class Family:
     beside_layout: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     harmless: tuple[str, ...] = ()
-    markers: tuple[str, ...] = ()
+    derivatives: tuple[Derivative, ...] = ()
+    markers: Mapping[str, str] = field(default_factory=dict)
     prediction: Mapping[str, Unmarked] = field(default_factory=dict)
     attention: Attention = Attention({})
     configs: Mapping[str, Any] = field(default_factory=dict)
@@ -221,7 +247,10 @@ class Family:
             beside_layout=tuple(names.get("beside_layout", ())),
             optional=tuple(completeness.get("optional", ())),
             harmless=tuple(completeness.get("harmless", ())),
-            markers=tuple(prediction.get("markers", ())),
+            derivatives=tuple(
+                Derivative(name, **_frozen(one)) for name, one in data.get("derivatives", {}).items()
+            ),
+            markers=prediction.get("markers", {}),
             prediction={
                 variant: Unmarked(one["unmarked"], one["note"], one.get("architectures", {}))
                 for variant, one in prediction.get("variants", {}).items()
@@ -252,6 +281,15 @@ class Family:
         return {name: listed.shape for name, listed in self.listed.items()}
 
     @cached_property
+    def unet(self) -> Mapping[str, str]:
+        """{name: block} of every tensor of a whole U-Net, LDM naming."""
+        return {name: one.block for name, one in self.listed.items() if one.component == "unet"}
+
+    def short(self, name: str) -> str:
+        """An LDM name without the U-Net's prefix."""
+        return name.removeprefix(self.unet_prefix("ldm"))
+
+    @cached_property
     def components(self) -> tuple[str, ...]:
         """The components that a complete file has."""
         return tuple(dict.fromkeys(listed.component for listed in self.listed.values()))
@@ -278,6 +316,22 @@ class Family:
         listed = self.listed.get(name)
         return listed.block if listed is not None else _unlisted_block(self, name)
 
+    def variant_title(self, variant: str) -> str:
+        """What people call a variant, of one word or several: ``"base"``, ``"inpainting"``, ``"unCLIP"``."""
+        titles = {one.name: one.title for one in self.derivatives}
+        return ", ".join(titles.get(word, word) for word in variant.split())
+
+    def scheduler_of(self, marker: str) -> str | None:
+        """How the class of a folder's scheduler begins that says what a marker does: None where the settings
+        of any do, empty where none does.
+        """
+        told = next((how for one, how in self.markers.items() if fnmatchcase(marker, one)), "none")
+        return {"any": None, "none": ""}.get(told, told)
+
+    def knows(self, name: str) -> bool:
+        """Whether a tensor, by its LDM name, is one that the family's models or their derivatives have."""
+        return _is_known(self, name)
+
     def relation_of(self, name: str) -> Relation:
         """Return where a folder keeps the values of an LDM tensor; NO_PLACE where it does not."""
         return _relation(self, name)
@@ -300,17 +354,15 @@ class Family:
         """Return {name in the naming `wanted`: how it is made} for tensors of a `naming`.
 
         Into LDM, tensors of a folder that are unknown to it keep their names, and so do the parts of a tensor
-        of which others are missing. Into diffusers, what has no place in a folder is left out; names of a
-        folder's own stay, but for those that an LDM tensor gets. Within LDM, only the VAE's attention gets
-        the axes of convolutions.
+        of which others are missing; what stands under a folder's prefix with an LDM name gets LDM's prefix;
+        and the VAE's attention gets the axes of convolutions. Into diffusers, what has no place in a folder
+        is left out; names of a folder's own stay, but for those that an LDM tensor gets.
         """
-        if naming != wanted:
-            return self._in_ldm(names) if wanted == "ldm" else self._in_diffusers(names)
-        if naming == "diffusers":
-            return {name: Origin((Rows(name),)) for name in names}
-        return {
-            name: Origin((Rows(name),), axes=4 if self.relation_of(name).squeezed else None) for name in names
-        }
+        if wanted == "ldm":
+            return self._in_ldm(names)
+        if naming == "ldm":
+            return self._in_diffusers(names)
+        return {name: Origin((Rows(name),)) for name in names}
 
     @cached_property
     def _original_names(self) -> Mapping[str, str]:
@@ -321,14 +373,25 @@ class Family:
     def _in_ldm(self, names: Iterable[str]) -> dict[str, Origin]:
         have = dict.fromkeys(names)
         found: dict[str, Origin] = {}
-        for name in have:
-            ldm = self._original_names.get(name)
-            relation = NO_PLACE if ldm is None else self.relation_of(ldm)
-            if ldm is None or not all(place in have for place in relation.diffusers):
+        # What has LDM's own name goes before what another naming calls the same.
+        for name in sorted(have, key=lambda name: "/" in name):
+            ldm = self._original_names.get(name) or self._under_ldm_prefix(name)
+            relation = self.relation_of(ldm)
+            if ldm in have or name not in relation.diffusers:
+                found.setdefault(ldm, Origin((Rows(name),), axes=4 if relation.squeezed else None))
+            elif all(place in have for place in relation.diffusers):
+                found.setdefault(ldm, relation.origin_in_ldm())
+            else:
                 found[name] = Origin((Rows(name),))
-            elif ldm not in found:
-                found[ldm] = relation.origin_in_ldm()
         return found
+
+    def _under_ldm_prefix(self, name: str) -> str:
+        """The LDM name of what stands under a folder's prefix but has the name that LDM gives it there."""
+        for renaming in self.renamings if "/" in name else ():
+            ldm = renaming.ldm + name.removeprefix(renaming.diffusers)
+            if name.startswith(renaming.diffusers) and self.knows(ldm):
+                return ldm
+        return name
 
     def _in_diffusers(self, names: Iterable[str]) -> dict[str, Origin]:
         found: dict[str, Origin] = {}
@@ -354,6 +417,20 @@ def _unlisted_block(family: Family, name: str) -> str:
                 )
             return block
     return OUTSIDE
+
+
+def matches(patterns: Iterable[str], name: str) -> bool:
+    """Whether a name is one of those that patterns with ``*`` stand for."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+@lru_cache(_REMEMBERED)
+def _is_known(family: Family, name: str) -> bool:
+    if name in family.listed or name in family.beside_layout:
+        return True
+    return matches((*family.optional, *family.harmless), name) or any(
+        one.has(name) for one in family.derivatives
+    )
 
 
 @lru_cache(_REMEMBERED)

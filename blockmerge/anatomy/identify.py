@@ -12,17 +12,29 @@ from dataclasses import dataclass
 
 from blockmerge.anatomy.families import FAMILIES
 from blockmerge.anatomy.family import NAMINGS, Family, Shape
-from blockmerge.anatomy.names import lone_component
+from blockmerge.anatomy.names import canonical_name, component_of, lone_component
+from blockmerge.anatomy.standing import COMPLETE, Standing, standing_of
 from blockmerge.errors import RecipeError, UnknownFamilyError, counted
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What `identify` found: the family, its variant (``"base"``, ``"inpainting"``, …) and the naming."""
+    """What `identify` found: the family, the naming, what the input channels are for (``"base"``,
+    ``"inpainting"``, …), and how the U-Net stands to the family's layout.
+    """
 
     family: Family
-    variant: str
+    inputs: str
     naming: str
+    standing: Standing = COMPLETE
+
+    @property
+    def variant(self) -> str:
+        """What kind of the family's models it is: ``"base"``, ``"inpainting"``, ``"unclip"``,
+        ``"inpainting lcm"``.
+        """
+        kinds = [one.name for one in self.standing.derivatives]
+        return " ".join([*([] if kinds and self.inputs == "base" else [self.inputs]), *kinds])
 
 
 def identify(shapes: Mapping[str, Shape]) -> Anatomy:
@@ -31,20 +43,20 @@ def identify(shapes: Mapping[str, Shape]) -> Anatomy:
     Raises UnknownFamilyError, saying what was found, when there is no U-Net or none that blockmerge knows.
     """
     family, naming, unet = _recognised(shapes)
-    variant = family.variant_of(unet, naming)
+    inputs = family.variant_of(unet, naming)
     for name in shapes:
         try:
             family.block_of(name)
         except RecipeError as error:
             raise UnknownFamilyError(f"holds no whole {family.name} U-Net: {error}") from None
-    return Anatomy(family, variant, naming)
+    return Anatomy(family, inputs, naming, _standing(family, naming, shapes))
 
 
 def _recognised(shapes: Mapping[str, Shape]) -> tuple[Family, str, Mapping[str, Shape]]:
     """The family and naming whose signs fit, and the shapes by names without prefix."""
     unets: dict[tuple[str, ...], dict[str, Shape]] = {}
     for naming in NAMINGS:
-        instead = None
+        instead, cut = None, None
         for family in FAMILIES.values():
             prefixes = tuple(map(family.unet_prefix, NAMINGS))
             if prefixes not in unets:
@@ -55,10 +67,28 @@ def _recognised(shapes: Mapping[str, Shape]) -> tuple[Family, str, Mapping[str, 
                 continue
             if signs.fit(unet):
                 return family, naming, unet
+            if signs.fit(unet, cut=True) and _is_cut(family, naming, shapes):
+                cut = cut or family
             instead = instead or signs.found_instead(unet)
+        if cut is not None:
+            return cut, naming, unet
         if instead is not None:
             raise UnknownFamilyError(f"holds a U-Net that is neither {_all_called()} ({instead})")
     raise UnknownFamilyError(_instead_of_a_unet(shapes))
+
+
+def _standing(family: Family, naming: str, names: Iterable[str]) -> Standing:
+    """How the U-Net among a model's names stands to a family."""
+    unet = [canonical_name(name) for name in names if component_of(name) == "unet"]
+    return standing_of(family, family.origins(unet, naming, "ldm"))
+
+
+def _is_cut(family: Family, naming: str, names: Iterable[str]) -> bool:
+    try:
+        standing = _standing(family, naming, names)
+    except UnknownFamilyError:
+        return False
+    return standing.is_cut and not any(not family.knows(name) for name in standing.added)
 
 
 def _without(prefixes: Iterable[str], name: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from blockmerge.anatomy.families import FAMILIES, remembered
+from blockmerge.anatomy.family import NAMINGS
 
 UNET_PREFIX = "model.diffusion_model."
 DIFFUSERS_UNET_PREFIX = "unet/"
@@ -30,9 +31,25 @@ _NEW_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_att
 # Names: the models of a merge have the same ones, and each is asked about several times.
 _REMEMBERED = 1 << 13
 _SCHEDULE = re.compile(
-    r"betas|alphas_cumprod(_prev)?|sqrt_\w+|log_one_minus_\w+|posterior_\w+|logvar|(denoiser\.)?(sigmas|log_sigmas)"
+    r"betas|alphas_cumprod(_prev)?|sqrt_\w+|log_one_minus_\w+|posterior_\w+|logvar|lvlb_weights|"
+    r"((model\.)?(denoiser|model_sampling)\.)?(sigmas|log_sigmas)"
 )
-_TRAINING = (".loss.", ".model_ema.")  # beside the weights of a component, under its prefix
+# What training leaves behind, alone or under the prefix of a component.
+_TRAINING = re.compile(
+    r"(.+\.)?(loss|loss_fn|model_ema)\..+|(optimizers?|optimizer_states|lr_schedulers?|callbacks)\..+|"
+    r"global_step|epoch"
+)
+# What training and compiling put into names, anywhere between the dots.
+_WRAPPER = re.compile(
+    r"(?<![^.])(?:module|_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+_OUTER = r"(?:(?:state_dict|model|pipe|pipeline|network|net|sd_model)\.)+"
+"""What saving a whole program puts before the names of its model."""
+_TEXT_ENCODERS = {"clip_l": "text_encoder/", "clip_h": "text_encoder/", "clip_g": "text_encoder_2/"}
+"""The text encoders of files that programs with all encoders under `text_encoders.` save."""
+_TEXT_ENCODER = re.compile(
+    rf"text_encoders\.({'|'.join(_TEXT_ENCODERS)})\.(?:(?:transformer|model)\.(?!resblocks))?"
+)
 _BARE_TEXT_MODEL = r"(?=(?:embeddings|encoder|final_layer_norm)\.)"
 _OLD_VAE_ATTENTION = r"(?:encoder|decoder)\.mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)"
 
@@ -44,6 +61,8 @@ class _Spellings:
     """
 
     prefixes: tuple[tuple[str, str], ...]
+    starts: tuple[str, ...]
+    outer: re.Pattern[str]
     bare_unet: re.Pattern[str]
     bare_diffusers_unet: re.Pattern[str]
     dotted: re.Pattern[str]
@@ -60,11 +79,25 @@ def _spellings() -> _Spellings:
     texts = {renaming.diffusers for renaming in renamings if renaming.rule in ("clip", "open_clip")}
     vaes = {renaming.diffusers for renaming in renamings if renaming.rule == "vae"}
     clips = {renaming.ldm for renaming in renamings if renaming.rule == "clip"}
+    prefixes = {item for f in families for named in f.prefixes.values() for item in named.items()}
+    roots = {
+        naming: _any_of(root for f in families for root in f.roots.get(naming, ())) for naming in NAMINGS
+    }
+    dotted = _any_of(folder.removesuffix("/") for folder in folders)
+    known = [re.escape(prefix) for prefix, _ in prefixes if "/" not in prefix]
+    inner = [
+        *known,
+        r"diffusion_model\.",
+        "text_encoders\\.",
+        *(f"{one}\\." for one in (dotted, *roots.values())),
+    ]
     return _Spellings(
-        tuple({item for f in families for prefixes in f.prefixes.values() for item in prefixes.items()}),
-        re.compile(_any_of(root for f in families for root in f.roots.get("ldm", ())) + r"\."),
-        re.compile(_any_of(root for f in families for root in f.roots.get("diffusers", ())) + r"\."),
-        re.compile(f"({_any_of(folder.removesuffix('/') for folder in folders)})\\."),
+        tuple(prefixes),
+        tuple(prefix for prefix, _ in prefixes),
+        re.compile(rf"\A{_OUTER}(?={'|'.join(inner)})"),
+        re.compile(f"(?:(?:unet|diffusion_model)\\.)?(?={roots['ldm']}\\.)"),
+        re.compile(f"{roots['diffusers']}\\."),
+        re.compile(f"({dotted})\\."),
         re.compile(f"({_any_of(texts)}){_BARE_TEXT_MODEL}"),
         re.compile(f"({_any_of(vaes)}{_OLD_VAE_ATTENTION}"),
         re.compile(f"({_any_of(clips)}){_BARE_TEXT_MODEL}"),
@@ -77,15 +110,26 @@ def _any_of(texts: Iterable[str]) -> str:
 
 @remembered(_REMEMBERED)
 def component_of(name: str) -> str:
-    """Return the component (one of COMPONENTS) that a tensor belongs to, from its name."""
-    spellings = _spellings()
-    for prefix, component in spellings.prefixes:
+    """Return the component (one of COMPONENTS) that a tensor belongs to, from its name in any spelling."""
+    name = canonical_name(name)
+    for prefix, component in _spellings().prefixes:
         if name.startswith(prefix):
             return component
-    if name.startswith(EMA_PREFIX):
-        return "ema"
-    bare = spellings.bare_unet.match(name) or spellings.bare_diffusers_unet.match(name)
-    return "unet" if bare else "other"
+    return "ema" if name.startswith(EMA_PREFIX) else "other"
+
+
+@remembered(_REMEMBERED)
+def unwrapped_name(name: str) -> str:
+    """Return a name without what training, compiling and saving whole programs put around it.
+
+    >>> unwrapped_name("module.model.diffusion_model._orig_mod.out.2.bias")
+    'model.diffusion_model.out.2.bias'
+
+    Another spelling of the same model is not a wrapper: `text_encoders.clip_l.` stays.
+    """
+    name = _WRAPPER.sub("", name)
+    spellings = _spellings()
+    return name if name.startswith(spellings.starts) else spellings.outer.sub("", name, count=1)
 
 
 @remembered(_REMEMBERED)
@@ -96,13 +140,16 @@ def canonical_name(name: str) -> str:
     LDM: U-Nets without `model.diffusion_model.` get it, and SD1 text encoders in NovelAI's form get the
     `text_model.` that every loader accepts. diffusers: U-Nets alone get `unet/`, `unet.…` (whole models as
     one dict) becomes `unet/…`, text encoders as transformers 5 writes them get `text_model.`, and the VAE's
-    attention its present names.
+    attention its present names. `text_encoders.clip_l.…` and `vae.…`, as Forge and ComfyUI save whole models,
+    become `text_encoder/…` and `vae/…`, whatever the names inside; wrappers are taken off.
     """
     spellings = _spellings()
-    if spellings.bare_unet.match(name):
-        return UNET_PREFIX + name
+    name = unwrapped_name(name)
+    if not name.startswith(UNET_PREFIX) and (bare := spellings.bare_unet.match(name)):
+        return UNET_PREFIX + name[bare.end() :]
     if spellings.bare_diffusers_unet.match(name):
         return DIFFUSERS_UNET_PREFIX + name
+    name = _TEXT_ENCODER.sub(lambda match: _TEXT_ENCODERS[match[1]], name, count=1)
     name = spellings.dotted.sub(r"\1/", name, count=1)
     if "/" in name:
         name = spellings.bare_text_model.sub(r"\1text_model.", name, count=1)
@@ -116,15 +163,15 @@ def lone_component(names: Iterable[str]) -> tuple[str, str, int] | None:
     """Return (component, naming, number of its tensors) for a VAE or text encoders alone, None with a U-Net
     or without either.
     """
-    known = list(names)
-    components = {component_of(canonical_name(name)) for name in known}
+    known = list(map(unwrapped_name, names))
+    components = set(map(component_of, known))
     if components & {"unet", "ema"}:
         return None
     vae = [short for name in known if (short := _VAE_PREFIX.sub("", name, count=1)).startswith(VAE_PARTS)]
     text = [
         name
         for name in known
-        if component_of(canonical_name(name)).startswith("text_encoder") or name.startswith("text_model.")
+        if component_of(name).startswith("text_encoder") or name.startswith("text_model.")
     ]
     if "decoder.conv_in.weight" in vae and not text:
         diffusers = any(name.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for name in vae)
@@ -150,19 +197,12 @@ def _markers() -> frozenset[str]:
     return frozenset(marker for family in FAMILIES.values() for marker in family.markers)
 
 
-def is_leftover(name: str, variant: str) -> bool:
-    """Whether no loader of a model of that variant needs a tensor of LDM naming: schedules, losses, optimizer
-    states, ….
+def is_leftover(name: str) -> bool:
+    """Whether a tensor is known to be needed by no loader: schedules, losses, optimizer states.
 
-    EMA copies are another matter, and so are the further components of a diffusers folder, which its
-    model_index.json names.
+    What is merely unknown is none. EMA copies are another matter.
     """
-    if any(part in name for part in _TRAINING):
-        return True
-    needed = (
-        is_prediction_marker(name) or "/" in name or (variant == "depth" and name.startswith("depth_model."))
-    )
-    return component_of(name) == "other" and not needed
+    return is_schedule(name) or _TRAINING.fullmatch(name) is not None
 
 
 def is_position_ids(name: str) -> bool:

@@ -10,7 +10,7 @@ from blockmerge.checkpoints.hashes import Hashes, hash_file, old_hash
 from blockmerge.checkpoints.metadata import faulty_metadata
 from blockmerge.checkpoints.model import EMA_CHOICES, VAE_PREFIX, Model, made, vae_tensors
 from blockmerge.checkpoints.open import CheckpointLike, open_checkpoint, told_apart
-from blockmerge.checkpoints.position_ids import POSITIONS, fault_of_position_ids
+from blockmerge.checkpoints.position_ids import embedding_of, fault_of_position_ids, positions_beside
 from blockmerge.checkpoints.reading import Readers, read
 from blockmerge.checkpoints.state_dict import StateDict, state_dict_name
 from blockmerge.checkpoints.writing.disk import check_space
@@ -20,7 +20,6 @@ from blockmerge.checkpoints.writing.writer import AtomicFile, check_output
 __all__ = [
     "EMA_CHOICES",
     "LARGEST_CARRIED",
-    "POSITIONS",
     "SUFFIXES",
     "VAE_PREFIX",
     "Assembled",
@@ -42,6 +41,7 @@ __all__ = [
     "check_output",
     "check_output_folder",
     "check_space",
+    "embedding_of",
     "encode_header",
     "fault_of_position_ids",
     "faulty_metadata",
@@ -50,6 +50,7 @@ __all__ = [
     "made",
     "old_hash",
     "open_checkpoint",
+    "positions_beside",
     "read",
     "state_dict_name",
     "told_apart",

@@ -4,7 +4,7 @@ matched.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from blockmerge.anatomy import (
@@ -19,6 +19,7 @@ from blockmerge.anatomy import (
     component_of,
     identify,
     plain_names_of_ema,
+    unwrapped_name,
 )
 from blockmerge.checkpoints.checkpoint import Checkpoint
 from blockmerge.errors import CheckpointError, UnknownFamilyError, counted, listing, shown
@@ -53,7 +54,7 @@ class Model:
         without a known U-Net, and CheckpointError for a tensor that is not of the shape it takes.
         """
         name = checkpoint.name if name is None else name
-        original, notes = _matched_names(checkpoint, ema, name)
+        original, twice, notes = _matched_names(checkpoint, ema, name)
         shapes = {canonical: checkpoint.tensors[own].shape for canonical, own in original.items()}
         try:
             anatomy = identify(
@@ -63,19 +64,21 @@ class Model:
             raise UnknownFamilyError(f"{shown(name)} {error}") from None
         tensors = _in_ldm(checkpoint, original, anatomy.naming, anatomy.family)
         used = set(original.values())
+        twice += sorted(used - {one.name for leaf in tensors.values() for one in leaves_of(leaf)})  # type: ignore[attr-defined]
         return cls(
             source=checkpoint,
             anatomy=anatomy,
             tensors=tensors,
             components=frozenset(map(component_of, tensors)),
             bare=any(
-                canonical in (UNET_PREFIX + own, DIFFUSERS_UNET_PREFIX + own)
+                canonical in (UNET_PREFIX + plain, DIFFUSERS_UNET_PREFIX + plain)
                 for canonical, own in original.items()
+                if (plain := unwrapped_name(own))
             ),
             ema_tensors=tuple(
                 own for own in checkpoint.tensors if component_of(own) == "ema" and own not in used
             ),
-            notes=tuple(notes),
+            notes=(*_doubles(twice, name), *notes),
             name=name,
         )
 
@@ -137,8 +140,12 @@ def _in_ldm(
     }
 
 
-def _matched_names(checkpoint: Checkpoint, ema: str, label: str) -> tuple[dict[str, str], list[str]]:
-    """Return {canonical name: name in the file}, EMA copies treated as asked for, and notes."""
+def _matched_names(
+    checkpoint: Checkpoint, ema: str, label: str
+) -> tuple[dict[str, str], list[str], list[str]]:
+    """Return {canonical name: name in the file}, EMA copies treated as asked for, which tensors are there a
+    second time, and notes.
+    """
     names: dict[str, str] = {}
     twice: list[str] = []
     for name in checkpoint.tensors:
@@ -150,14 +157,7 @@ def _matched_names(checkpoint: Checkpoint, ema: str, label: str) -> tuple[dict[s
             if name != canonical:  # the name that every loader knows wins
                 continue
         names[canonical] = name
-    notes = (
-        [
-            f"{shown(label)} holds {counted(len(twice), 'tensor')} "
-            f"under two names ({listing(twice, 1)}): one of each is used"
-        ]
-        if twice
-        else []
-    )
+    notes = [*_wrappers(checkpoint.tensors, label)]
     plain = any(component_of(name) == "unet" for name in names)
     if not plain or ema == "use":
         copies = {plain_name: name for name, plain_name in plain_names_of_ema(checkpoint.tensors).items()}
@@ -167,7 +167,23 @@ def _matched_names(checkpoint: Checkpoint, ema: str, label: str) -> tuple[dict[s
         elif copies:
             notes.append(f"the U-Net of {shown(label)} is its EMA copy ({counted(len(copies), 'tensor')})")
             names.update(copies)
-    return names, notes
+    return names, twice, notes
+
+
+def _doubles(names: Sequence[str], label: str) -> Iterator[str]:
+    if names:
+        held = f"{shown(label)} holds {counted(len(names), 'tensor')} under two names"
+        yield f"{held} ({listing(names, 1)}): one of each is used"
+
+
+def _wrappers(names: Iterable[str], label: str) -> Iterator[str]:
+    """Say what was taken off names."""
+    wrapped = [name for name in names if unwrapped_name(name) != name]
+    if wrapped:
+        yield (
+            f"{counted(len(wrapped), 'name')} in {shown(label)} without what training or saving put around "
+            f"them ({shown(wrapped[0])} is {shown(unwrapped_name(wrapped[0]))})"
+        )
 
 
 def vae_tensors(checkpoint: Checkpoint, family: Family) -> dict[str, Expression]:

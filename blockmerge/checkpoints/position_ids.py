@@ -1,10 +1,11 @@
-"""`position_ids`: the numbers 0 … 76 of a text encoder's places for words.
+"""`position_ids`: the numbers 0, 1, 2, … of a text encoder's places for words, 0 … 76 in most.
 
 Tools that blend them as weights break them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from blockmerge.checkpoints.reading import read
@@ -14,32 +15,44 @@ from blockmerge.errors import counted
 if TYPE_CHECKING:
     import numpy as np
 
+    from blockmerge.checkpoints.checkpoint import TensorInfo
     from blockmerge.expressions import Expression
 
 POSITIONS = 77
-"""How many tokens a CLIP text encoder reads: `position_ids` are an int64 [1, 77] of 0 … 76."""
+"""How many tokens a CLIP text encoder reads, where no embedding tells: `position_ids` are int64 [1, 77]."""
 
 
-def fault_of_position_ids(tensor: Expression) -> str | None:
-    """Say in what `position_ids` differ from 0 … 76 in shape [1, 77], or return None.
+def embedding_of(name: str) -> str:
+    """The name of the tensor that has a row for each of the `position_ids`."""
+    return f"{name.removesuffix('position_ids')}position_embedding.weight"
+
+
+def positions_beside(name: str, tensors: Mapping[str, TensorInfo | Expression]) -> int:
+    """How many positions there are: as many as the embedding beside `position_ids` has rows."""
+    embedding = tensors.get(embedding_of(name))
+    return embedding.shape[0] if embedding is not None and len(embedding.shape) == 2 else POSITIONS
+
+
+def fault_of_position_ids(tensor: Expression, positions: int = POSITIONS) -> str | None:
+    """Say in what `position_ids` differ from 0 … `positions` − 1 in shape [1, positions], or return None.
 
     Exact floats and int32 do not.
     """
     import numpy as np  # where numbers are read, and not before
 
-    if tensor.shape != (1, POSITIONS):
-        return f"its shape is {list(tensor.shape[:8])}, expected [1, {POSITIONS}]"
+    if tensor.shape != (1, positions):
+        return f"its shape is {list(tensor.shape[:8])}, expected [1, {positions}]"
     values = _numbers(read(tensor), tensor.dtype)
     if values is None:
         return f"its dtype is {tensor.dtype}"
-    wrong = np.flatnonzero(values != np.arange(POSITIONS))
+    wrong = np.flatnonzero(values != np.arange(positions))
     if not len(wrong):
         return None
     first = int(wrong[0])
-    what = "not exactly " if bool((np.rint(values) == np.arange(POSITIONS)).all()) else "not "
+    what = "not exactly " if bool((np.rint(values) == np.arange(positions)).all()) else "not "
     found = str(values[first])  # of float32 the shortest text: 0.99, where a format shows 0.9900000095367432
     return (
-        f"{counted(len(wrong), 'position')} {what}0 … {POSITIONS - 1}: "
+        f"{counted(len(wrong), 'position')} {what}0 … {positions - 1}: "
         f"the first is {found} in place of {first}"
     )
 

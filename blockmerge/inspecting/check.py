@@ -10,6 +10,7 @@ from blockmerge.checkpoints import (
     SafetensorsFile,
     fault_of_position_ids,
     open_checkpoint,
+    positions_beside,
 )
 from blockmerge.dtypes import FLOAT_DTYPES
 from blockmerge.errors import counted, listing, shown
@@ -51,7 +52,8 @@ def _position_ids(subject: Subject) -> Iterator[Problem]:
     for name, info in subject.checkpoint.tensors.items():
         if not is_position_ids(name):
             continue
-        fault = fault_of_position_ids(Stored.of(subject.checkpoint, name))
+        positions = positions_beside(name, subject.checkpoint.tensors)
+        fault = fault_of_position_ids(Stored.of(subject.checkpoint, name), positions)
         if fault is not None:
             yield Problem.of(
                 "broken_position_ids", f"{shown(name)} misplaces the words of a prompt: {fault}", [name]

@@ -47,7 +47,8 @@ class Inspection:
 
     So is naming, but of a VAE or a text encoder alone.
 
-    `blocks` are the U-Net's, without BASE. `hashes` is None unless asked for.
+    `missing` are the U-Net tensors that it should have and lacks. `blocks` are the U-Net's, without BASE.
+    `hashes` is None unless asked for.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Inspection:
     variant: str | None
     naming: str | None
     why_unknown: str | None
+    missing: tuple[str, ...]
     components: Mapping[str, Part]
     blocks: Mapping[str, Part]
     metadata: Mapping[str, str]
@@ -100,6 +102,7 @@ def inspect(path: CheckpointLike, hashes: bool = False, progress: Progress | Non
         variant=anatomy.variant if anatomy else None,
         naming=anatomy.naming if anatomy else naming,
         why_unknown=why,
+        missing=anatomy.standing.missing if anatomy and anatomy.standing.is_damaged else (),
         components={component: Part.of(infos) for component, infos in components.items() if infos},
         blocks={block: Part.of(infos) for block, infos in blocks.items()},
         metadata=checkpoint.metadata,

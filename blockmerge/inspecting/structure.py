@@ -10,6 +10,7 @@ from blockmerge.anatomy import (
     FAMILIES,
     TITLES,
     UNET_PREFIX,
+    Anatomy,
     canonical_name,
     component_of,
     components_of,
@@ -18,6 +19,7 @@ from blockmerge.anatomy import (
     is_prediction_marker,
     layout_gaps,
     plain_names_of_ema,
+    unwrapped_name,
 )
 from blockmerge.checkpoints import Checkpoint, Model, TensorInfo
 from blockmerge.dtypes import FLOAT_DTYPES
@@ -75,10 +77,8 @@ class Subject:
         if model.anatomy.naming == "ldm":
             tensors = {name: checkpoint.tensors[original] for name, original in originals.items()}
         used = {name for one in model.tensors for name in model.names_in_file(one)}
-        unused = [
-            name for name in checkpoint.tensors if name not in used and component_of(name) in ("ema", "other")
-        ]
-        unused += [originals[name] for name in model.tensors if is_leftover(name, model.anatomy.variant)]
+        unused = [name for name in checkpoint.tensors if name not in used and component_of(name) == "ema"]
+        unused += [originals[name] for name in model.tensors if is_leftover(name)]
         return cls(checkpoint, model, None, tensors, originals, tuple(unused))
 
     def in_file(self, names: Iterable[str]) -> tuple[str, ...]:
@@ -100,16 +100,28 @@ def check_structure(subject: Subject) -> Iterator[Problem]:
     if subject.model is None:
         yield Problem.of("no_unet", subject.why_unknown or "")
     else:
-        yield from _against_layout(subject, subject.model.anatomy.family.name)
+        yield from _derivatives(subject.model.anatomy)
+        yield from _against_layout(subject, subject.model.anatomy)
         yield from _dtypes(subject)
         yield from _superfluous(subject)
     yield from _names(subject)
 
 
-def _against_layout(subject: Subject, family: str) -> Iterator[Problem]:
+def _derivatives(anatomy: Anatomy) -> Iterator[Problem]:
+    standing = anatomy.standing
+    if standing.said:
+        added, missing = len(standing.added), len(standing.missing) if standing.is_cut else 0
+        said = [f"{added} more"] * bool(added) + [f"{missing} fewer"] * bool(missing)
+        how = f"with {' and '.join(said)} U-Net tensors than {anatomy.family.title}"
+        yield Problem.of("derivative", f"it is {standing.said}, {how}", standing.added)
+
+
+def _against_layout(subject: Subject, anatomy: Anatomy) -> Iterator[Problem]:
     # A U-Net under names that are not those of the layouts cannot be held against them.
     if not any(name.startswith(UNET_PREFIX) for name in subject.tensors):
         return
+    family = anatomy.family.name
+    cut = frozenset(anatomy.standing.missing if anatomy.standing.is_cut else ())
     unused = set(subject.unused)
     shapes = {
         name: info.shape
@@ -125,15 +137,20 @@ def _against_layout(subject: Subject, family: str) -> Iterator[Problem]:
             )
             continue
         gaps = layout_gaps(shapes, family, component)
-        if gaps.missing:
+        if missing := [name for name in gaps.missing if name not in cut]:
             yield Problem.of(
                 "missing_tensors",
-                f"the {TITLES[component]} lacks "
-                f"{counted(len(gaps.missing), 'tensor')} ({listing(gaps.missing)})",
-                gaps.missing,
+                f"the {TITLES[component]} lacks {counted(len(missing), 'tensor')} ({listing(missing)})",
+                missing,
             )
         # position_ids have a problem of their own, which their shape is a part of.
-        if misshapen := {name: shape for name, shape in gaps.misshapen.items() if not is_position_ids(name)}:
+        # Where layers were cut out, the others may have been trained in other widths.
+        misshapen = {
+            name: shape
+            for name, shape in gaps.misshapen.items()
+            if not is_position_ids(name) and not (cut and component == "unet")
+        }
+        if misshapen:
             said = [
                 f"{shown(name)} is {list(shapes[name])}, expected {list(shape)}"
                 for name, shape in misshapen.items()
@@ -150,6 +167,18 @@ def _against_layout(subject: Subject, family: str) -> Iterator[Problem]:
         yield _unknown(
             subject, component, family, [name for name in shapes if component_of(name) == component]
         )
+    if foreign := [name for name in shapes if component_of(name) == "other" and not _is_known(name, anatomy)]:
+        yield Problem.of(
+            "foreign_tensors",
+            f"{counted(len(foreign), 'tensor')} in no component that blockmerge knows ({listing(foreign)}): "
+            "they stay as they are",
+            subject.in_file(foreign),
+            sum(subject.tensors[name].nbytes for name in foreign),
+        )
+
+
+def _is_known(name: str, anatomy: Anatomy) -> bool:
+    return anatomy.family.knows(name) or is_prediction_marker(name)
 
 
 def _unknown(subject: Subject, component: str, family: str, names: Sequence[str]) -> Problem:
@@ -224,10 +253,18 @@ def _names(subject: Subject) -> Iterator[Problem]:
     if twice := [name for name, canonical in odd.items() if spellings[canonical] > 1]:
         what = f"{counted(len(twice), 'tensor')} stored a second time under another name ({listing(twice)})"
         yield Problem.of("two_names", what, twice, subject.bytes_of(twice))
+    once = {name: canonical for name, canonical in odd.items() if spellings[canonical] == 1}
+    if wrapped := [name for name in once if unwrapped_name(name) != name]:
+        what = f"{counted(len(wrapped), 'name')} with what training or saving put around them"
+        yield Problem.of("wrapped_names", f"{what} ({listing(wrapped)}): few programs find them", wrapped)
+    if others := [name for name in once if name not in wrapped and _is_of_another_program(subject, name)]:
+        what = f"{counted(len(others), 'tensor')} under names of programs that keep all encoders together"
+        yield Problem.of("other_names", f"{what} ({listing(others)}): not every program finds them", others)
+    told = {*wrapped, *others}
     old = [
         name
-        for name, canonical in odd.items()
-        if spellings[canonical] == 1 and component_of(canonical) != "unet"
+        for name, canonical in once.items()
+        if name not in told and component_of(canonical).startswith("text_encoder")
     ]
     if old:
         what = (
@@ -235,3 +272,9 @@ def _names(subject: Subject) -> Iterator[Problem]:
             f"without text_model. in its name ({listing(old)})"
         )
         yield Problem.of("novelai_names", f"{what}: not every program finds them", old)
+
+
+def _is_of_another_program(subject: Subject, name: str) -> bool:
+    """Whether a name is as Forge and ComfyUI save whole models: text encoders and VAE beside an LDM U-Net."""
+    ldm = subject.model is not None and subject.model.anatomy.naming == "ldm"
+    return name.startswith("text_encoders.") or (ldm and name.startswith("vae."))

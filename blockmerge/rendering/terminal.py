@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from blockmerge.anatomy import FAMILIES
-from blockmerge.errors import counted, shown
+from blockmerge.errors import counted, listing, shown
 from blockmerge.rendering.tables import print_table
 from blockmerge.rendering.u_net import WeightsU
 
@@ -30,7 +30,8 @@ _SEVERITY_STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 def print_merge(console: Console, result: MergeResult) -> None:
     """Print the weights along the U, what was computed, copied and left out, the notes, and the file."""
     what = f"{result.method} {result.preset}" if result.preset else result.method
-    title = f"{FAMILIES[result.family].title}{'' if result.variant == 'base' else ' ' + result.variant}"
+    family, variant = FAMILIES[result.family], result.variant
+    title = f"{family.title}{'' if variant == 'base' else ' ' + family.variant_title(variant)}"
     _line(console, Text.assemble((what, "bold"), f" of {' and '.join(map(shown, result.models))} ({title})"))
     if result.weights:
         console.print(Group(Text(), WeightsU(result.weights), Text()))
@@ -57,6 +58,9 @@ def print_merge(console: Console, result: MergeResult) -> None:
 def print_inspection(console: Console, found: Inspection) -> None:
     """Print what is in a checkpoint."""
     _line(console, _title(found, found.why_unknown or ""))
+    if found.missing:
+        lacking = counted(len(found.missing), "U-Net tensor")
+        _line(console, Text(f"incomplete: it lacks {lacking} ({listing(found.missing)})"))
     if "ema" in found.components and "unet" not in found.components:
         _line(console, Text("its U-Net is there as EMA weights only, which are used as the U-Net"))
     for title, parts in (("component", found.components), ("block", found.blocks)):
@@ -177,9 +181,10 @@ def size(count: int) -> str:
 
 
 def _title(found: Inspection | CheckResult, unknown: str) -> Text:
-    what = (
-        f"{FAMILIES[found.family].title}, {found.variant}, {found.naming} names" if found.family else unknown
-    )
+    what = unknown
+    if found.family:
+        family = FAMILIES[found.family]
+        what = f"{family.title}, {family.variant_title(found.variant or '')}, {found.naming} names"
     return Text.assemble((shown(found.name), "bold"), f"  {what}")
 
 

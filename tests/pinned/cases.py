@@ -431,7 +431,26 @@ def live() -> Iterator[Case]:
         yield Case("live", f"{channels}-{method}", "live", sources, options)
 
 
-CASES = [
+def whole_where_configs_are_made(case: Case) -> Case:
+    """No config makes a part of a model: where a folder gets new ones, the models are whole."""
+    a, naming = case.sources[0], case.options.get("naming")
+    is_folder = a.form in ("folder", "bin", "shards", "fp16-variant")
+    is_wider = max(source.channels for source in case.sources) > a.channels
+    is_made = naming == "diffusers" and not is_folder
+    if case.call not in ("merge", "convert") or not (is_made or (is_folder and naming != "ldm" and is_wider)):
+        return case
+    options = {
+        name: _full(value) if isinstance(value, Source) and value.form == "folder" else value
+        for name, value in case.options.items()
+    }
+    return replace(case, sources=tuple(map(_full, case.sources)), options=options)
+
+
+def _full(source: Source) -> Source:
+    return source if "full" in source.extras else replace(source, extras=(*source.extras, "full"))
+
+
+ALL = (
     *every_method(),
     *outputs(),
     *unets_alone(),
@@ -446,6 +465,7 @@ CASES = [
     *special_conversions(),
     *state_dicts(),
     *live(),
-]
+)
+CASES = list(map(whole_where_configs_are_made, ALL))
 GROUPS = tuple(dict.fromkeys(case.group for case in CASES))
 assert len({case.id for case in CASES}) == len(CASES)

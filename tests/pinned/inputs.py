@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from zlib import crc32
 
@@ -15,7 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import blockmerge
+from blockmerge.anatomy import FAMILIES
+from blockmerge.checkpoints import TensorInfo, encode_header
 from blockmerge.demo import demo_layout
+from blockmerge.dtypes import DTYPES as SPELLINGS
+from tests.other_names import in_diffusers
+
+FOLDERS = Path(__file__).with_name("folders.json")
+"""The configs of the folders, {family-channels: {path: text}}."""
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -24,6 +32,7 @@ DTYPES = {
     "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64,
     "fp8": torch.float8_e4m3fn,
 }  # fmt: skip
+_SPELLED = {getattr(torch, one.torch): name for name, one in SPELLINGS.items() if one.torch}
 DIFFERENCES = {"a": 0.0, "b": 0.05, "c": 0.2, "d": 0.1}
 METADATA = {
     "ss_steps": "100", "modelspec.usage_hint": "is kept", "format": "pt", "note": "/home/me/is-dropped",
@@ -134,8 +143,44 @@ class Inputs:
                 torch.save({"state_dict": {**vae, "loss.logvar": torch.zeros(())}}, home / "model.vae.pt")
                 return home / "model.vae.pt"
         folder = home / "folder"
-        blockmerge.convert(model, folder, naming="diffusers", threads=1)
+        if "full" in source.extras:
+            blockmerge.convert(model, folder, naming="diffusers", threads=1)
+        else:
+            _write_folder(model, folder, source)
         return _as_form(folder, source)
+
+
+def _write_folder(model: dict[str, torch.Tensor], folder: Path, source: Source) -> None:
+    """A part of a model as a folder, tensors in order, with configs that no conversion would make for it."""
+    name = f"{source.family}-{source.channels}{'-vae' if source.form == 'vae-folder' else ''}"
+    for path, text in json.loads(FOLDERS.read_text())[name].items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+    components: dict[str, dict[str, torch.Tensor]] = {}
+    origins = FAMILIES[source.family].origins(model, "ldm", "diffusers")
+    # What is turned comes last, as in a folder that is converted.
+    for place, tensor in sorted(
+        in_diffusers(model, source.family).items(), key=lambda item: origins[item[0]].transposed
+    ):
+        component, _, own = place.partition("/")
+        components.setdefault(component, {})[own] = tensor
+    for component, tensors in components.items():
+        stem = "model" if component.startswith("text") else "diffusion_pytorch_model"
+        (folder / component / f"{stem}.safetensors").write_bytes(_in_order(tensors))
+
+
+def _in_order(tensors: dict[str, torch.Tensor]) -> bytes:
+    """A safetensors file whose tensors lie in the order given; the widest first where that suits no reader."""
+    order = list(tensors.items())
+    starts = accumulate((tensor.nbytes for _, tensor in order), initial=0)
+    if any(start % tensor.itemsize for start, (_, tensor) in zip(starts, order, strict=False)):
+        order.sort(key=lambda named: -named[1].itemsize)
+    infos, offset = {}, 0
+    for name, tensor in order:
+        infos[name] = TensorInfo(_SPELLED[tensor.dtype], tuple(tensor.shape), offset)
+        offset += tensor.nbytes
+    raw = (tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for _, tensor in order)
+    return encode_header(infos, {"format": "pt"}, 8) + b"".join(raw)
 
 
 def _as_form(folder: Path, source: Source) -> Path:

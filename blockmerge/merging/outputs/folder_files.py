@@ -9,8 +9,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
-from blockmerge.anatomy import Anatomy, is_prediction_marker
+from blockmerge.anatomy import TITLES, Anatomy, is_position_ids, is_prediction_marker
 from blockmerge.anatomy.configs import folder_configs, prediction_settings
+from blockmerge.anatomy.structure import names_in_config
 from blockmerge.checkpoints import (
     LARGEST_CARRIED,
     Checkpoint,
@@ -50,8 +51,9 @@ def folder_files(
     cannot be read, IncompatibleModelsError when a component is too incomplete to have a config, or `configs`
     is of another kind of model.
     """
+    _check_has_configs(models[0], anatomy)
     known = _known_prediction(models[0], anatomy)
-    guessed = None if known else anatomy.family.prediction.get(anatomy.variant)
+    guessed = None if known else anatomy.family.prediction.get(anatomy.inputs)
     guess = [] if guessed is None else [guessed.note]
     try:
         made = folder_configs(
@@ -64,7 +66,10 @@ def folder_files(
             f"{shown(models[0].name)} cannot become a diffusers folder: it {error}"
         ) from None
     source = _folder_of_configs(models, configs)
+    in_folder = _names_in_components(tensors)
     if source is None:
+        _check_markers(models[0], made[_SCHEDULER])
+        _check_made(models[0], made, in_folder)
         notes = [
             "a single file holds no tokenizers: "
             "the new folder has none (--configs FOLDER takes them from another)"
@@ -76,7 +81,8 @@ def folder_files(
         for path, data in _carried(source).items()
         if path.count("/") == 0 or _belongs(path, components, source)
     }
-    differing = _differing(carried, made)
+    # What A's own configs say of A is not ours to correct.
+    differing = _differing(carried, made, {} if source is models[0].source else in_folder)
     faults = [
         f"{path} says {key} {values}" for (path, key), values in differing.items() if key != "in_channels"
     ]
@@ -86,7 +92,9 @@ def folder_files(
             f"{shown(models[0].name)} ({listing(faults)}): give a folder of {anatomy.family.title}"
         )
     fitting = {path: data for path, data in carried.items() if path not in {unfit for unfit, _ in differing}}
+    _check_made(models[0], {path: made[path] for path in made.keys() - fitting.keys()}, in_folder)
     files = {path: _json(content) for path, content in made.items()} | fitting
+    _check_markers(models[0], _parsed(files[_SCHEDULER]) or {})
     notes = [] if _SCHEDULER in carried else guess
     index = _index(files["model_index.json"], made["model_index.json"], components, source)
     if known and source is not models[0].source:
@@ -102,6 +110,65 @@ def folder_files(
             notes.append(f"scheduler_config.json says {what}; that of {shown(source.name)} says otherwise")
     files["model_index.json"] = _json(index)
     return files, notes
+
+
+def _names_in_components(tensors: Sequence[NamedTensor]) -> dict[str, set[str]]:
+    """{component: the names of its tensors there}."""
+    found: dict[str, set[str]] = {}
+    for tensor in tensors:
+        component, _, name = tensor.name.partition("/")
+        found.setdefault(component, set()).add(name)
+    return found
+
+
+def _check_has_configs(a: Model, anatomy: Anatomy) -> None:
+    """Raise IncompatibleModelsError where a folder has to be made, and cannot be for such a model."""
+    unfit = [one for one in anatomy.standing.derivatives if one.unfit_for_folders]
+    if unfit and not _is_pipeline(a.source):
+        raise IncompatibleModelsError(
+            f"{shown(a.name)} is {unfit[0].title} and cannot become a diffusers folder: "
+            f"{unfit[0].unfit_for_folders}"
+        )
+
+
+def _check_made(a: Model, made: Mapping[str, Mapping[str, Any]], in_folder: Mapping[str, set[str]]) -> None:
+    """Raise IncompatibleModelsError where diffusers, given a config, would not have exactly our tensors."""
+    for path, config in made.items():
+        component = path.partition("/")[0]
+        if difference := _not_as_in(config, in_folder.get(component)):
+            what = f"no config makes exactly the tensors of its {TITLES.get(component, component)}"
+            raise IncompatibleModelsError(
+                f"{shown(a.name)} cannot become a diffusers folder: {what} ({difference})"
+            )
+
+
+def _not_as_in(config: Mapping[str, Any], names: set[str] | None) -> str:
+    """In what the tensors that a config makes differ from those that there are; nothing where they do not, or
+    where either is unknown.
+    """
+    try:
+        wanted = names_in_config(config)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):  # somebody's own kind of config
+        wanted = None
+    if wanted is None or names is None:
+        return ""
+    lacking = sorted(wanted - names)
+    more = sorted(name for name in names - wanted if not is_position_ids(name))
+    said = [f"{listing(lacking)} missing"] * bool(lacking) + [f"{listing(more)} beside them"] * bool(more)
+    return "; ".join(said)
+
+
+def _check_markers(a: Model, scheduler: Mapping[str, Any]) -> None:
+    """Raise IncompatibleModelsError for markers of a prediction that the folder's scheduler does not have."""
+    said = str(scheduler.get("_class_name", ""))
+    for marker in sorted(name for name in a.tensors if is_prediction_marker(name)):
+        wanted = a.anatomy.family.scheduler_of(marker)
+        if wanted is not None and (not wanted or not said.startswith(wanted)):
+            raise IncompatibleModelsError(
+                f"{shown(a.name)} is marked {shown(marker)}, which the configs of a diffusers folder would "
+                "not say, so that its pictures would be wrong: give a folder of such a model as configs "
+                "(--configs)"
+            )
 
 
 def unsaid_in_a_file(a: Model) -> list[str]:
@@ -128,7 +195,7 @@ def _known_prediction(a: Model, anatomy: Anatomy) -> dict[str, Any]:
     if "v_pred" in markers:
         return {"prediction": "v_prediction", "zero_snr": "ztsnr" in markers}
     architecture = a.source.metadata.get("modelspec.architecture", "")
-    unmarked = anatomy.family.prediction.get(anatomy.variant)
+    unmarked = anatomy.family.prediction.get(anatomy.inputs)
     told = {} if unmarked is None else unmarked.architectures
     return next(({"prediction": found} for part, found in told.items() if part in architecture), {})
 
@@ -189,7 +256,9 @@ def _belongs(path: str, components: set[str], source: DiffusersFolder) -> bool:
 
 
 def _differing(
-    carried: Mapping[str, bytes], made: Mapping[str, Mapping[str, Any]]
+    carried: Mapping[str, bytes],
+    made: Mapping[str, Mapping[str, Any]],
+    in_folder: Mapping[str, set[str]],
 ) -> dict[tuple[str, str], str]:
     """{(config, key): both values} for all that makes carried configs those of other tensors than the
     output's.
@@ -204,6 +273,8 @@ def _differing(
         found.update(
             {(path, key): f"{json.dumps(a)}, not {json.dumps(b)}" for key, (a, b) in pairs.items() if a != b}
         )
+        if difference := _not_as_in(config, in_folder.get(component)):
+            found[path, "layers"] = f"that are not those of the tensors ({difference})"
     return found
 
 

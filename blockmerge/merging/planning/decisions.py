@@ -49,9 +49,13 @@ class Findings:
     left_out: list[str] = field(default_factory=list)
     restored: list[str] = field(default_factory=list)
     homeless: list[str] = field(default_factory=list)
+    homeless_unknown: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    lost_with_a_vae: list[str] = field(default_factory=list)
     pruned: list[str] = field(default_factory=list)
     mixed: list[str] = field(default_factory=list)
     only_in: dict[tuple[Model, ...], list[str]] = field(default_factory=dict)
+    only_of_shape: dict[Model, list[str]] = field(default_factory=dict)
     blended: list[tuple[str, str]] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 

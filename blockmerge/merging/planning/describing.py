@@ -7,11 +7,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from blockmerge.anatomy import TITLES, component_of, is_prediction_marker
-from blockmerge.checkpoints import DiffusersFolder, Model, state_dict_name
+from blockmerge.checkpoints import DiffusersFolder, Model, read, state_dict_name
 from blockmerge.errors import counted, listing, shown
 from blockmerge.merging.planning.decisions import Decision, Findings, VaeFile
 from blockmerge.merging.planning.request import MergeRequest, Resolved
 from blockmerge.weights import BlockWeights
+
+_LARGEST_MARKER = 4096  # bytes
 
 
 def describe(
@@ -27,6 +29,7 @@ def describe(
         *_same_files(models),
         *(note for model in models for note in model.notes),
         *_vae(models, request, found.vae),
+        *_standings(models),
         *_components(models, found.vae),
         *_ema(models, request),
         *_tensors(models, found, naming),
@@ -58,6 +61,16 @@ def _vae(models: Sequence[Model], request: MergeRequest, vae: Model | VaeFile | 
         yield f"the VAE is taken whole from {shown(vae.name)} (--vae blend would blend it)"
 
 
+def _standings(models: Sequence[Model]) -> Iterator[str]:
+    for model in models:
+        standing = model.anatomy.standing
+        if standing.said:
+            yield f"{shown(model.name)} is {standing.said}"
+        if standing.is_damaged:
+            lacking = counted(len(standing.missing), "U-Net tensor")
+            yield f"warning: {shown(model.name)} lacks {lacking} ({listing(standing.missing)})"
+
+
 def _components(models: Sequence[Model], vae: Model | VaeFile | None) -> Iterator[str]:
     for component in sorted(set[str]().union(*(model.components for model in models)) - {"other", "unet"}):
         holders = [model for model in models if component in model.components]
@@ -85,19 +98,29 @@ def _ema(models: Sequence[Model], request: MergeRequest) -> Iterator[str]:
 def _tensors(models: Sequence[Model], found: Findings, naming: str) -> Iterator[str]:
     for holders, names in found.only_in.items():
         yield f"{_tensors_are(len(names))} {_only_in(holders)} ({listing(names)})"
-    if found.homeless:
-        where = "a diffusers folder" if naming == "diffusers" else "a file in LDM names"
-        left_out = f"{counted(len(found.homeless), 'tensor')} left out"
-        yield f"{left_out}, which {where} has no place for ({listing(found.homeless)})"
+    where = "a diffusers folder" if naming == "diffusers" else "a file in LDM names"
+    for names, what in ((found.homeless, ""), (found.homeless_unknown, " unknown to blockmerge")):
+        if names:
+            left_out = f"{counted(len(names), 'tensor')}{what} left out"
+            yield f"{left_out}, which {where} has no place for ({listing(names)})"
     if found.pruned:
         left_out = f"{counted(len(found.pruned), 'tensor')} left out"
         yield f"{left_out}, which no loader needs ({listing(found.pruned)})"
+    if found.unknown:
+        unknown = f"{_tensors_are(len(found.unknown))} unknown to blockmerge, and kept unchanged"
+        yield f"{unknown}, from the first model with that name ({listing(found.unknown)})"
+    if found.lost_with_a_vae:
+        lost = f"{_tensors_are(len(found.lost_with_a_vae))} unknown to blockmerge, and left out"
+        yield f"{lost} with a VAE that is not taken ({listing(found.lost_with_a_vae)})"
     if found.kept:
         kept = _tensors_are(len(found.kept), "integer or schedule tensor")
         yield f"{kept} copied from {shown(models[0].name)}"
     if found.mixed:
         mixed = f"{_tensors_are(len(found.mixed))} of floats in some models only"
         yield f"{mixed}, and copied from the first that has them ({listing(found.mixed, width=300)})"
+    for model, names in found.only_of_shape.items():
+        several = f"{_tensors_are(len(names))} of several shapes"
+        yield f"{several}, and copied from {shown(model.name)} ({listing(names)})"
     if found.restored:
         yield f"broken position_ids restored to 0, 1, 2, … ({listing(found.restored)})"
     if idle := found.rules.idle(found.blended):
@@ -106,15 +129,25 @@ def _tensors(models: Sequence[Model], found: Findings, naming: str) -> Iterator[
 
 
 def _markers(models: Sequence[Model]) -> Iterator[str]:
-    markers = [sorted(name for name in model.tensors if is_prediction_marker(name)) for model in models]
+    markers = [_markers_of(model) for model in models]
     if all(found == markers[0] for found in markers):
         return
+    values = "" if any(found.keys() != markers[0].keys() for found in markers) else " of other values"
     said = [
-        f"{shown(model.name)} {'has ' + listing(found) if found else 'has none'}"
+        f"{shown(model.name)} {'has ' + listing(found) + values if found else 'has none'}"
         for model, found in zip(models, markers, strict=True)
     ]
     differ = f"warning: prediction markers differ ({'; '.join(said)})"
     yield f"{differ}: U-Nets of different prediction types do not blend"
+
+
+def _markers_of(model: Model) -> dict[str, bytes]:
+    """{marker: its bytes}, in order; they are a few numbers, or none."""
+    markers = sorted(name for name in model.tensors if is_prediction_marker(name))
+    return {
+        name: read(tensor) if (tensor := model.tensors[name]).nbytes <= _LARGEST_MARKER else b""
+        for name in markers
+    }
 
 
 def _weights(weights: BlockWeights, beta: BlockWeights) -> Iterator[str]:

@@ -45,7 +45,7 @@ def has_place(name: str, naming: str, family: Family) -> bool:
     """Whether an output of that naming has a place for a tensor, by the name that models have it under."""
     if naming == "ldm":
         return "/" not in name
-    return "/" in name or bool(family.relation_of(name).places)
+    return "/" in name or (family.knows(name) and bool(family.relation_of(name).places))
 
 
 def named(

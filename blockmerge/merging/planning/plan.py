@@ -67,7 +67,7 @@ def make_plan(models: Sequence[Model], request: MergeRequest, output: Output) ->
     decided = decide(models, request, resolved, output.naming, names_components=output.names_components)
     described = as_run(request, [model.source.name for model in models], resolved)
     metadata = output_metadata(a.source.metadata, json.dumps(described, ensure_ascii=False), family)
-    anatomy = replace(a.anatomy, variant=_variant(a, decided.tensors), naming=output.naming)
+    anatomy = replace(a.anatomy, inputs=_inputs(a, decided.tensors), naming=output.naming)
     laid_out = output.lay_out(decided.tensors, models, anatomy)
     return PlannedOutput(
         request,
@@ -89,11 +89,11 @@ def to_gather(tensors: Sequence[OutputTensor]) -> list[Gathered]:
     return list(dict.fromkeys(found))
 
 
-def _variant(a: Model, tensors: Sequence[OutputTensor]) -> str:
-    """The output's variant: A's, unless another model has more input channels. The family is A's."""
+def _inputs(a: Model, tensors: Sequence[OutputTensor]) -> str:
+    """What the output's input channels are for: as A's, unless another model has more. The rest is A's."""
     family = a.anatomy.family
     shape = next((one.shape for one in tensors if one.ldm == family.input_layer), ())
-    return family.variants.get(shape[1], a.anatomy.variant) if len(shape) > 1 else a.anatomy.variant
+    return family.variants.get(shape[1], a.anatomy.inputs) if len(shape) > 1 else a.anatomy.inputs
 
 
 def planned_file(file: WeightFile[OutputTensor], metadata: Mapping[str, str]) -> PlannedFile:

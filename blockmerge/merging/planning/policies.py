@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 
 from blockmerge.anatomy import (
+    TITLES,
     component_of,
     is_leftover,
     is_position_ids,
@@ -23,17 +24,18 @@ from blockmerge.anatomy import (
     plain_names_of_ema,
 )
 from blockmerge.checkpoints import (
-    POSITIONS,
     CheckpointLike,
     Model,
+    embedding_of,
     fault_of_position_ids,
     open_checkpoint,
+    positions_beside,
     vae_tensors,
 )
 from blockmerge.dtypes import FLOAT_DTYPES
 from blockmerge.errors import CheckpointError, IncompatibleModelsError, counted, listing, shown
 from blockmerge.expressions import Cast, Expression, Gathered, Known, simplify
-from blockmerge.merging.planning.combining import Combination, adjusted, widest_input
+from blockmerge.merging.planning.combining import Combination, Weights, adjusted, widest_input
 from blockmerge.merging.planning.decisions import Decision, Decisions, Findings, VaeFile
 from blockmerge.merging.planning.describing import describe
 from blockmerge.merging.planning.naming import OutputTensor, has_place, named
@@ -72,6 +74,7 @@ def decide(
     if twice := [name for name, count in Counter(one.name for one in tensors).items() if count > 1]:
         # The last guard before a file that no reader opens.
         raise IncompatibleModelsError(f"two tensors of the output would be called {listing(twice)}")
+    _check_components(models, tensors, output_naming=naming)
     notes = describe(models, request, resolved, decisions, policies.found, naming)
     return Decisions(
         tuple(OutputTensor(one.name, one.ldm, simplify(one.expression)) for one in tensors),
@@ -81,14 +84,29 @@ def decide(
     )
 
 
+def _check_components(models: Sequence[Model], tensors: Sequence[OutputTensor], output_naming: str) -> None:
+    """The last guard before an output without a VAE that a model had, or the like."""
+    held = {component_of(one.ldm) for one in tensors}
+    had = set[str]().union(*(model.components for model in models)) - {"other", "ema"}
+    if lost := sorted(had - held):
+        where = "a diffusers folder" if output_naming == "diffusers" else "a file in LDM names"
+        whose = next(model for model in models if lost[0] in model.components)
+        names = [name for name in whose.tensors if component_of(name) == lost[0]]
+        raise IncompatibleModelsError(
+            f"the {TITLES[lost[0]]} of {shown(whose.name)} has names ({listing(names)}) that {where} has no "
+            "place for: leave it out of the model first, or give another naming (--to)"
+        )
+
+
 def looked_at(models: Sequence[Model]) -> Iterator[tuple[Expression, ...]]:
     """Yield the tensors that methods look at which look at whole models: those of all models that have one
     name.
 
     They are floats of one shape; the VAE, EMA copies, and markers, which hold nothing, are left out.
     """
+    knows = models[0].anatomy.family.knows
     for name in models[0].tensors:
-        if component_of(name) in ("vae", "ema") or is_schedule(name) or is_position_ids(name):
+        if component_of(name) == "vae" or not knows(name) or is_position_ids(name):
             continue
         found = tuple(model.tensors[name] for model in models if name in model.tensors)
         alike = len(found) == len(models) and len({one.shape for one in found}) == 1
@@ -125,7 +143,8 @@ class _Policies:
         decisions = [self._decide_one(name) for name in self.names]
         if self.found.faults:
             faults = listing(self.found.faults, width=300)
-            raise IncompatibleModelsError(f"{_names(self.models)} cannot be merged: {faults}")
+            done = "merged" if self.request.changes_values else "converted"
+            raise IncompatibleModelsError(f"{_names(self.models)} cannot be {done}: {faults}")
         return [decision for decision in decisions if decision is not None]
 
     def _decide_one(self, name: str) -> Decision | None:
@@ -134,11 +153,17 @@ class _Policies:
             self.found.left_out.append(name)
             return None
         if component_of(name) == "vae" and self.vae is not None:
-            return self._taken(name, self.vae)
+            known = self._is_known(name)
+            if not known:
+                self.found.unknown.append(name)
+            return self._taken(name, self.vae, keeps_dtype=not known)
         if is_prediction_marker(name):
             return self._taken(name, self.models[0], keeps_dtype=True)
         if is_position_ids(name):
-            return self._position_ids(name, holders[0])
+            return self._position_ids(name, holders)
+        if not self._is_known(name):
+            self.found.unknown.append(name)
+            return self._taken(name, holders[0], keeps_dtype=True)
         floats = sum(model.tensors[name].dtype in FLOAT_DTYPES for model in holders)
         is_ema = component_of(name) == "ema" and name not in self.plain_of_ema
         if floats == 0 or is_schedule(name) or is_ema:
@@ -156,26 +181,34 @@ class _Policies:
         none.
         """
         if not has_place(name, self.naming, self.family):
-            self.found.homeless.append(name)
+            (self.found.homeless if self._is_known(name) else self.found.homeless_unknown).append(name)
+            if makes := [one for one in self.family.derivatives if one.has(name)]:
+                self.found.faults.append(
+                    f"{shown(name)} (it makes the model {makes[0].title}, and the output has no place for it)"
+                )
             return True
-        if self.request.prune and is_leftover(name, (holders or self.models)[0].anatomy.variant):
+        if self.request.prune and is_leftover(name):
             self.found.pruned.append(name)
             return True
         if component_of(name) == "vae" and self.vae is not None:
-            return name not in self.vae.tensors
+            is_left_out = name not in self.vae.tensors
+            if is_left_out and not self._is_known(name):
+                self.found.lost_with_a_vae.append(name)
+            return is_left_out
         return is_prediction_marker(name) and name not in self.models[0].tensors
+
+    def _is_known(self, name: str) -> bool:
+        """Whether a tensor is one of the family's, an EMA copy, or a schedule."""
+        name = self.plain_of_ema.get(name, name)
+        return self.family.knows(name) or component_of(name) == "ema" or is_leftover(name)
 
     def _merged(self, name: str) -> Decision | None:
         tensors = [model.tensors[name] for model in self.models]
         shapes = [one.shape for one in tensors]
-        plain_name = self.plain_of_ema.get(name, name)
         widest = widest_input(name, shapes, self.family)
+        block, weights = self._weights_of(name)
         if len(set(shapes)) > 1 and widest is None:
-            said = ", ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
-            self.found.faults.append(f"{shown(name)} (shapes differ: {shown(said)})")
-            return None
-        block = self.family.block_of(plain_name)
-        weights = self.rules.weight(block, plain_name, self.weights[block]), self.beta[block]
+            return self._of_several_shapes(name, block, self.combination.copied(weights))
         self.found.blended.append((block, name))
         dtype = self.request.output_dtype or tensors[0].dtype
         change = self._change(name, dtype, shapes[widest or 0])
@@ -183,6 +216,24 @@ class _Policies:
         return Decision(
             name, made.expression, made.inputs, None if made.model is None else self.models[made.model]
         )
+
+    def _weights_of(self, name: str) -> tuple[str, Weights]:
+        """The block of a tensor, and its weights."""
+        plain_name = self.plain_of_ema.get(name, name)
+        block = self.family.block_of(plain_name)
+        return block, (self.rules.weight(block, plain_name, self.weights[block]), self.beta[block])
+
+    def _of_several_shapes(self, name: str, block: str, copied: int | None) -> Decision | None:
+        """A tensor that cannot be blended: A's where that is copied, and outside the U-Net another's, too."""
+        if copied is not None and (copied == 0 or component_of(name) != "unet"):
+            donor = self.models[copied]
+            self.found.only_of_shape.setdefault(donor, []).append(name)
+            return self._taken(name, donor)
+        shapes = dict.fromkeys(str(list(model.tensors[name].shape)) for model in self.models)
+        self.found.faults.append(
+            f"{shown(name)} (shapes differ: {shown(', '.join(shapes))}; {block}=skip leaves its block out)"
+        )
+        return None
 
     def _taken(self, name: str, donor: Model | VaeFile, *, keeps_dtype: bool = False) -> Decision:
         tensor = donor.tensors[name]
@@ -210,13 +261,24 @@ class _Policies:
             self.found.only_in.setdefault(tuple(holders), []).append(name)
         return self._taken(name, holders[0])
 
-    def _position_ids(self, name: str, donor: Model) -> Decision:
+    def _position_ids(self, name: str, holders: Sequence[Model]) -> Decision:
+        donor = holders[0]
         tensor = donor.tensors[name]
-        if fault_of_position_ids(tensor) is not None:
+        positions = self._positions(name, holders)
+        if fault_of_position_ids(tensor, positions) is not None:
             self.found.restored.append(name)
         elif tensor.dtype not in FLOAT_DTYPES or not self.request.restores_position_ids:
             return self._taken(name, donor, keeps_dtype=True)
-        return Decision(name, Known(struct.pack(f"<{POSITIONS}q", *range(POSITIONS)), "I64", (1, POSITIONS)))
+        return Decision(name, Known(struct.pack(f"<{positions}q", *range(positions)), "I64", (1, positions)))
+
+    def _positions(self, name: str, holders: Sequence[Model]) -> int:
+        """How many rows the output's embedding of positions has."""
+        embedding = embedding_of(name)
+        having = [model for model in self.models if embedding in model.tensors]
+        if len(having) == len(self.models):  # where they differ, one of them is copied
+            copied = self.combination.copied(self._weights_of(embedding)[1])
+            having = [self.models[copied or 0]]
+        return positions_beside(name, (having or holders)[0].tensors)
 
     def _change(self, name: str, dtype: str, shape: tuple[int, ...]) -> Change | None:
         """What `adjust` does to a tensor of the output."""
@@ -272,17 +334,56 @@ def _check_models(models: Sequence[Model], request: MergeRequest) -> None:
 
 
 def _check_unets(models: Sequence[Model]) -> None:
+    """Raise IncompatibleModelsError for U-Nets of different tensors, but for what A alone has beside those of
+    its family.
+    """
     unets = [{name for name in model.tensors if component_of(name) == "unet"} for model in models]
+    ordinary = models[0].anatomy.family.unet.keys()
+    faults = _cut_differently(models) or [
+        *_lacking(models, [unet & ordinary for unet in unets]),
+        *_added(models[1:], [unet - ordinary - unets[0] for unet in unets[1:]]),
+    ]
+    if faults:
+        raise IncompatibleModelsError(f"these models cannot be merged: {'; '.join(faults)}")
+
+
+def _cut_differently(models: Sequence[Model]) -> list[str]:
+    """Say which models lack layers that others have, since they were made without them."""
+    if len({model.anatomy.standing.missing for model in models}) == 1:
+        return []
+    return [
+        f"{shown(model.name)} is {standing.said}, made without "
+        f"{counted(len(standing.missing), 'tensor')} of the U-Net ({listing(standing.missing)}): it merges "
+        "only with models that lack the same"
+        for model in models
+        if (standing := model.anatomy.standing).is_cut
+    ]
+
+
+def _lacking(models: Sequence[Model], unets: Sequence[Set[str]]) -> list[str]:
     whole = set[str]().union(*unets)
     others = "the others" if len(unets) > 2 else "the other"
-    lacking = [
+    return [
         f"{shown(model.name)} lacks {counted(len(whole - unet), 'U-Net tensor')} of {others} "
         f"({listing(sorted(whole - unet))})"
         for model, unet in reversed(list(zip(models, unets, strict=True)))
         if whole - unet
     ]
-    if lacking:
-        raise IncompatibleModelsError(f"these models cannot be merged: {'; '.join(lacking)}")
+
+
+def _added(models: Sequence[Model], added: Sequence[Set[str]]) -> list[str]:
+    """Say what models have that A, which decides what the output is, has not."""
+    return [
+        f"{shown(model.name)} has {counted(len(names), 'U-Net tensor')} that the first model lacks "
+        f"({listing(sorted(names))}){_which(model)}: give it as the first model"
+        for model, names in zip(models, added, strict=True)
+        if names
+    ]
+
+
+def _which(model: Model) -> str:
+    said = model.anatomy.standing.said
+    return f", since it is {said}" if said else ""
 
 
 def _choose_vae(
