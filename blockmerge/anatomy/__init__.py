@@ -31,6 +31,7 @@ from blockmerge.anatomy.names import (
     plain_names_of_ema,
 )
 from blockmerge.anatomy.origins import Origin, Place, Relation, Rows
+from blockmerge.anatomy.other_kinds import other_kind
 
 __all__ = [
     "COMPONENTS",
@@ -64,6 +65,7 @@ __all__ = [
     "layout_gaps",
     "lone_component",
     "origins_in_diffusers",
+    "other_kind",
     "plain_names_of_ema",
     "register",
     "relation_of",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from blockmerge.anatomy.families import FAMILIES
 from blockmerge.anatomy.family import NAMINGS, Family, Shape
 from blockmerge.anatomy.names import lone_component
+from blockmerge.anatomy.other_kinds import mistaken_for_a_unet, other_kind
 from blockmerge.errors import RecipeError, UnknownFamilyError, counted
 
 
@@ -30,6 +31,8 @@ def identify(shapes: Mapping[str, Shape]) -> Anatomy:
 
     Raises UnknownFamilyError, saying what was found, when there is no U-Net or none that blockmerge knows.
     """
+    if (mistaken := mistaken_for_a_unet(shapes)) is not None:
+        raise UnknownFamilyError(mistaken)
     family, naming, unet = _recognised(shapes)
     variant = family.variant_of(unet, naming)
     for name in shapes:
@@ -72,8 +75,10 @@ def _all_called() -> str:
     return f"{', '.join(names)} nor {last}"
 
 
-def _instead_of_a_unet(names: Iterable[str]) -> str:
-    match lone_component(names):
+def _instead_of_a_unet(shapes: Mapping[str, Shape]) -> str:
+    if (kind := other_kind(shapes)) is not None:
+        return kind
+    match lone_component(shapes):
         case "vae", naming, count:
             return f"is a VAE alone, {counted(count, 'tensor')} in {naming} names: give it as vae (--vae)"
         case _, naming, count:
