@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 import blockmerge
-from blockmerge import BlockmergeError
+from blockmerge import BlockmergeError, UnknownFamilyError
+from blockmerge.anatomy import canonical_name, identify
 from blockmerge.cli.main import run
 from tests.refusals import assert_refused, snapshot
 from tests.small_models import small_model
@@ -265,3 +266,103 @@ def test_a_model_with_something_beside_it_is_a_model(good, tmp_path):
     path = tmp_path / "both.safetensors"
     save_file({**small_model(), **{name: torch.ones(2, 2) for name in beside}}, path)
     assert blockmerge.inspect(path).family == "sd1"
+
+
+LIBRARY = {
+    "diffusers": {
+        "ControlNetModel": "is a ControlNet",
+        "FluxControlNetModel": "is a ControlNet",
+        "SD3ControlNetModel": "is a ControlNet",
+        "T2IAdapter": "is a T2I-adapter",
+        "MotionAdapter": "is a motion module",
+        "AutoencoderTiny": "is a tiny VAE",
+        "AutoencoderKLWan": "is a VAE of another family",
+        "FluxTransformer2DModel": "is Flux.1,",
+        "OvisImageTransformer2DModel": "is a relative of Flux.1",
+        "SD3Transformer2DModel": "is Stable Diffusion 3",
+        "AuraFlowTransformer2DModel": "is AuraFlow,",
+        "ChromaTransformer2DModel": "is Chroma,",
+        "WanTransformer3DModel": "is Wan,",
+        "QwenImageTransformer2DModel": "is Qwen-Image,",
+        "ZImageTransformer2DModel": "is Z-Image,",
+        "Lumina2Transformer2DModel": "is Lumina 2,",
+        "PixArtTransformer2DModel": "is PixArt,",
+        "SanaTransformer2DModel": "is Sana,",
+        "UNetSpatioTemporalConditionModel": "is Stable Video Diffusion,",
+        "UNet3DConditionModel": "is a video model",
+        "UNetMotionModel": "is AnimateDiff,",
+    },
+    "transformers": {
+        "CLIPModel": "is a CLIP (text and vision)",
+        "CLIPTextModel": "is a text encoder",
+        "CLIPTextModelWithProjection": "is a text encoder",
+        "CLIPVisionModelWithProjection": "is a vision encoder",
+        "BertModel": "is a language model",
+    },
+}
+"""Classes whose own names, as the libraries make them, have to be known."""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("library", LIBRARY)
+def test_what_the_libraries_make_is_known(library):
+    home = pytest.importorskip(library)
+    for name, says in LIBRARY[library].items():
+        made = getattr(home, name)
+        with torch.device("meta"):
+            module = made() if library == "diffusers" else made(made.config_class())
+        shapes = {canonical_name(key): tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+        for prefix in ("", "transformer/") if "Transformer" in name else ("",):
+            with pytest.raises(UnknownFamilyError) as caught:
+                identify({prefix + key: shape for key, shape in shapes.items()})
+            assert str(caught.value).startswith(says), name
+
+
+CONV, PROJ = (
+    "model.diffusion_model.input_blocks.0.0.weight",
+    "model.diffusion_model.middle_block.1.proj_in.weight",
+)
+OUT = "model.diffusion_model.out.0.weight"
+DAMAGES = {
+    "lacks a tensor": lambda t: t.pop(PROJ),
+    "lacks its first": lambda t: t.pop(CONV),
+    "has one more": lambda t: t.update({OUT + "_more": torch.ones(2)}),
+    "another shape": lambda t: t.update({PROJ: torch.zeros(3, 5, 1, 1).half()}),
+    "a flat tensor": lambda t: t.update({CONV: t[CONV].flatten()}),
+    "a number": lambda t: t.update({OUT: torch.tensor(1.0)}),
+    "an empty tensor": lambda t: t.update({OUT: torch.zeros(0)}),
+    "integers": lambda t: t.update({OUT: t[OUT].to(torch.int8)}),
+    "NaN": lambda t: t.update({OUT: t[OUT] * float("nan")}),
+    "another channel": lambda t: t.update({CONV: torch.zeros(t[CONV].shape[0], 7, 3, 3)}),
+    "a block too many": lambda t: t.update({"model.diffusion_model.input_blocks.12.0.op.weight": torch.ones(2)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_error_has_the_name_of_the_file(good, tmp_path, damage):
+    tensors = small_model(for_a_folder=True)
+    DAMAGES[damage](tensors)
+    bad, (a, b), out = tmp_path / "bad.safetensors", good, tmp_path / "o"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, bad)
+    calls = (
+        lambda: blockmerge.convert(bad, f"{out}.safetensors", overwrite=True, dtype="fp16"),
+        lambda: blockmerge.convert(bad, out, naming="diffusers", overwrite=True),
+        lambda: blockmerge.merge(bad, a, weights=0.5, output=f"{out}.safetensors", overwrite=True),
+        lambda: blockmerge.merge(
+            a, bad, b, method="add_difference", weights=0.5, output=f"{out}.safetensors"
+        ),
+        lambda: blockmerge.convert(a, f"{out}.safetensors", vae=bad, overwrite=True),
+        lambda: blockmerge.similarity(bad, [a], "weights"),
+        lambda: blockmerge.similarity(bad, [a]),
+        lambda: blockmerge.explain(bad, [a, b]),
+        lambda: blockmerge.explain(a, [bad]),
+        lambda: blockmerge.check(bad),
+        lambda: blockmerge.inspect(bad),
+    )
+    for call in calls:
+        (tmp_path / "o.safetensors").unlink(missing_ok=True)
+        try:
+            call()
+        except BlockmergeError as error:
+            assert "bad.safetensors" in str(error)
+            assert "\n" not in str(error)

@@ -285,7 +285,7 @@ def _check_unets(models: Sequence[Model]) -> None:
         if whole - unet
     ]
     if lacking:
-        raise IncompatibleModelsError(f"these models cannot be merged: {'; '.join(lacking)}")
+        raise IncompatibleModelsError(f"{_names(models)} cannot be merged: {'; '.join(lacking)}")
 
 
 def _choose_vae(
