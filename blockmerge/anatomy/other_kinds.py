@@ -210,7 +210,7 @@ def other_kind(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     if (found := _first(_KINDS, shapes)) is not None:
         return found
     if not shapes:
-        return "holds no tensors, and so no Stable Diffusion U-Net"
+        return "holds no Stable Diffusion U-Net, nor any other tensor"
     # As diffusers saves them, under the word itself: the only kind that is told by a width.
     if len(shapes) <= _MOST_EMBEDDINGS and all(
         "." not in name and len(shape) in (1, 2) and shape[-1] in _EMBEDDING_WIDTHS
