@@ -30,8 +30,11 @@ def entry(dtype="F16", shape=(2,), offsets=(0, 4)):
 
 BAD = {
     "empty": (b"", "is empty"),
-    "three bytes": (b"abc", "only 3 bytes"),
-    "text": (b"Dear user, this is no model. " * 40, "does not begin with a safetensors header"),
+    "three bytes": (b"\1\2\3", "only 3 bytes"),
+    "text": (
+        b"Dear user, this is no model. " * 40,
+        ['is a text, not a model, and says "Dear user, this is no model.', "download the model itself"],
+    ),
     "html": (b"<!DOCTYPE html><html>rate limited</html>", "is an HTML page, not a model"),
     "header beyond the file": (pack({}, length=1000), "header would be 1000 bytes"),
     "absurd header length": (pack({}, length=10**12), "does not begin with a safetensors header"),
@@ -86,6 +89,7 @@ BAD = {
     "gap at the start": (pack({"a": entry(offsets=(2, 6))}, b"\0" * 6), "gap"),
     "data cut short": (pack({"a": entry()}, b"\0" * 3), "cut short: 3 bytes of 4"),
     "data too long": (pack({"a": entry()}, b"\0" * 5), "goes on for 1 byte after"),
+    "metadata is false": (pack({"__metadata__": False}), "__metadata__"),
     "metadata is a list": (pack({"__metadata__": []}), "__metadata__"),
     "metadata holds a number": (pack({"__metadata__": {"a": 1}}), "__metadata__"),
     "long names and long values": (
@@ -450,6 +454,18 @@ def test_a_metadata_value_that_cannot_be_written_again(tmp_path):
     path.write_bytes(pack(b'{"__metadata__":{"x":"\\ud800"}}'))
     with pytest.raises(CheckpointError, match="surrogates"):
         open_checkpoint(path)
+
+
+def test_metadata_that_is_null_is_none(pairs, tmp_path):
+    """The reference reader takes it, so must we."""
+    from safetensors import safe_open
+
+    path = tmp_path / "null.safetensors"
+    path.write_bytes(pack({"__metadata__": None, "a": entry()}, b"\0" * 4))
+    with safe_open(path, "pt") as file:
+        assert list(file.keys()) == ["a"]
+    assert open_checkpoint(path).metadata == {}
+    assert open_checkpoint(path).tensors.keys() == {"a"}
 
 
 def test_a_file_name_that_is_no_utf8(pairs, tmp_path):

@@ -548,7 +548,7 @@ def test_a_healthy_model_in_words(pairs, capsys):
 
 
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path, capsys):
-    (tmp_path / "m.safetensors").write_bytes(b"no header at all")
+    (tmp_path / "m.safetensors").write_bytes(b"\xffno header at all")
     assert run(["check", str(tmp_path / "m.safetensors")]) == 1
     out, err = capsys.readouterr()
     assert out == ""

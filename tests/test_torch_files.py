@@ -345,11 +345,12 @@ NOT_MODELS = {
         b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4\n",
         "git lfs pull",
     ),
-    "text": (b"Dear user, this is no model. " * 40, "neither like a zip archive nor like a pickle"),
+    "text": (b"Dear user, this is no model. " * 40, 'is a text, not a model, and says "Dear user'),
+    "bytes": (b"\1\2\3\4" * 40, "neither like a zip archive nor like a pickle"),
     "empty": (b"", "is empty"),
     "two bytes": (b"\x80\x02", "cut short"),
     "tar": (b"\0" * 257 + b"ustar\x0000" + b"\0" * 600, "tar archive"),
-    "an empty zip": (b"PK\5\6" + bytes(18), "neither like a zip"),
+    "an empty zip": (b"PK\5\6" + bytes(18), "is an empty zip archive, not a model"),
 }
 
 

@@ -32,6 +32,7 @@ from blockmerge.anatomy.names import (
     unwrapped_name,
 )
 from blockmerge.anatomy.origins import Origin, Place, Relation, Rows
+from blockmerge.anatomy.other_kinds import other_kind
 from blockmerge.anatomy.standing import Standing
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "layout_gaps",
     "lone_component",
     "origins_in_diffusers",
+    "other_kind",
     "plain_names_of_ema",
     "register",
     "relation_of",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from blockmerge.anatomy.families import FAMILIES
 from blockmerge.anatomy.family import NAMINGS, Family, Shape
 from blockmerge.anatomy.names import canonical_name, component_of, lone_component
+from blockmerge.anatomy.other_kinds import mistaken_for_a_unet, other_kind
 from blockmerge.anatomy.standing import COMPLETE, Standing, standing_of
 from blockmerge.errors import RecipeError, UnknownFamilyError, counted
 
@@ -42,6 +43,8 @@ def identify(shapes: Mapping[str, Shape]) -> Anatomy:
 
     Raises UnknownFamilyError, saying what was found, when there is no U-Net or none that blockmerge knows.
     """
+    if (mistaken := mistaken_for_a_unet(shapes)) is not None:
+        raise UnknownFamilyError(mistaken)
     family, naming, unet = _recognised(shapes)
     inputs = family.variant_of(unet, naming)
     for name in shapes:
@@ -102,8 +105,14 @@ def _all_called() -> str:
     return f"{', '.join(names)} nor {last}"
 
 
-def _instead_of_a_unet(names: Iterable[str]) -> str:
-    match lone_component(names):
+def _instead_of_a_unet(shapes: Mapping[str, Shape]) -> str:
+    firsts = dict.fromkeys(f.signs["ldm"].first for f in FAMILIES.values() if "ldm" in f.signs)
+    nothing = f"holds no Stable Diffusion U-Net (no tensor {' or '.join(firsts)})"
+    if _has_most_of_a_unet(shapes):
+        return nothing
+    if (kind := other_kind(shapes)) is not None:
+        return kind
+    match lone_component(shapes):
         case "vae", naming, count:
             return f"is a VAE alone, {counted(count, 'tensor')} in {naming} names: give it as vae (--vae)"
         case _, naming, count:
@@ -111,5 +120,11 @@ def _instead_of_a_unet(names: Iterable[str]) -> str:
                 f"is a text encoder alone, {counted(count, 'tensor')} in {naming} names: "
                 "give a model with a U-Net"
             )
-    firsts = dict.fromkeys(f.signs["ldm"].first for f in FAMILIES.values() if "ldm" in f.signs)
-    return f"holds no Stable Diffusion U-Net (no tensor {' or '.join(firsts)})"
+    return nothing
+
+
+def _has_most_of_a_unet(names: Iterable[str]) -> bool:
+    """Whether it is a damaged model of a known family, and not another kind of file."""
+    unet = [canonical_name(name) for name in names if component_of(name) == "unet"]
+    held = ((family, family.origins(unet, "diffusers", "ldm").keys()) for family in FAMILIES.values())
+    return any(2 * len(family.unet.keys() & found) > len(family.unet) for family, found in held)

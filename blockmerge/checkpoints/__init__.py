@@ -1,14 +1,23 @@
 """One lazy `Checkpoint` for every kind of source, the `Model` in it, and a writer that leaves no bad file."""
 
 from blockmerge.checkpoints.assembled import Assembled, Assembly, Piece
-from blockmerge.checkpoints.checkpoint import Checkpoint, Reader, TensorInfo
+from blockmerge.checkpoints.checkpoint import Checkpoint, Checksummed, Reader, TensorInfo
 from blockmerge.checkpoints.formats.any_file import SUFFIXES
+from blockmerge.checkpoints.formats.file import FileReader
 from blockmerge.checkpoints.formats.folder import LARGEST_CARRIED, DiffusersFolder, is_diffusers_folder
 from blockmerge.checkpoints.formats.safetensors_file import SafetensorsFile, encode_header
 from blockmerge.checkpoints.formats.torch_file import TorchFile
 from blockmerge.checkpoints.hashes import Hashes, hash_file, old_hash
 from blockmerge.checkpoints.metadata import faulty_metadata
-from blockmerge.checkpoints.model import EMA_CHOICES, VAE_PREFIX, Model, made, vae_tensors
+from blockmerge.checkpoints.model import (
+    EMA_CHOICES,
+    VAE_PREFIX,
+    Model,
+    anatomy_of,
+    made,
+    other_kind_of,
+    vae_tensors,
+)
 from blockmerge.checkpoints.open import CheckpointLike, open_checkpoint, told_apart
 from blockmerge.checkpoints.position_ids import embedding_of, fault_of_position_ids, positions_beside
 from blockmerge.checkpoints.reading import Readers, read
@@ -28,7 +37,9 @@ __all__ = [
     "AtomicFolder",
     "Checkpoint",
     "CheckpointLike",
+    "Checksummed",
     "DiffusersFolder",
+    "FileReader",
     "Hashes",
     "Model",
     "Piece",
@@ -38,6 +49,7 @@ __all__ = [
     "StateDict",
     "TensorInfo",
     "TorchFile",
+    "anatomy_of",
     "check_output",
     "check_output_folder",
     "check_space",
@@ -50,6 +62,7 @@ __all__ = [
     "made",
     "old_hash",
     "open_checkpoint",
+    "other_kind_of",
     "positions_beside",
     "read",
     "state_dict_name",

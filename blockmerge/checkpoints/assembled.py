@@ -93,6 +93,10 @@ class Assembled(Checkpoint):
         reader = self.base.reader()
         return AssembledReader(reader, self._end, self._parts) if self._parts else reader
 
+    def broken_off(self) -> str | None:
+        """As the base says."""
+        return self.base.broken_off()
+
     def check_unchanged(self) -> None:
         """Raise CheckpointError when the base is no longer what it was."""
         self.base.check_unchanged()

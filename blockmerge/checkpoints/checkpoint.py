@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from blockmerge.dtypes import itemsize
+from blockmerge.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,18 @@ class TensorInfo:
     def nbytes(self) -> int:
         """The size in bytes."""
         return self.elements * (itemsize(self.dtype) or 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Checksummed:
+    """Bytes of a file that has their CRC-32, as a zip archive has, and the names of the tensors in them."""
+
+    path: Path
+    name: str
+    offset: int
+    size: int
+    crc: int
+    tensors: tuple[str, ...] = ()
 
 
 class Reader(ABC):
@@ -74,6 +87,22 @@ class Checkpoint(ABC):
 
     def check_unchanged(self) -> None:  # noqa: B027 (nothing to check is the rule; files are the exception)
         """Raise CheckpointError when the source is no longer what it was when it was opened."""
+
+    def broken_off(self) -> str | None:
+        """Say, with the file's name, that the source is a download that did not finish; None where it is not.
+
+        Its header is right then, but its last tensors are nothing but zeros.
+        """
+        return None
+
+    def checksummed(self) -> tuple[Checksummed, ...]:
+        """Return the parts of it that have checksums, as those of a zip archive have."""
+        return ()
+
+    def check_whole(self) -> None:
+        """Raise CheckpointError when the source is broken off: to be asked before its weights are read."""
+        if (broken := self.broken_off()) is not None:
+            raise CheckpointError(broken)
 
     def read(self, name: str) -> bytes:
         """Return the bytes of one tensor; meant for small ones."""

@@ -4,6 +4,7 @@ matched.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from blockmerge.anatomy import (
     canonical_name,
     component_of,
     identify,
+    lone_component,
+    other_kind,
     plain_names_of_ema,
     unwrapped_name,
 )
@@ -27,6 +30,7 @@ from blockmerge.expressions import Expression, Joined, Part, Reshaped, Stored, T
 
 VAE_PREFIX = "first_stage_model."
 EMA_CHOICES = ("drop", "keep", "use")
+_SHARD = re.compile(r"-\d{5}-of-(\d{5})\.\w+$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +61,8 @@ class Model:
         original, twice, notes = _matched_names(checkpoint, ema, name)
         shapes = {canonical: checkpoint.tensors[own].shape for canonical, own in original.items()}
         try:
-            anatomy = identify(
-                {known: shape for known, shape in shapes.items() if component_of(known) != "ema"}
+            anatomy = anatomy_of(
+                checkpoint, {known: shape for known, shape in shapes.items() if component_of(known) != "ema"}
             )
         except UnknownFamilyError as error:
             raise UnknownFamilyError(f"{shown(name)} {error}") from None
@@ -85,6 +89,34 @@ class Model:
     def names_in_file(self, name: str) -> tuple[str, ...]:
         """What the source calls the tensors that one is made of."""
         return tuple(one.name for one in leaves_of(self.tensors[name]) if isinstance(one, Stored))
+
+
+def anatomy_of(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Anatomy:
+    """Return a checkpoint's anatomy, by the canonical names of its tensors.
+
+    Raises UnknownFamilyError as `identify` does, and for one shard of several, which may look like a model.
+    """
+    if (shard := _shard(checkpoint)) is not None:
+        raise UnknownFamilyError(shard)
+    return identify(shapes)
+
+
+def other_kind_of(checkpoint: Checkpoint) -> str | None:
+    """Say what a checkpoint is that is neither a model nor a VAE, in the words that all commands have for it;
+    None where that is unknown.
+    """
+    alone = lone_component(checkpoint.tensors)
+    return (
+        _shard(checkpoint)
+        or other_kind({name: info.shape for name, info in checkpoint.tensors.items()})
+        or ("is a text encoder alone" if alone is not None and alone[0] == "text_encoder" else None)
+    )
+
+
+def _shard(checkpoint: Checkpoint) -> str | None:
+    name = "" if checkpoint.path is None else checkpoint.path.name
+    count = int(match[1]) if (match := _SHARD.search(name)) else 1
+    return f"is one of the {count} shards of a model: give the folder with all of them" if count > 1 else None
 
 
 def made(origin: Origin, tensors: Mapping[str, Expression], whose: str) -> Expression:

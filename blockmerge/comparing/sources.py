@@ -100,8 +100,8 @@ def _open(model: CheckpointLike | Source, number: int) -> Source:
         return model
     name = Path(os.fspath(model)).name if isinstance(model, (str, os.PathLike)) else f"state dict {number}"
     try:
-        checkpoint = open_checkpoint(model, name=name)
-        return Source(checkpoint.name, Model.of(checkpoint))
+        opened = open_model(model, name)
+        return Source(opened.name, opened)
     except BlockmergeError as error:
         said = str(error)
         if isinstance(model, (str, os.PathLike)):  # reports show no folders
@@ -128,8 +128,10 @@ def _unique(sources: list[Source]) -> list[Source]:
 
 
 def open_model(model: CheckpointLike, name: str) -> Model:
-    """Open one model, or raise what is wrong with it."""
-    return Model.of(open_checkpoint(model, name=name))
+    """Open one model whose weights will be read, or raise what is wrong with it."""
+    opened = Model.of(open_checkpoint(model, name=name))
+    opened.source.check_whole()
+    return opened
 
 
 def weights_of(model: Model) -> dict[str, Expression]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from blockmerge.anatomy import is_position_ids, is_schedule
 from blockmerge.checkpoints import (
+    Checkpoint,
     CheckpointLike,
     SafetensorsFile,
     fault_of_position_ids,
@@ -15,6 +16,7 @@ from blockmerge.checkpoints import (
 from blockmerge.dtypes import FLOAT_DTYPES
 from blockmerge.errors import counted, listing, shown
 from blockmerge.expressions import Stored
+from blockmerge.inspecting.checksums import wrong_checksums
 from blockmerge.inspecting.metadata import check_file, check_metadata
 from blockmerge.inspecting.problems import SEVERITIES, CheckResult, Problem
 from blockmerge.inspecting.structure import Subject, check_structure
@@ -25,7 +27,8 @@ def check(path: CheckpointLike, progress: Progress | None = None, threads: int |
     """Look for everything that can be wrong with a checkpoint; the codes are in `docs/check.md`.
 
     Names, shapes, dtypes and metadata come from the header; then all floats are read once, for NaN, infinity
-    and zeros, on `threads` threads in a few megabytes of memory. `progress(done, total)` is told the bytes.
+    and zeros, and a zip archive once more for its checksums, on `threads` threads in a few megabytes of
+    memory. Numbers of a file that is broken off are not looked at. `progress(done, total)` is told the bytes.
     Raises CheckpointError when it cannot be read. A file that is no Stable Diffusion model is no error, but a
     problem.
     """
@@ -37,8 +40,12 @@ def check(path: CheckpointLike, progress: Progress | None = None, threads: int |
     ]
     if isinstance(checkpoint, SafetensorsFile):
         problems += check_file(checkpoint)
-    problems += _position_ids(subject)
-    problems += _values(subject, progress, threads)
+    if (broken := checkpoint.broken_off()) is not None:
+        problems.append(Problem.of("broken_off", broken))
+    else:
+        problems += _checksums(checkpoint, progress, threads)
+        problems += _position_ids(subject)
+        problems += _values(subject, progress, threads)
     return CheckResult(
         name=checkpoint.name,
         family=anatomy.family.name if anatomy else None,
@@ -46,6 +53,17 @@ def check(path: CheckpointLike, progress: Progress | None = None, threads: int |
         naming=anatomy.naming if anatomy else None,
         problems=tuple(sorted(problems, key=lambda problem: SEVERITIES.index(problem.severity))),
     )
+
+
+def _checksums(checkpoint: Checkpoint, progress: Progress | None, threads: int | None) -> Iterator[Problem]:
+    if wrong := wrong_checksums(checkpoint, threads, progress):
+        parts = f"{counted(len(wrong), 'part')} of the archive"
+        yield Problem.of(
+            "wrong_checksum",
+            f"{parts} with another checksum than was written, so that its numbers are not those that were "
+            f"saved ({listing(part.name for part in wrong)}): download it again",
+            [name for part in wrong for name in part.tensors],
+        )
 
 
 def _position_ids(subject: Subject) -> Iterator[Problem]:

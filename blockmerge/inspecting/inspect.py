@@ -12,11 +12,18 @@ from blockmerge.anatomy import (
     block_of,
     canonical_name,
     component_of,
-    identify,
     lone_component,
     plain_names_of_ema,
 )
-from blockmerge.checkpoints import CheckpointLike, Hashes, TensorInfo, hash_file, open_checkpoint
+from blockmerge.checkpoints import (
+    Checkpoint,
+    CheckpointLike,
+    Hashes,
+    TensorInfo,
+    anatomy_of,
+    hash_file,
+    open_checkpoint,
+)
 from blockmerge.errors import UnknownFamilyError
 from blockmerge.streaming import Progress
 
@@ -48,7 +55,8 @@ class Inspection:
     So is naming, but of a VAE or a text encoder alone.
 
     `missing` are the U-Net tensors that it should have and lacks. `blocks` are the U-Net's, without BASE.
-    `hashes` is None unless asked for.
+    `broken_off` says so where the file ends in zeros, as a download leaves that did not finish. `hashes` is
+    None unless asked for.
     """
 
     name: str
@@ -60,6 +68,7 @@ class Inspection:
     components: Mapping[str, Part]
     blocks: Mapping[str, Part]
     metadata: Mapping[str, str]
+    broken_off: str | None
     hashes: Hashes | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,7 +84,7 @@ class Inspection:
 
 
 def inspect(path: CheckpointLike, hashes: bool = False, progress: Progress | None = None) -> Inspection:
-    """Look at a checkpoint's header; with `hashes` also read the whole file once.
+    """Look at a checkpoint's header and how it ends; with `hashes` also read the whole file once.
 
     Raises CheckpointError when it cannot be read. A file that is no Stable Diffusion model is no error.
     """
@@ -85,7 +94,9 @@ def inspect(path: CheckpointLike, hashes: bool = False, progress: Progress | Non
     names = {name: canonical_name(name) for name in checkpoint.tensors}
     if not has_unet:  # then EMA weights are the U-Net
         names.update(plain)
-    anatomy, why = _identify({names[name]: info.shape for name, info in checkpoint.tensors.items()})
+    anatomy, why = _identify(
+        checkpoint, {names[name]: info.shape for name, info in checkpoint.tensors.items()}
+    )
     alone, naming, _ = lone_component(names) or (None, None, 0)
     components: dict[str, list[TensorInfo]] = {component: [] for component in COMPONENTS}
     blocks: dict[str, list[TensorInfo]] = {
@@ -106,12 +117,15 @@ def inspect(path: CheckpointLike, hashes: bool = False, progress: Progress | Non
         components={component: Part.of(infos) for component, infos in components.items() if infos},
         blocks={block: Part.of(infos) for block, infos in blocks.items()},
         metadata=checkpoint.metadata,
+        broken_off=checkpoint.broken_off(),
         hashes=hash_file(checkpoint, progress) if hashes else None,
     )
 
 
-def _identify(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Anatomy | None, str | None]:
+def _identify(
+    checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Anatomy | None, str | None]:
     try:
-        return identify(shapes), None
+        return anatomy_of(checkpoint, shapes), None
     except UnknownFamilyError as error:
         return None, str(error)

@@ -22,6 +22,8 @@ class Kind:
 KINDS: Mapping[str, Kind] = {
     # errors: it does not load, or its pictures are wrong
     "no_unet": Kind("error"),
+    "broken_off": Kind("error"),
+    "wrong_checksum": Kind("error"),
     "missing_tensors": Kind("error"),
     "wrong_shape": Kind("error"),
     "integer_weights": Kind("error"),

@@ -75,6 +75,8 @@ class LiveMerge:
             Model.of(open_checkpoint(source, f"state dict {letter}"))  # type: ignore[arg-type]  # it refuses None
             for source, letter in zip(sources, "ABC", strict=False)
         ]
+        for model in models:
+            model.source.check_whole()
         # Tensors that are made in inference mode could not be written to outside it.
         with torch.inference_mode(False), torch.no_grad():
             self._unet: FlatUNet = FlatUNet.of(module, models)

@@ -349,6 +349,8 @@ class Plan:
         """Write the output; `progress(done, total)` is told the bytes. Raises what `merge` raises."""
         started = time.perf_counter()
         plan = self.planned
+        for checkpoint in plan.decided.checkpoints:
+            checkpoint.check_whole()
         sizes: dict[str, int | bytes] = {file.path: file.size for file in plan.files}
         with plan.output.reserve(
             self.target, {**plan.small_files, **sizes}, overwrite=self.overwrite

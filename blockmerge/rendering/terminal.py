@@ -61,6 +61,8 @@ def print_inspection(console: Console, found: Inspection) -> None:
     if found.missing:
         lacking = counted(len(found.missing), "U-Net tensor")
         _line(console, Text(f"incomplete: it lacks {lacking} ({listing(found.missing)})"))
+    if found.broken_off:
+        _line(console, Text(found.broken_off, "bold red"))
     if "ema" in found.components and "unet" not in found.components:
         _line(console, Text("its U-Net is there as EMA weights only, which are used as the U-Net"))
     for title, parts in (("component", found.components), ("block", found.blocks)):

@@ -6,18 +6,13 @@ import os
 import stat
 
 from blockmerge.checkpoints.checkpoint import Checkpoint
+from blockmerge.checkpoints.formats.other_files import HEAD, other_file
 from blockmerge.checkpoints.formats.safetensors_file import SafetensorsFile
 from blockmerge.checkpoints.formats.torch_file import TORCH_SUFFIXES, TorchFile, begins_torch_file
 from blockmerge.errors import CheckpointError, shown
 
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 """How the names of model files end, in lower case."""
-
-_NO_MODELS = {
-    b"version https://git-lfs": "is a git-LFS pointer, not the model itself: fetch that with git lfs pull",
-    b"<!doctype html": "is an HTML page, not a model: download the model itself",
-    b"<html": "is an HTML page, not a model: download the model itself",
-}
 
 
 def open_file(path: str | os.PathLike[str]) -> Checkpoint:
@@ -26,20 +21,26 @@ def open_file(path: str | os.PathLike[str]) -> Checkpoint:
     Raises CheckpointError when there is no such file, or none that can be read.
     """
     head = _head(path)
-    for start, what in _NO_MODELS.items():
-        if head.lstrip().lower().startswith(start):
-            raise CheckpointError(f"{shown(path)} {what}")
-    if begins_torch_file(head) or (head[8:9] != b"{" and os.fspath(path).lower().endswith(TORCH_SUFFIXES)):
+    if head is None or _begins_safetensors(head):
+        return SafetensorsFile(path)
+    if begins_torch_file(head):
         return TorchFile(path)
-    return SafetensorsFile(path)
+    if (what := other_file(head)) is not None:
+        raise CheckpointError(f"{shown(path)} {what}")
+    return TorchFile(path) if os.fspath(path).lower().endswith(TORCH_SUFFIXES) else SafetensorsFile(path)
 
 
-def _head(path: str | os.PathLike[str]) -> bytes:
-    """How a file begins; nothing when it cannot be read, which opening it as a checkpoint will say."""
+def _begins_safetensors(head: bytes) -> bool:
+    """Whether a file begins with a length below 4 GB and a JSON object."""
+    return head[4:9] == b"\0\0\0\0{"
+
+
+def _head(path: str | os.PathLike[str]) -> bytes | None:
+    """How a file begins; None when it cannot be read, which opening it as a checkpoint will say."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            return b""
+            return None
         with open(path, "rb") as file:
-            return file.read(64)
+            return file.read(HEAD)
     except (OSError, ValueError):
-        return b""
+        return None

@@ -14,11 +14,11 @@ import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from blockmerge.checkpoints.checkpoint import Checkpoint, Reader, TensorInfo
+from blockmerge.checkpoints.checkpoint import Checkpoint, Checksummed, Reader, TensorInfo
 from blockmerge.checkpoints.formats.any_file import open_file
 from blockmerge.checkpoints.formats.safetensors_file import LARGEST_HEADER
 from blockmerge.errors import CheckpointError, did_you_mean, listing, reason, shown
@@ -84,6 +84,7 @@ class DiffusersFolder(Checkpoint):
         self.metadata = {}
         self._files: list[Checkpoint] = []
         self._starts: list[int] = []
+        self._checksummed: list[Checksummed] = []
         self.tensors: dict[str, TensorInfo] = {}
         for component, weights in chosen.items():
             self._add(component, weights)
@@ -112,12 +113,24 @@ class DiffusersFolder(Checkpoint):
             start = 1 + max((info.offset + info.nbytes for info in self.tensors.values()), default=-1)
             self._files.append(file)
             self._starts.append(start)
+            self._checksummed += [
+                replace(part, tensors=tuple(prefix + name for name in part.tensors))
+                for part in file.checksummed()
+            ]
             for name, info in file.tensors.items():
                 self.tensors[prefix + name] = TensorInfo(info.dtype, info.shape, start + info.offset)
 
     def reader(self) -> Reader:
         """Open a reader over all files; each is opened when it is first read from."""
         return _FolderReader(self._files, self._starts)
+
+    def broken_off(self) -> str | None:
+        """As the first of its files says that is."""
+        return next((said for file in self._files if (said := file.broken_off()) is not None), None)
+
+    def checksummed(self) -> tuple[Checksummed, ...]:
+        """Those of all files, with the tensors' names in the folder."""
+        return tuple(self._checksummed)
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError when a weight file is no longer what it was."""

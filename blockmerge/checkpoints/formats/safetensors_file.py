@@ -15,11 +15,14 @@ from typing import Any
 
 from blockmerge.checkpoints.checkpoint import TensorInfo
 from blockmerge.checkpoints.formats.file import FileCheckpoint
+from blockmerge.checkpoints.formats.trailing_zeros import said_of_zeros, zeros_from
 from blockmerge.dtypes import itemsize
-from blockmerge.errors import counted, listing, shown
+from blockmerge.errors import CheckpointError, counted, listing, reason, shown
 
 _MOST_FAULTS = 100  # counted; a hostile header can hold millions
 _MOST_AXES = 64
+_FEWEST_ZEROS = 32 << 10  # bytes at the end of a file that is said to be broken off
+_SHARE_OF_ZEROS = 8  # and at least this part of all
 LARGEST_HEADER = 100_000_000  # bytes; the reference reader's limit
 
 
@@ -34,6 +37,29 @@ class SafetensorsFile(FileCheckpoint):
         super().__init__(path)
         with self._opened("safetensors") as (file, size):
             self.tensors, self.metadata, self.data_start = _read_header(file, size)
+
+    def broken_off(self) -> str | None:
+        """Say that the file ends in zeros that begin inside a tensor, or before the first.
+
+        Tensors may well be all zeros, at the end of a file too; but then a tensor begins where the zeros do.
+        """
+        size = self._identity[0]
+        try:
+            with self.path.open("rb") as file:
+                begin = zeros_from(file, self.data_start, size)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {shown(self.path)}: {reason(error)}") from error
+        is_long = size - begin >= max(_FEWEST_ZEROS, (size - self.data_start) // _SHARE_OF_ZEROS)
+        return said_of_zeros(self.name, begin, size) if is_long and self._is_inside(begin) else None
+
+    def _is_inside(self, begin: int) -> bool:
+        """Whether zeros from `begin` on are the end of a tensor that holds more, or the whole of all."""
+        if begin == self.data_start:
+            return True
+        before = (one for one in self.tensors.values() if one.offset < begin and one.nbytes)
+        holder = max(before, key=lambda one: one.offset)
+        # The last of its elements may be a 0, and another end in zero bytes, as small integers do.
+        return holder.offset + holder.nbytes - begin >= 2 * (itemsize(holder.dtype) or 0)
 
 
 def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], alignment: int) -> bytes:
@@ -69,7 +95,9 @@ def _read_header(file: Any, size: int) -> tuple[dict[str, TensorInfo], dict[str,
     if len(raw) != length:
         raise ValueError("its header is cut short")
     header = _parse_json(raw)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:  # also null, which the reference reader takes
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its __metadata__ does not map strings to strings")
     for value in metadata.values():
@@ -203,7 +231,7 @@ def _gaps(spans: list[tuple[int, int, str, TensorInfo]], data_size: int) -> list
         position = max(position, end)
     if not faults and position != data_size:
         raise ValueError(
-            f"its data is cut short: {data_size} bytes of {position}"
+            f"its data is cut short: {data_size} bytes of {position}; download it again"
             if position > data_size
             else f"it goes on for {counted(data_size - position, 'byte')} after the last tensor"
         )

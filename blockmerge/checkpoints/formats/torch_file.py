@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from blockmerge.anatomy import other_kind
 from blockmerge.checkpoints.assembled import Assembled, Assembly, Piece
-from blockmerge.checkpoints.checkpoint import TensorInfo
+from blockmerge.checkpoints.checkpoint import Checksummed, TensorInfo
 from blockmerge.checkpoints.formats.file import FileCheckpoint
 from blockmerge.checkpoints.formats.pickles import (
     LARGEST_PICKLE,
@@ -27,9 +30,10 @@ from blockmerge.checkpoints.formats.pickles import (
     Unbuilt,
     pickles_in,
 )
-from blockmerge.checkpoints.formats.zip_entries import read_entries
+from blockmerge.checkpoints.formats.trailing_zeros import said_of_zeros, zeros_from
+from blockmerge.checkpoints.formats.zip_entries import Entry, read_entries
 from blockmerge.dtypes import itemsize
-from blockmerge.errors import listing, shown
+from blockmerge.errors import CheckpointError, listing, shown
 
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
@@ -37,6 +41,9 @@ _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 _MOST_AXES = 64
 _MOST_NESTED = 3
+_MOST_LOOKED_AT = 100_000  # things within things, where there is no state dict
+_LONGEST_KEY = 1000
+_FEWEST_ZEROS = 4096  # at the end of a file that is damaged because it is broken off
 _OTHER_SIZES = {"complex128": 16, "qint8": 1, "quint8": 1, "qint32": 4, "quint4x2": 1, "quint2x4": 1}
 _ROOM = 1 << 20  # bytes by which an expanded tensor may exceed its file
 
@@ -55,10 +62,11 @@ class TorchFile(Assembled):
     It has no metadata.
 
     Its tensors are those of the state dict: the dict itself, or what it holds under "state_dict". Numbers and
-    texts in it are skipped, and so is what lies beside it. Raises CheckpointError, in one line with the
-    file's name, when it is missing, damaged, holds no state dict or tensors that safetensors files cannot
-    hold, and when its pickle names anything but tensors, dicts and what training scripts are known to leave
-    beside them.
+    texts in it are skipped, and so is what lies beside it. What is known to be no model, as a textual
+    inversion or an upscaler, may keep its tensors deeper: their names have dots then. Raises CheckpointError,
+    in one line with the file's name, when it is missing, damaged, holds no state dict or tensors that
+    safetensors files cannot hold, and when its pickle names anything but tensors, dicts and what training
+    scripts are known to leave beside them.
     """
 
     path: Path
@@ -67,26 +75,61 @@ class TorchFile(Assembled):
         storages = _Storages(path)
         super().__init__(storages, storages.state_dict)
         self.path = storages.path
+        self._checksummed = storages.parts
+
+    def checksummed(self) -> tuple[Checksummed, ...]:
+        """All entries of a zip archive that are stored as they are; none of the stream before it."""
+        return self._checksummed
 
 
 class _Storages(FileCheckpoint):
-    """The storages of a file as tensors of bytes, and `state_dict`: where in them its tensors lie."""
+    """The storages of a file as tensors of bytes, and `state_dict`: where in them its tensors lie.
+
+    `parts` are the entries of a zip archive.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path)
+        self.parts: tuple[Checksummed, ...] = ()
         with self._opened("torch") as (file, size):
-            head = file.read(512)
-            file.seek(0)
-            if head.startswith(b"PK\3\4"):
-                content, storages = _read_zip(file, size)
-            elif head.startswith(b"\x80"):
-                content, storages = _read_legacy(file, size)
-            else:
-                raise ValueError(_what_else(head, size))
-            self.tensors = storages
-            found = [_locate(name, tensor, storages, size) for name, tensor in _state_dict(content).items()]
+            try:
+                self._read(file, size)
+            except ValueError as error:
+                begin = zeros_from(file, 0, size)
+                if size - begin >= _FEWEST_ZEROS:
+                    raise CheckpointError(said_of_zeros(str(self.path), begin, size)) from error
+                raise
+
+    def _read(self, file: BinaryIO, size: int) -> None:
+        head = file.read(512)
+        file.seek(0)
+        entries: dict[str, Entry] = {}
+        if head.startswith(b"PK\3\4"):
+            content, storages, entries = _read_zip(file, size)
+        elif head.startswith(b"\x80"):
+            content, storages = _read_legacy(file, size)
+        else:
+            raise ValueError(_what_else(head, size))
+        self.tensors = storages
+        tensors = _state_dict(content)
+        found = [_locate(name, tensor, storages, size) for name, tensor in tensors.items()]
         found.sort(key=lambda item: item[0])
         self.state_dict: Mapping[str, TensorInfo | Assembly] = {name: place for _, name, place in found}
+        self.parts = tuple(self._parts(file, entries, tensors))
+
+    def _parts(
+        self, file: BinaryIO, entries: Mapping[str, Entry], tensors: Mapping[str, StoredTensor]
+    ) -> Iterator[Checksummed]:
+        held: dict[str, list[str]] = {}
+        for name, tensor in tensors.items():
+            held.setdefault(tensor.storage.key, []).append(name)
+        for key, entry in entries.items():
+            if entry.crc == 0:  # torch can be told to write none
+                continue
+            with suppress(ValueError):  # an entry that no tensor lies in need not be one that can be read
+                offset = self.tensors[key].offset if key in self.tensors else entry.locate(file)
+                names = tuple(held.get(key, ()))
+                yield Checksummed(self.path, entry.name, offset, entry.size, entry.crc, names)
 
 
 def _what_else(head: bytes, size: int) -> str:
@@ -97,7 +140,8 @@ def _what_else(head: bytes, size: int) -> str:
     return "it begins neither like a zip archive nor like a pickle"
 
 
-def _read_zip(file: BinaryIO, size: int) -> tuple[object, dict[str, TensorInfo]]:
+def _read_zip(file: BinaryIO, size: int) -> tuple[object, dict[str, TensorInfo], dict[str, Entry]]:
+    """Return what was saved, the storages by their keys, and all entries, those of storages by their keys."""
     entries = read_entries(file, size)
     pickles = [name for name in entries if name.rpartition("/")[2] == "data.pkl" and name.count("/") < 2]
     if len(pickles) != 1:
@@ -129,7 +173,7 @@ def _read_zip(file: BinaryIO, size: int) -> tuple[object, dict[str, TensorInfo]]
         if entry.size < storage.elements * _size_of(storage.dtype):
             raise ValueError(f"its storage {shown(key)} has {entry.size} bytes, fewer than its pickle says")
         storages[key] = TensorInfo("U8", (entry.size,), entry.locate(file))
-    return content, storages
+    return content, storages, {name.removeprefix(f"{folder}data/"): one for name, one in entries.items()}
 
 
 def _read_legacy(file: BinaryIO, size: int) -> tuple[object, dict[str, TensorInfo]]:
@@ -172,7 +216,37 @@ def _size_of(dtype: str) -> int:
 
 
 def _state_dict(content: object) -> dict[str, StoredTensor]:
-    """The tensors of the state dict in what was saved. Raises ValueError naming what else is in it."""
+    """The tensors of the state dict in what was saved, or all tensors in what is known to be no model.
+
+    Raises ValueError naming what else is in it.
+    """
+    try:
+        return _plain_state_dict(content)
+    except ValueError:
+        within = islice(_within(content, "", _MOST_NESTED), _MOST_LOOKED_AT)
+        nested = {name: found for name, found in within if isinstance(found, StoredTensor)}
+        shapes = {name: tensor.shape if _counts(tensor.shape) else () for name, tensor in nested.items()}
+        if not nested or other_kind(shapes) is None:
+            raise
+        return nested
+
+
+def _within(value: object, path: str, depth: int) -> Iterator[tuple[str, object]]:
+    """Yield everything in dicts, lists and tuples, by the keys that lead to it, with dots between them."""
+    items: Iterable[tuple[object, object]] = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    for key, one in items:
+        # Half a surrogate pair cannot be written again.
+        text = str(key).encode("utf-8", "replace").decode() if isinstance(key, (str, int)) else ""
+        yield path + text, one
+        if depth and len(text) <= _LONGEST_KEY:
+            yield from _within(one, f"{path}{text}.", depth - 1)
+
+
+def _plain_state_dict(content: object) -> dict[str, StoredTensor]:
     for _ in range(_MOST_NESTED):
         if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
             break

@@ -24,14 +24,15 @@ _STORED = 0
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One entry: where its header begins, its size in the archive, how it is stored, and where the next thing
-    begins.
+    """One entry: where its header begins, its size in the archive, how it is stored, the CRC-32 of its bytes,
+    and where the next thing begins.
     """
 
     name: str
     header: int
     size: int
     stored: bool
+    crc: int
     limit: int
 
     def locate(self, file: BinaryIO) -> int:
@@ -71,9 +72,9 @@ def read_entries(file: BinaryIO, size: int) -> dict[str, Entry]:
     file.seek(start)
     found = _parse_directory(file.read(length), count)
     found.sort(key=lambda entry: entry[1])
-    limits = [header for _, header, _, _ in found[1:]] + [start]
+    limits = [entry[1] for entry in found[1:]] + [start]
     entries: dict[str, Entry] = {}
-    for (name, header, held, stored), limit in zip(found, limits, strict=True):
+    for (name, header, held, stored, crc), limit in zip(found, limits, strict=True):
         if name in entries:
             raise ValueError(f"the archive holds {shown(name)} twice")
         if ".." in name.replace("\\", "/").split("/") or name.startswith(("/", "\\")):
@@ -82,7 +83,7 @@ def read_entries(file: BinaryIO, size: int) -> dict[str, Entry]:
             raise ValueError(
                 f"the archive's entry {shown(name)} reaches into what comes after it: its sizes lie"
             )
-        entries[name] = Entry(name, header, held, stored, limit)
+        entries[name] = Entry(name, header, held, stored, crc, limit)
     return entries
 
 
@@ -93,7 +94,7 @@ def _find_directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
     tail = file.read()
     at = tail.rfind(_END)
     if at < 0 or len(tail) - at < 22:
-        raise ValueError("the archive's end is missing (cut short?)")
+        raise ValueError("the archive's end is missing, so it is cut short: download it again")
     disk, first_disk, _, count, length, start, comment = struct.unpack_from("<4H2LH", tail, at + 4)
     end = tail_start + at
     if end + 22 + comment != size:
@@ -113,19 +114,21 @@ def _find_directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
     if disk or first_disk:
         raise ValueError("it is one part of an archive in parts")
     if start + length > end:
-        raise ValueError("the archive's directory reaches beyond the file (cut short?)")
+        raise ValueError(
+            "the archive's directory reaches beyond the file, so it is cut short: download it again"
+        )
     return count, start, length
 
 
-def _parse_directory(data: bytes, count: int) -> list[tuple[str, int, int, bool]]:
-    """Return (name, offset of the header, size, whether it is stored) of each entry."""
-    found: list[tuple[str, int, int, bool]] = []
+def _parse_directory(data: bytes, count: int) -> list[tuple[str, int, int, bool, int]]:
+    """Return (name, offset of the header, size, whether it is stored, CRC-32) of each entry."""
+    found: list[tuple[str, int, int, bool, int]] = []
     position = 0
     while position < len(data) and len(found) < _MOST_ENTRIES:
         if data[position : position + 4] != _ENTRY or len(data) - position < 46:
             raise ValueError("the archive's directory is damaged")
-        flags, method, packed, size, name_length, extra_length, comment = struct.unpack_from(
-            "<HH8xLLHHH", data, position + 8
+        flags, method, crc, packed, size, name_length, extra_length, comment = struct.unpack_from(
+            "<HH4xLLLHHH", data, position + 8
         )
         header = struct.unpack_from("<L", data, position + 42)[0]
         name_end = position + 46 + name_length
@@ -140,7 +143,7 @@ def _parse_directory(data: bytes, count: int) -> list[tuple[str, int, int, bool]
             raise ValueError(
                 f"the archive's entry {shown(name)} has two sizes: {packed} and {counted(size, 'byte')}"
             )
-        found.append((name, header, packed, stored))
+        found.append((name, header, packed, stored, crc))
         position = stop
     if len(found) != count:
         raise ValueError(f"the archive claims {count:,} entries and holds {len(found):,}")

@@ -19,6 +19,7 @@ from blockmerge.checkpoints import (
     DiffusersFolder,
     Model,
     open_checkpoint,
+    other_kind_of,
 )
 from blockmerge.errors import (
     CheckpointError,
@@ -214,9 +215,9 @@ def _folder_of_configs(models: Sequence[Model], configs: CheckpointLike | None) 
     if configs is not None:
         found: Checkpoint = open_checkpoint(configs)
         if not _is_pipeline(found):
-            raise CheckpointError(
-                f"{shown(found.name)} is no diffusers folder, so there are no configs to take from it"
-            )
+            kind = other_kind_of(found)
+            what = "is no diffusers folder, so" if kind is None else f"{kind}; it is no diffusers folder, and"
+            raise CheckpointError(f"{shown(found.name)} {what} there are no configs to take from it")
         return found
     return next((model.source for model in models if _is_pipeline(model.source)), None)
 

@@ -29,6 +29,7 @@ from blockmerge.checkpoints import (
     embedding_of,
     fault_of_position_ids,
     open_checkpoint,
+    other_kind_of,
     positions_beside,
     vae_tensors,
 )
@@ -73,7 +74,9 @@ def decide(
     )
     if twice := [name for name, count in Counter(one.name for one in tensors).items() if count > 1]:
         # The last guard before a file that no reader opens.
-        raise IncompatibleModelsError(f"two tensors of the output would be called {listing(twice)}")
+        raise IncompatibleModelsError(
+            f"{_names(models)} cannot be merged: two tensors of the output would be called {listing(twice)}"
+        )
     _check_components(models, tensors, output_naming=naming)
     notes = describe(models, request, resolved, decisions, policies.found, naming)
     return Decisions(
@@ -344,7 +347,7 @@ def _check_unets(models: Sequence[Model]) -> None:
         *_added(models[1:], [unet - ordinary - unets[0] for unet in unets[1:]]),
     ]
     if faults:
-        raise IncompatibleModelsError(f"these models cannot be merged: {'; '.join(faults)}")
+        raise IncompatibleModelsError(f"{_names(models)} cannot be merged: {'; '.join(faults)}")
 
 
 def _cut_differently(models: Sequence[Model]) -> list[str]:
@@ -414,13 +417,13 @@ def _open_vae(vae: CheckpointLike, models: Sequence[Model], request: MergeReques
     try:
         checkpoint = open_checkpoint(vae)
     except CheckpointError as error:
-        raise CheckpointError(
-            f"{error}; vae (--vae) takes {request.vae_choices(len(models))}a file or a folder"
-        ) from error
+        raise CheckpointError(f"{error}; {_vae_takes(models, request)}") from error
     family = models[0].anatomy.family
     tensors = vae_tensors(checkpoint, family)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     gaps = layout_gaps(shapes, family.name, "vae")
+    if gaps.missing and (kind := other_kind_of(checkpoint)) is not None:
+        raise CheckpointError(f"{shown(checkpoint.name)} {kind}; {_vae_takes(models, request)}")
     if gaps.missing:
         raise IncompatibleModelsError(
             f"{shown(checkpoint.name)} is no complete VAE: it lacks {listing(gaps.missing)}"
@@ -434,3 +437,7 @@ def _open_vae(vae: CheckpointLike, models: Sequence[Model], request: MergeReques
     if wrong:
         raise IncompatibleModelsError(f"{shown(checkpoint.name)} is a VAE of another shape: {listing(wrong)}")
     return VaeFile(checkpoint, tensors)
+
+
+def _vae_takes(models: Sequence[Model], request: MergeRequest) -> str:
+    return f"vae (--vae) takes {request.vae_choices(len(models))}a file or a folder"
