@@ -24,20 +24,22 @@ class Dtype:
     """What there is to know about a dtype: the bytes of an element, and its names elsewhere.
 
     `torch` is its name in torch, None where tensors of it are never made; `short` is what ``--dtype`` calls
-    it, None where no output can be asked for in it. Only floats have a `precision`.
+    it, None where no output can be asked for in it. Only floats have a `precision`, and an `infinity` unless
+    it says otherwise: what is too large for them becomes that, or NaN where there is none.
     """
 
     size: int
     torch: str | None = None
     short: str | None = None
     precision: Precision | None = None
+    infinity: bool = True
 
 
 DTYPES: Mapping[str, Dtype] = {
     "F16": Dtype(2, "float16", "fp16", Precision(10, -14)),
     "BF16": Dtype(2, "bfloat16", "bf16", Precision(7, -126)),
     "F32": Dtype(4, "float32", "fp32", Precision(23, -126)),
-    "F8_E4M3": Dtype(1, "float8_e4m3fn", "fp8_e4m3fn", Precision(3, -6)),
+    "F8_E4M3": Dtype(1, "float8_e4m3fn", "fp8_e4m3fn", Precision(3, -6), infinity=False),
     "F8_E5M2": Dtype(1, "float8_e5m2", "fp8_e5m2", Precision(2, -14)),
     "F64": Dtype(8, "float64", None, Precision(52, -1022)),
     "C64": Dtype(8, "complex64"),

@@ -13,14 +13,20 @@ Written by `make docs` from the definitions in `blockmerge/methods/builtin/`. `b
 
 A, B, C are one tensor of each model, α (alpha) and β (beta) the block's weights; Xᵢ are all models, of which
 A is the first. Halves and 8-bit floats are combined in float32, float32 in float64, and the result is rounded
-once. Of finite weights every method makes finite ones, whatever α and β, unless the result is beyond the
-range of the output's dtype.
+once. Of finite weights every method makes finite ones, unless the result is beyond the range of the output's
+dtype, or a step on the way to it (a difference of two tensors, a product with α or β) beyond that of the
+dtype it is computed in. Only bf16 and float64 come near the latter, which are combined in a dtype of the same
+range: bf16 is safe up to 1.7·10³⁸, half of the largest float32, as long as α and β are from 0 to 1. What
+overflows is refused, not written.
 
 """
 
 _TAIL = """
 *Looks at* is how much of a tensor a result depends on, and so how a merge may cut its work. A
 method that looks at all tensors reads the models twice: once for the figures that it needs, once to merge.
+
+SuperMerger's *self* and *plus random* leave all tensors alone that have `to_out`, `proj_out` or `norm` in
+their names; `scale` and `add_noise` take them, too. With `--rules ":to_out proj_out norm:skip"` they do not.
 
 *Copied at*: the weights, or pairs (α, β), at which the result is an input, bit for bit; the other models are
 not even read there. `tensor_sum` always takes whole rows as they are.
@@ -47,7 +53,8 @@ smallest of them.
 What `add_noise` and `dare` draw depends on the seed, the tensor's LDM name and the element's position alone:
 the first 64 bits of the SHA-256 of both are a key, and SplitMix64, started there, gives 16 bits for each
 position. Two normal numbers that are neighbours are one of 65,536 equally likely pairs, a Hammersley set of
-as many normal quantiles, rounded to float16. So the same seed gives the same file with any number of threads.
+as many normal quantiles, rounded to float16. So the same seed gives the same file with any number of threads,
+on one kind of processor.
 
 ## A method of your own
 

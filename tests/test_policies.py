@@ -79,6 +79,62 @@ def test_the_vae_blended_follows_base(models, merged):
     assert torch.equal(out[PROJ], models[0][PROJ])
 
 
+@pytest.mark.parametrize(
+    ("method", "weights", "factor"), [("scale", 0.5, 0.5), ("scale", "BASE=1.25,M00=0.5", 1.25)]
+)
+def test_the_vae_blended_follows_base_with_one_model(models, tmp_path, method, weights, factor):
+    a, _ = models
+    given = {"method": method, "weights": weights}
+    for name, options in {
+        "blend": {"vae": "blend"}, "auto": {}, "a": {"vae": "a"},
+        "rules": {"vae": "blend", "rules": "BASE:decoder:0.25"},
+    }.items():  # fmt: skip
+        blockmerge.merge(a, output=tmp_path / f"{name}.safetensors", **given, **options)
+        out = load_file(tmp_path / f"{name}.safetensors")
+        here = {"blend": factor, "rules": 0.25}.get(name, 1.0)
+        assert torch.equal(out[VAE], (a[VAE].double() * here).half()), name
+        assert torch.equal(out[TEXT], (a[TEXT].double() * factor).half())
+        merged = blockmerge.merge_state_dicts(a, **given, **options)
+        assert all(torch.equal(merged[tensor], out[tensor]) for tensor in out)
+
+
+def test_noise_in_the_vae_only_where_it_is_blended(models):
+    a, _ = models
+    for vae in ("auto", "a", "blend"):
+        noisy = blockmerge.merge_state_dicts(a, method="add_noise", weights=0.1, seed=3, vae=vae)
+        assert torch.equal(noisy[VAE], a[VAE]) == (vae != "blend")
+        assert not torch.equal(noisy[TEXT], a[TEXT])
+    with pytest.raises(blockmerge.RecipeError, match=r"unknown VAE choice 'b': auto, a or blend$"):
+        blockmerge.merge_state_dicts(a, method="scale", weights=0.5, vae="b")
+
+
+def test_a_vae_that_not_all_have_is_copied_though_a_blend_is_asked_for(models, tmp_path):
+    a, b = models
+    less = {name: tensor for name, tensor in b.items() if not name.startswith("first_stage_model.")}
+    for places in ((a, b, less), (less, a, b), (less, a, less)):
+        first = next(model for model in places if VAE in model)
+        given = {"method": "average", "weights": 1, "vae": "blend"}
+        result = blockmerge.merge(*places, output=tmp_path / "out.safetensors", overwrite=True, **given)
+        out = load_file(tmp_path / "out.safetensors")
+        assert all(torch.equal(out[name], first[name]) for name in first if name.startswith("first_stage"))
+        assert not torch.equal(out[TEXT], a[TEXT])
+        assert any(note.startswith("the VAE is only in ") for note in result.notes), result.notes
+    result = blockmerge.merge(a, b, less, method="average", weights=1, output=tmp_path / "auto.safetensors")
+    assert any(note.startswith("the VAE is taken whole from ") for note in result.notes)
+    assert not any("--vae blend" in note for note in result.notes)  # it would not
+
+
+@pytest.mark.parametrize("word", ["blend", "a", "b"])
+def test_converting_takes_words_for_files(models, here, word):
+    a, b = models
+    says = rf"{word}.*vae \(--vae\) takes a file or a folder"
+    with pytest.raises(blockmerge.CheckpointError, match=says):
+        blockmerge.convert(a, "out.safetensors", vae=word)
+    save_file({n: t for n, t in b.items() if n.startswith("first_stage_model.")}, word)
+    blockmerge.convert(a, "out.safetensors", vae=word)
+    assert torch.equal(load_file("out.safetensors")[VAE], b[VAE])
+
+
 @pytest.mark.parametrize("prefix", ["first_stage_model.", ""])
 def test_a_vae_file_is_baked_in(models, merged, tmp_path, prefix):
     vae = {

@@ -45,11 +45,13 @@ def fault_of_position_ids(tensor: Expression, positions: int = POSITIONS) -> str
     values = _numbers(read(tensor), tensor.dtype)
     if values is None:
         return f"its dtype is {tensor.dtype}"
-    wrong = np.flatnonzero(values != np.arange(positions))
+    with np.errstate(invalid="ignore"):  # to compare a signalling NaN is one
+        wrong = np.flatnonzero(values != np.arange(positions))
+        is_near = bool((np.rint(values) == np.arange(positions)).all())
     if not len(wrong):
         return None
     first = int(wrong[0])
-    what = "not exactly " if bool((np.rint(values) == np.arange(positions)).all()) else "not "
+    what = "not exactly " if is_near else "not "
     found = str(values[first])  # of float32 the shortest text: 0.99, where a format shows 0.9900000095367432
     return (
         f"{counted(len(wrong), 'position')} {what}0 … {positions - 1}: "

@@ -129,22 +129,26 @@ def _find_origin(evidence: _Evidence, family: str) -> _Origin:
     from blockmerge.explaining.variants import refine
 
     sums = evidence.sums
+    copy: _Origin | None = None
     for at_least in (1, 2):
         parents = find_parents(sums, family, at_least)
         if parents is None:
             break
-        fit, agrees = refine(evidence.stream, evidence.compared, fit_parents(sums, parents))
-        if agrees or parents.method != "copy":
-            return _Origin(fit, is_merge=True, agrees=agrees)
-        # No copy after all: what is left is as small as rounding, but it is none. Two or more may leave less.
-    return _Origin(fit_parents(sums, nearest_pair(sums)), is_merge=False, agrees=False)
+        fit, wrong = refine(evidence.stream, evidence.compared, fit_parents(sums, parents))
+        origin = _Origin(fit, is_merge=True, agrees=not wrong)
+        if origin.agrees or parents.method != "copy":
+            return origin if origin.agrees else copy or origin
+        # Where only the rest is not the same, two or more may explain that, too. Else it is no copy after
+        # all: what is left is as small as rounding, but it is none.
+        copy = None if fit.unet.keys() & wrong else origin
+    return copy or _Origin(fit_parents(sums, nearest_pair(sums)), is_merge=False, agrees=False)
 
 
 def _explanation(merged: Model, evidence: _Evidence, origin: _Origin, tensors: bool) -> Explanation:
     names, fit = evidence.candidates.names, origin.fit
 
     def origins(groups: Mapping[str, GroupFit]) -> dict[str, BlockOrigin]:
-        return {name: _block_origin(group, fit, names) for name, group in groups.items()}
+        return {name: _block_origin(name, group, fit, names) for name, group in groups.items()}
 
     found = Explanation(
         merge=merged.name,
@@ -162,10 +166,11 @@ def _explanation(merged: Model, evidence: _Evidence, origin: _Origin, tensors: b
         notes=tuple(_notes(evidence, fit)),
         left_out=evidence.candidates.left_out,
     )
-    return replace(found, verdict=write_verdict(found, agrees=origin.agrees, by_tensor=fit.parents.by_tensor))
+    by_tensor = any(one.divided for block, one in found.blocks.items() if block != "BASE")
+    return replace(found, verdict=write_verdict(found, agrees=origin.agrees, by_tensor=by_tensor))
 
 
-def _block_origin(group: GroupFit, fit: MergeFit, names: Sequence[str]) -> BlockOrigin:
+def _block_origin(name: str, group: GroupFit, fit: MergeFit, names: Sequence[str]) -> BlockOrigin:
     weights = dict(zip(group.candidates, group.coefficients.tolist(), strict=True))
     return BlockOrigin(
         weights={
@@ -177,6 +182,7 @@ def _block_origin(group: GroupFit, fit: MergeFit, names: Sequence[str]) -> Block
         residual=group.residual,
         determined=group.determined,
         explained=group.explained,
+        divided=name in fit.divided,
     )
 
 
@@ -185,12 +191,19 @@ def _notes(evidence: _Evidence, fit: MergeFit) -> Iterator[str]:
     if compared.skipped:
         skipped = f"{counted(len(compared.skipped), 'tensor')} that not every candidate has"
         yield f"not looked at: {skipped} ({listing(compared.skipped)})"
+    within = [_called(name) for name in fit.components if name in fit.divided]
+    within += [name for name in fit.blocks if name in fit.divided and name != "BASE"]
+    if "BASE" in fit.divided and len(fit.parts_of("BASE")) > 1:
+        yield "BASE has no single weight: its components have weights of their own"
+    if within:
+        yield f"weights change within {listing(within, limit=len(within))} (--tensors shows them)"
     for component, group in fit.components.items():
         each = (fit.tensors[compared.names[place]] for place in group.members)
         if group.explained or all(tensor.explained for tensor in each):
             continue
         alone = [name for n, name in enumerate(names) if evidence.sums.is_copy(component, n)]
-        yield (
-            f"the {TITLES.get(component, component)} is "
-            f"{'that of ' + shown(alone[0]) if alone else 'not from these'}"
-        )
+        yield f"{_called(component)} is {'that of ' + shown(alone[0]) if alone else 'not from these'}"
+
+
+def _called(component: str) -> str:
+    return f"the {TITLES.get(component, 'rest')}"

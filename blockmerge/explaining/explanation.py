@@ -15,7 +15,8 @@ class BlockOrigin:
     `uncertainty` is how far rounding may have moved the weights at most. `residual` is what the weights leave
     unexplained, divided by the largest difference between a candidate and the base. Not `determined`: the
     parents are equal or collinear here, or too much alike for the merge's dtype. `explained`: nothing is left
-    but rounding.
+    but rounding. `divided`: the weights change within it, as element rules make them; these are the best
+    single ones, and what it is made of is told apart.
     """
 
     weights: Mapping[str, float | None]
@@ -23,6 +24,7 @@ class BlockOrigin:
     residual: float | None
     determined: bool
     explained: bool
+    divided: bool = False
 
 
 @dataclass(frozen=True)

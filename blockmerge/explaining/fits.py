@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
-from blockmerge.anatomy import component_of
 from blockmerge.comparing.arrays import Array
 from blockmerge.explaining.groups import GroupSums, MergeSums
 from blockmerge.explaining.linear_fit import Fit
@@ -35,33 +35,83 @@ class GroupFit:
 
 @dataclass(frozen=True)
 class MergeFit:
-    """How the same parents explain all blocks, components and tensors of a merge."""
+    """How the same parents explain all blocks, components and tensors of a merge.
+
+    `divided` are the names of blocks and components that no single weight explains: BASE is told by its
+    components then, and all others tensor by tensor.
+    """
 
     parents: Parents
     blocks: Mapping[str, GroupFit]
     components: Mapping[str, GroupFit]
     tensors: Mapping[str, GroupFit]
     preset: str | None = None
+    divided: frozenset[str] = frozenset()
+
+    @property
+    def told(self) -> dict[str, GroupFit]:
+        """All groups that have weights of their own."""
+        return {**self.unet, **self.outside}
+
+    @property
+    def unexplained(self) -> list[str]:
+        """The names of those that their weights do not explain."""
+        return [name for name, group in self.told.items() if not group.explained]
 
     @property
     def unet(self) -> dict[str, GroupFit]:
-        """The U-Net's groups that have weights of their own: blocks, or tensors."""
-        if self.parents.by_tensor:
-            return {name: group for name, group in self.tensors.items() if component_of(name) == "unet"}
-        return {name: group for name, group in self.blocks.items() if name != "BASE"}
+        """Those of the U-Net: blocks, or the tensors of those that are divided."""
+        return self._told(name for name in self.blocks if name != "BASE")
 
     @property
     def outside(self) -> dict[str, GroupFit]:
-        """What is outside the U-Net: BASE and the VAE."""
-        base = {name: group for name, group in self.blocks.items() if name == "BASE"}
-        return base | {name: group for name, group in self.components.items() if name == "vae"}
+        """Those outside the U-Net: BASE and the VAE, or what they are divided into."""
+        return self._told(name for name in ("BASE", "vae") if name in self._all)
 
-    def with_coefficients(self, coefficients: Mapping[str, Array], preset: str | None) -> MergeFit:
-        """The same with other coefficients for some groups."""
+    def _told(self, names: Iterable[str]) -> dict[str, GroupFit]:
+        told: dict[str, GroupFit] = {}
+        for name in names:
+            told |= self._told(self.parts_of(name)) if name in self.divided else {name: self._all[name]}
+        return told
+
+    def parts_of(self, name: str) -> list[str]:
+        """What a block or component is divided into: the components in it, where it is not a single one, and
+        tensors.
+        """
+        inside = set(self._all[name].members)
+        parts = [one for one, group in self.components.items() if inside.issuperset(group.members)]
+        if len(parts) < 2:
+            parts = []
+        inside -= {place for part in parts for place in self.components[part].members}
+        return parts + [one for one, group in self.tensors.items() if inside.issuperset(group.members)]
+
+    def divide(self, names: Iterable[str]) -> MergeFit:
+        """Divide those of some blocks and components that can be: into components, or into tensors that are
+        all explained one by one.
+        """
+        able = {self._all[name].members for name in names if self._can_be_divided(name)}
+        groups = (*self.blocks.items(), *self.components.items())
+        return replace(self, divided=self.divided | {name for name, one in groups if one.members in able})
+
+    def _can_be_divided(self, name: str) -> bool:
+        parts, members = self.parts_of(name), self._all[name].members
+        if self.components.keys() & parts:
+            return True
+        return len(parts) == len(members) > 1 and all(self.tensors[part].explained for part in parts)
+
+    @cached_property
+    def _all(self) -> dict[str, GroupFit]:
+        return {**self.tensors, **self.components, **self.blocks}
+
+    def with_coefficients(self, coefficients: Mapping[str, Array]) -> MergeFit:
+        """The same with other coefficients for some groups, whatever else their tensors are called
+        together.
+        """
+        of_members = {self._all[name].members: found for name, found in coefficients.items()}
 
         def changed(groups: Mapping[str, GroupFit]) -> dict[str, GroupFit]:
             return {
-                name: replace(group, coefficients=coefficients.get(name, group.coefficients))
+                name: replace(group, coefficients=of_members.get(group.members, group.coefficients))
                 for name, group in groups.items()
             }
 
@@ -70,7 +120,6 @@ class MergeFit:
             blocks=changed(self.blocks),
             components=changed(self.components),
             tensors=changed(self.tensors),
-            preset=preset,
         )
 
 

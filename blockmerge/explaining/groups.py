@@ -83,6 +83,11 @@ class GroupSums:
         """The candidates that have all tensors of all groups."""
         return tuple(np.flatnonzero(self.have.all(axis=0)).tolist())
 
+    def are_made_of(self, candidates: tuple[int, ...]) -> bool:
+        """Whether those of some candidates that have all the groups explain them."""
+        able = tuple(n for n in candidates if self.have[:, n].all())
+        return bool(able) and bool(self.fit(able).explained(self.elements).all())
+
     def fit(self, candidates: tuple[int, ...]) -> Fit:
         """Fit some of the candidates to every group."""
         return fit(self.products, self.differing, self.coarseness, candidates)
@@ -115,9 +120,20 @@ class MergeSums:
         """The U-Net's tensors one by one."""
         return self.tensors.named(lambda name: component_of(name) == "unet")
 
+    def unexplained(self, candidates: tuple[int, ...]) -> int:
+        """How many components outside the U-Net are not made of some candidates, not even tensor by
+        tensor.
+        """
+        return sum(
+            not self._component(name).are_made_of(candidates)
+            and not self.tensors.select(members).are_made_of(candidates)
+            for name, members in zip(self.components.names, self.components.members, strict=True)
+        )
+
     def is_copy(self, component: str, candidate: int) -> bool:
         """Whether a component of the merge is that of a candidate, but for rounding."""
-        found = self.components.named(lambda name: name == component)
-        if not found.names:
-            return False
-        return bool(found.have[0, candidate] and found.fit((candidate,)).explained(found.elements)[0])
+        found = self._component(component)
+        return bool(found.names) and found.are_made_of((candidate,))
+
+    def _component(self, wanted: str) -> GroupSums:
+        return self.components.named(lambda name: name == wanted)

@@ -15,7 +15,6 @@ from blockmerge.explaining.known_presets import Match, matching_presets
 from blockmerge.explaining.linear_fit import Fit
 
 _MOST_PARENTS = 4
-_MOST_PARENTS_BY_TENSOR = 3
 _MOST_COMBINATIONS = 4000
 _LEAST = 0.005  # coefficients are looked at this coarsely even where they are known better
 
@@ -24,14 +23,12 @@ _LEAST = 0.005  # coefficients are looked at this coarsely even where they are k
 class Parents:
     """The parents of a merge, how they were combined, and which presets its weights may be.
 
-    `candidates` are the parents' places among the candidates, the base first. `by_tensor`: the weights change
-    within blocks, as element rules make them.
+    `candidates` are the parents' places among the candidates, the base first.
     """
 
     candidates: tuple[int, ...]
     method: str
     presets: tuple[Match, ...] = ()
-    by_tensor: bool = False
 
     @property
     def base(self) -> int:
@@ -70,13 +67,13 @@ def _with_weights_by_block(sums: MergeSums, family: str, at_least: int) -> Paren
 
 
 def _with_weights_by_tensor(sums: MergeSums, at_least: int) -> Parents | None:
-    fits = _fewest_that_fit(sums.unet_tensors, at_least, _MOST_PARENTS_BY_TENSOR)
+    fits = _fewest_that_fit(sums.unet_tensors, at_least, _MOST_PARENTS)
     if not fits:
         return None
     candidates = fits[0].candidates
     base = candidates[int(np.argmax(fits[0].coefficients.mean(axis=0)))]
     others = (n for n in candidates if n != base)
-    return Parents((base, *others), _plain_method(len(candidates)), by_tensor=True)
+    return Parents((base, *others), _plain_method(len(candidates)))
 
 
 def _many_parents(sums: MergeSums, family: str) -> Parents | None:
@@ -157,6 +154,7 @@ def _plain_method(count: int) -> str:
 class _Doubts:
     """What speaks against a reading. Compared field by field: the first that differs decides."""
 
+    unexplained_outside: int  # components outside the U-Net; which candidate is the base does not matter
     weights_outside_0_to_1: int
     is_no_add_difference: bool
     is_no_preset: bool
@@ -172,6 +170,7 @@ class _Doubts:
         adds = reading.method == "add_difference"
         shares = found.coefficients[known, found.candidates.index(base)]
         return cls(
+            unexplained_outside=sums.unexplained(found.candidates),
             weights_outside_0_to_1=0 if adds else _count_outside(found),
             is_no_add_difference=not adds,
             is_no_preset=all(match.is_scaled for match in presets),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,15 +18,63 @@ _WORTH_TRYING = 6
 """How many presets are merged again to see which one it was."""
 
 
-def refine(stream: MergeStream, compared: ComparedTensors, fit: MergeFit) -> tuple[MergeFit, bool]:
+def refine(stream: MergeStream, compared: ComparedTensors, fit: MergeFit) -> tuple[MergeFit, Set[str]]:
     """Merge again with the weights that were found, with rounder ones and with presets.
 
-    Returns the fit with the roundest weights that come as near to the merge as any, and whether the merge is
-    then the same, within two steps of its dtype everywhere.
+    Returns the fit with the roundest weights that come as near to the merge as any, divided where no single
+    weight does; and which of its groups are not the same then, within two steps of the merge's dtype
+    everywhere.
     """
-    presets = fit.parents.presets[:_WORTH_TRYING]
-    unet = fit.unet
-    groups = {**unet, **fit.outside}
+    while (finer := fit.divide(fit.unexplained)).divided != fit.divided:
+        fit = finer
+    found = _try(stream, compared, fit, fit.told, fit.parents.presets[:_WORTH_TRYING])
+    fit = replace(fit.with_coefficients(found.coefficients), preset=found.preset)
+    wrong = set(found.wrong)
+    tried: set[str] = set()
+    while new := fit.divide(wrong - tried).divided - fit.divided:
+        fit, still = _divide(stream, compared, fit, new)
+        wrong = (wrong - fit.divided) | still
+        tried |= new
+    return fit, wrong
+
+
+def _divide(
+    stream: MergeStream, compared: ComparedTensors, fit: MergeFit, names: Set[str]
+) -> tuple[MergeFit, set[str]]:
+    """Merge what some blocks and components can be divided into again.
+
+    Returns the fit with those divided whose parts are then the same, or are components, and which of these
+    are not.
+    """
+    finer = replace(fit, divided=fit.divided | names)
+    found = _try(stream, compared, finer, {n: one for n, one in finer.told.items() if n not in fit.told}, ())
+    parts = {name: set(fit.parts_of(name)) for name in names}
+    kept = {name for name, some in parts.items() if some & fit.components.keys() or not some & found.wrong}
+    finer = replace(fit, divided=fit.divided | kept)
+    of_kept = {name: found.coefficients[name] for name in finer.told if name in found.coefficients}
+    return finer.with_coefficients(of_kept), {name for name in found.wrong if name in of_kept}
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The best coefficients of some groups, the label of the preset that they are, and which of the groups
+    are not the merge's with them.
+    """
+
+    coefficients: Mapping[str, Array]
+    preset: str | None
+    wrong: Set[str]
+
+
+def _try(
+    stream: MergeStream,
+    compared: ComparedTensors,
+    fit: MergeFit,
+    groups: Mapping[str, GroupFit],
+    presets: Sequence[Match],
+) -> _Found:
+    """Merge some groups again with all that their weights may be."""
+    unet = {name: group for name, group in groups.items() if name in fit.unet}
     variants: dict[str, Array] = {}
     for name, group in groups.items():
         if name in unet:
@@ -34,18 +83,18 @@ def refine(stream: MergeStream, compared: ComparedTensors, fit: MergeFit) -> tup
             of_presets = [group.coefficients for _ in presets]
         variants[name] = np.array([*of_presets, *_rounder(group), group.coefficients])
     misfits = _misfits(stream, compared, fit, groups, variants)
-    preset = _best_preset(presets, unet, misfits)
+    preset = _best_preset(presets, unet, misfits) if presets else None
     coefficients: dict[str, Array] = {}
-    agrees = True
+    wrong: set[str] = set()
     for name, group in groups.items():
         if preset is not None and name in unet:
             chosen = preset
         else:
             chosen = _roundest(misfits[name], group.elements, after=len(presets))
         coefficients[name] = variants[name][chosen]
-        agrees = agrees and group.explained and not misfits[name].beyond[chosen]
-    label = None if preset is None else presets[preset].label
-    return fit.with_coefficients(coefficients, label), agrees
+        if not group.explained or misfits[name].beyond[chosen]:
+            wrong.add(name)
+    return _Found(coefficients, None if preset is None else presets[preset].label, wrong)
 
 
 def _rounder(group: GroupFit) -> list[Array]:

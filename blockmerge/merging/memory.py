@@ -144,5 +144,5 @@ def _spelled_as(a: Mapping[str, torch.Tensor], merged: dict[str, torch.Tensor]) 
 def _check_vae(vae: CheckpointLike, models: int) -> None:
     """Raise RecipeError when a merge of state dicts is asked for a VAE that is none of theirs."""
     if not is_vae_of_models(vae, models):
-        *letters, last = list(ascii_lowercase[: max(2, models)])
-        raise RecipeError(f"unknown VAE choice '{shown(vae)}': auto, {', '.join(letters)}, {last} or blend")
+        words = ", ".join(["auto", *ascii_lowercase[: max(1, models)]])
+        raise RecipeError(f"unknown VAE choice '{shown(vae)}': {words} or blend")

@@ -131,6 +131,13 @@ def in_blocks(compute: Callable[..., None]) -> Callable[..., torch.Tensor]:
     return whole
 
 
+def lerp(a: torch.Tensor, b: torch.Tensor, weight: float, *, out: torch.Tensor) -> torch.Tensor:
+    """Write (1 − weight)·A + weight·B into `out`, which may be A: B itself where the weight is 1, where torch
+    makes 0 or −0 of −0, according to its place.
+    """
+    return out.copy_(b) if weight == 1 else torch.lerp(a, b, weight, out=out)
+
+
 def combine_into(out: torch.Tensor, tensors: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
     """Write Σ factorᵢ·tensorᵢ into `out`; all are flat and of one length."""
     wide = wide_dtype(*tensors, out)

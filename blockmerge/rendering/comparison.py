@@ -182,6 +182,8 @@ def _origins(found: Explanation, origins: Mapping[str, BlockOrigin], title: str)
 
 def remark(origin: BlockOrigin) -> str:
     """What there is to say of a block beside its weights."""
+    if origin.divided:
+        return "changes within"
     if not origin.explained:
         return "more than rounding"
     return "" if origin.determined else "undetermined"

@@ -1,8 +1,8 @@
 """Element rules: weights for single kinds of tensor, on top of those of the blocks.
 
 ``BLOCKS:ELEMENTS:RATIO``, several separated by commas or new lines: ``OUT03-OUT05:attn2:0.8, NOT
-BASE:norm:0``. The grammar is SuperMerger's elemental merge, but that a range may be written, blocks are the
-family's own, and what cannot be read is an error.
+BASE:norm:0``. The grammar is SuperMerger's elemental merge, but that blanks at the edges of fields are taken
+off, blocks are the family's own, and what cannot be read is an error.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from blockmerge.anatomy import Family, plain_names_of_ema
-from blockmerge.dtypes import wide_dtype
+from blockmerge.dtypes import DTYPES, wide_dtype
 from blockmerge.expressions import Cast, Clipped, Expression, Gathered, Joined, Merged, Part, Scaled
 from blockmerge.methods import Method, key_of
 from blockmerge.weights import Change
@@ -73,12 +73,13 @@ class Combination:
         )
         key = key_of(self.seed, name) if method.random else None
 
+        # Rows that are taken from A and B as they are lie between them.
+        clip = self.clip and method.rows is None
+
         def merged(given: Sequence[Expression], dtype: str) -> Expression:
-            result = Merged(
-                method, tuple(given), dtype, alpha, beta, self.numbers, key, gathered=self.figures
-            )
-            # Rows that are taken from A and B as they are lie between them.
-            return Clipped(result, *given[:2]) if self.clip and method.rows is None else result
+            held = _clippable_dtype(given, dtype) if clip else dtype
+            result = Merged(method, tuple(given), held, alpha, beta, self.numbers, key, gathered=self.figures)
+            return Cast(Clipped(result, *given[:2]), dtype) if clip else result
 
         return Combined(self._made(name, tensors, tensors, dtype, change, merged), tuple(tensors), None)
 
@@ -142,6 +143,13 @@ def adjusted(
         return make(dtype)
     wide = wide_dtype(tuple(one.dtype for one in inputs), dtype)
     return Scaled(make(wide), dtype, change.scale, change.shift)
+
+
+def _clippable_dtype(inputs: Sequence[Expression], dtype: str) -> str:
+    """The dtype of what is to be clipped and then rounded to `dtype`: that itself, where rounding keeps the
+    order of all numbers, so that it may as well come first. Without infinity, too large ones would be NaN.
+    """
+    return dtype if DTYPES[dtype].infinity else wide_dtype(tuple(one.dtype for one in inputs), dtype)
 
 
 def widest_input(name: str, shapes: Sequence[tuple[int, ...]], family: Family) -> int | None:

@@ -30,7 +30,7 @@ def describe(
         *(note for model in models for note in model.notes),
         *_vae(models, request, found.vae),
         *_standings(models),
-        *_components(models, found.vae),
+        *_components(models, request, found.vae),
         *_ema(models, request),
         *_tensors(models, found, naming),
         *_markers(models),
@@ -57,8 +57,11 @@ def _vae(models: Sequence[Model], request: MergeRequest, vae: Model | VaeFile | 
         if isinstance(source, DiffusersFolder) and "" in source.components:
             name = os.path.join(os.path.basename(os.path.dirname(os.path.abspath(source.path))), name)
         yield f"the VAE is {shown(name)}"
-    elif vae is not None and request.vae == "auto" and sum("vae" in model.components for model in models) > 1:
-        yield f"the VAE is taken whole from {shown(vae.name)} (--vae blend would blend it)"
+        return
+    holders = sum("vae" in model.components for model in models)
+    if vae is not None and request.vae == "auto" and holders > 1:
+        blend = " (--vae blend would blend it)" if holders == len(models) else ""
+        yield f"the VAE is taken whole from {shown(vae.name)}{blend}"
 
 
 def _standings(models: Sequence[Model]) -> Iterator[str]:
@@ -71,11 +74,11 @@ def _standings(models: Sequence[Model]) -> Iterator[str]:
             yield f"warning: {shown(model.name)} lacks {lacking} ({listing(standing.missing)})"
 
 
-def _components(models: Sequence[Model], vae: Model | VaeFile | None) -> Iterator[str]:
+def _components(models: Sequence[Model], request: MergeRequest, vae: Model | VaeFile | None) -> Iterator[str]:
     for component in sorted(set[str]().union(*(model.components for model in models)) - {"other", "unet"}):
         holders = [model for model in models if component in model.components]
-        is_settled = component == "vae" and (isinstance(vae, VaeFile) or len(holders) > 1)
-        if len(holders) == len(models) or is_settled:
+        is_said = isinstance(vae, VaeFile) or (len(holders) > 1 and request.vae != "blend")
+        if len(holders) == len(models) or (component == "vae" and is_said):
             continue
         stale = ", as it was: it does not follow the merge" if component == "ema" else ""
         yield f"the {TITLES.get(component, component)} is {_only_in(holders)}{stale}"

@@ -401,10 +401,12 @@ def _choose_vae(
                     f"{shown(models[number].name)} has no VAE: give another as vae (--vae)"
                 )
             return models[number]
+        case "blend" if len(has_vae) == len(models) and request.changes_values:
+            return None
         case "blend" | "auto" if len(has_vae) < 2:
             return has_vae[0] if has_vae else None
-        case "blend":
-            return None
+        case "blend":  # what not all models have is the first one's
+            return has_vae[0]
         case "auto":
             weight_one_is_b = request.merge_method.copies(1.0, 0.0) == 1
             base = weights["BASE"]

@@ -113,6 +113,9 @@ class MergeRequest:
         }
         for name, value in plain.items():
             object.__setattr__(self, name, value)
+        if isinstance(self.vae, str) and self.vae != "auto" and not self.changes_values:
+            # Of a single model that stays as it is there is nothing to choose or to blend.
+            object.__setattr__(self, "vae", told_from_words(self.vae))
         self._fit_to(self.merge_method)
         for name, option in (("vae", self.vae), ("configs", self.configs)):
             _check_source(name, option)

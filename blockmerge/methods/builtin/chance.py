@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from blockmerge.methods import planning
-from blockmerge.methods.arithmetic import in_blocks, is_half, round_into, scratch, wide_dtype, widened
+from blockmerge.methods.arithmetic import in_blocks, is_half, lerp, round_into, scratch, wide_dtype, widened
 from blockmerge.methods.define import merge_method
 from blockmerge.methods.late import torch
 from blockmerge.methods.method import Number
@@ -64,9 +64,7 @@ def dare(
     kept = chosen(rate, key, position, out.numel(), out.device)
     factor = alpha * CHANCES / rate
     if is_half(a, b, out):
-        moved = torch.lerp(a, b, factor, out=scratch("total", out.numel(), out.dtype, out.device)).view(
-            torch.int16
-        )
+        moved = lerp(a, b, factor, out=scratch("total", out.numel(), out.dtype, out.device)).view(torch.int16)
         # torch.where takes five times as long as changing bits where they are to be changed.
         bits = a.view(torch.int16)
         torch.bitwise_xor(moved.bitwise_xor_(bits).mul_(kept), bits, out=out.view(torch.int16))

@@ -15,6 +15,7 @@ from blockmerge.methods.arithmetic import (
     combine_into,
     in_blocks,
     is_half,
+    lerp,
     round_into,
     wide_dtype,
     widened,
@@ -32,14 +33,15 @@ from blockmerge.methods.method import Number
 def weighted_sum(a: torch.Tensor, b: torch.Tensor, *, alpha: float, out: torch.Tensor) -> torch.Tensor:
     """(1 − α)·A + α·B, as the web UI's checkpoint merger has it."""
     if is_half(a, b, out):
-        return torch.lerp(a, b, alpha, out=out)
+        return lerp(a, b, alpha, out=out)
     return _wide_weighted_sum(a, b, alpha=alpha, out=out)
 
 
 @in_blocks
 def _wide_weighted_sum(a: torch.Tensor, b: torch.Tensor, *, alpha: float, out: torch.Tensor) -> None:
     wide = wide_dtype(a, b, out)
-    round_into(out, widened("a", a, wide).lerp_(widened("b", b, wide), alpha))
+    wide_a = widened("a", a, wide)
+    round_into(out, lerp(wide_a, widened("b", b, wide), alpha, out=wide_a))
 
 
 @merge_method(
@@ -101,8 +103,9 @@ def sum_twice(
 ) -> None:
     """(1 − β)·((1 − α)·A + α·B) + β·C, as SuperMerger has it."""
     wide = wide_dtype(a, b, c, out)
-    first = widened("a", a, wide).lerp_(widened("b", b, wide), alpha)
-    round_into(out, first.lerp_(widened("c", c, wide), beta))
+    total = widened("a", a, wide)
+    lerp(total, widened("b", b, wide), alpha, out=total)
+    round_into(out, lerp(total, widened("c", c, wide), beta, out=total))
 
 
 @merge_method(
