@@ -7,9 +7,11 @@ from blockmerge.checkpoints.formats.folder import LARGEST_CARRIED, DiffusersFold
 from blockmerge.checkpoints.formats.safetensors_file import SafetensorsFile, encode_header
 from blockmerge.checkpoints.formats.torch_file import TorchFile
 from blockmerge.checkpoints.hashes import Hashes, hash_file, old_hash
+from blockmerge.checkpoints.hub import followed, in_cache, name_of
 from blockmerge.checkpoints.metadata import faulty_metadata
 from blockmerge.checkpoints.model import EMA_CHOICES, VAE_PREFIX, Model, made, vae_tensors
-from blockmerge.checkpoints.open import CheckpointLike, open_checkpoint, told_apart
+from blockmerge.checkpoints.open import CheckpointLike, open_checkpoint, open_source, told_apart
+from blockmerge.checkpoints.opening import Opening, names_of
 from blockmerge.checkpoints.position_ids import POSITIONS, fault_of_position_ids
 from blockmerge.checkpoints.reading import Readers, read
 from blockmerge.checkpoints.state_dict import StateDict, state_dict_name
@@ -32,6 +34,7 @@ __all__ = [
     "DiffusersFolder",
     "Hashes",
     "Model",
+    "Opening",
     "Piece",
     "Reader",
     "Readers",
@@ -45,11 +48,16 @@ __all__ = [
     "encode_header",
     "fault_of_position_ids",
     "faulty_metadata",
+    "followed",
     "hash_file",
+    "in_cache",
     "is_diffusers_folder",
     "made",
+    "name_of",
+    "names_of",
     "old_hash",
     "open_checkpoint",
+    "open_source",
     "read",
     "state_dict_name",
     "told_apart",

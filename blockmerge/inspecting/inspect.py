@@ -17,7 +17,7 @@ from blockmerge.anatomy import (
     plain_names_of_ema,
 )
 from blockmerge.checkpoints import CheckpointLike, Hashes, TensorInfo, hash_file, open_checkpoint
-from blockmerge.errors import UnknownFamilyError
+from blockmerge.errors import UnknownFamilyError, shown
 from blockmerge.streaming import Progress
 
 
@@ -47,7 +47,8 @@ class Inspection:
 
     So is naming, but of a VAE or a text encoder alone.
 
-    `blocks` are the U-Net's, without BASE. `hashes` is None unless asked for.
+    `blocks` are the U-Net's, without BASE. `hashes` is None unless asked for. `notes` are texts for the user
+    about what was decided when it was opened.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Inspection:
     blocks: Mapping[str, Part]
     metadata: Mapping[str, str]
     hashes: Hashes | None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain data, ready for JSON, with the keys of `docs/json.md`: `hashes` only
@@ -72,12 +74,23 @@ class Inspection:
         return fields
 
 
-def inspect(path: CheckpointLike, hashes: bool = False, progress: Progress | None = None) -> Inspection:
+def inspect(
+    path: CheckpointLike,
+    hashes: bool = False,
+    progress: Progress | None = None,
+    *,
+    variant: str | None = None,
+) -> Inspection:
     """Look at a checkpoint's header; with `hashes` also read the whole file once.
+
+    >>> blockmerge.inspect("a.safetensors").components["unet"].parameters  # doctest: +SKIP
+    859520964
+
+    `variant` picks the weights of a diffusers folder that has several kinds, as in `open_checkpoint`.
 
     Raises CheckpointError when it cannot be read. A file that is no Stable Diffusion model is no error.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, variant=variant)
     plain = plain_names_of_ema(checkpoint.tensors)
     has_unet = any(component_of(name) == "unet" for name in checkpoint.tensors)
     names = {name: canonical_name(name) for name in checkpoint.tensors}
@@ -104,6 +117,7 @@ def inspect(path: CheckpointLike, hashes: bool = False, progress: Progress | Non
         blocks={block: Part.of(infos) for block, infos in blocks.items()},
         metadata=checkpoint.metadata,
         hashes=hash_file(checkpoint, progress) if hashes else None,
+        notes=tuple(f"{shown(checkpoint.name)} {note}" for note in checkpoint.notes),
     )
 
 

@@ -17,7 +17,7 @@ from blockmerge.checkpoints import (
     CheckpointLike,
     DiffusersFolder,
     Model,
-    open_checkpoint,
+    open_source,
 )
 from blockmerge.errors import (
     CheckpointError,
@@ -145,7 +145,7 @@ def _scheduler(carried: bytes, made: dict[str, Any], settings: dict[str, Any]) -
 
 def _folder_of_configs(models: Sequence[Model], configs: CheckpointLike | None) -> DiffusersFolder | None:
     if configs is not None:
-        found: Checkpoint = open_checkpoint(configs)
+        found: Checkpoint = open_source(configs, any_variant=True)
         if not _is_pipeline(found):
             raise CheckpointError(
                 f"{shown(found.name)} is no diffusers folder, so there are no configs to take from it"
