@@ -75,7 +75,10 @@ def _all_called() -> str:
 def _instead_of_a_unet(names: Iterable[str]) -> str:
     match lone_component(names):
         case "vae", naming, count:
-            return f"is a VAE alone, {counted(count, 'tensor')} in {naming} names: give it as vae (--vae)"
+            return (
+                f"is a VAE alone, {counted(count, 'tensor')} in {naming} names: "
+                "give it as vae (--vae, of merge and convert)"
+            )
         case _, naming, count:
             return (
                 f"is a text encoder alone, {counted(count, 'tensor')} in {naming} names: "
