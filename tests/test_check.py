@@ -512,7 +512,8 @@ def test_the_report(broken, capsys):
 def test_json(broken, capsys):
     assert run(["check", str(broken), "--json", "--threads", "1"]) == 1
     report = json.loads(capsys.readouterr().out)
-    assert {"name", "family", "variant", "naming", "problems", "fixed", "output"} == report.keys()
+    keys = {"name", "family", "variant", "naming", "problems", "fixed", "output", "notes"}
+    assert report.keys() == keys
     assert (report["name"], report["family"], report["fixed"]) == ("m.safetensors", "sd1", [])
     assert report["output"] is None
     first, _, last = report["problems"]

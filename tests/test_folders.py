@@ -249,21 +249,90 @@ def test_variants(pipeline):
         "no weights of the variant 'fp61': it has fp16, non_ema; did you mean 'fp16'?",
         variant="fp61",
     )
+    assert open_checkpoint(pipeline).notes == ()
+    assert open_checkpoint(pipeline, variant="non_ema").notes == (
+        "has no variant non_ema of text_encoder, vae: the plain weights are used",
+    )
     (pipeline / "unet" / f"{UNET}.safetensors").unlink()
     refused(
         pipeline,
-        "unet has no plain weights, only the variant fp16, non_ema: ask for it with variant='fp16' (--variant fp16)",
+        "model has several variants and no plain weights (unet: fp16, non_ema): "
+        "choose one with variant='fp16' (--variant fp16)",
+    )
+    refused(
+        pipeline,
+        "has several variants and neither plain weights nor the variant 'fp61' (unet: fp16, non_ema): choose",
+        variant="fp61",
     )
     (pipeline / "vae" / f"{UNET}.safetensors").rename(pipeline / "vae" / f"{UNET}.bf16.safetensors")
-    refused(pipeline, "vae has no plain weights, only the variant bf16", variant="fp16")
+    folder = open_checkpoint(pipeline, variant="fp16")
+    assert_holds(folder, unet=tensors(11), vae=tensors(2), text_encoder=tensors(13))
+    assert folder.notes == ("has only the variant bf16 of vae: it is used",)
+
+
+def as_variant(folder, variant):
+    """Make the weights in a folder, or of one component, those of a variant alone."""
+    for path in [*folder.rglob("*.safetensors"), *folder.rglob("*.bin")]:
+        path.rename(path.with_suffix(f".{variant}{path.suffix}"))
+
+
+def test_one_sole_variant_is_taken_and_said(pipeline):
+    as_variant(pipeline, "fp16")
+    for variant in (None, "fp16"):
+        folder = open_checkpoint(pipeline, variant=variant)
+        assert_holds(folder, unet=tensors(1), vae=tensors(2), text_encoder=tensors(3))
+        assert folder.notes == (() if variant else ("has only the variant fp16: it is used",))
+        assert (folder.variants, set(folder.used.values())) == (("fp16",), {"fp16"})
+    assert open_checkpoint(pipeline / "vae").notes == ("has only the variant fp16: it is used",)
+    assert open_checkpoint(pipeline / "vae").components == {"": UNET}
+    refused(pipeline, "model has no weights of the variant 'fp32': it has fp16", variant="fp32")
+
+
+def test_each_component_has_one_variant_of_its_own(pipeline):
+    as_variant(pipeline / "unet", "fp16")
+    as_variant(pipeline / "vae", "ema_only")
+    folder = open_checkpoint(pipeline)
+    assert_holds(folder, unet=tensors(1), vae=tensors(2), text_encoder=tensors(3))
+    assert folder.notes == (
+        "has only the variant fp16 of unet: it is used",
+        "has only the variant ema_only of vae: it is used",
+    )
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_sole_variant_in_shards_and_one_as_bin(pipeline, spelling):
+    index, shard = SPELLINGS[spelling]
+    (pipeline / "unet" / f"{UNET}.safetensors").unlink()
+    write_shards(pipeline / "unet", tensors(10), index=index, shard=shard)
+    (pipeline / "vae" / f"{UNET}.safetensors").unlink()
+    torch.save(tensors(2), pipeline / "vae" / f"{UNET}.fp16.bin")
+    folder = open_checkpoint(pipeline)
+    assert_holds(folder, unet=tensors(10), vae=tensors(2), text_encoder=tensors(3))
+    assert folder.notes == ("has only the variant fp16 of unet, vae: it is used",)
+
+
+def test_several_variants_of_several_components_name_one_that_all_have(pipeline):
+    write(pipeline / "unet" / f"{UNET}.fp32.safetensors", tensors(1))
+    write(pipeline / "vae" / f"{UNET}.bf16.safetensors", tensors(2))
+    for part in ("unet", "vae"):
+        (pipeline / part / f"{UNET}.safetensors").rename(pipeline / part / f"{UNET}.non_ema.safetensors")
+    refused(
+        pipeline,
+        "has several variants and no plain weights (unet: fp32, non_ema, vae: bf16, non_ema): "
+        "choose one with variant='non_ema' (--variant non_ema)",
+    )
+    refused(pipeline / "vae", "vae has several variants and no plain weights (weights: bf16, non_ema)")
+    assert open_checkpoint(pipeline, variant="non_ema").notes == (
+        "has no variant non_ema of text_encoder: the plain weights are used",
+    )
 
 
 def test_a_variant_of_what_has_none(pipeline):
     refused(pipeline, "no weights of the variant 'fp16': it has only plain weights", variant="fp16")
     file = pipeline / "unet" / f"{UNET}.safetensors"
-    refused(file, f"{UNET}.safetensors is no diffusers folder", variant="fp16")
-    refused(tensors(0), "a dict is no diffusers folder", variant="fp16")
-    refused(pipeline / "missing", "missing is no diffusers folder", variant="fp16")
+    refused(file, f"{UNET}.safetensors is not a diffusers folder", variant="fp16")
+    refused(tensors(0), "state dict is not a diffusers folder", variant="fp16")
+    refused(pipeline / "missing", "cannot open", "missing: no such file or directory", variant="fp16")
 
 
 def test_safetensors_before_bin_and_plain_before_all(pipeline):

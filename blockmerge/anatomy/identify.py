@@ -114,7 +114,10 @@ def _instead_of_a_unet(shapes: Mapping[str, Shape]) -> str:
         return kind
     match lone_component(shapes):
         case "vae", naming, count:
-            return f"is a VAE alone, {counted(count, 'tensor')} in {naming} names: give it as vae (--vae)"
+            return (
+                f"is a VAE alone, {counted(count, 'tensor')} in {naming} names: "
+                "give it as vae (--vae, of merge and convert)"
+            )
         case _, naming, count:
             return (
                 f"is a text encoder alone, {counted(count, 'tensor')} in {naming} names: "

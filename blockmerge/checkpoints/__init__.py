@@ -8,6 +8,7 @@ from blockmerge.checkpoints.formats.folder import LARGEST_CARRIED, DiffusersFold
 from blockmerge.checkpoints.formats.safetensors_file import SafetensorsFile, encode_header
 from blockmerge.checkpoints.formats.torch_file import TorchFile
 from blockmerge.checkpoints.hashes import Hashes, hash_file, old_hash
+from blockmerge.checkpoints.hub import followed, in_cache, name_of
 from blockmerge.checkpoints.metadata import faulty_metadata
 from blockmerge.checkpoints.model import (
     EMA_CHOICES,
@@ -18,7 +19,8 @@ from blockmerge.checkpoints.model import (
     other_kind_of,
     vae_tensors,
 )
-from blockmerge.checkpoints.open import CheckpointLike, open_checkpoint, told_apart
+from blockmerge.checkpoints.open import CheckpointLike, open_checkpoint, open_source, told_apart
+from blockmerge.checkpoints.opening import Opening, names_of
 from blockmerge.checkpoints.position_ids import embedding_of, fault_of_position_ids, positions_beside
 from blockmerge.checkpoints.reading import Readers, read
 from blockmerge.checkpoints.state_dict import StateDict, state_dict_name
@@ -42,6 +44,7 @@ __all__ = [
     "FileReader",
     "Hashes",
     "Model",
+    "Opening",
     "Piece",
     "Reader",
     "Readers",
@@ -57,11 +60,16 @@ __all__ = [
     "encode_header",
     "fault_of_position_ids",
     "faulty_metadata",
+    "followed",
     "hash_file",
+    "in_cache",
     "is_diffusers_folder",
     "made",
+    "name_of",
+    "names_of",
     "old_hash",
     "open_checkpoint",
+    "open_source",
     "other_kind_of",
     "positions_beside",
     "read",

@@ -70,9 +70,10 @@ class Reader(ABC):
 class Checkpoint(ABC):
     """Named tensors that can be looked at without reading them.
 
-    `name` is what messages and recipes call it (a file's name without its folder), `path` is where it is
-    (None: in memory), `tensors` is in the order of the data, `metadata` maps strings to strings, `files` are
-    those it is read from.
+    `name` is what messages and recipes call it (a file's name without its folder, ``org/name`` in Hugging
+    Face's cache), `path` is where it is (None: in memory), `tensors` is in the order of the data, `metadata`
+    maps strings to strings, `files` are those it is read from. `notes` say what was decided when it was
+    opened, as sentences that its name begins.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Checkpoint(ABC):
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
     files: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @abstractmethod
     def reader(self) -> Reader:

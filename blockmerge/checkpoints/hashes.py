@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 from blockmerge.checkpoints.checkpoint import Checkpoint
 from blockmerge.checkpoints.formats.safetensors_file import SafetensorsFile
+from blockmerge.checkpoints.hub import shown_path
 from blockmerge.checkpoints.open import open_checkpoint
 from blockmerge.errors import CheckpointError, reason, shown
 
@@ -42,7 +43,7 @@ def old_hash(checkpoint: Checkpoint) -> str:
         with path.open("rb") as file:
             return _autov1(file)
     except OSError as error:
-        raise CheckpointError(f"cannot read {shown(path)}: {reason(error)}") from error
+        raise CheckpointError(f"cannot read {shown_path(path)}: {reason(error)}") from error
 
 
 def _only_file(checkpoint: Checkpoint) -> Path:
@@ -81,6 +82,6 @@ def hash_file(checkpoint: Checkpoint, progress: Callable[[int, int], None] | Non
                 if progress:
                     progress(done, total)
     except OSError as error:
-        raise CheckpointError(f"cannot read {shown(path)}: {reason(error)}") from error
+        raise CheckpointError(f"cannot read {shown_path(path)}: {reason(error)}") from error
     digest = whole.hexdigest()
     return Hashes(old, digest[:10], data.hexdigest()[:12] if data_start else None, digest)

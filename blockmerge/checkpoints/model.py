@@ -39,6 +39,7 @@ class Model:
 
     EMA copies are left out, unless they are all the U-Net there is, or wanted: `ema_tensors` are those.
     `name` is what messages call it. `bare` says that its U-Net's names lack the prefix of whole models.
+    `notes` are texts for the user about what was decided when it was opened.
     """
 
     source: Checkpoint
@@ -189,7 +190,8 @@ def _matched_names(
             if name != canonical:  # the name that every loader knows wins
                 continue
         names[canonical] = name
-    notes = [*_wrappers(checkpoint.tensors, label)]
+    notes = [f"{shown(label)} {note}" for note in checkpoint.notes]
+    notes += _wrappers(checkpoint.tensors, label)
     plain = any(component_of(name) == "unet" for name in names)
     if not plain or ema == "use":
         copies = {plain_name: name for name, plain_name in plain_names_of_ema(checkpoint.tensors).items()}

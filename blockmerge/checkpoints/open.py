@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Union
 from blockmerge.checkpoints.checkpoint import Checkpoint
 from blockmerge.checkpoints.formats.any_file import open_file
 from blockmerge.checkpoints.formats.folder import DiffusersFolder
+from blockmerge.checkpoints.hub import followed, long_name
 from blockmerge.checkpoints.state_dict import StateDict
-from blockmerge.errors import CheckpointError, shown
+from blockmerge.errors import CheckpointError, did_you_mean, listing, shown
 
 if TYPE_CHECKING:
     import torch
@@ -25,18 +26,30 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Return the checkpoint at a path, with its header read and checked and its data untouched.
 
-    What kind of file it is, is seen by what is in it, whatever its name. An opened checkpoint is returned as
-    it is, and a state dict (tensors on any device) is wrapped under `name`. `variant` is for a diffusers
-    folder that has several kinds of weights: ``"fp16"``. Raises CheckpointError when there is none, or none
-    that can be read.
+    >>> model = blockmerge.open_checkpoint("models--org--name", variant="fp16")  # doctest: +SKIP
+    >>> model.name, model.notes  # doctest: +SKIP
+    ('org/name', ('has no variant fp16 of vae: the plain weights are used',))
+
+    What kind of file it is, is seen by what is in it, whatever its name. A repository's folder in Hugging
+    Face's cache is followed to its snapshot. An opened checkpoint is returned as it is, and a state dict
+    (tensors on any device) is wrapped under `name`. `variant` is for a diffusers folder that has several
+    kinds of weights: ``"fp16"``. Raises CheckpointError when there is none, or none that can be read.
     """
-    is_folder = isinstance(source, (str, os.PathLike)) and os.path.isdir(source)
-    if variant is not None and not is_folder:
-        what = shown(source) if isinstance(source, (str, os.PathLike)) else f"a {type(source).__name__}"
-        raise CheckpointError(
-            f"{what} is no diffusers folder, and only these have variants: "
-            f"'{shown(variant)}' is not to be had"
-        )
+    checkpoint = open_source(source, name, variant)
+    check_variant([checkpoint], variant)
+    return checkpoint
+
+
+def open_source(
+    source: CheckpointLike,
+    name: str = "state dict",
+    variant: str | None = None,
+    *,
+    any_variant: bool = False,
+) -> Checkpoint:
+    """Return what `open_checkpoint` does, but take a variant for a wish: `check_variant` says whether any of
+    several models has it. `any_variant` is that of DiffusersFolder.
+    """
     if isinstance(source, Checkpoint):
         return source
     if isinstance(source, Mapping):
@@ -47,28 +60,56 @@ def open_checkpoint(
         )
     if not os.fspath(source):
         raise CheckpointError("an empty path is no model: give the path of a .safetensors or .ckpt file")
-    if is_folder:
-        return DiffusersFolder(source, variant)
-    return open_file(source)
+    path = followed(source)
+    return DiffusersFolder(path, variant, any_variant=any_variant) if os.path.isdir(path) else open_file(path)
+
+
+def check_variant(checkpoints: Sequence[Checkpoint], variant: str | None) -> None:
+    """Raise CheckpointError when none of the checkpoints has the variant that was asked for."""
+    if variant is None:
+        return
+    folders = [one for one in checkpoints if isinstance(one, DiffusersFolder)]
+    if any(variant in folder.used.values() for folder in folders):
+        return
+    if not folders:
+        are = "is not a diffusers folder" if len(checkpoints) == 1 else "are not diffusers folders"
+        raise CheckpointError(
+            f"{listing(one.name for one in checkpoints)} {are}, and only these have variants: "
+            f"leave out variant='{shown(variant)}' (--variant)"
+        )
+    there = sorted({one for folder in folders for one in folder.variants})
+    has = "has" if len(folders) == 1 else "have"
+    it_has = "it has" if len(folders) == 1 else "they have"
+    if variant in there:  # only where a checkpoint was opened before
+        it_has = "open it so, or give its path: it has"
+    raise CheckpointError(
+        f"{listing(folder.name for folder in folders)} {has} no weights of the variant '{shown(variant)}': "
+        f"{it_has} {f'{listing(there)}{did_you_mean(variant, there)}' if there else 'only plain weights'}"
+    )
 
 
 def told_apart(checkpoints: Sequence[Checkpoint]) -> list[str]:
     """Return what messages call checkpoints: their names, and where two of them have the same, with the
-    folders that differ.
+    folders that differ, in Hugging Face's cache with the revisions.
     """
-    places = [None if one.path is None else Path(os.path.abspath(one.path)).parts for one in checkpoints]
-    return [
-        one.name
-        if parts is None
-        else _shortest(parts, [other for other in places if other is not None and other != parts])
-        for one, parts in zip(checkpoints, places, strict=True)
-    ]
+    places = [None if one.path is None else os.path.abspath(one.path) for one in checkpoints]
+    labels = []
+    for one, place in zip(checkpoints, places, strict=True):
+        others = [
+            long_name(path)
+            for other, path in zip(checkpoints, places, strict=True)
+            if path is not None and path != place and other.name == one.name
+        ]
+        least = one.name.count("/") + 1
+        labels.append(one.name if place is None or not others else _shortest(long_name(place), others, least))
+    return labels
 
 
-def _shortest(parts: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> str:
-    """The shortest end of a path that no other path has.
+def _shortest(parts: tuple[str, ...], others: Sequence[tuple[str, ...]], least: int) -> str:
+    """The shortest end of a path that no other path has, of so many parts at least.
 
     An absolute path, from its root on, is no other's end.
     """
-    count = next(n for n in range(1, len(parts) + 1) if all(other[-n:] != parts[-n:] for other in others))
+    counts = range(least, len(parts))
+    count = next((n for n in counts if all(other[-n:] != parts[-n:] for other in others)), len(parts))
     return str(Path(*parts[-count:]))

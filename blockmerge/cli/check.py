@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from blockmerge.cli.console import json_option, progress_bar, stdout_console
+from blockmerge.cli.opening import variant_option
 
 
 @click.command(short_help="Say what is wrong with a model file.")
@@ -15,13 +16,20 @@ from blockmerge.cli.console import json_option, progress_bar, stdout_console
     help="Write a copy without what can be repaired: a .safetensors file, or a folder of one.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing copy.")
+@variant_option
 @click.option(
     "--threads", metavar="N", type=int, help="How many workers. [default: twice the processors, at most 8]"
 )
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but the line that says something is wrong.")
 def check(
-    file: str, fix: str | None, overwrite: bool, threads: int | None, as_json: bool, quiet: bool
+    file: str,
+    fix: str | None,
+    overwrite: bool,
+    variant: str | None,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Look for everything that can be wrong with a model: tensors that are missing, broken or superfluous,
     NaN, metadata.
@@ -40,9 +48,11 @@ def check(
 
     with progress_bar("checking", quiet=as_json or quiet) as progress:
         if fix is None:
-            found = look(file, progress, threads)
+            found = look(file, progress, threads, variant=variant)
         else:
-            found = repair(file, fix, threads=threads, overwrite=overwrite, progress=progress)
+            found = repair(
+                file, fix, threads=threads, overwrite=overwrite, variant=variant, progress=progress
+            )
     if as_json:
         from blockmerge.rendering.json_text import check_json
 

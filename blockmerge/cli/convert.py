@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from blockmerge.cli.console import json_option, not_empty, progress_bar, stdout_console
-from blockmerge.cli.merge import configs_option, dtype_option, ema_option, naming_option, variant_option
+from blockmerge.cli.merge import configs_option, dtype_option, naming_option
+from blockmerge.cli.opening import opening_options
 
 
 @click.command(short_help="Write a model under other names, as another kind of file, in another dtype.")
@@ -13,7 +14,7 @@ from blockmerge.cli.merge import configs_option, dtype_option, ema_option, namin
 @click.argument("output", metavar="OUT")
 @naming_option("the model's own; ldm where a folder becomes a .safetensors file")
 @dtype_option
-@ema_option
+@opening_options("drop|keep|use")
 @click.option(
     "--vae",
     metavar="FILE",
@@ -22,7 +23,6 @@ from blockmerge.cli.merge import configs_option, dtype_option, ema_option, namin
     help="Bake in this VAE: a file or a folder. [default: the model's own]",
 )
 @click.option("--prune", is_flag=True, help="Leave out all that no loader needs.")
-@variant_option
 @configs_option
 @click.option(
     "--threads", metavar="N", type=int, help="How many workers. [default: twice the processors, at most 8]"

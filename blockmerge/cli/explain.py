@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from blockmerge.cli.console import progress_bar
+from blockmerge.cli.opening import opening_options
 from blockmerge.cli.report import ReportTarget, report_options
 
 
@@ -16,6 +17,7 @@ from blockmerge.cli.report import ReportTarget, report_options
     is_flag=True,
     help="Also tell every single tensor, for merges whose weights change within blocks.",
 )
+@opening_options("drop|use")
 @click.option(
     "--threads", metavar="N", type=int, help="How many workers. [default: twice the processors, at most 8]"
 )
@@ -24,6 +26,8 @@ def explain(
     merge: str,
     candidates: tuple[str, ...],
     tensors: bool,
+    variant: str | None,
+    ema: str,
     threads: int | None,
     form: str | None,
     as_json: bool,
@@ -44,7 +48,15 @@ def explain(
 
     target = ReportTarget.of(form, as_json, output, overwrite, (merge, *candidates))
     with progress_bar("looking", quiet=target.is_quiet) as progress:
-        found = find_origin(merge, candidates, tensors=tensors, threads=threads, progress=progress)
+        found = find_origin(
+            merge,
+            candidates,
+            tensors=tensors,
+            variant=variant,
+            ema=ema,
+            threads=threads,
+            progress=progress,
+        )
     from blockmerge.rendering.comparison import print_explanation
     from blockmerge.rendering.csv_text import explanation_csv
     from blockmerge.rendering.html_page import explanation_html

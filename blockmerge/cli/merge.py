@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from blockmerge.cli.console import json_option, not_empty, progress_bar, stdout_console
 from blockmerge.cli.numbers import CommandWithNumbers
+from blockmerge.cli.opening import Command, opening_options
 
 if TYPE_CHECKING:
     from blockmerge.merging.planning.request import MergeRequest
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 dtype_option = click.option(
     "--dtype",
@@ -31,23 +30,11 @@ def naming_option(default: str) -> Callable[[Command], Command]:
     return click.option("--to", "naming", metavar="ldm|diffusers", help=about)
 
 
-ema_option = click.option(
-    "--ema",
-    metavar="drop|keep|use",
-    default="drop",
-    help="EMA copies: use makes them the U-Net. [default: drop]",
-)
 configs_option = click.option(
     "--configs",
     metavar="FOLDER",
     callback=not_empty,
     help="A diffusers folder whose configs and tokenizers go into a new folder.",
-)
-variant_option = click.option(
-    "--variant",
-    metavar="NAME",
-    callback=not_empty,
-    help="Which weights of a diffusers folder: fp16. [default: the plain ones]",
 )
 
 
@@ -141,8 +128,7 @@ variant_option = click.option(
 )
 @dtype_option
 @naming_option("the first model's; ldm where a folder becomes a .safetensors file")
-@ema_option
-@variant_option
+@opening_options("drop|keep|use")
 @configs_option
 @click.option(
     "--sdxl-map",

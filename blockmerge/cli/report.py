@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -37,6 +37,14 @@ def report_options(command: Command) -> Command:
     return command
 
 
+def _files(inputs: Iterable[str]) -> Iterator[Path]:
+    """What a report must spare: all that is named, and what is in folders that are."""
+    for path in map(Path, inputs):
+        yield path
+        if path.is_dir():
+            yield from path.rglob("*")
+
+
 @dataclass(frozen=True)
 class ReportTarget:
     """A format and a place, checked before any work is done."""
@@ -61,7 +69,7 @@ class ReportTarget:
             )
         if output is not None and Path(output).suffix.lower() in _MODELS:
             raise OutputError(f"{shown(output)} has the ending of a model: give the report another")
-        path = None if output is None else check_output(output, map(Path, inputs), overwrite=overwrite)
+        path = None if output is None else check_output(output, _files(inputs), overwrite=overwrite)
         return cls(form, path, overwrite)
 
     @property

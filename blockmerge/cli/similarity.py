@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from blockmerge.cli.console import progress_bar
+from blockmerge.cli.opening import opening_options
 from blockmerge.cli.report import ReportTarget, report_options
 
 
@@ -22,6 +25,7 @@ from blockmerge.cli.report import ReportTarget, report_options
 @click.option(
     "--common-base", metavar="C", help="With --method weights: also the cosine of the differences from C."
 )
+@opening_options("drop|use")
 @click.option("--threads", metavar="N", type=int, help="How many workers, for --method weights.")
 @report_options
 def similarity(
@@ -30,6 +34,8 @@ def similarity(
     blocks: bool,
     matrix: bool,
     common_base: str | None,
+    variant: str | None,
+    ema: str,
     threads: int | None,
     form: str | None,
     as_json: bool,
@@ -56,9 +62,10 @@ def similarity(
     target = ReportTarget.of(
         form, as_json, output, overwrite, (*models, *([common_base] if common_base else []))
     )
+    opening: dict[str, Any] = {"variant": variant, "ema": ema}
     if matrix:
         with progress_bar("comparing", quiet=target.is_quiet) as progress:
-            table = similarity_matrix(models, method, threads=threads, progress=progress)
+            table = similarity_matrix(models, method, **opening, threads=threads, progress=progress)
         from blockmerge.rendering.comparison import print_matrix
         from blockmerge.rendering.csv_text import matrix_csv
         from blockmerge.rendering.html_page import matrix_html
@@ -81,7 +88,13 @@ def similarity(
             )
         with progress_bar("comparing", quiet=target.is_quiet) as progress:
             result = compare(
-                base, references, method, common_base=common_base, threads=threads, progress=progress
+                base,
+                references,
+                method,
+                common_base=common_base,
+                **opening,
+                threads=threads,
+                progress=progress,
             )
         from blockmerge.rendering.comparison import print_similarity
         from blockmerge.rendering.csv_text import similarity_csv

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from blockmerge.anatomy import COMPONENTS, block_of, component_of
 from blockmerge.checkpoints import CheckpointLike, Model, old_hash
 from blockmerge.comparing.results import Comparison, Differences, SimilarityMatrix, SimilarityResult
-from blockmerge.comparing.sources import Source, open_model, open_sources, weights_of
+from blockmerge.comparing.sources import Source, open_sources, opening_to_compare, weights_of
 from blockmerge.errors import (
     BlockmergeError,
     IncompatibleModelsError,
@@ -34,6 +34,8 @@ def similarity(
     method: str = "attention",
     *,
     common_base: CheckpointLike | None = None,
+    variant: str | None = None,
+    ema: str = "drop",
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> SimilarityResult:
@@ -46,8 +48,9 @@ def similarity(
     ``"attention"`` is the published attention similarity (`blockmerge.comparing.attention`), in percent; it
     reads a few percent of the files. ``"weights"`` compares all weights: cosine, relative difference ‖b − a‖
     / ‖a‖ and the largest difference, per block, per component and in total; with `common_base` also the
-    cosine of the differences from it, which tells relatives apart where all cosines are near 1. `threads` are
-    those of the method ``"weights"``. `progress(done, total)` is told the bytes.
+    cosine of the differences from it, which tells relatives apart where all cosines are near 1. `variant` and
+    `ema` say how the models are opened, as in `merge`. `threads` are those of the method ``"weights"``.
+    `progress(done, total)` is told the bytes.
 
     A reference that cannot be read or compared becomes an entry with an error; the others go on. Raises
     RecipeError for an unknown method and when there is no reference, and what is wrong with the base itself
@@ -55,17 +58,21 @@ def similarity(
     """
     check_method(method, common_base)
     thread_count(threads)
-    model = open_model(base, "base")
-    common = None if common_base is None else open_model(common_base, "common base")
+    opening = opening_to_compare(variant, ema)
+    model = opening.model(base, "base")
+    common = None if common_base is None else opening.model(common_base, "common base")
     if common is not None and common.anatomy.family != model.anatomy.family:
         raise IncompatibleModelsError(f"the common base {shown(common.name)} {_is_not(common, model)}")
-    sources = [_of_family(source, model) for source in open_sources(references)]
+    opened = open_sources(references, opening)
+    opening.check([model, *_models(opened), *([] if common is None else [common])])
+    sources = [_of_family(source, model) for source in opened]
     usable = [source for source in sources if source.model is not None]
     models = [model, *(source.model for source in usable if source.model is not None)]
     compare = _attention if method == "attention" else _weights
     found = compare(models, common, threads, progress)
     comparisons = {
-        id(source): replace(result, name=source.name) for source, result in zip(usable, found, strict=True)
+        id(source): replace(result, name=source.name, notes=(*opened_model.notes, *result.notes))
+        for source, opened_model, result in zip(usable, models[1:], found, strict=True)
     }
     rows = [
         Comparison(source.name, error=source.error)
@@ -82,7 +89,7 @@ def similarity(
         family=model.anatomy.family.name,
         references=tuple(rows),
         common_base=None if common is None else common.name,
-        notes=_notes(method, model),
+        notes=(*_notes(method, model), *model.notes, *(() if common is None else common.notes)),
     )
 
 
@@ -90,6 +97,8 @@ def similarity_matrix(
     models: CheckpointLike | Iterable[CheckpointLike],
     method: str = "attention",
     *,
+    variant: str | None = None,
+    ema: str = "drop",
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> SimilarityMatrix:
@@ -100,16 +109,19 @@ def similarity_matrix(
     """
     check_method(method)
     thread_count(threads)
-    sources = open_sources(models)
+    opening = opening_to_compare(variant, ema)
+    sources = open_sources(models, opening)
     if len(sources) < 2:
         raise RecipeError("one model alone has nothing to be compared with: name at least two")
+    if all_opened := _models(sources):
+        opening.check(all_opened)
     first = next((source.model for source in sources if source.model is not None), None)
     if first is not None:
         sources = [_of_family(source, first) for source in sources]
     usable = [number for number, source in enumerate(sources) if source.model is not None]
     errors = {source.name: source.error for source in sources if source.error is not None}
     table: list[list[float | None]] = [[None] * len(sources) for _ in sources]
-    opened = [source.model for source in sources if source.model is not None]
+    opened = _models(sources)
     if opened:
         compare = _attention_pairs if method == "attention" else _weights_pairs
         pairs, failed = compare(opened, threads, progress)
@@ -125,8 +137,15 @@ def similarity_matrix(
         names=tuple(source.name for source in sources),
         similarity=tuple(map(tuple, table)),
         errors=errors,
-        notes=() if first is None else _notes(method, first),
+        notes=(
+            *(() if first is None else _notes(method, first)),
+            *(note for model in opened for note in model.notes),
+        ),
     )
+
+
+def _models(sources: Iterable[Source]) -> list[Model]:
+    return [source.model for source in sources if source.model is not None]
 
 
 # -- attention -----------------------------------------------------------------------------------------------

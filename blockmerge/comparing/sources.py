@@ -14,8 +14,10 @@ from blockmerge.checkpoints import (
     Checkpoint,
     CheckpointLike,
     Model,
+    Opening,
+    followed,
     is_diffusers_folder,
-    open_checkpoint,
+    name_of,
 )
 from blockmerge.dtypes import FLOAT_DTYPES
 from blockmerge.errors import BlockmergeError, CheckpointError, RecipeError, reason, shown
@@ -31,8 +33,15 @@ class Source:
     error: str | None = None
 
 
-def open_sources(models: CheckpointLike | Iterable[CheckpointLike]) -> list[Source]:
-    """Open everything that `models` names.
+def opening_to_compare(variant: str | None, ema: str) -> Opening:
+    """How models are opened to be compared. Raises RecipeError for what there is no way to."""
+    if ema == "keep":
+        raise RecipeError("EMA copies are not compared beside the U-Net: ema (--ema) is drop or use")
+    return Opening(variant, ema)
+
+
+def open_sources(models: CheckpointLike | Iterable[CheckpointLike], opening: Opening) -> list[Source]:
+    """Open everything that `models` names, in one way.
 
     These may be paths, folders (for the models in them), patterns, opened checkpoints and state dicts. What
     cannot be opened becomes a Source with an error. Raises RecipeError when nothing at all was named.
@@ -44,7 +53,7 @@ def open_sources(models: CheckpointLike | Iterable[CheckpointLike]) -> list[Sour
             f"{type(models).__name__} given: name a path, a checkpoint, a state dict, or several of these"
         )
     named = (one for model in models for one in _expand(model))
-    found = [_open(one, number) for number, one in enumerate(_once_each(named), 1)]
+    found = [_open(one, number, opening) for number, one in enumerate(_once_each(named), 1)]
     if not found:
         raise RecipeError("nothing to compare with: name at least one model, or a folder of them")
     return _unique(found)
@@ -54,24 +63,30 @@ def _expand(model: CheckpointLike) -> Iterator[CheckpointLike | Source]:
     if not isinstance(model, (str, os.PathLike)):
         yield model
         return
-    path = os.fspath(model)
+    try:
+        path = os.fspath(followed(model))
+    except CheckpointError as error:
+        yield Source(name_of(model), None, str(error).replace(shown(model), shown(name_of(model))))
+        return
     if os.path.isdir(path) and not is_diffusers_folder(path):
         try:
             files = sorted(entry for entry in Path(path).iterdir() if entry.suffix.lower() in SUFFIXES)
         except OSError as error:
-            yield Source(_last(path), None, f"cannot read the folder {shown(_last(path))}: {reason(error)}")
+            yield Source(
+                name_of(path), None, f"cannot read the folder {shown(name_of(path))}: {reason(error)}"
+            )
             return
         if not files:
-            yield Source(_last(path), None, f"the folder {shown(_last(path))} holds no model file")
+            yield Source(name_of(path), None, f"the folder {shown(name_of(path))} holds no model file")
         yield from files
     elif not os.path.exists(path) and glob.has_magic(path):
         # The shell of Windows leaves patterns to the program.
         found = sorted(map(Path, glob.glob(path)))
         if not found:
-            yield Source(_last(path), None, f"no file matches {shown(_last(path))}")
+            yield Source(name_of(path), None, f"no file matches {shown(name_of(path))}")
         yield from found
     else:
-        yield model
+        yield path
 
 
 def _once_each(models: Iterable[CheckpointLike | Source]) -> Iterator[CheckpointLike | Source]:
@@ -95,22 +110,18 @@ def is_same_file(one: Model, other: Model) -> bool:
     return bool(a) and a == b
 
 
-def _open(model: CheckpointLike | Source, number: int) -> Source:
+def _open(model: CheckpointLike | Source, number: int, opening: Opening) -> Source:
     if isinstance(model, Source):
         return model
-    name = Path(os.fspath(model)).name if isinstance(model, (str, os.PathLike)) else f"state dict {number}"
+    name = name_of(model) if isinstance(model, (str, os.PathLike)) else f"state dict {number}"
     try:
-        opened = open_model(model, name)
+        opened = opening.model(model, name)
         return Source(opened.name, opened)
     except BlockmergeError as error:
         said = str(error)
         if isinstance(model, (str, os.PathLike)):  # reports show no folders
             said = said.replace(str(Path(model)), name).replace(shown(model), shown(name))
         return Source(name, None, said)
-
-
-def _last(path: str) -> str:
-    return Path(os.path.abspath(path)).name
 
 
 def _unique(sources: list[Source]) -> list[Source]:
@@ -125,13 +136,6 @@ def _unique(sources: list[Source]) -> list[Source]:
         taken.add(name)
         unique.append(replace(source, name=name))
     return unique
-
-
-def open_model(model: CheckpointLike, name: str) -> Model:
-    """Open one model whose weights will be read, or raise what is wrong with it."""
-    opened = Model.of(open_checkpoint(model, name=name))
-    opened.source.check_whole()
-    return opened
 
 
 def weights_of(model: Model) -> dict[str, Expression]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from blockmerge.checkpoints import CheckpointLike, Model
+from blockmerge.checkpoints import CheckpointLike, Model, Opening
 from blockmerge.comparing.sources import is_same_file, open_sources
 from blockmerge.errors import IncompatibleModelsError, RecipeError, shown
 
@@ -21,15 +21,19 @@ class Candidates:
     left_out: Mapping[str, str]
 
     @classmethod
-    def open(cls, candidates: CheckpointLike | Iterable[CheckpointLike], merge: Model) -> Candidates:
-        """Open all that `candidates` names.
+    def open(
+        cls, candidates: CheckpointLike | Iterable[CheckpointLike], merge: Model, opening: Opening
+    ) -> Candidates:
+        """Open all that `candidates` names, as the merge was.
 
         Raises IncompatibleModelsError when none can be compared with the merge, and RecipeError when there
         are too many or none is named.
         """
         left_out: dict[str, str] = {}
         usable: dict[str, Model] = {}
-        for source in open_sources(candidates):
+        sources = open_sources(candidates, opening)
+        opening.check([merge, *(source.model for source in sources if source.model is not None)])
+        for source in sources:
             if source.model is None:
                 left_out[source.name] = str(source.error)
             elif source.model.anatomy.family != merge.anatomy.family:

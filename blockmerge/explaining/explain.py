@@ -10,7 +10,7 @@ import numpy as np
 
 from blockmerge.anatomy import TITLES
 from blockmerge.checkpoints import CheckpointLike, Model
-from blockmerge.comparing.sources import open_model
+from blockmerge.comparing.sources import opening_to_compare
 from blockmerge.errors import IncompatibleModelsError, NonFiniteError, counted, listing, shown
 from blockmerge.explaining.candidates import Candidates
 from blockmerge.explaining.compared import ComparedTensors
@@ -31,6 +31,8 @@ def explain(
     candidates: CheckpointLike | Iterable[CheckpointLike],
     *,
     tensors: bool = False,
+    variant: str | None = None,
+    ema: str = "drop",
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Explanation:
@@ -42,14 +44,16 @@ def explain(
     covers weighted sums, add difference and averages, whichever candidate is the base. The fewest parents
     that leave nothing but rounding are taken; then the merge is made again in memory, with these weights and
     with rounder ones and presets near them, and held against the file. With `tensors`, every tensor is listed
-    too. `candidates` are what `similarity` takes for references. Reads the merge and the candidates twice;
-    `progress(done, total)` gets the bytes of each pass.
+    too. `candidates` are what `similarity` takes for references; `variant` and `ema` say how they and the
+    merge are opened, as in `merge`. Reads the merge and the candidates twice; `progress(done, total)` gets
+    the bytes of each pass.
 
     Candidates that cannot be used are named in `left_out`. Raises what is wrong with the merge itself,
     RecipeError without any candidate, IncompatibleModelsError or NonFiniteError when none can be compared.
     """
-    merged = open_model(merge, "merge")
-    evidence = _gather(merged, Candidates.open(candidates, merged), threads, progress)
+    opening = opening_to_compare(variant, ema)
+    merged = opening.model(merge, "merge")
+    evidence = _gather(merged, Candidates.open(candidates, merged, opening), threads, progress)
     return _explanation(merged, evidence, _find_origin(evidence, merged.anatomy.family.name), tensors)
 
 
@@ -163,7 +167,10 @@ def _explanation(merged: Model, evidence: _Evidence, origin: _Origin, tensors: b
         components=origins(fit.components),
         verdict="",
         tensors=origins(fit.tensors) if tensors else {},
-        notes=tuple(_notes(evidence, fit)),
+        notes=(
+            *(note for model in (merged, *evidence.candidates.models) for note in model.notes),
+            *_notes(evidence, fit),
+        ),
         left_out=evidence.candidates.left_out,
     )
     by_tensor = any(one.divided for block, one in found.blocks.items() if block != "BASE")

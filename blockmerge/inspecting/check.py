@@ -23,16 +23,26 @@ from blockmerge.inspecting.structure import Subject, check_structure
 from blockmerge.streaming import Progress
 
 
-def check(path: CheckpointLike, progress: Progress | None = None, threads: int | None = None) -> CheckResult:
+def check(
+    path: CheckpointLike,
+    progress: Progress | None = None,
+    threads: int | None = None,
+    *,
+    variant: str | None = None,
+) -> CheckResult:
     """Look for everything that can be wrong with a checkpoint; the codes are in `docs/check.md`.
+
+    >>> blockmerge.check("a.safetensors").faults  # doctest: +SKIP
+    ()
 
     Names, shapes, dtypes and metadata come from the header; then all floats are read once, for NaN, infinity
     and zeros, and a zip archive once more for its checksums, on `threads` threads in a few megabytes of
     memory. Numbers of a file that is broken off are not looked at. `progress(done, total)` is told the bytes.
-    Raises CheckpointError when it cannot be read. A file that is no Stable Diffusion model is no error, but a
+    `variant` picks the weights of a diffusers folder that has several kinds, as in `open_checkpoint`. Raises
+    CheckpointError when it cannot be read. A file that is no Stable Diffusion model is no error, but a
     problem.
     """
-    subject = Subject.of(open_checkpoint(path))
+    subject = Subject.of(open_checkpoint(path, variant=variant))
     checkpoint, anatomy = subject.checkpoint, subject.model.anatomy if subject.model else None
     problems = [
         *check_structure(subject),
@@ -52,6 +62,7 @@ def check(path: CheckpointLike, progress: Progress | None = None, threads: int |
         variant=anatomy.variant if anatomy else None,
         naming=anatomy.naming if anatomy else None,
         problems=tuple(sorted(problems, key=lambda problem: SEVERITIES.index(problem.severity))),
+        notes=tuple(f"{shown(checkpoint.name)} {note}" for note in checkpoint.notes),
     )
 
 

@@ -24,7 +24,7 @@ from blockmerge.checkpoints import (
     hash_file,
     open_checkpoint,
 )
-from blockmerge.errors import UnknownFamilyError
+from blockmerge.errors import UnknownFamilyError, shown
 from blockmerge.streaming import Progress
 
 
@@ -56,7 +56,7 @@ class Inspection:
 
     `missing` are the U-Net tensors that it should have and lacks. `blocks` are the U-Net's, without BASE.
     `broken_off` says so where the file ends in zeros, as a download leaves that did not finish. `hashes` is
-    None unless asked for.
+    None unless asked for. `notes` are texts for the user about what was decided when it was opened.
     """
 
     name: str
@@ -70,6 +70,7 @@ class Inspection:
     metadata: Mapping[str, str]
     broken_off: str | None
     hashes: Hashes | None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain data, ready for JSON, with the keys of `docs/json.md`: `hashes` only
@@ -83,12 +84,23 @@ class Inspection:
         return fields
 
 
-def inspect(path: CheckpointLike, hashes: bool = False, progress: Progress | None = None) -> Inspection:
+def inspect(
+    path: CheckpointLike,
+    hashes: bool = False,
+    progress: Progress | None = None,
+    *,
+    variant: str | None = None,
+) -> Inspection:
     """Look at a checkpoint's header and how it ends; with `hashes` also read the whole file once.
+
+    >>> blockmerge.inspect("a.safetensors").components["unet"].parameters  # doctest: +SKIP
+    859520964
+
+    `variant` picks the weights of a diffusers folder that has several kinds, as in `open_checkpoint`.
 
     Raises CheckpointError when it cannot be read. A file that is no Stable Diffusion model is no error.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, variant=variant)
     plain = plain_names_of_ema(checkpoint.tensors)
     has_unet = any(component_of(name) == "unet" for name in checkpoint.tensors)
     names = {name: canonical_name(name) for name in checkpoint.tensors}
@@ -119,6 +131,7 @@ def inspect(path: CheckpointLike, hashes: bool = False, progress: Progress | Non
         metadata=checkpoint.metadata,
         broken_off=checkpoint.broken_off(),
         hashes=hash_file(checkpoint, progress) if hashes else None,
+        notes=tuple(f"{shown(checkpoint.name)} {note}" for note in checkpoint.notes),
     )
 
 

@@ -86,7 +86,7 @@ class CheckResult:
     """What `check` found, the worst first. Family, variant and naming are None without a known U-Net.
 
     `output` is where a repaired copy was written and `fixed` are the codes of what it no longer has; None and
-    empty where none was asked for.
+    empty where none was asked for. `notes` are texts for the user about what was decided when it was opened.
     """
 
     name: str
@@ -96,6 +96,7 @@ class CheckResult:
     problems: tuple[Problem, ...]
     fixed: tuple[str, ...] = ()
     output: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def faults(self) -> tuple[Problem, ...]:

@@ -18,11 +18,13 @@ def repair(
     *,
     threads: int | None = None,
     overwrite: bool = False,
+    variant: str | None = None,
     progress: Progress | None = None,
 ) -> CheckResult:
     """Write a repaired copy of a checkpoint, and say what was wrong with it.
 
-    `fixed` are the codes of the problems that the copy is rid of.
+    `fixed` are the codes of the problems that the copy is rid of. The other arguments are those of `check`
+    and `convert`.
 
     A conversion that prunes does all of it: it writes the usual names, `position_ids` as int64, aligned data
     and honest metadata, and neither EMA copies nor leftovers. What it cannot repair stays: the copy is
@@ -36,10 +38,11 @@ def repair(
         prune=True,
         threads=threads,
         overwrite=overwrite,
+        variant=variant,
         allow_nonfinite=True,
         progress=progress,
     ).output
-    before = check(path, progress, threads)
+    before = check(path, progress, threads, variant=variant)
     after = check(output, progress, threads)
     remaining = {problem.code for problem in after.problems}
     known = {problem.code for problem in before.problems}

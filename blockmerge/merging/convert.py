@@ -42,10 +42,11 @@ def convert(
 
     `naming` is ``"ldm"`` (a single file) or ``"diffusers"`` (a folder); without it, the output's name says
     what it is. `vae` bakes in another VAE (a file, a folder or an opened checkpoint). `ema` says what becomes
-    of EMA copies: ``"drop"``, ``"keep"``, or ``"use"`` them as the U-Net. `prune` leaves out all that no
-    loader needs. `configs` is a diffusers folder whose configs and tokenizers go beside the weights of a new
-    folder. The other arguments are those of `merge`. Tensors that the output has no place for are left out
-    and named in the result's notes; values only change with `dtype`.
+    of EMA copies: ``"drop"``, ``"keep"``, or ``"use"`` them as the U-Net. `variant` picks the weights of
+    folders that have several (``"fp16"``), the VAE's too. `prune` leaves out all that no loader needs.
+    `configs` is a diffusers folder whose configs and tokenizers go beside the weights of a new folder. The
+    other arguments are those of `merge`. Tensors that the output has no place for are left out and named in
+    the result's notes; values only change with `dtype`.
 
     Raises a BlockmergeError, as `merge` does.
     """

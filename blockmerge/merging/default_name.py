@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 
+from blockmerge.checkpoints import name_of
 from blockmerge.merging.outputs import default_ending
 from blockmerge.merging.planning.request import MergeRequest
 from blockmerge.merging.planning.written import path_of
@@ -28,8 +29,8 @@ def default_output(recipe: Recipe) -> Path:
     other characters, end in a hash instead. Folders are not told, nor what is in a preset's file.
     """
     models = [path_of(model, "a model") for model in recipe.models]
-    paths = [Path(os.path.abspath(model)) for model in models]  # "." has no name
-    names = "+".join(path.name if path.is_dir() else path.stem for path in paths)
+    own = [(model, _last(name_of(model))) for model in models]
+    names = "+".join(name if os.path.isdir(model) else Path(name).stem for model, name in own)
     told = _portable("-".join(_words(recipe.request, len(models))), _TOLD)
     ending = default_ending(recipe.request.naming, models[0])
     name = f"{_portable(names, _NAME - len(told.encode()))}-{told}"
@@ -55,7 +56,7 @@ def _words(request: MergeRequest, models: int) -> Iterator[str]:
             "vae",
             None
             if request.vae == MergeRequest.vae
-            else request.vae_name(models).removesuffix(".safetensors"),
+            else _last(request.vae_name(models)).removesuffix(".safetensors"),
         ),
         ("ema", None if request.ema == MergeRequest.ema else request.ema),
     ]
@@ -64,6 +65,11 @@ def _words(request: MergeRequest, models: int) -> Iterator[str]:
         yield request.dtype
     if request.clip:
         yield "clip"
+
+
+def _last(name: str) -> str:
+    """A name without the owner of a repository, or the repository's before a file's."""
+    return name.rpartition("/")[2]
 
 
 def _plain(text: str) -> str:

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
 
-from blockmerge.checkpoints import SUFFIXES, CheckpointLike, Model, open_checkpoint
+from blockmerge.checkpoints import SUFFIXES, CheckpointLike, Opening
 from blockmerge.errors import RecipeError, counted, listing, shown
 from blockmerge.merging.planning.combining import Combination
 from blockmerge.merging.planning.request import check_flag
@@ -36,7 +36,8 @@ class LiveMerge:
     UNet2DConditionModel, or a whole LDM model, of which only the U-Net is touched. Its dtype (fp16, bf16 or
     fp32) and device stay. `a`, `b` and `c` are paths, opened checkpoints or state dicts, U-Nets or whole
     models, in either naming; what is no tensor of the U-Net is not looked at. They are copied to the module's
-    device in its dtype, once. `method` and `numbers` are those of `merge`.
+    device in its dtype, once. `method`, `numbers`, `variant` and `ema` are those of `merge`. `notes` are
+    texts for the user about what was decided when the models were opened.
 
     From then on the module holds A. `apply` merges; `close`, or leaving a `with` block, gives the module its
     own parameters back. Meanwhile the parameters are views of one flat buffer, and must stay where they are:
@@ -52,6 +53,9 @@ class LiveMerge:
         b: CheckpointLike | None = None,
         c: CheckpointLike | None = None,
         method: str | Method | Callable[..., Any] = "weighted_sum",
+        *,
+        variant: str | None = None,
+        ema: str = "drop",
         **numbers: float | Sequence[float],
     ) -> None:
         import torch
@@ -64,19 +68,20 @@ class LiveMerge:
                 f"LiveMerge takes three models at most: {shown(method)} stands where the method goes"
             )
         self._method = find_method(method)
-        self._method.check_names(numbers, others=("method",))
+        self._method.check_names(numbers, others=("method", "variant", "ema"))
         sources = [a, b, c]
         while len(sources) > 1 and sources[-1] is None:
             sources.pop()
         self._method.check_models(len(sources))
         checked = self._method.check_numbers(numbers, len(sources))
         self._module_class = type(module).__name__
+        opening = Opening(variant, ema)
         models = [
-            Model.of(open_checkpoint(source, f"state dict {letter}"))  # type: ignore[arg-type]  # it refuses None
+            opening.model(source, f"state dict {letter}")  # type: ignore[arg-type]  # it refuses None
             for source, letter in zip(sources, "ABC", strict=False)
         ]
-        for model in models:
-            model.source.check_whole()
+        opening.check(models)
+        self.notes = tuple(note for model in models for note in model.notes)
         # Tensors that are made in inference mode could not be written to outside it.
         with torch.inference_mode(False), torch.no_grad():
             self._unet: FlatUNet = FlatUNet.of(module, models)

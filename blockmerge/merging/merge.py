@@ -61,8 +61,8 @@ def merge(
     ``"a"``, ``"b"``, ``"blend"``, or a VAE (a file, an opened checkpoint or a state dict). `naming` is the
     output's, ``"ldm"`` (a single file) or ``"diffusers"`` (a folder), by default A's. `ema` says what becomes
     of EMA copies: ``"drop"``, ``"keep"``, or ``"use"`` them as the U-Net. `variant` picks the weights of
-    folders that have several (``"fp16"``), and `configs` is a folder whose configs and tokenizers go into a
-    new one. `progress(done, total)` is told the bytes.
+    folders that have several (``"fp16"``), where they have it, the VAE's too, and `configs` is a folder whose
+    configs and tokenizers go into a new one. `progress(done, total)` is told the bytes.
 
     All checks that headers allow are made before a weight is read. The models are never changed. The output
     appears complete or not at all.

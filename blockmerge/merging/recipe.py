@@ -16,9 +16,9 @@ from blockmerge.checkpoints import (
     CheckpointLike,
     DiffusersFolder,
     Model,
+    Opening,
     check_output,
     check_space,
-    open_checkpoint,
     state_dict_name,
     told_apart,
 )
@@ -291,7 +291,7 @@ class Recipe:
         device, pace = _choose_pace(self.request, str(device), threads)
         check_flag("overwrite", overwrite)
         self.request.check_model_count(len(self.models))
-        checkpoints = _open(self.models, self.request.variant)
+        checkpoints = _open(self.models, self.request.opening)
         labels = told_apart(checkpoints)
         opened = [
             Model.of(checkpoint, self.request.ema, label)
@@ -299,7 +299,7 @@ class Recipe:
         ]
         kind = choose_output(output, opened[0], self.request.naming, self.request.configs)
         planned = make_plan(opened, self.request, kind)
-        target = kind.check(_inputs(planned, opened, self.request), overwrite=overwrite)
+        target = kind.check(_inputs(planned, self.request), overwrite=overwrite)
         seconds = time.perf_counter() - started
         return Plan(self, target, planned, pace, device, overwrite, seconds)
 
@@ -399,9 +399,8 @@ def _leaves(written: Mapping[str, Any]) -> list[Any]:
     return list(leaves)
 
 
-def _open(models: Sequence[Leaf], variant: str | None) -> list[Checkpoint]:
-    """Open the models; a variant is for those that are folders."""
-    leaves: list[CheckpointLike] = []
+def _open(models: Sequence[Leaf], opening: Opening) -> list[Checkpoint]:
+    checkpoints = []
     for number, model in enumerate(models):
         if isinstance(model, Recipe):
             which = state_dict_name(number).removeprefix("state dict ")
@@ -409,14 +408,8 @@ def _open(models: Sequence[Leaf], variant: str | None) -> list[Checkpoint]:
                 f"model {which} is itself a merge, and merges within merges "
                 "come with a later version: merge that one into a file first"
             )
-        leaves.append(model)
-    folders = [isinstance(model, (str, os.PathLike)) and os.path.isdir(model) for model in leaves]
-    return [
-        open_checkpoint(
-            model, name=state_dict_name(number), variant=variant if folder or not any(folders) else None
-        )
-        for number, (model, folder) in enumerate(zip(leaves, folders, strict=True))
-    ]
+        checkpoints.append(opening.checkpoint(model, state_dict_name(number)))
+    return checkpoints
 
 
 def _choose_pace(request: MergeRequest, device: str, threads: int | None) -> tuple[str, Pace]:
@@ -432,9 +425,10 @@ def _choose_pace(request: MergeRequest, device: str, threads: int | None) -> tup
     return device, Pace(pace.threads, pace.piece_bytes, chunk_bytes=pace.piece_bytes)
 
 
-def _inputs(plan: PlannedOutput, models: Sequence[Model], request: MergeRequest) -> list[Path]:
+def _inputs(plan: PlannedOutput, request: MergeRequest) -> list[Path]:
     """All files and folders that are read, and that the output must spare."""
     inputs = [file for checkpoint in plan.decided.checkpoints for file in checkpoint.files]
-    inputs += [model.source.path for model in models if isinstance(model.source, DiffusersFolder)]
+    # Their files may be links to others elsewhere.
+    inputs += [one.path for one in plan.decided.checkpoints if isinstance(one, DiffusersFolder)]
     configs = getattr(request.configs, "path", request.configs)
     return [*inputs, Path(configs)] if isinstance(configs, (str, os.PathLike)) else inputs

@@ -65,6 +65,8 @@ def print_inspection(console: Console, found: Inspection) -> None:
         _line(console, Text(found.broken_off, "bold red"))
     if "ema" in found.components and "unet" not in found.components:
         _line(console, Text("its U-Net is there as EMA weights only, which are used as the U-Net"))
+    for note in found.notes:
+        _line(console, Text(f"- {note}"))
     for title, parts in (("component", found.components), ("block", found.blocks)):
         if parts:
             table = _parts(title, parts)
@@ -79,6 +81,8 @@ def print_inspection(console: Console, found: Inspection) -> None:
 def print_check(console: Console, found: CheckResult) -> None:
     """Print what is wrong with a checkpoint, a line for each problem, the worst first."""
     _line(console, _title(found, "no known U-Net"))
+    for note in found.notes:
+        _line(console, Text(f"- {note}"))
     code_width = max((len(problem.code) for problem in found.problems), default=0)
     for problem in found.problems:
         takes = "" if problem.bytes is None else f", {size(problem.bytes)}"

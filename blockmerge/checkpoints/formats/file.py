@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from blockmerge.checkpoints.checkpoint import Checkpoint, Reader
+from blockmerge.checkpoints.hub import name_of, shown_path
 from blockmerge.errors import CheckpointError, reason, shown
 
 
@@ -23,7 +24,7 @@ class FileCheckpoint(Checkpoint):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.name = self.path.name
+        self.name = name_of(self.path)
         self.files = (self.path,)
         self.metadata = {}
 
@@ -37,16 +38,16 @@ class FileCheckpoint(Checkpoint):
             # Looked at before it is opened: opening a named pipe would wait for a writer for ever.
             if not stat.S_ISREG(os.stat(self.path).st_mode):
                 what = "is a folder" if self.path.is_dir() else "is not a regular file"
-                raise CheckpointError(f"{shown(self.path)} {what}: give a .safetensors or .ckpt file")
+                raise CheckpointError(f"{shown_path(self.path)} {what}: give a .safetensors or .ckpt file")
             with self.path.open("rb") as file, _no_garbage_collection():
                 self._identity = _identity(os.fstat(file.fileno()))
                 yield file, self._identity[0]
         except OSError as error:
-            raise CheckpointError(f"cannot open {shown(self.path)}: {reason(error)}") from error
+            raise CheckpointError(f"cannot open {shown_path(self.path)}: {reason(error)}") from error
         except ValueError as error:
             # Also embedded null characters in the path, which the operating system refuses as a ValueError.
             raise CheckpointError(
-                f"{shown(self.path)} is not a valid {kind} file: {shown(error, 1000)}"
+                f"{shown_path(self.path)} is not a valid {kind} file: {shown(error, 1000)}"
             ) from error
 
     def reader(self) -> FileReader:
@@ -58,10 +59,10 @@ class FileCheckpoint(Checkpoint):
         try:
             same = _identity(os.stat(self.path)) == self._identity
         except OSError as error:
-            raise CheckpointError(f"cannot read {shown(self.path)}: {reason(error)}") from error
+            raise CheckpointError(f"cannot read {shown_path(self.path)}: {reason(error)}") from error
         if not same:
             raise CheckpointError(
-                f"{shown(self.path)} was changed while it was being read; nothing was written"
+                f"{shown_path(self.path)} was changed while it was being read; nothing was written"
             )
 
 
@@ -78,7 +79,7 @@ class FileReader(Reader):
         try:
             self._file = path.open("rb", buffering=0)
         except OSError as error:
-            raise CheckpointError(f"cannot open {shown(path)}: {reason(error)}") from error
+            raise CheckpointError(f"cannot open {shown_path(path)}: {reason(error)}") from error
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset` on.

@@ -21,7 +21,8 @@ from typing import Any
 from blockmerge.checkpoints.checkpoint import Checkpoint, Checksummed, Reader, TensorInfo
 from blockmerge.checkpoints.formats.any_file import open_file
 from blockmerge.checkpoints.formats.safetensors_file import LARGEST_HEADER
-from blockmerge.errors import CheckpointError, did_you_mean, listing, reason, shown
+from blockmerge.checkpoints.hub import name_of, shown_path
+from blockmerge.errors import CheckpointError, listing, reason, shown
 
 MODEL_INDEX = "model_index.json"
 _MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -55,32 +56,43 @@ class DiffusersFolder(Checkpoint):
     (``""`` for the folder itself) the stem of their files' names. `carried` are the other files that belong
     to the model, as relative paths: model_index.json, configs, tokenizers.
 
-    `variant` asks for weights as in ``model.fp16.safetensors``; components that lack it give their plain
-    ones. Raises CheckpointError, in one line that names the file or folder, when there is no such variant,
-    when something is missing or damaged, and when the folder is no model.
+    `variant` asks for weights as in ``model.fp16.safetensors``. Components that lack it give their plain
+    ones, or those of the only variant that they have, with a note; so do all where none is asked for.
+    `variants` are all that the folder has, `used` says for each component which is used (None: plain
+    weights).
+
+    Raises CheckpointError, in one line that names the file or folder, when a component has several variants
+    and neither the one that was asked for nor plain weights, unless `any_variant` says that nobody wants
+    their weights; when something is missing or damaged, and when the folder is no model.
     """
 
     path: Path
 
-    def __init__(self, path: str | os.PathLike[str], variant: str | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], variant: str | None = None, *, any_variant: bool = False
+    ) -> None:
         self.path = Path(path)
-        # Of "." and "model/.." too.
-        self.name = Path(os.path.abspath(self.path)).name
+        self.name = name_of(path)
         try:
             folders = _component_folders(self.path)
             if not folders:
                 raise CheckpointError(
-                    f"{shown(path)} is a folder without a model: "
+                    f"{shown_path(path)} is a folder without a model: "
                     "give a .safetensors file, or a diffusers folder (unet/, vae/, "
                     "text_encoder/ with diffusion_pytorch_model.safetensors or model.safetensors)"
                 )
-            chosen = _choose(self.path, folders, variant)
+            chosen = _choose(self.path, folders, variant, any_variant=any_variant)
             self.carried = tuple(_carried(self.path, "" in folders))
         except OSError as error:
-            raise CheckpointError(f"cannot open {shown(path)}: {reason(error)}") from error
+            raise CheckpointError(f"cannot open {shown_path(path)}: {reason(error)}") from error
         self.components: Mapping[str, str] = {
             component: _STEMS[weights.stem] for component, weights in chosen.items()
         }
+        self.variants = _variants(weights for found in folders.values() for weights in found)
+        self.used: Mapping[str, str | None] = {
+            component: weights.variant for component, weights in chosen.items()
+        }
+        self.notes = tuple(_notes(self.used, variant))
         self.metadata = {}
         self._files: list[Checkpoint] = []
         self._starts: list[int] = []
@@ -101,12 +113,13 @@ class DiffusersFolder(Checkpoint):
             missing = [name for name in promised if name not in file.tensors]
             if missing:
                 raise CheckpointError(
-                    f"{shown(index)} says that {shown(shard)} holds {listing(missing)}: it does not"
+                    f"{shown_path(folder / weights.name)} says that {shown(shard)} holds "
+                    f"{listing(missing)}: it does not"
                 )
             twice = [name for name in file.tensors if prefix + name in self.tensors]
             if twice:
                 raise CheckpointError(
-                    f"{shown(folder / shard)} holds {listing(twice)}, which another shard holds too"
+                    f"{shown_path(folder / shard)} holds {listing(twice)}, which another shard holds too"
                 )
             # One byte of a gap, so that nobody takes the end of one file and the start of the next for one
             # stretch.
@@ -221,7 +234,8 @@ def _weights(folder: Path) -> list[_Weights]:
             found.append(_Weights(name, match["stem"], match["kind"], variant, is_index=True))
     if shards and not found:
         raise CheckpointError(
-            f"{shown(folder)} holds shards ({listing(shards, 1)}) without their index, a .index.json file"
+            f"{shown_path(folder)} holds shards ({listing(shards, 1)}) "
+            "without their index, a .index.json file"
         )
     return sorted(found, key=lambda weights: weights.rank)
 
@@ -250,26 +264,54 @@ def _component_folders(folder: Path) -> dict[str, list[_Weights]]:
     return {"": own} if own else {}
 
 
-def _choose(folder: Path, folders: Mapping[str, list[_Weights]], variant: str | None) -> dict[str, _Weights]:
-    there = sorted({weights.variant for found in folders.values() for weights in found if weights.variant})
-    if variant is not None and variant not in there:
-        have = (
-            f"it has {listing(there)}{did_you_mean(variant, there)}" if there else "it has only plain weights"
-        )
-        raise CheckpointError(f"{shown(folder)} has no weights of the variant '{shown(variant)}': {have}")
+def _variants(weights: Iterable[_Weights]) -> tuple[str, ...]:
+    return tuple(sorted({one.variant for one in weights if one.variant}))
+
+
+def _choose(
+    folder: Path, folders: Mapping[str, list[_Weights]], variant: str | None, *, any_variant: bool
+) -> dict[str, _Weights]:
+    """The weights of each component: of the variant, else the plain ones, else of the only one there is."""
     chosen = {}
+    undecided = []
     for component, found in folders.items():
-        best = next(
-            (weights for wanted in (variant, None) for weights in found if weights.variant == wanted), None
-        )
-        if best is None:
-            others = sorted({weights.variant for weights in found if weights.variant})
-            raise CheckpointError(
-                f"{shown(folder / component)} has no plain weights, only the variant {listing(others)}: "
-                f"ask for it with variant='{shown(others[0])}' (--variant {shown(others[0])})"
-            )
-        chosen[component] = best
+        there = list(dict.fromkeys(weights.variant for weights in found))
+        wanted = next((one for one in (variant, None) if one in there), there[0])
+        if wanted not in (variant, None) and len(there) > 1:
+            undecided.append(component)
+        chosen[component] = next(weights for weights in found if weights.variant == wanted)
+    if undecided and not any_variant:
+        raise _undecided(folder, {component: folders[component] for component in undecided}, variant)
     return chosen
+
+
+def _undecided(folder: Path, folders: Mapping[str, list[_Weights]], variant: str | None) -> CheckpointError:
+    """What to say of components that have several variants and no plain weights."""
+    there = {component: _variants(found) for component, found in folders.items()}
+    first, *others = there.values()
+    proposed = next((one for one in first if all(one in other for other in others)), first[0])
+    said = [f"{component or 'weights'}: {', '.join(map(shown, found))}" for component, found in there.items()]
+    lacking = (
+        "no plain weights" if variant is None else f"neither plain weights nor the variant '{shown(variant)}'"
+    )
+    return CheckpointError(
+        f"{shown_path(folder)} has several variants and {lacking} ({listing(said)}): "
+        f"choose one with variant='{shown(proposed)}' (--variant {shown(proposed)})"
+    )
+
+
+def _notes(used: Mapping[str, str | None], asked: str | None) -> Iterator[str]:
+    """Say which weights are used that nobody asked for."""
+    unasked: dict[str | None, list[str]] = {}
+    for component, variant in used.items():
+        if variant != asked:
+            unasked.setdefault(variant, []).append(component)
+    for variant, components in unasked.items():
+        of = "" if len(components) == len(used) else f" of {listing(components, 10)}"
+        if variant is None:
+            yield f"has no variant {shown(asked)}{of}: the plain weights are used"
+        else:
+            yield f"has only the variant {shown(variant)}{of}: it is used"
 
 
 def _carried(folder: Path, is_component: bool) -> Iterator[str]:
@@ -291,7 +333,7 @@ def _read_index(path: Path) -> dict[str, list[str]]:
         or not table
         or not all(isinstance(shard, str) for shard in table.values())
     ):
-        raise CheckpointError(f"{shown(path)} has no weight_map from tensors to files")
+        raise CheckpointError(f"{shown_path(path)} has no weight_map from tensors to files")
     shards: dict[str, list[str]] = {}
     for name, shard in table.items():
         shards.setdefault(shard, []).append(name)
@@ -299,17 +341,17 @@ def _read_index(path: Path) -> dict[str, list[str]]:
     strange = [shard for shard in shards if not re.fullmatch(r"[^/\\:\0]+\.(safetensors|bin)", shard)]
     if strange:
         raise CheckpointError(
-            f"{shown(path)} names files that are no weights in its own folder: {listing(strange)}"
+            f"{shown_path(path)} names files that are no weights in its own folder: {listing(strange)}"
         )
     missing = [shard for shard in shards if not os.path.exists(path.parent / shard)]
     if missing:
-        raise CheckpointError(f"{shown(path)} lists shards that are missing: {listing(missing)}")
+        raise CheckpointError(f"{shown_path(path)} lists shards that are missing: {listing(missing)}")
     return dict(sorted(shards.items()))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():  # opening a named pipe would wait for ever
-        raise CheckpointError(f"{shown(path)} is not a regular file")
+        raise CheckpointError(f"{shown_path(path)} is not a regular file")
     try:
         with path.open("rb") as file:
             raw = file.read(LARGEST_HEADER + 1)
@@ -319,9 +361,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError("it is no object")
     except OSError as error:
-        raise CheckpointError(f"cannot open {shown(path)}: {reason(error)}") from error
+        raise CheckpointError(f"cannot open {shown_path(path)}: {reason(error)}") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{shown(path)} is no valid JSON: {shown(error)}") from error
+        raise CheckpointError(f"{shown_path(path)} is no valid JSON: {shown(error)}") from error
     return found
 
 

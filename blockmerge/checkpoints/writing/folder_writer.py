@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Self
 
 from blockmerge.checkpoints.formats.folder import foreign_files, is_diffusers_folder
+from blockmerge.checkpoints.hub import shown_path
 from blockmerge.checkpoints.writing import disk
 from blockmerge.errors import CheckpointError, OutputError, listing, reason, shown
 
@@ -39,7 +40,7 @@ def check_output_folder(
             if _holds(target, model) or _holds(model, target):
                 raise OutputError(
                     f"the output {shown(path)} is, "
-                    f"holds or lies in the input {shown(model)}: give another name"
+                    f"holds or lies in the input {shown_path(model)}: give another name"
                 )
         parent_exists, status = target.parent.is_dir(), disk.status(target)
         if status is not None:

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
+from blockmerge.checkpoints.hub import shown_path
 from blockmerge.checkpoints.writing import disk
 from blockmerge.errors import OutputError, reason, shown
 
@@ -40,7 +41,9 @@ def check_output(
             raise OutputError(f"{shown(path)} is not a regular file")
         for model in inputs:
             if os.path.exists(model) and os.path.samefile(model, target):
-                raise OutputError(f"the output {shown(path)} is the input {shown(model)}: give another name")
+                raise OutputError(
+                    f"the output {shown(path)} is the input {shown_path(model)}: give another name"
+                )
         if not overwrite:
             raise OutputError(f"{shown(path)} exists: give another name, or overwrite (--overwrite)")
     if not folder_exists:

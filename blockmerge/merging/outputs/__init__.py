@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from blockmerge.checkpoints import CheckpointLike, Model, is_diffusers_folder
+from blockmerge.checkpoints import CheckpointLike, Model, followed, is_diffusers_folder
 from blockmerge.errors import OutputError, RecipeError, shown
 from blockmerge.merging.outputs.folder import DiffusersOutput
 from blockmerge.merging.outputs.output import Layout, NamedTensor, Output, Reservation, WeightFile, Wish
@@ -48,7 +48,7 @@ def choose_output(
     if kind is None and wish.is_folder:
         raise OutputError(
             f"{shown(wish.path)} is a folder: "
-            "give the output a file name, or naming='diffusers' (--to diffusers)"
+            "give the output a file name, or naming='diffusers' (--to diffusers, of merge and convert)"
         )
     if kind is None:
         raise OutputError(f"{shown(wish.path)}: the output is a .safetensors file; end its name so")
@@ -61,5 +61,5 @@ def choose_output(
 
 def default_ending(naming: str | None, a: str | os.PathLike[str]) -> str:
     """How the name of an output ends when nobody gives it one, for a first model at `a`."""
-    naming = naming or ("diffusers" if is_diffusers_folder(a) else "ldm")
+    naming = naming or ("diffusers" if is_diffusers_folder(followed(a)) else "ldm")
     return next(kind.ending for kind in KINDS if kind.is_default_of == naming)

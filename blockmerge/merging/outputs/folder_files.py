@@ -18,7 +18,7 @@ from blockmerge.checkpoints import (
     CheckpointLike,
     DiffusersFolder,
     Model,
-    open_checkpoint,
+    open_source,
     other_kind_of,
 )
 from blockmerge.errors import (
@@ -213,7 +213,7 @@ def _scheduler(carried: bytes, made: dict[str, Any], settings: dict[str, Any]) -
 
 def _folder_of_configs(models: Sequence[Model], configs: CheckpointLike | None) -> DiffusersFolder | None:
     if configs is not None:
-        found: Checkpoint = open_checkpoint(configs)
+        found: Checkpoint = open_source(configs, any_variant=True)
         if not _is_pipeline(found):
             kind = other_kind_of(found)
             what = "is no diffusers folder, so" if kind is None else f"{kind}; it is no diffusers folder, and"

@@ -31,7 +31,7 @@ class SingleFile(Output):
         if naming == "diffusers" and wish.a.components != {"unet"}:
             raise OutputError(
                 f"{shown(wish.path)}: a whole model under diffusers' names is a folder; "
-                "give a folder, or naming='ldm' (--to ldm)"
+                "give a folder, or naming='ldm' (--to ldm, of merge and convert)"
             )
         return naming
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from blockmerge.anatomy import TITLES, component_of, is_prediction_marker
-from blockmerge.checkpoints import DiffusersFolder, Model, read, state_dict_name
+from blockmerge.checkpoints import DiffusersFolder, Model, in_cache, read, state_dict_name
 from blockmerge.errors import counted, listing, shown
 from blockmerge.merging.planning.decisions import Decision, Findings, VaeFile
 from blockmerge.merging.planning.request import MergeRequest, Resolved
@@ -54,13 +54,14 @@ def _vae(models: Sequence[Model], request: MergeRequest, vae: Model | VaeFile | 
     if isinstance(vae, VaeFile):
         source, name = vae.source, vae.source.name
         # The folder of a VAE alone is called "vae".
-        if isinstance(source, DiffusersFolder) and "" in source.components:
+        if isinstance(source, DiffusersFolder) and "" in source.components and not in_cache(source.path):
             name = os.path.join(os.path.basename(os.path.dirname(os.path.abspath(source.path))), name)
         yield f"the VAE is {shown(name)}"
+        yield from (f"{shown(name)} {note}" for note in source.notes)
         return
     holders = sum("vae" in model.components for model in models)
     if vae is not None and request.vae == "auto" and holders > 1:
-        blend = " (--vae blend would blend it)" if holders == len(models) else ""
+        blend = " (merge --vae blend would blend it)" if holders == len(models) else ""
         yield f"the VAE is taken whole from {shown(vae.name)}{blend}"
 
 

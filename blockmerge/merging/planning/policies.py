@@ -28,7 +28,7 @@ from blockmerge.checkpoints import (
     Model,
     embedding_of,
     fault_of_position_ids,
-    open_checkpoint,
+    names_of,
     other_kind_of,
     positions_beside,
     vae_tensors,
@@ -62,12 +62,13 @@ def decide(
     """
     anatomy, method = models[0].anatomy, request.merge_method
     naming = naming or anatomy.naming
-    _check_models(models, request)
+    _check_families(models)
     _check_unets(models)
     combination = Combination.of(method, anatomy.family, resolved.numbers, clip=request.clip)
     if method.locality == "model":
         combination = replace(combination, figures=Gathered(method, tuple(looked_at(models))))
     policies = _Policies(models, request, resolved, combination, naming)
+    request.opening.check(models, [one.source for one in policies.donors if isinstance(one, VaeFile)])
     decisions = policies.decide()
     tensors, lost = named(
         {one.ldm: one.expression for one in decisions}, models[0], naming, names_components=names_components
@@ -75,7 +76,7 @@ def decide(
     if twice := [name for name, count in Counter(one.name for one in tensors).items() if count > 1]:
         # The last guard before a file that no reader opens.
         raise IncompatibleModelsError(
-            f"{_names(models)} cannot be merged: two tensors of the output would be called {listing(twice)}"
+            f"{names_of(models)} cannot be merged: two tensors of the output would be called {listing(twice)}"
         )
     _check_components(models, tensors, output_naming=naming)
     notes = describe(models, request, resolved, decisions, policies.found, naming)
@@ -147,7 +148,7 @@ class _Policies:
         if self.found.faults:
             faults = listing(self.found.faults, width=300)
             done = "merged" if self.request.changes_values else "converted"
-            raise IncompatibleModelsError(f"{_names(self.models)} cannot be {done}: {faults}")
+            raise IncompatibleModelsError(f"{names_of(self.models)} cannot be {done}: {faults}")
         return [decision for decision in decisions if decision is not None]
 
     def _decide_one(self, name: str) -> Decision | None:
@@ -315,13 +316,8 @@ def _counts(models: Sequence[Model], decisions: Sequence[Decision], left_out: in
 # -- the models as wholes ------------------------------------------------------------------------------------
 
 
-def _names(models: Sequence[Model]) -> str:
-    *first, last = [shown(model.name) for model in models]
-    return f"{', '.join(first)} and {last}" if first else last
-
-
-def _check_models(models: Sequence[Model], request: MergeRequest) -> None:
-    """Raise IncompatibleModelsError for models that cannot be merged, or have not what was asked for."""
+def _check_families(models: Sequence[Model]) -> None:
+    """Raise IncompatibleModelsError for models of different families."""
     first = models[0]
     for other in models[1:]:
         ours, theirs = first.anatomy, other.anatomy
@@ -330,10 +326,6 @@ def _check_models(models: Sequence[Model], request: MergeRequest) -> None:
                 f"{shown(first.name)} is {ours.family.title} and {shown(other.name)} "
                 f"is {theirs.family.title}: only models of one family can be merged"
             )
-    if request.ema == "use" and not any(plain_names_of_ema(model.source.tensors) for model in models):
-        raise IncompatibleModelsError(
-            f"no EMA copies to use in {_names(models)}: leave out ema='use' (--ema use)"
-        )
 
 
 def _check_unets(models: Sequence[Model]) -> None:
@@ -347,7 +339,7 @@ def _check_unets(models: Sequence[Model]) -> None:
         *_added(models[1:], [unet - ordinary - unets[0] for unet in unets[1:]]),
     ]
     if faults:
-        raise IncompatibleModelsError(f"{_names(models)} cannot be merged: {'; '.join(faults)}")
+        raise IncompatibleModelsError(f"{names_of(models)} cannot be merged: {'; '.join(faults)}")
 
 
 def _cut_differently(models: Sequence[Model]) -> list[str]:
@@ -417,7 +409,7 @@ def _choose_vae(
 
 def _open_vae(vae: CheckpointLike, models: Sequence[Model], request: MergeRequest) -> VaeFile:
     try:
-        checkpoint = open_checkpoint(vae)
+        checkpoint = request.opening.checkpoint(vae)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {_vae_takes(models, request)}") from error
     family = models[0].anatomy.family

@@ -11,7 +11,7 @@ from string import ascii_lowercase
 from typing import Any
 
 from blockmerge.anatomy import FAMILIES
-from blockmerge.checkpoints import EMA_CHOICES, Checkpoint, CheckpointLike
+from blockmerge.checkpoints import Checkpoint, CheckpointLike, Opening, name_of
 from blockmerge.dtypes import DTYPES
 from blockmerge.errors import RecipeError, WeightsError, counted, did_you_mean, listing, shown
 from blockmerge.methods import Method, find_method
@@ -77,11 +77,11 @@ class MergeRequest:
 
     Everything that decides the output's values and form is in it, but for the models. `method` may be given
     as `find_method` takes it, and is a Method then; one without weights converts. `naming` is the output's,
-    ``"ldm"`` or ``"diffusers"``, or None for A's; `ema` is one of EMA_CHOICES; `prune` leaves out what no
-    loader needs; `configs` is a folder whose configs and tokenizers go into a new one; `variant` picks the
-    weights of folders that have several. `beta` and `numbers` are for methods that have them; `rules`
-    override the weights of single tensors; `clip` and `adjust` are done to what the method gives, in this
-    order. `found` are weights that go before those that `weights` and `beta` ask for.
+    ``"ldm"`` or ``"diffusers"``, or None for A's; `ema` and `variant` are those of an Opening; `prune` leaves
+    out what no loader needs; `configs` is a folder whose configs and tokenizers go into a new one. `beta` and
+    `numbers` are for methods that have them; `rules` override the weights of single tensors; `clip` and
+    `adjust` are done to what the method gives, in this order. `found` are weights that go before those that
+    `weights` and `beta` ask for.
     """
 
     weights: WeightsRequest
@@ -126,8 +126,7 @@ class MergeRequest:
             raise RecipeError(
                 f"unknown dtype '{shown(self.dtype)}'{did_you_mean(self.dtype, known)} ({', '.join(known)})"
             )
-        if self.ema not in EMA_CHOICES:
-            raise RecipeError(f"unknown choice '{shown(self.ema)}' for EMA copies: {', '.join(EMA_CHOICES)}")
+        _ = self.opening  # which refuses what is no way to open a model
         if self.naming not in (None, *NAMINGS):
             raise RecipeError(f"unknown naming '{shown(self.naming)}': {' or '.join(NAMINGS)}")
         for name in ("clip", "prune", "allow_nonfinite"):
@@ -150,6 +149,11 @@ class MergeRequest:
         """The method itself."""
         assert isinstance(self.method, Method)
         return self.method
+
+    @property
+    def opening(self) -> Opening:
+        """How the models are opened, and the VAE."""
+        return Opening(self.variant, self.ema)
 
     @property
     def method_name(self) -> str:
@@ -194,7 +198,7 @@ class MergeRequest:
         if is_vae_of_models(self.vae, models):
             return None
         if isinstance(self.vae, str):
-            return os.path.basename(os.path.normpath(self.vae))
+            return name_of(self.vae)
         return self.vae.name if isinstance(self.vae, Checkpoint) else "state dict"
 
     def vae_name(self, models: int) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from blockmerge.checkpoints import Checkpoint, CheckpointLike
+from blockmerge.checkpoints import Checkpoint, CheckpointLike, in_cache, name_of
 from blockmerge.errors import RecipeError, listing, shown
 from blockmerge.merging.planning.request import (
     Found,
@@ -343,7 +343,7 @@ def _is(value: object, word: str) -> bool:
 
 def _name_of(source: CheckpointLike) -> str:
     if isinstance(source, (str, os.PathLike)):
-        return _without_folder(os.path.normpath(source))
+        return name_of(source) if in_cache(source) else _without_folder(os.path.normpath(source))
     return source.name if isinstance(source, Checkpoint) else "state dict"
 
 
