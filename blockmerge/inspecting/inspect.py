@@ -9,7 +9,6 @@ from typing import Any
 from blockmerge.anatomy import (
     COMPONENTS,
     Anatomy,
-    block_of,
     canonical_name,
     component_of,
     identify,
@@ -18,6 +17,7 @@ from blockmerge.anatomy import (
 )
 from blockmerge.checkpoints import CheckpointLike, Hashes, TensorInfo, hash_file, open_checkpoint
 from blockmerge.errors import UnknownFamilyError
+from blockmerge.inspecting.tensors import ListedTensor, list_tensors
 from blockmerge.streaming import Progress
 
 
@@ -47,7 +47,7 @@ class Inspection:
 
     So is naming, but of a VAE or a text encoder alone.
 
-    `blocks` are the U-Net's, without BASE. `hashes` is None unless asked for.
+    `blocks` are the U-Net's, without BASE. `hashes` and `tensors` are None unless asked for.
     """
 
     name: str
@@ -59,22 +59,27 @@ class Inspection:
     blocks: Mapping[str, Part]
     metadata: Mapping[str, str]
     hashes: Hashes | None
+    tensors: Mapping[str, ListedTensor] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the result as plain data, ready for JSON, with the keys of `docs/json.md`: `hashes` only
-        where they were asked for.
+        """Return the result as plain data, ready for JSON, with the keys of `docs/json.md`: `hashes` and
+        `tensors` only where they were asked for.
         """
         fields = asdict(self)
-        if self.hashes is None:
-            del fields["hashes"]
+        for key in ("hashes", "tensors"):
+            if fields[key] is None:
+                del fields[key]
         for block in fields["blocks"].values():
             del block["dtypes"]
         return fields
 
 
-def inspect(path: CheckpointLike, hashes: bool = False, progress: Progress | None = None) -> Inspection:
+def inspect(
+    path: CheckpointLike, hashes: bool = False, progress: Progress | None = None, *, tensors: bool = False
+) -> Inspection:
     """Look at a checkpoint's header; with `hashes` also read the whole file once.
 
+    With `tensors`, every tensor is listed with its block, and the LDM name that element rules know it by.
     Raises CheckpointError when it cannot be read. A file that is no Stable Diffusion model is no error.
     """
     checkpoint = open_checkpoint(path)
@@ -92,7 +97,7 @@ def inspect(path: CheckpointLike, hashes: bool = False, progress: Progress | Non
     for name, info in checkpoint.tensors.items():
         components[alone or component_of(name)].append(info)
         if anatomy and component_of(names[name]) == "unet":
-            block = block_of(names[name], anatomy.family.name)
+            block = anatomy.family.block_of(names[name])
             blocks.setdefault(block, []).append(info)
     return Inspection(
         name=checkpoint.name,
@@ -104,6 +109,7 @@ def inspect(path: CheckpointLike, hashes: bool = False, progress: Progress | Non
         blocks={block: Part.of(infos) for block, infos in blocks.items()},
         metadata=checkpoint.metadata,
         hashes=hash_file(checkpoint, progress) if hashes else None,
+        tensors=list_tensors(checkpoint.tensors, names, anatomy) if tensors else None,
     )
 
 
