@@ -3,7 +3,13 @@
 from blockmerge.checkpoints.assembled import Assembled, Assembly, Piece
 from blockmerge.checkpoints.checkpoint import Checkpoint, Reader, TensorInfo
 from blockmerge.checkpoints.formats.any_file import SUFFIXES
-from blockmerge.checkpoints.formats.folder import LARGEST_CARRIED, DiffusersFolder, is_diffusers_folder
+from blockmerge.checkpoints.formats.folder import (
+    LARGEST_CARRIED,
+    DiffusersFolder,
+    carried_without_weights,
+    is_diffusers_folder,
+    model_files,
+)
 from blockmerge.checkpoints.formats.safetensors_file import SafetensorsFile, encode_header
 from blockmerge.checkpoints.formats.torch_file import TorchFile
 from blockmerge.checkpoints.hashes import Hashes, hash_file, old_hash
@@ -39,6 +45,7 @@ __all__ = [
     "StateDict",
     "TensorInfo",
     "TorchFile",
+    "carried_without_weights",
     "check_output",
     "check_output_folder",
     "check_space",
@@ -48,6 +55,7 @@ __all__ = [
     "hash_file",
     "is_diffusers_folder",
     "made",
+    "model_files",
     "old_hash",
     "open_checkpoint",
     "read",

@@ -15,13 +15,16 @@ from blockmerge.cli.console import json_option, progress_bar, stdout_console
     is_flag=True,
     help="Also compute AutoV1, AutoV2, AutoV3 and SHA-256 (reads the whole file).",
 )
+@click.option(
+    "--tensors", is_flag=True, help="Also list every tensor, under the names that element rules look at."
+)
 @json_option
-def inspect(file: str, hashes: bool, as_json: bool) -> None:
+def inspect(file: str, hashes: bool, tensors: bool, as_json: bool) -> None:
     """Show a model's family, components, blocks and metadata, from its header alone."""
     from blockmerge.inspecting import inspect as look
 
     with progress_bar("hashing", quiet=as_json or not hashes) as progress:
-        found = look(file, hashes, progress)
+        found = look(file, hashes, progress, tensors=tensors)
     if as_json:
         from blockmerge.rendering.json_text import inspection_json
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from blockmerge.anatomy import is_position_ids, is_schedule
 from blockmerge.checkpoints import (
-    SUFFIXES,
     Checkpoint,
     CheckpointLike,
     Model,
     is_diffusers_folder,
+    model_files,
     open_checkpoint,
 )
 from blockmerge.dtypes import FLOAT_DTYPES
@@ -57,7 +57,7 @@ def _expand(model: CheckpointLike) -> Iterator[CheckpointLike | Source]:
     path = os.fspath(model)
     if os.path.isdir(path) and not is_diffusers_folder(path):
         try:
-            files = sorted(entry for entry in Path(path).iterdir() if entry.suffix.lower() in SUFFIXES)
+            files = model_files(path)
         except OSError as error:
             yield Source(_last(path), None, f"cannot read the folder {shown(_last(path))}: {reason(error)}")
             return
