@@ -24,22 +24,24 @@ class Dtype:
     """What there is to know about a dtype: the bytes of an element, and its names elsewhere.
 
     `torch` is its name in torch, None where tensors of it are never made; `short` is what ``--dtype`` calls
-    it, None where no output can be asked for in it. Only floats have a `precision`, and an `infinity` unless
-    it says otherwise: what is too large for them becomes that, or NaN where there is none.
+    it, None where no output can be asked for in it; `others` are further names that people have for it. Only
+    floats have a `precision`, and an `infinity` unless it says otherwise: what is too large for them becomes
+    that, or NaN where there is none.
     """
 
     size: int
     torch: str | None = None
     short: str | None = None
     precision: Precision | None = None
+    others: tuple[str, ...] = ()
     infinity: bool = True
 
 
 DTYPES: Mapping[str, Dtype] = {
-    "F16": Dtype(2, "float16", "fp16", Precision(10, -14)),
-    "BF16": Dtype(2, "bfloat16", "bf16", Precision(7, -126)),
-    "F32": Dtype(4, "float32", "fp32", Precision(23, -126)),
-    "F8_E4M3": Dtype(1, "float8_e4m3fn", "fp8_e4m3fn", Precision(3, -6), infinity=False),
+    "F16": Dtype(2, "float16", "fp16", Precision(10, -14), ("half",)),
+    "BF16": Dtype(2, "bfloat16", "bf16", Precision(7, -126), ("bfloat",)),
+    "F32": Dtype(4, "float32", "fp32", Precision(23, -126), ("float", "single")),
+    "F8_E4M3": Dtype(1, "float8_e4m3fn", "fp8_e4m3fn", Precision(3, -6), ("fp8_e4m3",), infinity=False),
     "F8_E5M2": Dtype(1, "float8_e5m2", "fp8_e5m2", Precision(2, -14)),
     "F64": Dtype(8, "float64", None, Precision(52, -1022)),
     "C64": Dtype(8, "complex64"),
@@ -54,8 +56,24 @@ DTYPES: Mapping[str, Dtype] = {
     "I64": Dtype(8, "int64"),
 }
 
+_SHORT_NAMES = {"keep": "keep"} | {
+    known.casefold(): dtype.short
+    for name, dtype in DTYPES.items()
+    if dtype.short
+    for known in (name, dtype.short, dtype.torch or "", *dtype.others)
+}
+
 FLOAT_DTYPES = frozenset(name for name, dtype in DTYPES.items() if dtype.precision)
 """The dtypes whose tensors can be merged; all others are only ever copied."""
+
+
+def short_dtype(name: str) -> str | None:
+    """Return what ``--dtype`` calls a dtype by any of its names, ``"keep"`` among them; None for others.
+
+    >>> short_dtype("FP16"), short_dtype("half"), short_dtype("torch.float16"), short_dtype("int8")
+    ('fp16', 'fp16', 'fp16', None)
+    """
+    return _SHORT_NAMES.get(str(name).strip().casefold().removeprefix("torch."))
 
 
 def itemsize(dtype: str) -> int | None:

@@ -103,6 +103,16 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
+def bytes_text(count: int) -> str:
+    """Return bytes as people read them, 1000 bytes being 1 kB: ``"12 B"``, ``"1.2 kB"``, ``"2.13 GB"``."""
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"
+
+
 def reason(error: OSError) -> str:
     """Return what the operating system said, without errno and path: ``"no space left on device"``."""
     text = error.strerror or str(error)

@@ -113,6 +113,7 @@ def reached_by(command):
 
 
 FILLED_IN = {
+    ("cli/main.py", "--{}"): (),  # it names the command that has the option
     ("merging/planning/request.py", "--{}"): {"--vae", "--configs"},
 }
 """What stands for {} in an option's name."""

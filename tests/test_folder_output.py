@@ -389,7 +389,7 @@ def swept(folder):
         return file.swept
 
 
-REMOVED = f"removed {LEFT}.tmp (0.1 MB), left by an interrupted run"
+REMOVED = f"removed {LEFT}.tmp (100.0 kB), left by an interrupted run"
 PUT_BACK = "put out back, which an interrupted run had moved aside"
 TOLD = f"{LEFT}.old is a folder that an interrupted run moved aside: rename it, or remove it"
 

@@ -7,11 +7,15 @@ import re
 import subprocess
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+import blockmerge
 from blockmerge.anatomy import component_of
 from blockmerge.cli.main import run
 from blockmerge.demo import make_state_dicts
+from blockmerge.weights import ElementRules
+from tests import oracle
 from tests.commands import ok
 from tests.forms import read, write
 from tests.refusals import assert_refused
@@ -89,3 +93,36 @@ def test_inspect_of_what_is_no_model(here, capsys):
     assert found["components"]["other"]["tensors"] == 1
     assert run(["inspect", "lora.safetensors", "--hash"]) == 0
     assert "e3b0c442" in capsys.readouterr().out  # under 1 MiB AutoV1 hashes nothing
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_inspect_tensors_shows_the_names_that_rules_look_at(pairs, here, capsys, family):
+    """In either naming; the oracle is a rule with each name, which takes a tensor of just this block."""
+    a, _ = pairs(family)
+    blockmerge.convert(a, "folder", naming="diffusers")
+    layout = load_file(a)
+    for path in (a, "folder"):
+        listed = json.loads(ok(capsys, "inspect", path, "--tensors", "--json"))["tensors"]
+        out = ok(capsys, "inspect", path, "--tensors")
+        assert len(listed) == len(blockmerge.open_checkpoint(path).tensors)
+        for name, one in listed.items():
+            assert set(one) == {"ldm", "component", "block", "dtype", "shape"}
+            assert one["ldm"] in layout
+            assert one["block"] == oracle.block(one["ldm"], family)
+            assert name in out
+            assert one["ldm"] in out
+        rules = ElementRules.parse(f"OUT03:{next(n for n in layout if 'output_blocks.3.' in n)}:1")
+        assert rules.resolve(family).idle((one["block"], one["ldm"]) for one in listed.values()) == []
+    assert "tensors" not in json.loads(ok(capsys, "inspect", a, "--json"))
+    assert blockmerge.inspect(a).tensors is None
+    found = blockmerge.inspect(a, tensors=True).tensors["model.diffusion_model.out.0.bias"]
+    assert (found.dtype, found.component) == ("F16", "unet")
+
+
+def test_inspect_tensors_of_what_is_no_model(here, capsys):
+    save_file({"a.weight": torch.ones(2, 3), "b": torch.ones(())}, here / "x.safetensors")
+    found = json.loads(ok(capsys, "inspect", "x.safetensors", "--tensors", "--json"))["tensors"]
+    assert found["a.weight"] == {
+        "ldm": "a.weight", "component": "other", "block": None, "dtype": "F32", "shape": [2, 3],
+    }  # fmt: skip
+    assert "a.weight" in ok(capsys, "inspect", "x.safetensors", "--tensors")

@@ -425,8 +425,11 @@ A_METHOD = "a method is a name, a function decorated with @blockmerge.merge_meth
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"rules": 5}, "rules is a text, as in 'OUT03-OUT05:attn2:0.5'; int given"),
-        ({"adjust": [0, 0, 0, 1]}, "adjust is a text, as in '0,0,0,1'; list given"),
+        (
+            {"rules": 5},
+            "rules are a text, as in 'OUT03-OUT05:attn2:0.5', a list of such texts, or ElementRules; int given",
+        ),
+        ({"adjust": 1}, "adjust is eight numbers, as in '0,0,0,1' or [0, 0, 0, 1], or an Adjust; int given"),
         ({"clip": "yes"}, "clip is True or False; str given"),
         ({"wide": 1}, "unknown argument 'wide': weighted_sum has no such number"),
         (

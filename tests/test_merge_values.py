@@ -356,6 +356,23 @@ def test_the_recipe_is_in_the_metadata_and_what_would_lie_is_not(pairs, tmp_path
     assert str(tmp_path) not in json.dumps(recipe)
 
 
+def test_how_a_was_made_is_not_copied_into_the_output(pairs, tmp_path):
+    """What ComfyUI and its like leave in a file that they save, prompts and all."""
+    a, b = pairs()
+    graph = json.dumps({"3": {"class_type": "KSampler", "inputs": {"text": "a secret prompt"}}})
+    made = ("workflow", "prompt", "extra_pnginfo", "parameters", "invokeai_graph", "invokeai_metadata")
+    kept = {"format": "pt", "note": "mine", "ss_base_model_version": "sd_v1", "prompting_guide": "short ones"}
+    save_file(load_file(a), tmp_path / "a.safetensors", metadata={**dict.fromkeys(made, graph), **kept})
+    blockmerge.merge(tmp_path / "a.safetensors", b, weights=0.5, output=tmp_path / "merged.safetensors")
+    blockmerge.convert(tmp_path / "a.safetensors", tmp_path / "converted.safetensors")
+    for name in ("merged", "converted"):
+        data = (tmp_path / f"{name}.safetensors").read_bytes()
+        assert b"secret" not in data
+        with safe_open(tmp_path / f"{name}.safetensors", "np") as file:
+            metadata = file.metadata()
+        assert {key: metadata[key] for key in metadata if key != "blockmerge.recipe"} == kept
+
+
 def test_weights_come_in_every_form(pairs, tmp_path):
     a, b = pairs()
     numbers = oracle.numbers(oracle.HIGH_RES)

@@ -300,7 +300,7 @@ def test_leftovers_are_swept_only_when_abandoned(system):
     other = system / ".blockmerge-notes.txt"
     other.write_text("mine")
     with AtomicFile(check_output(system / "one"), 10) as first:
-        assert first.swept == ("removed .blockmerge-1-abcdef01.tmp (0.0 MB), left by an interrupted run",)
+        assert first.swept == ("removed .blockmerge-1-abcdef01.tmp (1.0 kB), left by an interrupted run",)
         with AtomicFile(check_output(system / "two"), 10) as second:
             assert second.swept == ()
             assert first.path.exists()

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from blockmerge.anatomy.families import DEFAULT_FAMILY, FAMILIES
+from blockmerge.anatomy.names import canonical_name, plain_name_of_ema
 from blockmerge.anatomy.origins import Origin, Relation
 from blockmerge.errors import RecipeError, shown
+
+_OF_AN_ADAPTER = re.compile(
+    r"(?:^|[._/])(?:lora|loha|lokr|hada|lycoris|dora|glora|boft|oft)(?:[._/]|$)"
+    r"|\.(?:alpha|diff|diff_b|w_norm|b_norm|on_input)$",
+    re.IGNORECASE,
+)
+"""What the names of LoRAs and their relatives have, and those of models have not: of modules
+(``lora_unet_…``, ``lora_te1_…``) and of what is stored for each (``….lora_up.weight``, ``….lokr_w1``).
+"""
 
 
 def layout(family: str) -> dict[str, tuple[int, ...]]:
@@ -20,14 +31,16 @@ def block_of(name: str, family: str | None = None) -> str:
     >>> block_of("model.diffusion_model.input_blocks.4.1.proj_in.weight")
     'IN04'
 
-    `name` is a tensor's name in LDM naming, with or without `model.diffusion_model.`, or a U-Net's name in
-    diffusers naming. `family` is one of FAMILIES; it decides where `out.` and `conv_out.` are (OUT11, or
-    OUT08 in SDXL). Without it, SD1 and SD2 are assumed. Everything outside the U-Net is BASE.
+    `name` is a tensor's name in any spelling that `merge_state_dicts` takes: LDM's, with or without
+    `model.diffusion_model.`, diffusers', with `unet.`, `unet/` or without, and those of EMA copies. `family`
+    is one of FAMILIES; it decides where `out.` and `conv_out.` are (OUT11, or OUT08 in SDXL). Without it, SD1
+    and SD2 are assumed. Everything outside the U-Net is BASE.
 
     The borders are those of the original merge-block-weighted tool and of SuperMerger: the time embedding
     belongs to IN00, the last norm and convolution (`out.`) to the last output block.
 
-    Raises RecipeError when the name is no text, or the family is unknown or has no such block.
+    Raises RecipeError when the name is not a text or is a LoRA's, or the family is unknown or has no such
+    block.
     """
     if not isinstance(name, str):
         raise RecipeError(f"a tensor's name is a text; {type(name).__name__} given")
@@ -35,7 +48,13 @@ def block_of(name: str, family: str | None = None) -> str:
         family = DEFAULT_FAMILY
     if family not in FAMILIES:
         raise RecipeError(f"unknown family '{shown(family)}': {', '.join(FAMILIES)}")
-    return FAMILIES[family].block_of(name)
+    canonical = plain_name_of_ema(name) or canonical_name(name)
+    if _OF_AN_ADAPTER.search(name):
+        raise RecipeError(
+            f"{shown(name)} is a name in a LoRA or another adapter, not in a model: "
+            "give the name of the tensor that it changes"
+        )
+    return FAMILIES[family].block_of(canonical)
 
 
 def relation_of(name: str, family: str) -> Relation:

@@ -216,13 +216,19 @@ def plain_names_of_ema(names: Iterable[str]) -> dict[str, str]:
     EMA names have lost their dots, so the way back needs the list of all U-Net names; it is the same for all
     families, since no two names are alike without dots.
     """
-    ema = [name for name in names if name.startswith(EMA_PREFIX + "diffusion_model")]
-    if not ema:
-        return {}
-    plain = {
+    return {name: plain for name in names if (plain := plain_name_of_ema(name))}
+
+
+def plain_name_of_ema(name: str) -> str | None:
+    """Return the plain name of a U-Net tensor's EMA copy, None for any other name."""
+    return _plain_of_ema().get(name) if name.startswith(EMA_PREFIX) else None
+
+
+@remembered(None)
+def _plain_of_ema() -> dict[str, str]:
+    return {
         f"{EMA_PREFIX}diffusion_model{name.removeprefix(UNET_PREFIX).replace('.', '')}": name
         for family in FAMILIES.values()
         for name in family.layout
         if name.startswith(UNET_PREFIX)
     }
-    return {name: plain[name] for name in ema if name in plain}

@@ -4,7 +4,13 @@ from blockmerge.checkpoints.assembled import Assembled, Assembly, Piece
 from blockmerge.checkpoints.checkpoint import Checkpoint, Checksummed, Reader, TensorInfo
 from blockmerge.checkpoints.formats.any_file import SUFFIXES
 from blockmerge.checkpoints.formats.file import FileReader
-from blockmerge.checkpoints.formats.folder import LARGEST_CARRIED, DiffusersFolder, is_diffusers_folder
+from blockmerge.checkpoints.formats.folder import (
+    LARGEST_CARRIED,
+    DiffusersFolder,
+    carried_without_weights,
+    is_diffusers_folder,
+    model_files,
+)
 from blockmerge.checkpoints.formats.safetensors_file import SafetensorsFile, encode_header
 from blockmerge.checkpoints.formats.torch_file import TorchFile
 from blockmerge.checkpoints.hashes import Hashes, hash_file, old_hash
@@ -53,6 +59,7 @@ __all__ = [
     "TensorInfo",
     "TorchFile",
     "anatomy_of",
+    "carried_without_weights",
     "check_output",
     "check_output_folder",
     "check_space",
@@ -65,6 +72,7 @@ __all__ = [
     "in_cache",
     "is_diffusers_folder",
     "made",
+    "model_files",
     "name_of",
     "names_of",
     "old_hash",

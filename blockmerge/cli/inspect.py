@@ -16,14 +16,17 @@ from blockmerge.cli.opening import variant_option
     is_flag=True,
     help="Also compute AutoV1, AutoV2, AutoV3 and SHA-256 (reads the whole file).",
 )
+@click.option(
+    "--tensors", is_flag=True, help="Also list every tensor, under the names that element rules look at."
+)
 @variant_option
 @json_option
-def inspect(file: str, hashes: bool, variant: str | None, as_json: bool) -> None:
+def inspect(file: str, hashes: bool, tensors: bool, variant: str | None, as_json: bool) -> None:
     """Show a model's family, components, blocks and metadata, from its header alone."""
     from blockmerge.inspecting import inspect as look
 
     with progress_bar("hashing", quiet=as_json or not hashes) as progress:
-        found = look(file, hashes, progress, variant=variant)
+        found = look(file, hashes, progress, tensors=tensors, variant=variant)
     if as_json:
         from blockmerge.rendering.json_text import inspection_json
 

@@ -19,16 +19,39 @@ from blockmerge.cli.convert import convert
 from blockmerge.cli.demo import demo
 from blockmerge.cli.explain import explain
 from blockmerge.cli.inspect import inspect
-from blockmerge.cli.merge import merge
+from blockmerge.cli.merge import is_word, merge
 from blockmerge.cli.methods import methods
 from blockmerge.cli.presets import presets
 from blockmerge.cli.similarity import similarity
-from blockmerge.errors import BlockmergeError, reason
+from blockmerge.errors import BlockmergeError, RecipeError, did_you_mean, reason
 from blockmerge.version import __version__
 
 
+class Commands(DefaultGroup):  # type: ignore[misc]
+    """The commands, where `blockmerge A B …` means `blockmerge merge A B …`."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return the command of a name, or `merge` where it is the first model's.
+
+        Raises RecipeError for a word that is neither a command nor a file, and near to a command.
+        """
+        if cmd_name not in self.commands and is_word(cmd_name) and (meant := self._meant(cmd_name)):
+            raise RecipeError(f"{cmd_name}: no such file or command{meant}")
+        found: click.Command | None = super().get_command(ctx, cmd_name)
+        return found
+
+    def _meant(self, word: str) -> str:
+        """Say which command is near to a word, or has an option of that name; nothing for any other word."""
+        if near := did_you_mean(word, self.commands):
+            return near
+        for name, command in self.commands.items():
+            if any(f"--{word}" in parameter.opts for parameter in command.params):
+                return f"; did you mean 'blockmerge {name} … --{word}'?"
+        return ""
+
+
 @click.group(
-    cls=DefaultGroup,
+    cls=Commands,
     default="merge",
     default_if_no_args=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

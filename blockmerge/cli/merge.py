@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ dtype_option = click.option(
     "--dtype",
     metavar="keep|fp16|bf16|fp32|fp8_…",
     default="keep",
-    help="The output's dtype: keep (each tensor keeps its own), fp16, bf16, fp32, fp8_e4m3fn, fp8_e5m2. "
+    help="The output's dtype: keep (each tensor keeps its own), fp16, bf16, fp32, fp8_e4m3fn, fp8_e5m2, "
+    "or as torch calls them. "
     "[default: keep]",
 )
 
@@ -34,7 +36,7 @@ configs_option = click.option(
     "--configs",
     metavar="FOLDER",
     callback=not_empty,
-    help="A diffusers folder whose configs and tokenizers go into a new folder.",
+    help="Whose configs and tokenizers go into a new folder: a diffusers folder, or a tokenizer's alone.",
 )
 
 
@@ -183,6 +185,7 @@ def merge(
     A weight says how much of B a block takes: 0 is all A, 1 is all B. Say it with --preset or with --weights.
     The inputs are never changed, and the output appears complete or not at all.
     """
+    _check_command(models[0])
     from blockmerge.merging.default_name import default_output
     from blockmerge.merging.planning.request import make_request
     from blockmerge.merging.recipe import Recipe
@@ -195,13 +198,13 @@ def merge(
         WeightsRequest(
             presets_beta, weights_beta, ",".join(changes_beta) or None, sdxl_map, seed=seed, beta=True
         ),
-        rules=", ".join(rules),
+        rules=rules,
         variant=variant,
         **options,
     )
     if len(models) == 1:
         _check_single(models[0], request)
-    request.weights.check()
+    request.check_weights()
     recipe = Recipe.of(models, request)
     target = output if output is not None else default_output(recipe)
     common: dict[str, Any] = {"device": device, "threads": threads, "overwrite": overwrite}
@@ -220,11 +223,33 @@ def merge(
         print_merge(stdout_console(), result)
 
 
+def is_word(text: str) -> bool:
+    """Whether a text is like the name of a command, and not the name of anything there is."""
+    return re.fullmatch(r"[A-Za-z][\w-]*", text) is not None and not os.path.lexists(text)
+
+
+def _check_command(model: str) -> None:
+    """Refuse a word that stands where a command does, where it is no file either."""
+    from blockmerge.errors import CheckpointError, shown
+
+    group = click.get_current_context().parent
+    if group is not None and getattr(group, "arg0", None) == model and is_word(model):
+        commands = ", ".join(getattr(group.command, "commands", ()))
+        raise CheckpointError(f"{shown(model)}: no such file or command (commands are {commands})")
+
+
 def _check_single(model: str, request: MergeRequest) -> None:
-    # Also where a mistyped command ends, since `blockmerge X` means `blockmerge merge X`.
-    from blockmerge.errors import CheckpointError, RecipeError, shown
+    from blockmerge.checkpoints import is_diffusers_folder, model_files
+    from blockmerge.errors import CheckpointError, RecipeError, counted, shown
 
     if not os.path.exists(model):
         raise CheckpointError(f"{shown(model)}: no such file or command")
-    if request.merge_method.models != 1:
-        raise RecipeError("one model given; merging takes two: blockmerge A B --preset high_res")
+    if request.merge_method.models == 1:
+        return
+    if os.path.isdir(model) and not is_diffusers_folder(model) and (files := model_files(model)):
+        names = " ".join(shown(file) for file in (files * 2)[:2])
+        raise RecipeError(
+            f"{shown(model)} is a folder of {counted(len(files), 'model file')}; merging takes the files: "
+            f"blockmerge {names} --preset high_res"
+        )
+    raise RecipeError("one model given; merging takes two: blockmerge A B --preset high_res")

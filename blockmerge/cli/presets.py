@@ -14,6 +14,7 @@ def presets(context: click.Context, as_json: bool) -> None:
     """List the presets: your own first, then those that come with blockmerge.
 
     Your own are TOML or text files in the folder `presets` of blockmerge's config folder (docs/presets.md).
+    Files, and lines of a file, that cannot be read are left out and named.
     """
     if context.invoked_subcommand is not None:
         return

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 FORMATS = ("table", "json", "csv", "html")
-_SUFFIXES = {".json": "json", ".csv": "csv", ".html": "html", ".htm": "html"}
+_SUFFIXES = {
+    "": "table", ".txt": "table", ".json": "json", ".csv": "csv", ".html": "html", ".htm": "html",
+}  # fmt: skip
 _MODELS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _FILE_WIDTH = 120
 
@@ -28,7 +30,10 @@ def report_options(command: Command) -> Command:
     for option in (
         click.option("--overwrite", is_flag=True, help="Replace an existing report."),
         click.option(
-            "-o", "--output", metavar="FILE", help="Write the report to a file. Its ending tells the format."
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="Write the report to a file. Its ending tells the format: .txt, .json, .csv or .html.",
         ),
         click.option("--json", "as_json", is_flag=True, help="The same as --format json."),
         click.option("--format", "form", metavar="|".join(FORMATS), help="How to show it. [default: table]"),
@@ -57,18 +62,26 @@ class ReportTarget:
     def of(
         cls, form: str | None, as_json: bool, output: str | None, overwrite: bool, inputs: tuple[str, ...]
     ) -> ReportTarget:
-        """Raises RecipeError for an unknown format, OutputError for a place that cannot be written."""
+        """Raises RecipeError for an unknown format, OutputError for an ending that tells none and for a place
+        that cannot be written.
+        """
         from blockmerge.checkpoints import check_output
         from blockmerge.errors import OutputError, RecipeError, did_you_mean, shown
 
+        ending = Path(output or "").suffix.lower()
+        if output is not None and ending in _MODELS:
+            raise OutputError(f"{shown(output)} has the ending of a model: give the report another")
         if form is None:
-            form = "json" if as_json else _SUFFIXES.get(Path(output or "").suffix.lower(), "table")
+            form = "json" if as_json else _SUFFIXES.get(ending)
+        if form is None:
+            raise OutputError(
+                f"{shown(output)}: a report cannot be written as {shown(ending)}: "
+                f"end its name with {', '.join(filter(None, _SUFFIXES))}, or give --format"
+            )
         if form not in FORMATS:
             raise RecipeError(
                 f"unknown format '{shown(form)}'{did_you_mean(form, FORMATS)} ({', '.join(FORMATS)})"
             )
-        if output is not None and Path(output).suffix.lower() in _MODELS:
-            raise OutputError(f"{shown(output)} has the ending of a model: give the report another")
         path = None if output is None else check_output(output, _files(inputs), overwrite=overwrite)
         return cls(form, path, overwrite)
 

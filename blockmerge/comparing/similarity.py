@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from blockmerge.anatomy import COMPONENTS, block_of, component_of
+from blockmerge.anatomy import COMPONENTS, component_of
 from blockmerge.checkpoints import CheckpointLike, Model, old_hash
 from blockmerge.comparing.results import Comparison, Differences, SimilarityMatrix, SimilarityResult
 from blockmerge.comparing.sources import Source, open_sources, opening_to_compare, weights_of
@@ -43,7 +43,8 @@ def similarity(
 
     >>> report = blockmerge.similarity("mine.safetensors", ["sd12.safetensors"])  # doctest: +SKIP
 
-    `references`: paths, folders (all .safetensors files in them), patterns, opened checkpoints, state dicts.
+    `references`: paths, folders (all model files in them, .safetensors, .ckpt, .pt, .pth and .bin), patterns,
+    opened checkpoints, state dicts.
 
     ``"attention"`` is the published attention similarity (`blockmerge.comparing.attention`), in percent; it
     reads a few percent of the files. ``"weights"`` compares all weights: cosine, relative difference ‖b − a‖
@@ -218,7 +219,7 @@ def _weights_of_one(models: Sequence[Model], sums: Sums, column: int) -> Compari
     by_block: dict[str, list[int]] = {block: [] for block in family.blocks}
     by_component: dict[str, list[int]] = {component: [] for component in COMPONENTS}
     for index in compared:
-        by_block[block_of(sums.names[index], family.name)].append(index)
+        by_block[family.block_of(sums.names[index])].append(index)
         by_component[component_of(sums.names[index])].append(index)
     measure = _measure(sums, column)
     total = measure(compared)

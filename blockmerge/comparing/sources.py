@@ -10,13 +10,13 @@ from pathlib import Path
 
 from blockmerge.anatomy import is_position_ids, is_schedule
 from blockmerge.checkpoints import (
-    SUFFIXES,
     Checkpoint,
     CheckpointLike,
     Model,
     Opening,
     followed,
     is_diffusers_folder,
+    model_files,
     name_of,
 )
 from blockmerge.dtypes import FLOAT_DTYPES
@@ -70,7 +70,7 @@ def _expand(model: CheckpointLike) -> Iterator[CheckpointLike | Source]:
         return
     if os.path.isdir(path) and not is_diffusers_folder(path):
         try:
-            files = sorted(entry for entry in Path(path).iterdir() if entry.suffix.lower() in SUFFIXES)
+            files = model_files(path)
         except OSError as error:
             yield Source(
                 name_of(path), None, f"cannot read the folder {shown(name_of(path))}: {reason(error)}"

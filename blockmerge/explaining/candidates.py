@@ -1,24 +1,25 @@
-"""Which candidates can be held against a merge, and why the others cannot."""
+"""Which candidates can be held against a merge, and why the others cannot or need not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from blockmerge.checkpoints import CheckpointLike, Model, Opening
 from blockmerge.comparing.sources import is_same_file, open_sources
-from blockmerge.errors import IncompatibleModelsError, RecipeError, shown
-
-_MOST_CANDIDATES = 24
+from blockmerge.errors import IncompatibleModelsError, shown
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Models that a merge may come from, with unique names. `left_out` maps other names to why."""
+    """Models that a merge may come from, with unique names. `left_out` maps other names to why; `screened`
+    are those that are too unlike the merge to be looked at further.
+    """
 
     names: tuple[str, ...]
     models: tuple[Model, ...]
     left_out: Mapping[str, str]
+    screened: tuple[str, ...] = ()
 
     @classmethod
     def open(
@@ -26,8 +27,8 @@ class Candidates:
     ) -> Candidates:
         """Open all that `candidates` names, as the merge was.
 
-        Raises IncompatibleModelsError when none can be compared with the merge, and RecipeError when there
-        are too many or none is named.
+        Raises IncompatibleModelsError when none can be compared with the merge, and RecipeError when none is
+        named.
         """
         left_out: dict[str, str] = {}
         usable: dict[str, Model] = {}
@@ -44,19 +45,24 @@ class Candidates:
             raise IncompatibleModelsError(
                 f"no candidate can be compared with {shown(merge.name)}{_why_none(left_out)}"
             )
-        if len(usable) > _MOST_CANDIDATES:
-            raise RecipeError(
-                f"{len(usable)} candidates are too many to try all combinations: at most {_MOST_CANDIDATES}"
-            )
         return cls(tuple(usable), tuple(usable.values()), left_out)
 
     def without(self, faults: Mapping[int, str]) -> Candidates:
         """Leave out more: `faults` maps their places to why."""
-        kept = [place for place in range(len(self.names)) if place not in faults]
-        return Candidates(
-            tuple(self.names[place] for place in kept),
-            tuple(self.models[place] for place in kept),
-            {**self.left_out, **{self.names[place]: why for place, why in faults.items()}},
+        kept = self._only([place for place in range(len(self.names)) if place not in faults])
+        why = {self.names[place]: why for place, why in faults.items()}
+        return replace(kept, left_out={**self.left_out, **why})
+
+    def screen(self, kept: Sequence[int]) -> Candidates:
+        """Keep those at some places, and put the others aside."""
+        aside = [name for place, name in enumerate(self.names) if place not in kept]
+        return replace(self._only(sorted(kept)), screened=(*self.screened, *aside))
+
+    def _only(self, kept: Sequence[int]) -> Candidates:
+        return replace(
+            self,
+            names=tuple(self.names[place] for place in kept),
+            models=tuple(self.models[place] for place in kept),
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from blockmerge.anatomy import COMPONENTS, Family, block_of, component_of
+from blockmerge.anatomy import COMPONENTS, Family, component_of
 from blockmerge.checkpoints import Model
 from blockmerge.comparing.arrays import Array
 from blockmerge.comparing.sources import weights_of
@@ -52,12 +52,18 @@ class ComparedTensors:
                 coarseness[place, n] = max(1.0, 4.0**fewer)
         return cls(tuple(holders), holders, tuple(skipped), coarseness)
 
+    def select(self, places: Sequence[int]) -> ComparedTensors:
+        """Some of the tensors, by their places."""
+        names = tuple(self.names[place] for place in places)
+        holders = {name: self.holders[name] for name in names}
+        return ComparedTensors(names, holders, self.skipped, self.coarseness[list(places)])
+
     def by_block(self, family: Family) -> dict[str, list[int]]:
         """The places of tensors by block; BASE is all outside the U-Net but the VAE, as in merges."""
         groups: dict[str, list[int]] = {block: [] for block in family.blocks}
         for place, name in enumerate(self.names):
             if component_of(name) != "vae":
-                groups[block_of(name, family.name)].append(place)
+                groups[family.block_of(name)].append(place)
         return groups
 
     def by_component(self) -> dict[str, list[int]]:

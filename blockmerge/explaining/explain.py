@@ -23,7 +23,6 @@ from blockmerge.streaming import Progress
 
 if TYPE_CHECKING:
     from blockmerge.explaining.chunks import MergeStream
-    from blockmerge.explaining.gram import GramMatrices
 
 
 def explain(
@@ -48,12 +47,18 @@ def explain(
     merge are opened, as in `merge`. Reads the merge and the candidates twice; `progress(done, total)` gets
     the bytes of each pass.
 
+    Of more than 24 candidates, those are looked at further that a part of their tensors shows to be most like
+    the merge, or to explain most of what these leave; a note names the others.
+
     Candidates that cannot be used are named in `left_out`. Raises what is wrong with the merge itself,
     RecipeError without any candidate, IncompatibleModelsError or NonFiniteError when none can be compared.
     """
     opening = opening_to_compare(variant, ema)
     merged = opening.model(merge, "merge")
-    evidence = _gather(merged, Candidates.open(candidates, merged, opening), threads, progress)
+    from blockmerge.explaining.screening import screened
+
+    named = screened(merged, Candidates.open(candidates, merged, opening), threads, progress)
+    evidence = _gather(merged, named, threads, progress)
     return _explanation(merged, evidence, _find_origin(evidence, merged.anatomy.family.name), tensors)
 
 
@@ -84,15 +89,17 @@ def _gather(
 ) -> _Evidence:
     """Read everything once. Where candidates hold NaN or infinity, begin anew without them."""
     from blockmerge.explaining.chunks import MergeStream
-    from blockmerge.explaining.gram import gram_matrices
+    from blockmerge.explaining.gram import gram_matrices, nonfinite_candidates
 
     while True:
         compared = ComparedTensors.of(merged, candidates.models)
         stream = MergeStream(merged, candidates.models, threads, progress)
         gram = gram_matrices(stream, compared)
-        faults = _nonfinite_candidates(merged, candidates, compared, gram)
+        faults = nonfinite_candidates(merged, candidates.models, compared, gram)
         if not faults:
             break
+        if len(faults) == len(candidates.models):
+            raise NonFiniteError("; ".join(faults.values()))
         candidates = candidates.without(faults)
     sums = MergeSums.of(compared, gram, merged.anatomy.family)
     if not sums.unet_blocks.names:
@@ -100,32 +107,6 @@ def _gather(
             f"no candidate has U-Net tensors of the same shapes as {shown(merged.name)}"
         )
     return _Evidence(candidates, compared, sums, stream)
-
-
-def _nonfinite_candidates(
-    merged: Model, candidates: Candidates, compared: ComparedTensors, gram: GramMatrices
-) -> dict[int, str]:
-    """Return {place of a candidate: one line about its NaN or infinity}.
-
-    Raises NonFiniteError when the merge holds any, or all candidates do.
-    """
-    from blockmerge.comparing.sums import NOT_FINITE
-
-    of_merge = [name for place, name in enumerate(compared.names) if not gram.finite[place]]
-    of_candidates: dict[int, list[str]] = {}
-    for place in np.flatnonzero(gram.finite):
-        for n in np.flatnonzero(~np.isfinite(np.diagonal(gram.plain_products[place]))).tolist():
-            of_candidates.setdefault(n, []).append(compared.names[place])
-    faults = {
-        n: f"{shown(candidates.models[n].name)} {NOT_FINITE} in {listing(names)}"
-        for n, names in of_candidates.items()
-    }
-    if of_merge:
-        own = f"{shown(merged.name)} {NOT_FINITE} in {listing(of_merge)}"
-        raise NonFiniteError("; ".join([own, *faults.values()]))
-    if len(faults) == len(candidates.models):
-        raise NonFiniteError("; ".join(faults.values()))
-    return faults
 
 
 def _find_origin(evidence: _Evidence, family: str) -> _Origin:
@@ -178,7 +159,8 @@ def _explanation(merged: Model, evidence: _Evidence, origin: _Origin, tensors: b
 
 
 def _block_origin(name: str, group: GroupFit, fit: MergeFit, names: Sequence[str]) -> BlockOrigin:
-    weights = dict(zip(group.candidates, group.coefficients.tolist(), strict=True))
+    coefficients = (group.coefficients + 0.0).tolist()  # no -0.0
+    weights = dict(zip(group.candidates, coefficients, strict=True))
     return BlockOrigin(
         weights={
             names[n]: weights.get(n) if group.determined else None
@@ -195,6 +177,12 @@ def _block_origin(name: str, group: GroupFit, fit: MergeFit, names: Sequence[str
 
 def _notes(evidence: _Evidence, fit: MergeFit) -> Iterator[str]:
     names, compared = evidence.candidates.names, evidence.compared
+    if aside := evidence.candidates.screened:
+        count = len(names) + len(aside)
+        yield (
+            f"{count} candidates are too many to try all combinations: they were screened by similarity, and "
+            f"{len(names)} looked at further, without {listing(aside)}"
+        )
     if compared.skipped:
         skipped = f"{counted(len(compared.skipped), 'tensor')} that not every candidate has"
         yield f"not looked at: {skipped} ({listing(compared.skipped)})"

@@ -16,8 +16,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from blockmerge.checkpoints import Model
 from blockmerge.comparing.arrays import Array, Flags
-from blockmerge.comparing.sums import dot
+from blockmerge.comparing.sums import NOT_FINITE, dot
+from blockmerge.errors import NonFiniteError, listing, shown
 from blockmerge.explaining.chunks import Chunk, MergeStream, smallest_magnitude, step_of
 from blockmerge.explaining.compared import ComparedTensors
 
@@ -81,3 +83,25 @@ def _count_differing(tensors: Sequence[torch.Tensor]) -> float:
     for tensor in others[1:]:
         apart += (tensor - first).abs_()
     return torch.count_nonzero(apart).item()
+
+
+def nonfinite_candidates(
+    merged: Model, candidates: Sequence[Model], compared: ComparedTensors, gram: GramMatrices
+) -> dict[int, str]:
+    """Return {place of a candidate: one line about its NaN or infinity}.
+
+    Raises NonFiniteError when the merge holds any.
+    """
+    of_merge = [name for place, name in enumerate(compared.names) if not gram.finite[place]]
+    of_candidates: dict[int, list[str]] = {}
+    for place in np.flatnonzero(gram.finite):
+        for n in np.flatnonzero(~np.isfinite(np.diagonal(gram.plain_products[place]))).tolist():
+            of_candidates.setdefault(n, []).append(compared.names[place])
+    faults = {
+        n: f"{shown(candidates[n].name)} {NOT_FINITE} in {listing(names)}"
+        for n, names in of_candidates.items()
+    }
+    if of_merge:
+        own = f"{shown(merged.name)} {NOT_FINITE} in {listing(of_merge)}"
+        raise NonFiniteError("; ".join([own, *faults.values()]))
+    return faults

@@ -9,8 +9,9 @@ _TITLES = {
     "weighted_sum": "a weighted sum",
     "add_difference": "add difference",
     "triple_sum": "a triple sum",
-    "linear": "a weighted average",
+    "linear": "a linear combination",
 }
+_SLACK = 0.005  # of a weight, which rounding may have moved
 
 
 def write_verdict(found: Explanation, *, agrees: bool, by_tensor: bool) -> str:
@@ -42,7 +43,22 @@ def _what_it_is(found: Explanation) -> str:
         added, taken = others
         return f"{merge} is {base} plus the difference of {added} from {taken} (add difference)"
     *first, last = base, *others
-    return f"{merge} is {_TITLES[found.method or 'linear']} of {', '.join(first)} and {last}"
+    method = found.method or "linear"
+    what = "a weighted average" if method == "linear" and _is_average(found) else _TITLES[method]
+    return f"{merge} is {what} of {', '.join(first)} and {last}"
+
+
+def _is_average(found: Explanation) -> bool:
+    """Whether no block of the U-Net took less than nothing of a parent, the base among them, or more than
+    all.
+    """
+    for block, origin in found.blocks.items():
+        shares = [weight for weight in origin.weights.values() if weight is not None]
+        if block != "BASE" and not all(
+            -_SLACK <= share <= 1 + _SLACK for share in (*shares, 1 - sum(shares))
+        ):
+            return False
+    return True
 
 
 def _without_parents(found: Explanation) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 from blockmerge.anatomy import (
     COMPONENTS,
     Anatomy,
-    block_of,
     canonical_name,
     component_of,
     lone_component,
@@ -25,6 +24,7 @@ from blockmerge.checkpoints import (
     open_checkpoint,
 )
 from blockmerge.errors import UnknownFamilyError, shown
+from blockmerge.inspecting.tensors import ListedTensor, list_tensors
 from blockmerge.streaming import Progress
 
 
@@ -55,8 +55,9 @@ class Inspection:
     So is naming, but of a VAE or a text encoder alone.
 
     `missing` are the U-Net tensors that it should have and lacks. `blocks` are the U-Net's, without BASE.
-    `broken_off` says so where the file ends in zeros, as a download leaves that did not finish. `hashes` is
-    None unless asked for. `notes` are texts for the user about what was decided when it was opened.
+    `broken_off` says so where the file ends in zeros, as a download leaves that did not finish. `hashes` and
+    `tensors` are None unless asked for. `notes` are texts for the user about what was decided when it was
+    opened.
     """
 
     name: str
@@ -71,14 +72,16 @@ class Inspection:
     broken_off: str | None
     hashes: Hashes | None
     notes: tuple[str, ...] = ()
+    tensors: Mapping[str, ListedTensor] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the result as plain data, ready for JSON, with the keys of `docs/json.md`: `hashes` only
-        where they were asked for.
+        """Return the result as plain data, ready for JSON, with the keys of `docs/json.md`: `hashes` and
+        `tensors` only where they were asked for.
         """
         fields = asdict(self)
-        if self.hashes is None:
-            del fields["hashes"]
+        for key in ("hashes", "tensors"):
+            if fields[key] is None:
+                del fields[key]
         for block in fields["blocks"].values():
             del block["dtypes"]
         return fields
@@ -90,6 +93,7 @@ def inspect(
     progress: Progress | None = None,
     *,
     variant: str | None = None,
+    tensors: bool = False,
 ) -> Inspection:
     """Look at a checkpoint's header and how it ends; with `hashes` also read the whole file once.
 
@@ -98,6 +102,7 @@ def inspect(
 
     `variant` picks the weights of a diffusers folder that has several kinds, as in `open_checkpoint`.
 
+    With `tensors`, every tensor is listed with its block, and the LDM name that element rules know it by.
     Raises CheckpointError when it cannot be read. A file that is no Stable Diffusion model is no error.
     """
     checkpoint = open_checkpoint(path, variant=variant)
@@ -117,7 +122,7 @@ def inspect(
     for name, info in checkpoint.tensors.items():
         components[alone or component_of(name)].append(info)
         if anatomy and component_of(names[name]) == "unet":
-            block = block_of(names[name], anatomy.family.name)
+            block = anatomy.family.block_of(names[name])
             blocks.setdefault(block, []).append(info)
     return Inspection(
         name=checkpoint.name,
@@ -132,6 +137,7 @@ def inspect(
         broken_off=checkpoint.broken_off(),
         hashes=hash_file(checkpoint, progress) if hashes else None,
         notes=tuple(f"{shown(checkpoint.name)} {note}" for note in checkpoint.notes),
+        tensors=list_tensors(checkpoint.tensors, names, anatomy) if tensors else None,
     )
 
 

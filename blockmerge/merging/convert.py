@@ -40,13 +40,16 @@ def convert(
 
     >>> blockmerge.convert("model.ckpt", "model.safetensors", dtype="fp16")  # doctest: +SKIP
 
-    `naming` is ``"ldm"`` (a single file) or ``"diffusers"`` (a folder); without it, the output's name says
-    what it is. `vae` bakes in another VAE (a file, a folder or an opened checkpoint). `ema` says what becomes
-    of EMA copies: ``"drop"``, ``"keep"``, or ``"use"`` them as the U-Net. `variant` picks the weights of
-    folders that have several (``"fp16"``), the VAE's too. `prune` leaves out all that no loader needs.
-    `configs` is a diffusers folder whose configs and tokenizers go beside the weights of a new folder. The
-    other arguments are those of `merge`. Tensors that the output has no place for are left out and named in
-    the result's notes; values only change with `dtype`.
+    `naming` is ``"ldm"`` (a single file) or ``"diffusers"`` (a folder); without it the output is what the
+    source is, or a single file where its name ends in ``.safetensors``. `vae` bakes in another VAE (a file, a
+    folder, an opened checkpoint or a state dict). `ema` says what becomes of EMA copies: ``"drop"``,
+    ``"keep"``, or ``"use"`` them as the U-Net. `variant` picks the weights of folders that have several
+    (``"fp16"``), the VAE's too. `prune` leaves out what is known to be dead. `configs` is a
+    diffusers folder whose configs and tokenizers go beside the weights of a new folder, or a tokenizer's
+    folder alone. The other arguments are those of `merge`.
+
+    Values change with `dtype` only, but that `position_ids` which are broken, or floats, become whole numbers
+    again. Tensors that the output has no place for are left out and named in the result's notes.
 
     Raises a BlockmergeError, as `merge` does.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
@@ -11,7 +11,7 @@ from weakref import WeakSet
 from blockmerge.checkpoints import SUFFIXES, CheckpointLike, Opening
 from blockmerge.errors import RecipeError, counted, listing, shown
 from blockmerge.merging.planning.combining import Combination
-from blockmerge.merging.planning.request import check_flag
+from blockmerge.merging.planning.request import check_flag, missing_beta
 from blockmerge.methods import Method, find_method
 from blockmerge.weights import BlockWeights, WeightsLike, WeightsRequest
 
@@ -36,8 +36,7 @@ class LiveMerge:
     UNet2DConditionModel, or a whole LDM model, of which only the U-Net is touched. Its dtype (fp16, bf16 or
     fp32) and device stay. `a`, `b` and `c` are paths, opened checkpoints or state dicts, U-Nets or whole
     models, in either naming; what is no tensor of the U-Net is not looked at. They are copied to the module's
-    device in its dtype, once. `method`, `numbers`, `variant` and `ema` are those of `merge`. `notes` are
-    texts for the user about what was decided when the models were opened.
+    device in its dtype, once. `method`, `numbers`, `variant` and `ema` are those of `merge`.
 
     From then on the module holds A. `apply` merges; `close`, or leaving a `with` block, gives the module its
     own parameters back. Meanwhile the parameters are views of one flat buffer, and must stay where they are:
@@ -81,7 +80,7 @@ class LiveMerge:
             for source, letter in zip(sources, "ABC", strict=False)
         ]
         opening.check(models)
-        self.notes = tuple(note for model in models for note in model.notes)
+        self._opening_notes = tuple(note for model in models for note in model.notes)
         # Tensors that are made in inference mode could not be written to outside it.
         with torch.inference_mode(False), torch.no_grad():
             self._unet: FlatUNet = FlatUNet.of(module, models)
@@ -94,6 +93,7 @@ class LiveMerge:
             self._launcher: Launcher | None = Launcher(self._unet, copies, out, combination)
         _OPEN.add(self)
         self._held: dict[str, Content | None] = {block.name: copies[0] for block in self._unet.blocks}
+        self._notes: tuple[str, ...] = ()
         start = 0.0 if self._method.copies(0.0, 0.0) == 0 else None
         self._weights = BlockWeights.flat(start, self._unet.family.blocks)
         self._weights_beta = BlockWeights.flat(0.0, self._unet.family.blocks)
@@ -106,6 +106,13 @@ class LiveMerge:
         here.
         """
         return self._weights
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to say of how the models were opened, and of the weights that were last applied, as a
+        merge's notes say it.
+        """
+        return (*self._opening_notes, *self._notes)
 
     @property
     def weights_beta(self) -> BlockWeights:
@@ -165,6 +172,7 @@ class LiveMerge:
                 "leave it on its device, without offloading, while it is merged live"
             )
         self._weights, self._weights_beta = alpha, beta
+        self._notes = () if keep else tuple(self._notes_on(first, second))
         return alpha
 
     def close(self) -> None:
@@ -190,6 +198,13 @@ class LiveMerge:
         models, out = self._launcher.models, self._launcher.out
         what = f"{self._method.name} of {counted(len(models), 'model')} in a {self._module_class}"
         return f"<LiveMerge: {what}, {out.dtype} on {out.device}>"
+
+    def _notes_on(self, first: WeightsRequest, second: WeightsRequest) -> Iterator[str]:
+        family = self._unet.family.name
+        yield from first.lost(family)
+        yield from second.lost(family)
+        if missing := missing_beta(self._method, second):
+            yield missing
 
     def _opened(self) -> Launcher:
         if self._launcher is None:

@@ -14,7 +14,7 @@ from blockmerge.merging.planning.naming import OutputTensor
 from blockmerge.merging.planning.plan import to_gather
 from blockmerge.merging.planning.policies import decide
 from blockmerge.merging.planning.request import check_flag, is_vae_of_models, make_request
-from blockmerge.weights import WeightsLike, WeightsRequest
+from blockmerge.weights import AdjustLike, RulesLike, WeightsLike, WeightsRequest
 
 if TYPE_CHECKING:
     import torch
@@ -37,8 +37,8 @@ def merge_state_dicts(
     preset_beta: str | Sequence[str] | None = None,
     weights_beta: WeightsLike | None = None,
     changes_beta: str | None = None,
-    rules: str = "",
-    adjust: str = "",
+    rules: RulesLike = "",
+    adjust: AdjustLike = "",
     clip: bool = False,
     seed: int = 0,
     sdxl_map: str | None = None,

@@ -11,7 +11,7 @@ from blockmerge.merging.planning.request import make_request
 from blockmerge.merging.recipe import Leaf, Recipe
 from blockmerge.merging.result import MergeResult
 from blockmerge.streaming import Progress
-from blockmerge.weights import WeightsLike, WeightsRequest
+from blockmerge.weights import AdjustLike, RulesLike, WeightsLike, WeightsRequest
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +27,8 @@ def merge(
     preset_beta: str | Sequence[str] | None = None,
     weights_beta: WeightsLike | None = None,
     changes_beta: str | None = None,
-    rules: str = "",
-    adjust: str = "",
+    rules: RulesLike = "",
+    adjust: AdjustLike = "",
     clip: bool = False,
     seed: int = 0,
     vae: CheckpointLike = "auto",
@@ -54,15 +54,17 @@ def merge(
     (a name or a file, or several with their shares, ``["high_res@0.6", "GRAD_A@0.4"]``) and `weights` (all
     that ``--weights`` takes, a number, a sequence, a mapping, a BlockWeights) says how much of B each block
     takes; `changes` (``"BASE=0.5,OUT11=1"``) goes on top. The same with `_beta` for methods with a second
-    weight. `rules` are element rules, `adjust` eight numbers (``"0,0,0,1"``), `clip` limits results to what
-    lies between A and B, `seed` is for random weights and methods of chance; `numbers` are the method's own.
-    `dtype` is ``"keep"`` (each tensor keeps A's) or ``"fp16"``, ``"bf16"``, ``"fp32"``, ``"fp8_e4m3fn"``,
-    ``"fp8_e5m2"``, or torch's own. `vae` is ``"auto"`` (whole, from A when BASE is at most 0.5, else from B),
-    ``"a"``, ``"b"``, ``"blend"``, or a VAE (a file, an opened checkpoint or a state dict). `naming` is the
-    output's, ``"ldm"`` (a single file) or ``"diffusers"`` (a folder), by default A's. `ema` says what becomes
-    of EMA copies: ``"drop"``, ``"keep"``, or ``"use"`` them as the U-Net. `variant` picks the weights of
-    folders that have several (``"fp16"``), where they have it, the VAE's too, and `configs` is a folder whose
-    configs and tokenizers go into a new one. `progress(done, total)` is told the bytes.
+    weight. `rules` are element rules (a text, a list of texts, or ElementRules), `adjust` eight numbers
+    (``"0,0,0,1"``, a list, or an Adjust), `clip` limits results to what lies between A and B, `seed` is for
+    random weights and methods of chance; `numbers` are the method's own. `dtype` is ``"keep"`` (each tensor
+    keeps A's) or ``"fp16"``, ``"bf16"``, ``"fp32"``, ``"fp8_e4m3fn"``, ``"fp8_e5m2"``, or torch's own.
+
+    `vae` is ``"auto"`` (whole, from A when BASE is at most 0.5, else from B), ``"a"``, ``"b"``, ``"blend"``,
+    or a VAE (a file, an opened checkpoint or a state dict). `naming` is the output's, ``"ldm"`` (a single
+    file) or ``"diffusers"`` (a folder), by default A's. `ema` says what becomes of EMA copies: ``"drop"``,
+    ``"keep"``, or ``"use"`` them as the U-Net. `variant` picks the weights of folders that have several
+    (``"fp16"``), where they have it, the VAE's too, and `configs` is a diffusers folder whose configs and
+    tokenizers go into a new one, or a tokenizer's folder alone. `progress(done, total)` is told the bytes.
 
     All checks that headers allow are made before a weight is read. The models are never changed. The output
     appears complete or not at all.

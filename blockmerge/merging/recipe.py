@@ -36,7 +36,7 @@ from blockmerge.merging.planning.written import (
 )
 from blockmerge.merging.result import MergeResult
 from blockmerge.streaming import Progress
-from blockmerge.weights import WeightsLike, WeightsRequest
+from blockmerge.weights import AdjustLike, RulesLike, WeightsLike, WeightsRequest
 
 if TYPE_CHECKING:
     import torch
@@ -79,8 +79,8 @@ class Recipe:
         preset_beta: str | Sequence[str] | None = None,
         weights_beta: WeightsLike | None = None,
         changes_beta: str | None = None,
-        rules: str = "",
-        adjust: str = "",
+        rules: RulesLike = "",
+        adjust: AdjustLike = "",
         clip: bool = False,
         seed: int = 0,
         vae: CheckpointLike = "auto",

@@ -102,14 +102,15 @@ def print_explanation(console: Console, found: Explanation) -> None:
 
 def weight_text(value: float | None) -> str:
     """A weight to four decimals, or ``"?"`` where it cannot be told."""
-    return "?" if value is None else f"{value:.4f}".rstrip("0").rstrip(".")
+    return "?" if value is None else f"{round(value, 4) + 0.0:.4f}".rstrip("0").rstrip(".")
 
 
 def value_text(value: float | None, method: str) -> str:
     """A similarity as people read it: percent with two decimals, or a cosine with six."""
     if value is None:
         return "–"
-    return f"{value:.2f}" if method == "attention" else f"{value:.6f}"
+    digits = 2 if method == "attention" else 6
+    return f"{round(value, digits) + 0.0:.{digits}f}"  # -0.0 + 0.0 is 0.0
 
 
 def difference_text(value: float | None) -> str:

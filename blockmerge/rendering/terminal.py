@@ -12,12 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from blockmerge.anatomy import FAMILIES
-from blockmerge.errors import counted, listing, shown
+from blockmerge.errors import bytes_text, counted, listing, shown
 from blockmerge.rendering.tables import print_table
 from blockmerge.rendering.u_net import WeightsU
 
 if TYPE_CHECKING:
-    from blockmerge.inspecting import CheckResult, Inspection, Part
+    from blockmerge.inspecting import CheckResult, Inspection, ListedTensor, Part
     from blockmerge.merging import MergeResult
     from blockmerge.methods import Method
     from blockmerge.weights import Preset
@@ -43,14 +43,18 @@ def print_merge(console: Console, result: MergeResult) -> None:
     if result.dry_run:
         _line(
             console,
-            Text(f"dry run: would write {shown(result.output)}, {size(result.bytes)} in {result.runs} runs"),
+            Text(
+                f"dry run: would write {shown(result.output)}, "
+                f"{bytes_text(result.bytes)} in {result.runs} runs"
+            ),
         )
     else:
-        rate = f"{size(round(result.bytes / max(result.seconds, 1e-9)))}/s"
+        rate = f"{bytes_text(round(result.bytes / max(result.seconds, 1e-9)))}/s"
         _line(
             console,
             Text.assemble(
-                (shown(result.output), "bold"), f"  {size(result.bytes)} in {result.seconds:.2f} s ({rate})"
+                (shown(result.output), "bold"),
+                f"  {bytes_text(result.bytes)} in {result.seconds:.2f} s ({rate})",
             ),
         )
 
@@ -76,6 +80,20 @@ def print_inspection(console: Console, found: Inspection) -> None:
             _line(console, Text(f"{name:<7} {getattr(found.hashes, name) or '–'}"))
     for key, value in found.metadata.items():
         _line(console, Text.assemble((f"{shown(key)}: ", "bold"), shown(value, 400)))
+    _print_tensors(console, found.tensors or {})
+
+
+def _print_tensors(console: Console, tensors: Mapping[str, ListedTensor]) -> None:
+    """A line for each tensor: its block, dtype, shape and LDM name, and its own where that is another."""
+    rows = [
+        (one.block or "–", one.dtype, "×".join(map(str, one.shape)) or "1", one.ldm, name)
+        for name, one in tensors.items()
+    ]
+    widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
+    for *cells, ldm, name in rows:
+        aligned = "  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True))
+        own = "" if name == ldm else f"  (here {shown(name, 400)})"
+        _line(console, Text.assemble((aligned, "dim"), f"  {shown(ldm, 400)}", (own, "dim")))
 
 
 def print_check(console: Console, found: CheckResult) -> None:
@@ -85,7 +103,7 @@ def print_check(console: Console, found: CheckResult) -> None:
         _line(console, Text(f"- {note}"))
     code_width = max((len(problem.code) for problem in found.problems), default=0)
     for problem in found.problems:
-        takes = "" if problem.bytes is None else f", {size(problem.bytes)}"
+        takes = "" if problem.bytes is None else f", {bytes_text(problem.bytes)}"
         severity = (f"{problem.severity:<7}  ", _SEVERITY_STYLES[problem.severity])
         _line(console, Text.assemble(severity, f"{problem.code:<{code_width}}  {problem.message}{takes}"))
     for code in found.fixed:
@@ -96,13 +114,15 @@ def print_check(console: Console, found: CheckResult) -> None:
         Text(", ".join(counted(count, severity) for severity, count in counts.items()) or "nothing is wrong"),
     )
     if found.output is not None:
-        fixed = f"fixed {', '.join(found.fixed)}" if found.fixed else "nothing was to be repaired"
-        wrong = (
-            "; still wrong: " + ", ".join(dict.fromkeys(problem.code for problem in found.faults))
-            if found.faults
-            else ""
-        )
-        _line(console, Text(f"wrote {shown(found.output)}: {fixed}{wrong}"))
+        _line(console, Text(f"wrote {shown(found.output)}: {_repaired(found)}"))
+
+
+def _repaired(found: CheckResult) -> str:
+    """What a repaired copy is rid of, and what is still wrong with it."""
+    wrong = ", ".join(dict.fromkeys(problem.code for problem in found.faults))
+    if found.fixed:
+        return f"fixed {', '.join(found.fixed)}" + (f"; still wrong: {wrong}" if wrong else "")
+    return f"none of what is wrong can be repaired: {wrong}" if wrong else "nothing was to be repaired"
 
 
 def print_presets(console: Console, presets: Sequence[Preset]) -> None:
@@ -176,16 +196,6 @@ def print_preset(console: Console, preset: Preset) -> None:
         console.print(part)
 
 
-def size(count: int) -> str:
-    """Bytes as people read them: 1000 bytes are 1 kB."""
-    value = float(count)
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.2f} GB"
-
-
 def _title(found: Inspection | CheckResult, unknown: str) -> Text:
     what = unknown
     if found.family:
@@ -221,7 +231,7 @@ def _parts(title: str, parts: Mapping[str, Part]) -> Table:
         dtypes = ", ".join(
             f"{dtype} {count}" if len(part.dtypes) > 1 else dtype for dtype, count in part.dtypes.items()
         )
-        table.add_row(name, f"{part.tensors:,}", f"{part.parameters:,}", size(part.bytes), dtypes)
+        table.add_row(name, f"{part.tensors:,}", f"{part.parameters:,}", bytes_text(part.bytes), dtypes)
     return table
 
 

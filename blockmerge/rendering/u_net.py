@@ -71,4 +71,6 @@ def _whole(line: Text) -> Text:
 
 def number(weight: float) -> str:
     """A weight in at most six characters where that is possible."""
-    return f"{weight:.3f}".rstrip("0").rstrip(".") if abs(weight) < 100 else f"{weight:.3g}"
+    if abs(weight) >= 100:
+        return f"{weight:.3g}"
+    return f"{round(weight, 3) + 0.0:.3f}".rstrip("0").rstrip(".")  # -0.0 + 0.0 is 0.0

@@ -2,9 +2,9 @@
 files. No torch.
 """
 
-from blockmerge.weights.adjust import Adjust, Change
+from blockmerge.weights.adjust import Adjust, AdjustLike, Change
 from blockmerge.weights.block_weights import SDXL_MAPS, BlockWeights
-from blockmerge.weights.element_rules import ElementRules, FamilyRules
+from blockmerge.weights.element_rules import ElementRules, FamilyRules, RulesLike
 from blockmerge.weights.grammar import WeightsLike, parse_assignments, parse_weights
 from blockmerge.weights.presets import (
     Preset,
@@ -19,11 +19,13 @@ from blockmerge.weights.request import WeightsRequest
 __all__ = [
     "SDXL_MAPS",
     "Adjust",
+    "AdjustLike",
     "BlockWeights",
     "Change",
     "ElementRules",
     "FamilyRules",
     "Preset",
+    "RulesLike",
     "WeightsLike",
     "WeightsRequest",
     "find_preset",

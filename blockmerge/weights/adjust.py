@@ -5,11 +5,11 @@ a merge.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import NamedTuple
 
 from blockmerge.anatomy import UNET_PREFIX
-from blockmerge.errors import WeightsError, counted, shown
+from blockmerge.errors import RecipeError, WeightsError, counted, shown
 from blockmerge.weights.block_lists import family_named
 from blockmerge.weights.grammar import finite_number
 
@@ -63,6 +63,32 @@ class Adjust:
             numbers.append(number)
         return cls(*numbers)
 
+    def __post_init__(self) -> None:
+        for field, name in zip(fields(self), _NAMES.split(","), strict=True):
+            number = getattr(self, field.name)
+            found = None if isinstance(number, str) else finite_number(str(number))
+            if found is None:
+                raise WeightsError(f"adjust: {name} is '{shown(number)}', which is not a number ({_NAMES})")
+            object.__setattr__(self, field.name, found)
+
+    @classmethod
+    def of(cls, adjust: AdjustLike) -> Adjust:
+        """Return eight numbers given as a text, as a list (NumPy's too), or as an Adjust.
+
+        Raises WeightsError as `parse` does, and RecipeError for anything else.
+        """
+        if isinstance(adjust, Adjust):
+            return adjust
+        numbers = adjust.tolist() if hasattr(adjust, "tolist") else adjust
+        if isinstance(numbers, (list, tuple)):
+            return cls.parse(",".join(map(str, numbers)))
+        if not isinstance(numbers, str):
+            raise RecipeError(
+                "adjust is eight numbers, as in '0,0,0,1' or [0, 0, 0, 1], or an Adjust; "
+                f"{type(adjust).__name__} given"
+            )
+        return cls.parse(numbers)
+
     def __str__(self) -> str:
         return ",".join(repr(number + 0.0).removesuffix(".0") for number in astuple(self))
 
@@ -91,3 +117,7 @@ class Adjust:
         amounts = (self.brightness, self.red, self.green, self.blue)
         for channel in zip(*tones, strict=True):
             yield sum(amount * tone for amount, tone in zip(amounts, channel, strict=True))
+
+
+AdjustLike = str | Sequence[float] | Adjust
+"""What is taken for `adjust`: a text, a list of numbers, or an Adjust."""

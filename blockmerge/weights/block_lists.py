@@ -90,12 +90,12 @@ def owners(blocks: BlockList) -> str:
 
 def spans(blocks: Sequence[str]) -> list[str]:
     """Return the blocks as people write them: ``["BASE", "IN00-IN11", "M00", "OUT00-OUT11"]``."""
-    return [run[0] if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in _runs(blocks)]
+    return [run[0] if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs(blocks)]
 
 
 def example(blocks: Sequence[str]) -> str:
     """Return a range of these blocks to show how one is written: ``"IN00-IN05"``."""
-    run = next((run for run in _runs(blocks) if len(run) > 1), list(blocks[:1]))
+    run = next((run for run in runs(blocks) if len(run) > 1), list(blocks[:1]))
     return spans(run[:6])[0]
 
 
@@ -128,8 +128,8 @@ def _has_base(blocks: BlockList) -> bool:
     return blocks[:1] == ("BASE",)
 
 
-def _runs(blocks: Sequence[str]) -> Iterator[list[str]]:
-    """The blocks in groups of the same letters whose numbers follow one another."""
+def runs(blocks: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the blocks in groups of the same letters whose numbers follow one another."""
     run: list[str] = []
     for block in blocks:
         letters, number = _split(block)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from blockmerge.errors import WeightsError, shown
+from blockmerge.errors import RecipeError, WeightsError, shown
 from blockmerge.weights.block_lists import BlockList, block_lists, family_named
 from blockmerge.weights.block_weights import checked_weight
 from blockmerge.weights.grammar import block_range, finite_number, names_blocks
@@ -70,6 +70,21 @@ class ElementRules:
         texts = [rule.strip() for rule in re.split(r"[,\n\r]", text) if rule.strip()]
         return cls(tuple(_parse_rule(rule, number) for number, rule in enumerate(texts, start=1)))
 
+    @classmethod
+    def of(cls, rules: RulesLike) -> ElementRules:
+        """Return rules given as a text, as ElementRules, or as a list of either, or of single rules.
+
+        Raises WeightsError as `parse` does, and RecipeError for anything else.
+        """
+        given = rules if isinstance(rules, (list, tuple)) else [rules]
+        for one in given:
+            if not isinstance(one, (str, ElementRule, ElementRules)):
+                raise RecipeError(
+                    "rules are a text, as in 'OUT03-OUT05:attn2:0.5', a list of such texts, or ElementRules; "
+                    f"{type(one).__name__} given"
+                )
+        return cls.parse(", ".join(map(str, given)))
+
     def __str__(self) -> str:
         return ", ".join(map(str, self.rules))
 
@@ -85,6 +100,10 @@ class ElementRules:
         return FamilyRules(
             tuple(_with_blocks(rule, number, order) for number, rule in enumerate(self.rules, start=1))
         )
+
+
+RulesLike = str | ElementRule | ElementRules | Sequence["str | ElementRule | ElementRules"]
+"""What is taken for element rules: a text, ElementRules, or a list of texts and rules."""
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,16 @@ def parse_weights(
     weights are drawn from `seed` and the blocks' names. Raises WeightsError, naming the part that cannot be
     read.
     """
-    return _parse(value, family_named(family).blocks, seed).for_family(family, sdxl_map)
+    return read_weights(value, family, seed).for_family(family, sdxl_map)
+
+
+def read_weights(value: WeightsLike, family: str = DEFAULT_FAMILY, seed: int | str = 0) -> BlockWeights:
+    """Return the weights that `value` means for a model of `family`, before they are carried over to its
+    blocks.
+
+    Raises WeightsError as `parse_weights` does.
+    """
+    return _parse(value, family_named(family).blocks, seed)
 
 
 def parse_assignments(

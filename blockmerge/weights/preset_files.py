@@ -5,7 +5,8 @@
 - SuperMerger's list: a line ``NAME<tab>26 numbers separated by commas`` or ``NAME:numbers`` for each preset.
 - merge-block-weighted's list: the same with 25 numbers.
 
-A text file may begin with a header line; empty lines and lines that begin with # are skipped.
+A text file may begin with a header line; empty lines and lines that begin with # are skipped. So is a line
+that cannot be read, and it is told with the others' presets.
 """
 
 from __future__ import annotations
@@ -86,6 +87,13 @@ class Preset:
 
         Raises PresetError when no table serves.
         """
+        return self.table_for(family, sdxl_map, seed).for_family(family, sdxl_map)
+
+    def table_for(self, family: str, sdxl_map: str | None = None, seed: int | str = 0) -> BlockWeights:
+        """The weights that serve for a family, before they are carried over to its blocks.
+
+        Raises PresetError when no table serves.
+        """
         found = self._table_for(family, carry_first=sdxl_map is not None)
         if found is None:
             raise PresetError(
@@ -93,7 +101,7 @@ class Preset:
                 f"{', '.join(self.families)}: give a preset with a table 'weights.{family}', or weights"
             )
         table, whose = found
-        return parse_weights(table, whose, seed=seed).for_family(family, sdxl_map)
+        return parse_weights(table, whose, seed=seed)
 
     def _table_for(self, family: str, *, carry_first: bool = False) -> tuple[WeightsLike, str] | None:
         """The table that serves for a family, and the family for which it is read."""
@@ -107,21 +115,30 @@ class Preset:
         return found[0] if found else None
 
 
+@dataclass(frozen=True)
+class PresetFile:
+    """The presets of a file, and `faults`: (name of a preset, why its line cannot be read)."""
+
+    presets: tuple[Preset, ...]
+    faults: tuple[tuple[str, str], ...] = ()
+
+
 @lru_cache(512)
-def presets_of_file(path: Path, stamp: tuple[int, int]) -> tuple[Preset, ...] | PresetError:
-    """Return what `read_preset_file` returns or raises, once for each `stamp`: when the file was changed, and
-    its size.
+def presets_of_file(path: Path, stamp: tuple[int, int]) -> PresetFile:
+    """Return what `read_preset_file` returns, once for each `stamp`: when the file was changed, and its size.
+
+    What it raises becomes a fault of the preset that is called like the file.
     """
     try:
-        return tuple(read_preset_file(path))
+        return read_preset_file(path)
     except PresetError as error:
-        return error
+        return PresetFile((), ((path.stem, str(error)),))
 
 
-def read_preset_file(path: Path) -> list[Preset]:
+def read_preset_file(path: Path) -> PresetFile:
     """Read all presets of a file.
 
-    Raises PresetError that names the file and the line or key that is wrong.
+    Raises PresetError that names the file and the line or key that is wrong, where no preset can be read.
     """
     try:
         with path.open("rb") as file:
@@ -134,7 +151,7 @@ def read_preset_file(path: Path) -> list[Preset]:
     except UnicodeDecodeError as error:
         raise PresetError(f"preset file {shown(path)} is not text (UTF-8)") from error
     if path.suffix.lower() == ".toml":
-        return [_from_toml(text, path)]
+        return PresetFile((_from_toml(text, path),))
     return _from_lines(text, path)
 
 
@@ -220,22 +237,29 @@ def _checked(value: object, family: str, where: str) -> WeightsLike:
     return value if is_random(value) or is_one_number(value) else weights
 
 
-def _from_lines(text: str, path: Path) -> list[Preset]:
-    found = []
+def _from_lines(text: str, path: Path) -> PresetFile:
+    found: list[Preset] = []
+    faults: list[tuple[str, str]] = []
     for number, line in enumerate(text.splitlines(), start=1):
         name, *rest = (part.strip() for part in re.split(r"[\t:]", line.strip(), maxsplit=1))
         if not line.strip() or name.startswith("#") or name.casefold() == "preset_name":
             continue
-        where = f"preset file {shown(path)}, line {number}"
-        if not rest or not name or not rest[0]:
-            raise PresetError(f"{where}: expected NAME, a tab or colon, and 26 or 25 numbers")
-        if re.search(r"(^|,)\s*E[RUX]\s*(,|$)", rest[0]):
-            # SuperMerger's random number for each tensor, not each block. A list with one such line is still
-            # useful.
+        if rest and re.search(r"(^|,)\s*E[RUX]\s*(,|$)", rest[0]):
+            # SuperMerger's random number for each tensor, not each block.
             continue
-        found.append(
-            Preset(name, {DEFAULT_FAMILY: _checked(rest[0], DEFAULT_FAMILY, where)}, source=path.name)
-        )
+        try:
+            found.append(
+                _from_line(name, *rest, path=path, where=f"preset file {shown(path)}, line {number}")
+            )
+        except PresetError as error:
+            # A list with one such line is still useful.
+            faults.append((name, str(error)))
     if not found:
-        raise PresetError(f"preset file {shown(path)} holds no preset")
-    return found
+        raise PresetError(faults[0][1] if faults else f"preset file {shown(path)} holds no preset")
+    return PresetFile(tuple(found), tuple(faults))
+
+
+def _from_line(name: str, numbers: str = "", *, path: Path, where: str) -> Preset:
+    if not name or not numbers:
+        raise PresetError(f"{where}: expected NAME, a tab or colon, and 26 or 25 numbers")
+    return Preset(name, {DEFAULT_FAMILY: _checked(numbers, DEFAULT_FAMILY, where)}, source=path.name)

@@ -20,7 +20,7 @@ from blockmerge.anatomy import DEFAULT_FAMILY
 from blockmerge.errors import PresetError, did_you_mean, listing, reason, shown
 from blockmerge.weights.block_weights import BlockWeights
 from blockmerge.weights.grammar import finite_number
-from blockmerge.weights.preset_files import SUFFIXES, Preset, presets_of_file, read_preset_file
+from blockmerge.weights.preset_files import SUFFIXES, Preset, PresetFile, presets_of_file, read_preset_file
 
 __all__ = [
     "Preset",
@@ -63,7 +63,9 @@ def presets() -> list[Preset]:
 
 
 def unreadable_presets() -> list[str]:
-    """Return what is wrong with each file in the user's folder that cannot be read, a line for each."""
+    """Return what is wrong with each file, or line of a file, in the user's folder that cannot be read, a
+    line of text for each.
+    """
     return [fault for _, fault in _presets_in(user_folder())[1]]
 
 
@@ -130,6 +132,9 @@ def _find(name: str) -> Preset | None:
     if preset := next((preset for preset in own if _fold(name) in _names(preset)), None):
         return hiding[_fold(preset.name)]
     if preset := _shipped(name):
+        if fault := next((why for called, why in _faults() if _fold(called) in _names(preset)), None):
+            # The user's own would hide it, and is not what it is.
+            raise PresetError(f"your own preset '{shown(preset.name)}' cannot be read: {fault}")
         # A hidden preset's aliases lead to the one that hides it.
         return hiding.get(_fold(preset.name), preset)
     path, _, inner = name.partition("#")
@@ -146,9 +151,7 @@ def _shipped(name: str) -> Preset | None:
         path = next((path for path in shipped_folder().iterdir() if path.stem == stem), None)
     except OSError:
         return None
-    presets = () if path is None else _read(path)
-    if isinstance(presets, PresetError):
-        return None
+    presets = () if path is None else _read(path).presets
     return next((preset for preset in presets if _fold(preset.name) == own_name), None)
 
 
@@ -161,8 +164,11 @@ def _unknown(name: str) -> PresetError:
 
 
 def _from_file(path: Path, inner: str) -> Preset:
-    found = read_preset_file(path)
+    file = read_preset_file(path)
+    found = file.presets
     if not inner:
+        if file.faults and len(found) == 1:  # whether that one is meant cannot be told
+            raise PresetError(file.faults[0][1])
         if len(found) != 1:
             names = listing((preset.name for preset in found), limit=5)
             raise PresetError(
@@ -170,6 +176,8 @@ def _from_file(path: Path, inner: str) -> Preset:
             )
         return found[0]
     wanted = [preset for preset in found if _fold(inner) in _names(preset)]
+    if fault := next((why for called, why in file.faults if _fold(called) == _fold(inner)), None):
+        raise PresetError(fault)
     if len(wanted) > 1:
         raise PresetError(
             f"{shown(path)} holds {len(wanted)} presets of the name '{shown(inner)}': remove all but one"
@@ -184,6 +192,11 @@ def _from_file(path: Path, inner: str) -> Preset:
 def _own() -> list[Preset]:
     """The user's own presets, also those that another of the same name hides."""
     return _sorted(_presets_in(user_folder())[0])
+
+
+def _faults() -> list[tuple[str, str]]:
+    """What cannot be read of the user's own presets: (name of the preset, why)."""
+    return _presets_in(user_folder())[1]
 
 
 def _sorted(presets: Iterable[Preset]) -> list[Preset]:
@@ -202,10 +215,10 @@ def _names(preset: Preset) -> list[str]:
 
 
 def _unreadable(name: str) -> str:
-    """What an unknown preset's message says of files that cannot be read: of that name, if there is one, or
-    of the first.
+    """What an unknown preset's message says of what cannot be read: of that name, if there is one, or of the
+    first.
     """
-    faults = sorted(_presets_in(user_folder())[1], key=lambda fault: _fold(fault[0].stem) != _fold(name))
+    faults = sorted(_faults(), key=lambda fault: _fold(fault[0]) != _fold(name))
     return (
         f"; {faults[0][1]}" + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else "") if faults else ""
     )
@@ -215,28 +228,26 @@ def _fold(name: str) -> str:
     return name.strip().casefold().replace("-", "_")
 
 
-def _presets_in(folder: Path) -> tuple[list[Preset], list[tuple[Path, str]]]:
-    """The presets in a folder, and the files that cannot be read with what is wrong with them."""
+def _presets_in(folder: Path) -> tuple[list[Preset], list[tuple[str, str]]]:
+    """The presets in a folder, and what cannot be read: (name of the preset or the file, why)."""
     try:
         paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     except OSError:  # the user's folder need not exist
         return [], []
     found: list[Preset] = []
-    faults: list[tuple[Path, str]] = []
+    faults: list[tuple[str, str]] = []
     for path in paths:
-        presets = _read(path)
-        if isinstance(presets, PresetError):
-            # A stray text in the user's folder must not take all presets away.
-            faults.append((path, str(presets)))
-        else:
-            found += presets
+        # A stray text in the user's folder must not take all presets away.
+        file = _read(path)
+        found += file.presets
+        faults += file.faults
     return found, faults
 
 
-def _read(path: Path) -> tuple[Preset, ...] | PresetError:
+def _read(path: Path) -> PresetFile:
     """The presets of a file in a folder, read again only after the file was changed."""
     try:
         status = path.stat()
     except OSError as error:
-        return PresetError(f"cannot read preset file {shown(path)}: {reason(error)}")
+        return PresetFile((), ((path.stem, f"cannot read preset file {shown(path)}: {reason(error)}"),))
     return presets_of_file(path, (status.st_mtime_ns, status.st_size))

@@ -10,9 +10,17 @@ from dataclasses import dataclass
 from functools import cached_property, reduce
 from numbers import Integral
 
+from blockmerge.anatomy import Family
 from blockmerge.errors import WeightsError, shown
+from blockmerge.weights.block_lists import family_named
 from blockmerge.weights.block_weights import SDXL_MAPS, BlockWeights, check_sdxl_map
-from blockmerge.weights.grammar import WeightsLike, finite_number, parse_assignments, parse_weights
+from blockmerge.weights.grammar import (
+    WeightsLike,
+    finite_number,
+    parse_assignments,
+    parse_weights,
+    read_weights,
+)
 from blockmerge.weights.preset_files import Preset
 from blockmerge.weights.presets import find_share
 from blockmerge.weights.random_weights import is_random
@@ -106,6 +114,25 @@ class WeightsRequest:
                 weights = weights.replace(parse_assignments(self.changes, weights.blocks, seed))
         return weights
 
+    def lost(self, family: str) -> list[str]:
+        """Say, a sentence each, which weights are missed when they are carried over to a family's blocks.
+
+        Raises WeightsError as `resolve` does.
+        """
+        asked = self.default if self.weights is None else self.weights
+        named = [
+            (f"preset '{shown(preset.name)}'", preset.table_for(family, self.sdxl_map, self._seed))
+            for preset, ratio in self._shares
+            if ratio
+        ]
+        if not self._shares and asked is not None:
+            named = [(self._option("weights"), read_weights(asked, family, self._seed))]
+        return [
+            said
+            for what, given in named
+            for said in _lost_of(given, what, family_named(family), self.sdxl_map)
+        ]
+
     def change(self, held: BlockWeights) -> BlockWeights:
         """Return `held` with the weights of just those blocks that are named, in `weights` or in `changes`.
 
@@ -169,3 +196,18 @@ class WeightsRequest:
             yield
         except WeightsError as error:
             raise type(error)(f"{self._option(name)}: {error}") from error
+
+
+def _lost_of(given: BlockWeights, what: str, family: Family, sdxl_map: str | None) -> Iterator[str]:
+    """Say which of the weights that `what` has given are missed in a family."""
+    lost = given.lost_for(family.name, sdxl_map)
+    if not lost:
+        return
+    told = ", ".join(
+        f"{block}={'skip' if weight is None else f'{weight:.6g}'}" for block, weight in lost.items()
+    )
+    yield (
+        f"{what}: {len(given)} weights go to {family.title}'s {len(family.blocks)} blocks, and {told} "
+        f"{'has' if len(lost) == 1 else 'have'} no place there; give {len(family.blocks)} weights, "
+        "or another sdxl_map (--sdxl-map)"
+    )

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from blockmerge.checkpoints.checkpoint import Checkpoint, Checksummed, Reader, TensorInfo
-from blockmerge.checkpoints.formats.any_file import open_file
+from blockmerge.checkpoints.formats.any_file import SUFFIXES, open_file
 from blockmerge.checkpoints.formats.safetensors_file import LARGEST_HEADER
 from blockmerge.checkpoints.hub import name_of, shown_path
-from blockmerge.errors import CheckpointError, listing, reason, shown
+from blockmerge.errors import CheckpointError, counted, listing, reason, shown
 
 MODEL_INDEX = "model_index.json"
 _MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -77,8 +77,8 @@ class DiffusersFolder(Checkpoint):
             folders = _component_folders(self.path)
             if not folders:
                 raise CheckpointError(
-                    f"{shown_path(path)} is a folder without a model: "
-                    "give a .safetensors file, or a diffusers folder (unet/, vae/, "
+                    f"{shown_path(path)} is a folder without a model{_files_instead(self.path)}, "
+                    "or a diffusers folder (unet/, vae/, "
                     "text_encoder/ with diffusion_pytorch_model.safetensors or model.safetensors)"
                 )
             chosen = _choose(self.path, folders, variant, any_variant=any_variant)
@@ -160,6 +160,29 @@ def is_diffusers_folder(path: str | os.PathLike[str]) -> bool:
         return folder.is_dir() and ((folder / MODEL_INDEX).is_file() or bool(_component_folders(folder)))
     except (OSError, CheckpointError):
         return False
+
+
+def model_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """Return the files in a folder that are called like models, in order. Raises OSError."""
+    return sorted(entry for entry in Path(folder).iterdir() if entry.suffix.lower() in SUFFIXES)
+
+
+def _files_instead(folder: Path) -> str:
+    """What a folder without a model has instead, and which of it to give."""
+    files = model_files(folder)
+    if not files:
+        return ": give a .safetensors file"
+    what = counted(len(files), "model file")
+    return f" of its own, but with {what} in it: give one of these, such as {shown(files[0])}"
+
+
+def carried_without_weights(folder: Path) -> tuple[str, ...]:
+    """Return the configs and tokenizers of a folder that is laid out like a model's but has no weights, as
+    relative paths; nothing for any other folder.
+
+    Raises OSError, and CheckpointError as opening it would.
+    """
+    return () if _component_folders(folder) else tuple(_carried(folder, is_component=False))
 
 
 def foreign_files(folder: Path) -> list[str]:

@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from blockmerge.errors import OutputError, shown
+from blockmerge.errors import OutputError, bytes_text, shown
 
 try:
     import fcntl
@@ -42,9 +42,10 @@ def check_space(target: Path, size: int) -> None:
     """
     free = shutil.disk_usage(target.parent).free
     if free < size:
-        raise OutputError(
-            f"not enough space for {shown(target)}: it needs {_mega(size)}, {_mega(free)} are free"
-        )
+        needed, there = bytes_text(size), bytes_text(free)
+        if needed == there:  # to the digits that are shown
+            needed, there = f"{size:,} B", f"{free:,} B"
+        raise OutputError(f"not enough space for {shown(target)}: it needs {needed}, {there} are free")
 
 
 def status(path: Path) -> os.stat_result | None:
@@ -103,11 +104,11 @@ def _sweep_writer(stem: Path) -> Iterator[str]:
     if temp.is_dir() and not temp.is_symlink():
         size = sum(file.lstat().st_size for file in temp.rglob("*") if not file.is_dir())
         shutil.rmtree(temp)
-        yield f"removed {shown(temp.name)} ({_mega(size)}), left by an interrupted run"
+        yield f"removed {shown(temp.name)} ({bytes_text(size)}), left by an interrupted run"
     elif temp.is_file():
         size = temp.stat().st_size
         if _remove_if_abandoned(temp):
-            yield f"removed {shown(temp.name)} ({_mega(size)}), left by an interrupted run"
+            yield f"removed {shown(temp.name)} ({bytes_text(size)}), left by an interrupted run"
     if aside.is_dir():
         if _put_back(aside, target):
             yield f"put {shown(target)} back, which an interrupted run had moved aside"
@@ -236,7 +237,3 @@ def exchange(one: Path, other: Path) -> bool:
     if code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
         return False
     raise OSError(code, os.strerror(code))
-
-
-def _mega(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"

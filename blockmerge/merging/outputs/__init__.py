@@ -51,7 +51,10 @@ def choose_output(
             "give the output a file name, or naming='diffusers' (--to diffusers, of merge and convert)"
         )
     if kind is None:
-        raise OutputError(f"{shown(wish.path)}: the output is a .safetensors file; end its name so")
+        raise OutputError(
+            f"{shown(wish.path)}: the output is a .safetensors file; end its name so, or, "
+            "for a diffusers folder, give naming='diffusers' (--to diffusers, of merge and convert)"
+        )
     if configs is not None and not kind.has_configs:
         raise RecipeError(
             f"configs go into a diffusers folder only, and {shown(wish.path)} is {kind.title}: leave them out"

@@ -7,27 +7,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 from blockmerge.anatomy import TITLES, Anatomy, is_position_ids, is_prediction_marker
 from blockmerge.anatomy.configs import folder_configs, prediction_settings
 from blockmerge.anatomy.structure import names_in_config
-from blockmerge.checkpoints import (
-    LARGEST_CARRIED,
-    Checkpoint,
-    CheckpointLike,
-    DiffusersFolder,
-    Model,
-    open_source,
-    other_kind_of,
-)
-from blockmerge.errors import (
-    CheckpointError,
-    IncompatibleModelsError,
-    UnknownFamilyError,
-    listing,
-    reason,
-    shown,
+from blockmerge.checkpoints import LARGEST_CARRIED, CheckpointLike, Model
+from blockmerge.errors import CheckpointError, IncompatibleModelsError, UnknownFamilyError, listing, shown
+from blockmerge.merging.outputs.configs_folder import (
+    ConfigsFolder,
+    is_pipeline,
+    needed_tokenizers,
+    read_small,
+    tokenizer_class,
 )
 from blockmerge.merging.outputs.output import NamedTensor
 
@@ -66,24 +58,22 @@ def folder_files(
         raise IncompatibleModelsError(
             f"{shown(models[0].name)} cannot become a diffusers folder: it {error}"
         ) from None
-    source = _folder_of_configs(models, configs)
     in_folder = _names_in_components(tensors)
+    components = {tensor.name.partition("/")[0] for tensor in tensors}
+    tokenizers = needed_tokenizers(anatomy.family.configs, components)
+    source = _folder_of_configs(models, configs, tokenizers, anatomy.family.title)
     if source is None:
         _check_markers(models[0], made[_SCHEDULER])
         _check_made(models[0], made, in_folder)
-        notes = [
-            "a single file holds no tokenizers: "
-            "the new folder has none (--configs FOLDER takes them from another)"
-        ]
-        return {path: _json(content) for path, content in made.items()}, notes + guess
-    components = {tensor.name.partition("/")[0] for tensor in tensors}
+        files = {path: _json(content) for path, content in made.items()}
+        return files, [*_without_tokenizers(files, tokenizers), *guess]
     carried = {
         path: data
         for path, data in _carried(source).items()
         if path.count("/") == 0 or _belongs(path, components, source)
     }
     # What A's own configs say of A is not ours to correct.
-    differing = _differing(carried, made, {} if source is models[0].source else in_folder)
+    differing = _differing(carried, made, {} if source.path == models[0].source.path else in_folder)
     faults = [
         f"{path} says {key} {values}" for (path, key), values in differing.items() if key != "in_channels"
     ]
@@ -97,8 +87,8 @@ def folder_files(
     files = {path: _json(content) for path, content in made.items()} | fitting
     _check_markers(models[0], _parsed(files[_SCHEDULER]) or {})
     notes = [] if _SCHEDULER in carried else guess
-    index = _index(files["model_index.json"], made["model_index.json"], components, source)
-    if known and source is not models[0].source:
+    index = _index(files, made["model_index.json"], components, source)
+    if known and source.path != models[0].source.path:
         scheduler = _scheduler(files[_SCHEDULER], made[_SCHEDULER], prediction_settings(**known))
         if scheduler != _parsed(files[_SCHEDULER]):
             files[_SCHEDULER] = _json(scheduler)
@@ -110,7 +100,22 @@ def folder_files(
             what = f"{scheduler['prediction_type']}, as {shown(models[0].name)} is marked"
             notes.append(f"scheduler_config.json says {what}; that of {shown(source.name)} says otherwise")
     files["model_index.json"] = _json(index)
-    return files, notes
+    return files, [*_without_tokenizers(files, tokenizers), *notes]
+
+
+def _without_tokenizers(files: Mapping[str, bytes], needed: Mapping[str, str]) -> list[str]:
+    """What the user is told where tokenizers are missing that the output's text encoders need."""
+    missing = [
+        f"{part} (that of {whose})" for part, whose in needed.items() if not tokenizer_class(files, part)
+    ]
+    if not missing:
+        return []
+    alone = ", or the tokenizer's folder alone" if len(needed) == 1 else ", or one that holds just these"
+    return [
+        f"warning: the new folder lacks {' and '.join(missing)}, which single files do not hold: "
+        "loading it as a pipeline will fail, or prompts will. Give configs (--configs FOLDER), a diffusers "
+        f"folder that has {'it' if len(missing) == 1 else 'them'}{alone}"
+    ]
 
 
 def _names_in_components(tensors: Sequence[NamedTensor]) -> dict[str, set[str]]:
@@ -125,7 +130,7 @@ def _names_in_components(tensors: Sequence[NamedTensor]) -> dict[str, set[str]]:
 def _check_has_configs(a: Model, anatomy: Anatomy) -> None:
     """Raise IncompatibleModelsError where a folder has to be made, and cannot be for such a model."""
     unfit = [one for one in anatomy.standing.derivatives if one.unfit_for_folders]
-    if unfit and not _is_pipeline(a.source):
+    if unfit and not is_pipeline(a.source):
         raise IncompatibleModelsError(
             f"{shown(a.name)} is {unfit[0].title} and cannot become a diffusers folder: "
             f"{unfit[0].unfit_for_folders}"
@@ -177,9 +182,9 @@ def unsaid_in_a_file(a: Model) -> list[str]:
 
     Raises CheckpointError when A's configs cannot be read.
     """
-    if not (_is_pipeline(a.source) and _SCHEDULER in a.source.carried):
+    if not (is_pipeline(a.source) and _SCHEDULER in a.source.carried):
         return []
-    prediction = (_parsed(_read(a.source, _SCHEDULER)) or {}).get("prediction_type", "epsilon")
+    prediction = (_parsed(read_small(a.source.path / _SCHEDULER)) or {}).get("prediction_type", "epsilon")
     if prediction == "epsilon":
         return []
     return [
@@ -211,27 +216,19 @@ def _scheduler(carried: bytes, made: dict[str, Any], settings: dict[str, Any]) -
     return config | settings
 
 
-def _folder_of_configs(models: Sequence[Model], configs: CheckpointLike | None) -> DiffusersFolder | None:
+def _folder_of_configs(
+    models: Sequence[Model], configs: CheckpointLike | None, tokenizers: Mapping[str, str], family: str
+) -> ConfigsFolder | None:
     if configs is not None:
-        found: Checkpoint = open_source(configs, any_variant=True)
-        if not _is_pipeline(found):
-            kind = other_kind_of(found)
-            what = "is no diffusers folder, so" if kind is None else f"{kind}; it is no diffusers folder, and"
-            raise CheckpointError(f"{shown(found.name)} {what} there are no configs to take from it")
-        return found
-    return next((model.source for model in models if _is_pipeline(model.source)), None)
+        return ConfigsFolder.open(configs, tokenizers, family)
+    return next((ConfigsFolder.of(model.source) for model in models if is_pipeline(model.source)), None)
 
 
-def _is_pipeline(checkpoint: Checkpoint) -> TypeGuard[DiffusersFolder]:
-    """Whether it is a folder of components; one component's own folder has its config at another place."""
-    return isinstance(checkpoint, DiffusersFolder) and "" not in checkpoint.components
-
-
-def _carried(source: DiffusersFolder) -> dict[str, bytes]:
+def _carried(source: ConfigsFolder) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     size = 0
-    for path in source.carried:
-        files[path] = _read(source, path)
+    for path, place in source.files.items():
+        files[path] = read_small(place)
         size += len(files[path])
         if size > LARGEST_CARRIED:
             raise CheckpointError(
@@ -241,14 +238,7 @@ def _carried(source: DiffusersFolder) -> dict[str, bytes]:
     return files
 
 
-def _read(source: DiffusersFolder, path: str) -> bytes:
-    try:
-        return (source.path / path).read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {shown(error.filename)}: {reason(error)}") from error
-
-
-def _belongs(path: str, components: set[str], source: DiffusersFolder) -> bool:
+def _belongs(path: str, components: set[str], source: ConfigsFolder) -> bool:
     """Whether a file's folder is one without weights, as a tokenizer's, or that of a component that the
     output has.
     """
@@ -280,15 +270,18 @@ def _differing(
 
 
 def _index(
-    data: bytes, made: Mapping[str, Any], components: set[str], source: DiffusersFolder
+    files: Mapping[str, bytes], made: Mapping[str, Any], components: set[str], source: ConfigsFolder
 ) -> dict[str, Any]:
-    """model_index.json with exactly the components that the folder has."""
-    index = _parsed(data) or dict(made)
+    """model_index.json with exactly the components, and at least the tokenizers, that the folder has."""
+    index = _parsed(files["model_index.json"]) or dict(made)
     for part, entry in made.items():
         if part in components and index.get(part) in (None, [None, None]):
             index[part] = entry
     with_weights = {*source.components, "unet", "vae", "text_encoder", "text_encoder_2"}
     index.update({part: [None, None] for part in index.keys() & with_weights - components})
+    for part in made.keys() & {path.partition("/")[0] for path in files}:
+        if index.get(part) in (None, [None, None]) and (found := tokenizer_class(files, part)):
+            index[part] = found
     return index
 
 

@@ -12,15 +12,13 @@ from typing import Any
 
 from blockmerge.anatomy import FAMILIES
 from blockmerge.checkpoints import Checkpoint, CheckpointLike, Opening, name_of
-from blockmerge.dtypes import DTYPES
+from blockmerge.dtypes import DTYPES, short_dtype
 from blockmerge.errors import RecipeError, WeightsError, counted, did_you_mean, listing, shown
 from blockmerge.methods import Method, find_method
-from blockmerge.weights import Adjust, BlockWeights, ElementRules, WeightsRequest
+from blockmerge.weights import Adjust, AdjustLike, BlockWeights, ElementRules, RulesLike, WeightsRequest
 
 OUTPUT_DTYPES = {dtype.short: name for name, dtype in DTYPES.items() if dtype.short}
 """The output dtypes that can be asked for, with their names in safetensors headers; ``"keep"`` keeps A's."""
-
-_IN_TORCH = {f"torch.{dtype.torch}": dtype.short for dtype in DTYPES.values() if dtype.short}
 
 NAMINGS = ("ldm", "diffusers")
 
@@ -59,7 +57,7 @@ class Resolved:
     """A request, looked up and checked once for models of a family: all that was left open is decided.
 
     `preset` is the presets' label, None without; `numbers` are all that the method takes; `notes` say which
-    arguments are without effect.
+    weights have no place in the family, and which arguments are without effect.
     """
 
     preset: str | None
@@ -71,7 +69,7 @@ class Resolved:
 
 @dataclass(frozen=True)
 class MergeRequest:
-    """What to merge and how; `dtype` may be spelled as torch does.
+    """What to merge and how; `dtype` may be spelled as `short_dtype` takes it.
 
     Raises RecipeError when an option has an unknown value.
 
@@ -105,7 +103,7 @@ class MergeRequest:
         plain = {
             "method": find_method(self.method),
             "vae": told_from_words(os.fspath(self.vae)) if isinstance(self.vae, os.PathLike) else self.vae,
-            "dtype": _IN_TORCH.get(self.dtype, self.dtype),
+            "dtype": short_dtype(self.dtype) or self.dtype,
             "configs": os.fspath(self.configs) if isinstance(self.configs, os.PathLike) else self.configs,
             "numbers": as_plain(self.numbers),
             "weights": _plain_request(self.weights),
@@ -209,6 +207,13 @@ class MergeRequest:
         """Raise RecipeError when the method does not take that many models."""
         self.merge_method.check_models(count)
 
+    def check_weights(self) -> None:
+        """Raise WeightsError where a weight that the method needs is not given, or given in two ways."""
+        if self.found is None:
+            self.weights.check()
+            if fault := missing_beta(self.merge_method, self.beta):
+                raise WeightsError(fault)
+
     def vae_choice(self, models: int) -> CheckpointLike | int:
         """What `vae_choice` says of this request's VAE."""
         return vae_choice(self.vae, models)
@@ -226,6 +231,7 @@ class MergeRequest:
         Raises WeightsError for weights that cannot be used, PresetError for an unknown preset, RecipeError
         for a number out of range.
         """
+        self.check_weights()
         weights, beta = self.weights, self.beta
         if self.found:
             weights = replace(weights, preset=None, weights=self.found.weights, changes=None)
@@ -236,8 +242,20 @@ class MergeRequest:
             weights=weights.resolve(family),
             beta=beta.resolve(family),
             numbers=self.merge_method.check_numbers(self.numbers, models),
-            notes=tuple(self._idle(family)),
+            notes=(*self._lost(family), *self._idle(family)),
         )
+
+    def _lost(self, family: str) -> list[str]:
+        """Say which weights have no place in a family and are missed."""
+        if self.found:
+            return []
+        asked = {"alpha": self.weights, "beta": self.beta}
+        return [
+            note
+            for name, request in asked.items()
+            if name in self.merge_method.weights
+            for note in request.lost(family)
+        ]
 
     def _idle(self, family: str) -> Iterator[str]:
         """Say which arguments are without effect on models of a family."""
@@ -270,6 +288,18 @@ def is_vae_of_models(vae: CheckpointLike, models: int) -> bool:
     return isinstance(vae, str) and (vae in _VAE_WORDS or isinstance(vae_choice(vae, models), int))
 
 
+def missing_beta(method: Method, beta: WeightsRequest) -> str | None:
+    """Say so where a method needs its second weight, and nothing is said about it: with 0 for all blocks, a
+    model would count for nothing.
+    """
+    if "beta" not in method.weights or method.weights["beta"] is not None or beta.is_asked_for:
+        return None
+    return (
+        f"{shown(method.name)} needs its second weight, beta, too, or a model would count for nothing: "
+        "give weights_beta (--weights-beta 0.5) or preset_beta (--preset-beta high_res)"
+    )
+
+
 def check_flag(name: str, value: object) -> None:
     """Raise RecipeError for an argument that is neither True nor False: any text would count as True, "no" as
     well.
@@ -284,19 +314,16 @@ def make_request(
     weights: WeightsRequest,
     beta: WeightsRequest,
     *,
-    rules: str = "",
-    adjust: str = "",
+    rules: RulesLike = "",
+    adjust: AdjustLike = "",
     arguments: Iterable[str] | None = None,
     **options: Any,
 ) -> MergeRequest:
-    """Read what was given as text. The seed of the weights is that of the method as well, where it has one.
+    """Read rules and adjust. The seed of the weights is that of the method as well, where it has one.
 
-    Raises RecipeError, naming the argument, for what is no text, and for a number that the method does not
-    have: one of the caller's own `arguments` may have been meant.
+    Raises RecipeError, naming the argument, for what is none, and for a number that the method does not have:
+    one of the caller's own `arguments` may have been meant.
     """
-    for name, text, example in (("rules", rules, "OUT03-OUT05:attn2:0.5"), ("adjust", adjust, "0,0,0,1")):
-        if not isinstance(text, str):
-            raise RecipeError(f"{name} is a text, as in '{example}'; {type(text).__name__} given")
     found = find_method(method)
     found.check_names(numbers, others=arguments or ())
     if "seed" not in numbers and any(number.name == "seed" for number in found.numbers):
@@ -306,8 +333,8 @@ def make_request(
         method=found,
         beta=beta,
         numbers=numbers,
-        rules=ElementRules.parse(rules),
-        adjust=Adjust.parse(adjust),
+        rules=ElementRules.of(rules),
+        adjust=Adjust.of(adjust),
         **options,
     )
 

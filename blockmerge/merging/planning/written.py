@@ -35,10 +35,10 @@ _ASKED = (*_OF_WEIGHTS, *(f"{key}_beta" for key in _OF_WEIGHTS))
 """What was asked of the weights, which a run replaces with what it has found."""
 
 _TEXTS = (
-    "method", "adjust", "vae", "dtype", "to", "ema", "variant", "configs", "sdxl_map",
+    "method", "vae", "dtype", "to", "ema", "variant", "configs", "sdxl_map",
 )  # fmt: skip
 _FLAGS = ("clip", "prune", "allow_nonfinite")
-OPTIONS = (*_ASKED, *_TEXTS, *_FLAGS, "rules", "seed", "numbers", "found")
+OPTIONS = (*_ASKED, *_TEXTS, *_FLAGS, "rules", "adjust", "seed", "numbers", "found")
 """The keys of a request that is written as asked; all others are numbers of its method."""
 
 _AS_RUN = frozenset((
@@ -111,6 +111,7 @@ def from_asked(
         _check(written, key, (str, list, tuple), "a text or a list of texts")
         if not isinstance(written.get(key), (str, type(None))):
             _check_each(written[key], key)
+    _check(written, "adjust", (str, list, tuple), "a text or a list of numbers")
     for key in ("weights", "weights_beta"):
         _check(written, key, (str, int, float, list, tuple, Mapping), "a text, a number, a list or a table")
     _check(written, "numbers", Mapping, "a table")
@@ -127,7 +128,7 @@ def from_asked(
         as_plain({**by_name, **(written.get("numbers") or {})}),
         _weights(written, ""),
         _weights(written, "_beta"),
-        rules=rules if isinstance(rules, str) else ", ".join(rules),
+        rules=rules,
         adjust=written.get("adjust") or "",
         arguments=(*OPTIONS, "models"),
         configs=written.get("configs") if configs is None else configs,

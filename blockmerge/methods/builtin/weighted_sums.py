@@ -86,7 +86,7 @@ def scale(a: torch.Tensor, *, alpha: float, out: torch.Tensor) -> None:
 )
 @in_blocks
 def triple_sum(
-    a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, *, alpha: float, beta: float = 0.0, out: torch.Tensor
+    a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, *, alpha: float, beta: float, out: torch.Tensor
 ) -> None:
     """(1 − α − β)·A + α·B + β·C, as SuperMerger has it."""
     combine_into(out, [a, b, c], [1 - alpha - beta, alpha, beta])
@@ -99,7 +99,7 @@ def triple_sum(
 )
 @in_blocks
 def sum_twice(
-    a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, *, alpha: float, beta: float = 0.0, out: torch.Tensor
+    a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, *, alpha: float, beta: float, out: torch.Tensor
 ) -> None:
     """(1 − β)·((1 − α)·A + α·B) + β·C, as SuperMerger has it."""
     wide = wide_dtype(a, b, c, out)
