@@ -11,6 +11,7 @@ from blockmerge.checkpoints.metadata import faulty_metadata
 from blockmerge.checkpoints.model import EMA_CHOICES, VAE_PREFIX, Model, made, vae_tensors
 from blockmerge.checkpoints.open import CheckpointLike, open_checkpoint, told_apart
 from blockmerge.checkpoints.position_ids import POSITIONS, fault_of_position_ids
+from blockmerge.checkpoints.quantised import QUANTISATION_KEY, SCALED_FP8, Quantised, quantised
 from blockmerge.checkpoints.reading import Readers, read
 from blockmerge.checkpoints.state_dict import StateDict, state_dict_name
 from blockmerge.checkpoints.writing.disk import check_space
@@ -21,6 +22,8 @@ __all__ = [
     "EMA_CHOICES",
     "LARGEST_CARRIED",
     "POSITIONS",
+    "QUANTISATION_KEY",
+    "SCALED_FP8",
     "SUFFIXES",
     "VAE_PREFIX",
     "Assembled",
@@ -33,6 +36,7 @@ __all__ = [
     "Hashes",
     "Model",
     "Piece",
+    "Quantised",
     "Reader",
     "Readers",
     "SafetensorsFile",
@@ -50,6 +54,7 @@ __all__ = [
     "made",
     "old_hash",
     "open_checkpoint",
+    "quantised",
     "read",
     "state_dict_name",
     "told_apart",

@@ -5,7 +5,7 @@ matched.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from blockmerge.anatomy import (
     DIFFUSERS_UNET_PREFIX,
@@ -18,9 +18,12 @@ from blockmerge.anatomy import (
     canonical_name,
     component_of,
     identify,
+    is_position_ids,
     plain_names_of_ema,
 )
 from blockmerge.checkpoints.checkpoint import Checkpoint
+from blockmerge.checkpoints.quantised import Quantised, quantised
+from blockmerge.dtypes import FLOAT_DTYPES
 from blockmerge.errors import CheckpointError, UnknownFamilyError, counted, listing, shown
 from blockmerge.expressions import Expression, Joined, Part, Reshaped, Stored, Transposed, leaves_of, simplify
 
@@ -34,6 +37,7 @@ class Model:
 
     EMA copies are left out, unless they are all the U-Net there is, or wanted: `ema_tensors` are those.
     `name` is what messages call it. `bare` says that its U-Net's names lack the prefix of whole models.
+    What `quantised` sets aside is none of the tensors.
     """
 
     source: Checkpoint
@@ -44,16 +48,23 @@ class Model:
     ema_tensors: tuple[str, ...]
     notes: tuple[str, ...]
     name: str
+    quantised: Quantised = field(default_factory=Quantised)
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, ema: str = "drop", name: str | None = None) -> Model:
+    def of(
+        cls, checkpoint: Checkpoint, ema: str = "drop", name: str | None = None, *, to_compute: bool = True
+    ) -> Model:
         """Look at a checkpoint's names and shapes; `ema` is one of EMA_CHOICES: what becomes of EMA copies.
 
         Messages call it `name`, by default the checkpoint's. Raises UnknownFamilyError, with the name,
-        without a known U-Net, and CheckpointError for a tensor that is not of the shape it takes.
+        without a known U-Net, and CheckpointError for a tensor that is not of the shape it takes, and for
+        quantised weights that cannot be read, unless nothing is `to_compute` with them.
         """
         name = checkpoint.name if name is None else name
-        original, notes = _matched_names(checkpoint, ema, name)
+        how = quantised(checkpoint)
+        if to_compute:
+            how.check(name)
+        original, notes = _matched_names(checkpoint, ema, name, how)
         shapes = {canonical: checkpoint.tensors[own].shape for canonical, own in original.items()}
         try:
             anatomy = identify(
@@ -61,7 +72,9 @@ class Model:
             )
         except UnknownFamilyError as error:
             raise UnknownFamilyError(f"{shown(name)} {error}") from None
-        tensors = _in_ldm(checkpoint, original, anatomy.naming, anatomy.family)
+        tensors = _in_ldm(checkpoint, original, anatomy.naming, anatomy.family, how)
+        if to_compute:
+            _refuse_integers(tensors, anatomy.family, name)
         used = set(original.values())
         return cls(
             source=checkpoint,
@@ -77,6 +90,7 @@ class Model:
             ),
             notes=tuple(notes),
             name=name,
+            quantised=how,
         )
 
     def names_in_file(self, name: str) -> tuple[str, ...]:
@@ -127,22 +141,39 @@ def _name_in_file(tensor: Expression) -> str:
 
 
 def _in_ldm(
-    checkpoint: Checkpoint, original: Mapping[str, str], naming: str, family: Family
+    checkpoint: Checkpoint, original: Mapping[str, str], naming: str, family: Family, how: Quantised
 ) -> dict[str, Expression]:
     """A checkpoint's tensors under LDM names; `original` maps canonical names to the file's own."""
-    stored: dict[str, Expression] = {name: Stored.of(checkpoint, own) for name, own in original.items()}
+    stored = {name: how.tensor(checkpoint, own) for name, own in original.items()}
     return {
         name: simplify(made(origin, stored, checkpoint.name))
         for name, origin in family.origins(original, naming, "ldm").items()
     }
 
 
-def _matched_names(checkpoint: Checkpoint, ema: str, label: str) -> tuple[dict[str, str], list[str]]:
+def _refuse_integers(tensors: Mapping[str, Expression], family: Family, label: str) -> None:
+    """Raise CheckpointError for weights that are none: what the layout has as floats is something else."""
+    odd = {
+        _name_in_file(one): one.dtype
+        for name, one in tensors.items()
+        if one.dtype not in FLOAT_DTYPES and name in family.layout and not is_position_ids(name)
+    }
+    if odd:
+        raise CheckpointError(
+            f"{shown(label)} has {' and '.join(sorted(set(odd.values())))} in place of floats "
+            f"({listing(odd)}): of quantised weights only fp8 can be read, plain or scaled; "
+            "take the model in fp16 or bf16"
+        )
+
+
+def _matched_names(
+    checkpoint: Checkpoint, ema: str, label: str, how: Quantised
+) -> tuple[dict[str, str], list[str]]:
     """Return {canonical name: name in the file}, EMA copies treated as asked for, and notes."""
     names: dict[str, str] = {}
     twice: list[str] = []
     for name in checkpoint.tensors:
-        if component_of(name) == "ema" and ema != "keep":
+        if name in how.aside or (component_of(name) == "ema" and ema != "keep"):
             continue
         canonical = canonical_name(name)
         if canonical in names:
@@ -173,18 +204,21 @@ def _matched_names(checkpoint: Checkpoint, ema: str, label: str) -> tuple[dict[s
 def vae_tensors(checkpoint: Checkpoint, family: Family) -> dict[str, Expression]:
     """Return a VAE's tensors under LDM names, from a whole model or a VAE alone, in either naming itself.
 
-    Raises CheckpointError for a tensor that is not of the shape it takes.
+    Raises CheckpointError for a tensor that is not of the shape it takes, and for quantised weights that
+    cannot be read.
     """
+    how = quantised(checkpoint)
+    how.check(checkpoint.name)
     bare = {
         name: canonical_name(name).removeprefix(VAE_PREFIX).removeprefix("vae/")
         for name in checkpoint.tensors
+        if name not in how.aside
     }
     own = {name: short for name, short in bare.items() if short.startswith(VAE_PARTS)}
     if any(short.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for short in own.values()):
-        return _in_ldm(
-            checkpoint,
-            {canonical_name(f"vae/{short}"): name for name, short in own.items()},
-            "diffusers",
-            family,
-        )
-    return _in_ldm(checkpoint, {VAE_PREFIX + short: name for name, short in own.items()}, "ldm", family)
+        original, naming = {canonical_name(f"vae/{short}"): name for name, short in own.items()}, "diffusers"
+    else:
+        original, naming = {VAE_PREFIX + short: name for name, short in own.items()}, "ldm"
+    tensors = _in_ldm(checkpoint, original, naming, family, how)
+    _refuse_integers(tensors, family, checkpoint.name)
+    return tensors

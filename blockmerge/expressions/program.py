@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from blockmerge.dtypes import torch_dtype
 from blockmerge.expressions.arrangements import is_arranged
-from blockmerge.expressions.computed import Merged
+from blockmerge.expressions.computed import Dequantised, Merged
 from blockmerge.expressions.expression import LOCALITIES, Expression, Locality, Shape
 from blockmerge.expressions.leaves import Leaf
 from blockmerge.methods import Method
@@ -80,6 +80,30 @@ class Program:
         if self.locality == "element":
             return 1
         return max(1, prod(shape[1:] if self.locality == "row" else shape))
+
+    def stretch(self, place: int, first: int, elements: int) -> tuple[int, Shape]:
+        """Where in an operand lies what `elements` of the result from `first` on are made of: from which of
+        its elements on, and in which shape.
+        """
+        given = self.placeholders[place]
+        match self.locality:
+            case "element":
+                return first, (elements,)
+            case "row":
+                width = self.grain(self.root.shape)
+                return first // width * prod(given.shape[1:]), (elements // width, *given.shape[1:])
+            case _:
+                return 0, given.shape
+
+    def shaped(self, out: torch.Tensor) -> torch.Tensor:
+        """A flat stretch of the result in the shape that `run` takes it in."""
+        match self.locality:
+            case "element":
+                return out
+            case "row":
+                return out.view(-1, *self.root.shape[1:])
+            case _:
+                return out.view(self.root.shape)
 
     def at(self, alpha: float | None, beta: float | None) -> Program:
         """The same at other weights, as long as neither are such that something is only copied."""
@@ -167,6 +191,11 @@ def leaves_of(expression: Expression) -> Iterator[Expression]:
 def methods_of(expression: Expression) -> Iterator[Method]:
     """Yield the methods that an expression is merged by, the outermost first."""
     return (one.method for one in _nodes(expression) if isinstance(one, Merged))
+
+
+def dequantised_in(expression: Expression) -> Iterator[Dequantised]:
+    """Yield what of an expression is read from codes and their scales, from left to right."""
+    return (one for one in _nodes(expression) if isinstance(one, Dequantised))
 
 
 def _nodes(expression: Expression) -> Iterator[Expression]:

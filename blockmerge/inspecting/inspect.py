@@ -16,7 +16,14 @@ from blockmerge.anatomy import (
     lone_component,
     plain_names_of_ema,
 )
-from blockmerge.checkpoints import CheckpointLike, Hashes, TensorInfo, hash_file, open_checkpoint
+from blockmerge.checkpoints import (
+    CheckpointLike,
+    Hashes,
+    TensorInfo,
+    hash_file,
+    open_checkpoint,
+    quantised,
+)
 from blockmerge.errors import UnknownFamilyError
 from blockmerge.streaming import Progress
 
@@ -47,7 +54,8 @@ class Inspection:
 
     So is naming, but of a VAE or a text encoder alone.
 
-    `blocks` are the U-Net's, without BASE. `hashes` is None unless asked for.
+    `quantised` says how the weights are, or is None. `blocks` are the U-Net's, without BASE. `hashes` is None
+    unless asked for.
     """
 
     name: str
@@ -55,6 +63,7 @@ class Inspection:
     variant: str | None
     naming: str | None
     why_unknown: str | None
+    quantised: str | None
     components: Mapping[str, Part]
     blocks: Mapping[str, Part]
     metadata: Mapping[str, str]
@@ -73,7 +82,8 @@ class Inspection:
 
 
 def inspect(path: CheckpointLike, hashes: bool = False, progress: Progress | None = None) -> Inspection:
-    """Look at a checkpoint's header; with `hashes` also read the whole file once.
+    """Look at a checkpoint's header, and at the scales of quantised weights; with `hashes` also read the
+    whole file once.
 
     Raises CheckpointError when it cannot be read. A file that is no Stable Diffusion model is no error.
     """
@@ -84,6 +94,7 @@ def inspect(path: CheckpointLike, hashes: bool = False, progress: Progress | Non
     if not has_unet:  # then EMA weights are the U-Net
         names.update(plain)
     anatomy, why = _identify({names[name]: info.shape for name, info in checkpoint.tensors.items()})
+    how = quantised(checkpoint)
     alone, naming, _ = lone_component(names) or (None, None, 0)
     components: dict[str, list[TensorInfo]] = {component: [] for component in COMPONENTS}
     blocks: dict[str, list[TensorInfo]] = {
@@ -100,6 +111,7 @@ def inspect(path: CheckpointLike, hashes: bool = False, progress: Progress | Non
         variant=anatomy.variant if anatomy else None,
         naming=anatomy.naming if anatomy else naming,
         why_unknown=why,
+        quantised=str(how) if how.kind else None,
         components={component: Part.of(infos) for component, infos in components.items() if infos},
         blocks={block: Part.of(infos) for block, infos in blocks.items()},
         metadata=checkpoint.metadata,

@@ -57,6 +57,8 @@ def print_merge(console: Console, result: MergeResult) -> None:
 def print_inspection(console: Console, found: Inspection) -> None:
     """Print what is in a checkpoint."""
     _line(console, _title(found, found.why_unknown or ""))
+    if found.quantised:
+        _line(console, Text(f"its weights are quantised: {shown(found.quantised, 400)}"))
     if "ema" in found.components and "unet" not in found.components:
         _line(console, Text("its U-Net is there as EMA weights only, which are used as the U-Net"))
     for title, parts in (("component", found.components), ("block", found.blocks)):

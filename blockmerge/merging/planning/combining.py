@@ -10,7 +10,17 @@ from typing import Any
 
 from blockmerge.anatomy import Family, plain_names_of_ema
 from blockmerge.dtypes import wide_dtype
-from blockmerge.expressions import Cast, Clipped, Expression, Gathered, Joined, Merged, Part, Scaled
+from blockmerge.expressions import (
+    Cast,
+    Clipped,
+    Expression,
+    Gathered,
+    Joined,
+    Merged,
+    Part,
+    Scaled,
+    dequantised_in,
+)
 from blockmerge.methods import Method, key_of
 from blockmerge.weights import Change
 
@@ -142,6 +152,13 @@ def adjusted(
         return make(dtype)
     wide = wide_dtype(tuple(one.dtype for one in inputs), dtype)
     return Scaled(make(wide), dtype, change.scale, change.shift)
+
+
+def kept_dtype(tensor: Expression) -> str:
+    """The dtype of a tensor that keeps its own: of one that was quantised, bfloat16, as programs compute with
+    it.
+    """
+    return "BF16" if any(True for _ in dequantised_in(tensor)) else tensor.dtype
 
 
 def widest_input(name: str, shapes: Sequence[tuple[int, ...]], family: Family) -> int | None:
