@@ -194,7 +194,7 @@ def test_schedules_and_integers_come_from_a(models, merged):
 def test_floats_in_only_one_model_are_refused_in_the_unet_and_noted_elsewhere(models, merged, dtype):
     # Those that the architecture has as floats are refused before: see test_quantised_refused.
     unet, text = PROJ.replace(".weight", ".table"), TEXT.replace(".weight", ".table")
-    a, b = ({**one, unet: one[PROJ], text: one[TEXT]} for one in models)
+    a, b = ({**one, unet: one[PROJ].clone(), text: one[TEXT].clone()} for one in models)
     spelled = {torch.int8: "I8", torch.bool: "BOOL"}[dtype]
     for first, second, said in (
         ({**a, unet: a[unet].to(dtype)}, b, f"{spelled} and F16"),

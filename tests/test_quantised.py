@@ -6,6 +6,8 @@ import json
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import blockmerge
@@ -13,7 +15,9 @@ from blockmerge import LiveMerge
 from blockmerge.cli.main import run
 from blockmerge.demo import make_state_dicts
 from blockmerge.inspecting import repair
+from blockmerge.merging.planning.runs import COPY, Run
 from blockmerge.methods import METHODS
+from blockmerge.streaming import PAGE
 from tests import oracle
 from tests.quantising import E4M3, E5M2, SPELLINGS, codes_of, is_quantised, meant, quantised, saved
 from tests.small_models import small_model, write_folder
@@ -143,6 +147,14 @@ def test_adjusted_and_clipped_are_what_they_are_of_dequantised_weights(tmp_path,
     same_bits(load_file(one), load_file(two))
 
 
+@given(st.integers(0, 1 << 14), st.sampled_from([1, 2, 72, 100, 640, 4096, 5760, 10240]), st.integers(0, 300))
+def test_rows_are_cut_where_pages_begin(start, row, rows):
+    """As direct writes need it, wherever there is such a place."""
+    position = start + rows * row
+    places = [place for place in range(start, position + 1, row) if place % PAGE == 0]
+    assert Run(start, 1 << 20, "U8", COPY, (), row).last_page(position) == max(places, default=None)
+
+
 # -- converted -----------------------------------------------------------------------------------------------
 
 
@@ -195,16 +207,16 @@ def test_under_other_names(tmp_path, family, by_row):
         save_file(codes, path, metadata={"format": "pt"})
         save_file(plain, tmp_path / "p-made" / path.relative_to(tmp_path / "s-made"))
     other = saved(tmp_path, "other", small_model(family, seed=3, for_a_folder=True))
-    for name, given in (("converted", ()), ("merged", (other,))):
+    for name, others in (("converted", ()), ("merged", (other,))):
         made = [
             load_file(
                 blockmerge.convert(
                     folder, tmp_path / f"{name}-{folder.name}.safetensors", dtype="bf16"
                 ).output
-                if not given
+                if not others
                 else blockmerge.merge(
                     folder,
-                    *given,
+                    *others,
                     weights=0.5,
                     vae="a",
                     dtype="bf16",

@@ -121,6 +121,22 @@ def test_other_kinds_are_refused_by_name_before_anything_is_written(tmp_path, pa
     assert kind in row.error
 
 
+def test_packed_weights_do_not_make_one_family_another(tmp_path):
+    """SD1 projects with a convolution and SD2 with a matrix, as which packed weights are stored."""
+    for family, told in (("sd1", None), ("sd2", None), ("sdxl", "sdxl")):
+        model = small_model(family, for_a_folder=True)
+        for name in [name for name in model if name.endswith("proj_in.weight")]:
+            model |= {name: packed(), f"{name}.absmax": torch.ones(1)}
+        model[U + "input_blocks.1.1.proj_in.weight"] = packed()
+        if family == "sdxl":
+            del model[U + "input_blocks.1.1.proj_in.weight"]
+        path = saved(tmp_path, family, model)
+        found = blockmerge.inspect(path)
+        assert found.family == told
+        assert (found.why_unknown is None) == (told is not None)
+        assert blockmerge.check(path).family == told
+
+
 def test_a_vae_file_and_a_live_model_of_other_kinds(tmp_path, pair):
     other = saved(tmp_path, "fine", pair[0])
     vae = {"decoder.conv_in.weight": packed((8, 1)), "decoder.conv_in.weight.absmax": F32}

@@ -65,7 +65,7 @@ class Model:
         if to_compute:
             how.check(name)
         original, notes = _matched_names(checkpoint, ema, name, how)
-        shapes = {canonical: checkpoint.tensors[own].shape for canonical, own in original.items()}
+        shapes = {canonical: how.shape_of(checkpoint.tensors[own]) for canonical, own in original.items()}
         try:
             anatomy = identify(
                 {known: shape for known, shape in shapes.items() if component_of(known) != "ema"}

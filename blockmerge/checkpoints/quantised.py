@@ -91,6 +91,11 @@ class Quantised:
         if self.fault is not None:
             raise CheckpointError(f"{shown(label)} {self.fault}")
 
+    def shape_of(self, info: TensorInfo) -> tuple[int, ...]:
+        """The shape that a tensor has in the model; none where it is packed, and its own would mislead."""
+        is_packed = bool(self.signs) and info.dtype not in FLOAT_DTYPES and info.dtype != "I8"
+        return () if is_packed else info.shape
+
     def tensor(self, checkpoint: Checkpoint, name: str) -> Expression:
         """What the tensor of that name is: its bytes, or what they stand for."""
         return self.weights.get(name) or Stored.of(checkpoint, name)

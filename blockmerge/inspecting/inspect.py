@@ -93,8 +93,10 @@ def inspect(path: CheckpointLike, hashes: bool = False, progress: Progress | Non
     names = {name: canonical_name(name) for name in checkpoint.tensors}
     if not has_unet:  # then EMA weights are the U-Net
         names.update(plain)
-    anatomy, why = _identify({names[name]: info.shape for name, info in checkpoint.tensors.items()})
     how = quantised(checkpoint)
+    anatomy, why = _identify({names[name]: how.shape_of(info) for name, info in checkpoint.tensors.items()})
+    if why is not None and has_unet and how.signs:
+        why = f"holds a U-Net of {how} weights, whose shapes do not tell which"
     alone, naming, _ = lone_component(names) or (None, None, 0)
     components: dict[str, list[TensorInfo]] = {component: [] for component in COMPONENTS}
     blocks: dict[str, list[TensorInfo]] = {

@@ -74,7 +74,8 @@ def print_inspection(console: Console, found: Inspection) -> None:
 
 def print_check(console: Console, found: CheckResult) -> None:
     """Print what is wrong with a checkpoint, a line for each problem, the worst first."""
-    _line(console, _title(found, "no known U-Net"))
+    is_quantised = any(problem.code == "quantised_weights" for problem in found.problems)
+    _line(console, _title(found, "quantised weights" if is_quantised else "no known U-Net"))
     code_width = max((len(problem.code) for problem in found.problems), default=0)
     for problem in found.problems:
         takes = "" if problem.bytes is None else f", {size(problem.bytes)}"
