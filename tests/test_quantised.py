@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import blockmerge
@@ -15,7 +14,6 @@ from blockmerge import LiveMerge
 from blockmerge.cli.main import run
 from blockmerge.demo import make_state_dicts
 from blockmerge.inspecting import repair
-from blockmerge.merging.planning.runs import COPY, Run
 from blockmerge.methods import METHODS
 from blockmerge.streaming import PAGE
 from tests import oracle
@@ -147,12 +145,19 @@ def test_adjusted_and_clipped_are_what_they_are_of_dequantised_weights(tmp_path,
     same_bits(load_file(one), load_file(two))
 
 
-@given(st.integers(0, 1 << 14), st.sampled_from([1, 2, 72, 100, 640, 4096, 5760, 10240]), st.integers(0, 300))
-def test_rows_are_cut_where_pages_begin(start, row, rows):
-    """As direct writes need it, wherever there is such a place."""
-    position = start + rows * row
-    places = [place for place in range(start, position + 1, row) if place % PAGE == 0]
-    assert Run(start, 1 << 20, "U8", COPY, (), row).last_page(position) == max(places, default=None)
+def test_rows_are_cut_wherever_a_page_ends(tmp_path, pair):
+    """As direct writes need it: a scale for each row makes no merge slower."""
+    codes = saved(tmp_path, "s", quantised(pair[0], by_row=True)[0])
+    plan = blockmerge.Merge(codes, saved(tmp_path, "b", pair[1]), weights=0.5).plan(
+        tmp_path / "o.safetensors"
+    )
+    (file,) = plan.planned.files
+    assert {run.grain for run in file.runs} == {1}
+    assert all(start % PAGE == 0 for start, _ in file.pieces(PAGE))
+    out = plan.run().output.read_bytes()
+    for size in (PAGE, 5 * PAGE):
+        small = replace(plan, pace=replace(plan.pace, piece_bytes=size, chunk_bytes=100), overwrite=True)
+        assert small.run().output.read_bytes() == out
 
 
 # -- converted -----------------------------------------------------------------------------------------------

@@ -103,12 +103,12 @@ class Readers:
         last = -(-(offset + len(buffer)) // (size * grain)) * grain
         is_all = offset == first * size and len(buffer) == (last - first) * size
         data = buffer if is_all else memoryview(bytearray((last - first) * size))
-        given = []
-        for place, one in enumerate(operands):
-            begin, shape = program.stretch(place, first, last - first)
-            given.append(self._values(one, begin, shape))
         out = _seen_as_tensor(data, tensor.dtype)
-        program.run(given, program.shaped(out), first)
+        for begin, elements in program.stretches(first, last - first, last - first):
+            places = (program.stretch(place, begin, elements) for place in range(len(operands)))
+            given = [self._values(one, *where) for one, where in zip(operands, places, strict=True)]
+            part = out[begin - first :][:elements]
+            program.run(given, program.shaped(part), begin)
         if is_all:
             return
         if grain == tensor.elements:

@@ -74,9 +74,8 @@ class Kernel:
         size = size_of(run.dtype)
         first = (low - run.start) // size
         count = len(target) // size
-        step = self._step(run)
-        for at in range(0, count, step):
-            elements = min(step, count - at)
+        for begin, elements in run.program.stretches(first, count, self._most(run)):
+            at = begin - first
             part = target[at * size : (at + elements) * size]
             operands = [
                 self._read(run, place, first + at, elements, part, readers)
@@ -102,10 +101,10 @@ class Kernel:
         name, _ = next(self._file.tensors_between(offset, offset + 1))
         return self._plan.tensor(name).ldm
 
-    def _step(self, run: Run) -> int:
-        """How many elements are computed at once: what fits a chunk, in whole grains."""
+    def _most(self, run: Run) -> int:
+        """How many elements are computed at once: what fits a chunk."""
         sizes = [size_of(one.dtype) for one in run.operands if not isinstance(one.source, Gathered)]
-        return max(1, self._chunk_bytes // max(size_of(run.dtype), *sizes) // run.grain) * run.grain
+        return self._chunk_bytes // max(size_of(run.dtype), *sizes)
 
     def _read(
         self, run: Run, place: int, first: int, elements: int, part: memoryview, readers: Readers

@@ -10,7 +10,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import gcd
 
 from blockmerge.checkpoints import Checkpoint, TensorInfo
 from blockmerge.dtypes import size_of
@@ -75,17 +74,6 @@ class Run:
     def grain_bytes(self) -> int:
         """The size of the stretch that cannot be cut."""
         return self.grain * size_of(self.dtype)
-
-    def last_page(self, position: int) -> int | None:
-        """The last place, up to one at which it may be cut, where that is so and a page begins, too."""
-        step = gcd(self.grain_bytes, PAGE)
-        if self.start % step:
-            return None
-        # Of the places start + n · grain, one in so many begins a page: n is this modulo that.
-        period = PAGE // step
-        n = -(self.start // step) * pow(self.grain_bytes // step, -1, period) % period
-        last = (position - self.start) // self.grain_bytes
-        return None if n > last else self.start + (last - (last - n) % period) * self.grain_bytes
 
     def continues(self, other: Run, elements: int) -> bool:
         """Whether this run goes on where `other` ends after so many elements, in the output and in all that
@@ -184,9 +172,7 @@ class PlannedFile:
             return goal
         run = self._run_at(goal)
         before = run.start + (goal - run.start) // run.grain_bytes * run.grain_bytes
-        page = run.last_page(before)
-        if page is None:
-            page = run.start // PAGE * PAGE
+        page = before // PAGE * PAGE
         if page > start and self._is_cut(page):
             return page
         if before > start:
