@@ -43,6 +43,7 @@ DTYPES: Mapping[str, Dtype] = {
     "F32": Dtype(4, "float32", "fp32", Precision(23, -126), ("float", "single")),
     "F8_E4M3": Dtype(1, "float8_e4m3fn", "fp8_e4m3fn", Precision(3, -6), ("fp8_e4m3",), infinity=False),
     "F8_E5M2": Dtype(1, "float8_e5m2", "fp8_e5m2", Precision(2, -14)),
+    "F8_E8M0": Dtype(1),  # the scales of quantised weights
     "F64": Dtype(8, "float64", None, Precision(52, -1022)),
     "C64": Dtype(8, "complex64"),
     "BOOL": Dtype(1, "bool"),

@@ -131,6 +131,11 @@ NEVER_SAID = {
     ): "the notes of a repair's conversion are not told",
     ("check", "merging/execute.py", "--allow-nonfinite"): "a repair allows them",
     ("check", "checkpoints/opening.py", "--ema"): "a repair asks for no EMA copies",
+    **{
+        (command, "cli/merge.py", option): "they share its options"
+        for command in ("check", "convert", "explain", "similarity", "inspect")
+        for option in ("--preset", "--weights")
+    },
     ("convert", "cli/numbers.py", "--number"): "it shares other options with `merge`",
     ("convert", "merging/planning/request.py", "--seed"): "a conversion has none",
     ("convert", "merging/planning/request.py", "--sdxl-map"): "likewise",

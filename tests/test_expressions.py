@@ -16,6 +16,7 @@ from blockmerge.dtypes import torch_dtype, wide_dtype
 from blockmerge.expressions import (
     Cast,
     Clipped,
+    Dequantised,
     Expression,
     Joined,
     Known,
@@ -67,6 +68,15 @@ def reshaped(one, shape):
     return Both(Reshaped(one.expression, shape), one.tensor.reshape(shape))
 
 
+def dequantised(one, seed, *, by_row):
+    """Each row, or all of it, times a scale, in float32."""
+    scale = stored((one.tensor.shape[0],), seed=seed)
+    if by_row:
+        return Both(Dequantised(one.expression, scale.expression), one.tensor * scale.tensor[:, None])
+    number = scale.tensor[0].item()
+    return Both(Dequantised(one.expression, number), one.tensor * number)
+
+
 @st.composite
 def arrangements(draw, shape=None, depth=3):
     """Matrices that are read in another order, of random shape unless one is asked for."""
@@ -99,9 +109,8 @@ def arrangements(draw, shape=None, depth=3):
 def computations(draw, shape=None, depth=2):
     """What is computed of them, with one method element by element and its float64 oracle."""
     shape = shape or (draw(st.integers(1, 6)), draw(st.integers(1, 6)))
-    kind = draw(
-        st.sampled_from(["merged", "scaled", "cast", "arranged", "turned", "cut"] if depth else ["arranged"])
-    )
+    kinds = ["merged", "scaled", "cast", "dequantised", "arranged", "turned", "cut", "reshaped"]
+    kind = draw(st.sampled_from(kinds if depth else ["dequantised", "arranged"]))
     if kind == "merged":
         a, b = (draw(computations(shape, depth - 1)) for _ in range(2))
         alpha = draw(st.sampled_from([0.25, 0.5, 2.0]))
@@ -115,6 +124,11 @@ def computations(draw, shape=None, depth=2):
     if kind == "cast":
         one = draw(computations(shape, depth - 1))
         return Both(Cast(one.expression, "F64"), one.tensor.double())
+    if kind == "dequantised":
+        codes = draw(arrangements(shape, 2))
+        return dequantised(codes, draw(st.integers(0, 1 << 20)), by_row=draw(st.booleans()))
+    if kind == "reshaped":
+        return reshaped(draw(computations((shape[0] * shape[1], 1), depth - 1)), shape)
     if kind == "turned":
         return transposed(draw(computations(shape[::-1], depth - 1)))
     if kind == "cut":
@@ -168,6 +182,19 @@ def test_computed_as_written_and_simplified(both):
     assert torch.equal(computed(simple), computed(both.expression))
 
 
+@given(computations(), st.data())
+def test_what_is_computed_is_read_like_bytes_wherever_one_begins(both, data):
+    raw = computed(both.expression).contiguous().numpy().tobytes()
+    for expression in (both.expression, simplify(both.expression)):
+        with Readers() as readers:
+            for _ in range(3):
+                start = data.draw(st.integers(0, len(raw)))
+                stop = data.draw(st.integers(start, len(raw)))
+                buffer = bytearray(stop - start)
+                readers.read_into(expression, start, memoryview(buffer))
+                assert bytes(buffer) == raw[start:stop]
+
+
 @settings(max_examples=50)
 @given(st.integers(1, 40), st.integers(1, 9), st.sampled_from(["dare", "add_noise"]), st.data())
 def test_chance_goes_by_the_place_in_the_whole_tensor(rows, columns, name, data):
@@ -193,6 +220,17 @@ def test_parts_do_not_move_into_what_looks_at_more_than_elements(name):
     some = simplify(Part(whole, 2, 4))
     assert isinstance(some, Part)
     assert torch.equal(computed(some), computed(whole)[2:4])
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_parts_of_codes_have_their_own_scales_and_nothing_else_is_read(by_row):
+    whole = dequantised(stored((6, 5)), 7, by_row=by_row)
+    some = simplify(Part(whole.expression, 2, 4))
+    assert isinstance(some, Dequantised)
+    assert [one.shape for one in some.inputs] == [(2, 5), (2,)][: 1 + by_row]
+    assert torch.equal(computed(some), whole.tensor[2:4])
+    program, _ = Programs().of(whole.expression)
+    assert program.locality == ("row" if by_row else "element")
 
 
 def test_what_does_nothing_goes():

@@ -28,6 +28,7 @@ from blockmerge.checkpoints.model import (
 from blockmerge.checkpoints.open import CheckpointLike, open_checkpoint, open_source, told_apart
 from blockmerge.checkpoints.opening import Opening, names_of
 from blockmerge.checkpoints.position_ids import embedding_of, fault_of_position_ids, positions_beside
+from blockmerge.checkpoints.quantised import QUANTISATION_KEY, SCALED_FP8, Quantised, quantised
 from blockmerge.checkpoints.reading import Readers, read
 from blockmerge.checkpoints.state_dict import StateDict, state_dict_name
 from blockmerge.checkpoints.writing.disk import check_space
@@ -37,6 +38,8 @@ from blockmerge.checkpoints.writing.writer import AtomicFile, check_output
 __all__ = [
     "EMA_CHOICES",
     "LARGEST_CARRIED",
+    "QUANTISATION_KEY",
+    "SCALED_FP8",
     "SUFFIXES",
     "VAE_PREFIX",
     "Assembled",
@@ -52,6 +55,7 @@ __all__ = [
     "Model",
     "Opening",
     "Piece",
+    "Quantised",
     "Reader",
     "Readers",
     "SafetensorsFile",
@@ -80,6 +84,7 @@ __all__ = [
     "open_source",
     "other_kind_of",
     "positions_beside",
+    "quantised",
     "read",
     "state_dict_name",
     "told_apart",

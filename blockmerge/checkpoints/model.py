@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from blockmerge.anatomy import (
     DIFFUSERS_UNET_PREFIX,
@@ -19,12 +19,15 @@ from blockmerge.anatomy import (
     canonical_name,
     component_of,
     identify,
+    is_position_ids,
     lone_component,
     other_kind,
     plain_names_of_ema,
     unwrapped_name,
 )
 from blockmerge.checkpoints.checkpoint import Checkpoint
+from blockmerge.checkpoints.quantised import Quantised, quantised
+from blockmerge.dtypes import FLOAT_DTYPES
 from blockmerge.errors import CheckpointError, UnknownFamilyError, counted, listing, shown
 from blockmerge.expressions import Expression, Joined, Part, Reshaped, Stored, Transposed, leaves_of, simplify
 
@@ -39,7 +42,8 @@ class Model:
 
     EMA copies are left out, unless they are all the U-Net there is, or wanted: `ema_tensors` are those.
     `name` is what messages call it. `bare` says that its U-Net's names lack the prefix of whole models.
-    `notes` are texts for the user about what was decided when it was opened.
+    `notes` are texts for the user about what was decided when it was opened. What `quantised` sets aside is
+    none of the tensors.
     """
 
     source: Checkpoint
@@ -50,26 +54,35 @@ class Model:
     ema_tensors: tuple[str, ...]
     notes: tuple[str, ...]
     name: str
+    quantised: Quantised = field(default_factory=Quantised)
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, ema: str = "drop", name: str | None = None) -> Model:
+    def of(
+        cls, checkpoint: Checkpoint, ema: str = "drop", name: str | None = None, *, to_compute: bool = True
+    ) -> Model:
         """Look at a checkpoint's names and shapes; `ema` is one of EMA_CHOICES: what becomes of EMA copies.
 
         Messages call it `name`, by default the checkpoint's. Raises UnknownFamilyError, with the name,
-        without a known U-Net, and CheckpointError for a tensor that is not of the shape it takes.
+        without a known U-Net, and CheckpointError for a tensor that is not of the shape it takes, and for
+        quantised weights that cannot be read, unless nothing is `to_compute` with them.
         """
         name = checkpoint.name if name is None else name
-        original, twice, notes = _matched_names(checkpoint, ema, name)
-        shapes = {canonical: checkpoint.tensors[own].shape for canonical, own in original.items()}
+        how = quantised(checkpoint)
+        if to_compute:
+            how.check(name)
+        original, twice, notes = _matched_names(checkpoint, ema, name, how)
+        shapes = {canonical: how.shape_of(checkpoint.tensors[own]) for canonical, own in original.items()}
         try:
             anatomy = anatomy_of(
                 checkpoint, {known: shape for known, shape in shapes.items() if component_of(known) != "ema"}
             )
         except UnknownFamilyError as error:
             raise UnknownFamilyError(f"{shown(name)} {error}") from None
-        tensors = _in_ldm(checkpoint, original, anatomy.naming, anatomy.family)
+        tensors = _in_ldm(checkpoint, original, anatomy.naming, anatomy.family, how)
+        if to_compute:
+            _refuse_integers(tensors, anatomy.family, name)
         used = set(original.values())
-        twice += sorted(used - {one.name for leaf in tensors.values() for one in leaves_of(leaf)})  # type: ignore[attr-defined]
+        twice += sorted(used - set(_stored_in(tensors)))
         return cls(
             source=checkpoint,
             anatomy=anatomy,
@@ -85,6 +98,7 @@ class Model:
             ),
             notes=(*_doubles(twice, name), *notes),
             name=name,
+            quantised=how,
         )
 
     def names_in_file(self, name: str) -> tuple[str, ...]:
@@ -163,18 +177,33 @@ def _name_in_file(tensor: Expression) -> str:
 
 
 def _in_ldm(
-    checkpoint: Checkpoint, original: Mapping[str, str], naming: str, family: Family
+    checkpoint: Checkpoint, original: Mapping[str, str], naming: str, family: Family, how: Quantised
 ) -> dict[str, Expression]:
     """A checkpoint's tensors under LDM names; `original` maps canonical names to the file's own."""
-    stored: dict[str, Expression] = {name: Stored.of(checkpoint, own) for name, own in original.items()}
+    stored = {name: how.tensor(checkpoint, own) for name, own in original.items()}
     return {
         name: simplify(made(origin, stored, checkpoint.name))
         for name, origin in family.origins(original, naming, "ldm").items()
     }
 
 
+def _refuse_integers(tensors: Mapping[str, Expression], family: Family, label: str) -> None:
+    """Raise CheckpointError for weights that are none: what the layout has as floats is something else."""
+    odd = {
+        _name_in_file(one): one.dtype
+        for name, one in tensors.items()
+        if one.dtype not in FLOAT_DTYPES and name in family.layout and not is_position_ids(name)
+    }
+    if odd:
+        raise CheckpointError(
+            f"{shown(label)} has {' and '.join(sorted(set(odd.values())))} in place of floats "
+            f"({listing(odd)}): of quantised weights only fp8 can be read, plain or scaled; "
+            "take the model in fp16 or bf16"
+        )
+
+
 def _matched_names(
-    checkpoint: Checkpoint, ema: str, label: str
+    checkpoint: Checkpoint, ema: str, label: str, how: Quantised
 ) -> tuple[dict[str, str], list[str], list[str]]:
     """Return {canonical name: name in the file}, EMA copies treated as asked for, which tensors are there a
     second time, and notes.
@@ -182,7 +211,7 @@ def _matched_names(
     names: dict[str, str] = {}
     twice: list[str] = []
     for name in checkpoint.tensors:
-        if component_of(name) == "ema" and ema != "keep":
+        if name in how.aside or (component_of(name) == "ema" and ema != "keep"):
             continue
         canonical = canonical_name(name)
         if canonical in names:
@@ -204,6 +233,11 @@ def _matched_names(
     return names, twice, notes
 
 
+def _stored_in(tensors: Mapping[str, Expression]) -> Iterator[str]:
+    leaves = (leaf for one in tensors.values() for leaf in leaves_of(one))
+    return (leaf.name for leaf in leaves if isinstance(leaf, Stored))
+
+
 def _doubles(names: Sequence[str], label: str) -> Iterator[str]:
     if names:
         held = f"{shown(label)} holds {counted(len(names), 'tensor')} under two names"
@@ -223,18 +257,21 @@ def _wrappers(names: Iterable[str], label: str) -> Iterator[str]:
 def vae_tensors(checkpoint: Checkpoint, family: Family) -> dict[str, Expression]:
     """Return a VAE's tensors under LDM names, from a whole model or a VAE alone, in either naming itself.
 
-    Raises CheckpointError for a tensor that is not of the shape it takes.
+    Raises CheckpointError for a tensor that is not of the shape it takes, and for quantised weights that
+    cannot be read.
     """
+    how = quantised(checkpoint)
+    how.check(checkpoint.name)
     bare = {
         name: canonical_name(name).removeprefix(VAE_PREFIX).removeprefix("vae/")
         for name in checkpoint.tensors
+        if name not in how.aside
     }
     own = {name: short for name, short in bare.items() if short.startswith(VAE_PARTS)}
     if any(short.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for short in own.values()):
-        return _in_ldm(
-            checkpoint,
-            {canonical_name(f"vae/{short}"): name for name, short in own.items()},
-            "diffusers",
-            family,
-        )
-    return _in_ldm(checkpoint, {VAE_PREFIX + short: name for name, short in own.items()}, "ldm", family)
+        original, naming = {canonical_name(f"vae/{short}"): name for name, short in own.items()}, "diffusers"
+    else:
+        original, naming = {VAE_PREFIX + short: name for name, short in own.items()}, "ldm"
+    tensors = _in_ldm(checkpoint, original, naming, family, how)
+    _refuse_integers(tensors, family, checkpoint.name)
+    return tensors

@@ -11,7 +11,8 @@ import torch
 from blockmerge.checkpoints import Model
 from blockmerge.comparing.reading import TensorReader, read_in_parallel
 from blockmerge.comparing.sums import CHUNK
-from blockmerge.dtypes import precision_of
+from blockmerge.dtypes import Precision
+from blockmerge.explaining.compared import stored_precision
 from blockmerge.streaming import Progress
 
 _EXPONENT_BITS = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF << 52)}
@@ -21,11 +22,13 @@ _EXPONENT_BITS = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torc
 class Chunk:
     """A stretch of a tensor as flat tensors of floats, in the merge and in those candidates that are read.
 
-    `dtype` is the one that the merge stores the tensor in. The values may be overwritten.
+    `dtype` is the one that the merge has the tensor in, `precision` that of what it stores. The values may be
+    overwritten.
     """
 
     name: str
     dtype: str
+    precision: Precision
     merge: torch.Tensor
     candidates: Mapping[int, torch.Tensor]
 
@@ -77,6 +80,7 @@ class MergeStream:
             yield Chunk(
                 name,
                 tensor.dtype,
+                stored_precision(tensor),
                 reader.read(self.merge, name, start, count, dtype=wide, buffer="merge"),
                 {
                     n: reader.read(self.candidates[n], name, start, count, dtype=wide, buffer=n)
@@ -85,12 +89,12 @@ class MergeStream:
             )
 
 
-def step_of(values: torch.Tensor, dtype: str) -> torch.Tensor:
-    """The distance between neighbours of `dtype` at the size of each value (float32 or float64).
+def step_of(values: torch.Tensor, precision: Precision) -> torch.Tensor:
+    """The distance between neighbours of a dtype of that precision at the size of each value (float32 or
+    float64).
 
     The values are those of some other, wider dtype, and are not changed.
     """
-    precision = precision_of(dtype)
     integer, mask = _EXPONENT_BITS[values.dtype]
     powers = values.view(integer).bitwise_and(mask).view(values.dtype)
     # A subnormal number of the wide dtype has no power of its own here, but its step is the smallest one's.

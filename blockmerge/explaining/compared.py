@@ -11,7 +11,8 @@ from blockmerge.anatomy import COMPONENTS, Family, component_of
 from blockmerge.checkpoints import Model
 from blockmerge.comparing.arrays import Array
 from blockmerge.comparing.sources import weights_of
-from blockmerge.dtypes import precision_of
+from blockmerge.dtypes import Precision, precision_of
+from blockmerge.expressions import Expression, dequantised_in
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,9 @@ class ComparedTensors:
                 skipped.append(name)
         coarseness = np.ones((len(holders), len(candidates)))
         for place, (name, held_by) in enumerate(holders.items()):
-            bits = precision_of(of_merge[name].dtype).mantissa
+            bits = stored_precision(of_merge[name]).mantissa
             for n in held_by:
-                fewer = bits - precision_of(of_candidates[n][name].dtype).mantissa
+                fewer = bits - stored_precision(of_candidates[n][name]).mantissa
                 coarseness[place, n] = max(1.0, 4.0**fewer)
         return cls(tuple(holders), holders, tuple(skipped), coarseness)
 
@@ -77,3 +78,14 @@ class ComparedTensors:
     def one_by_one(self) -> dict[str, list[int]]:
         """The place of every tensor, as a group of its own."""
         return {name: [place] for place, name in enumerate(self.names)}
+
+
+def stored_precision(tensor: Expression) -> Precision:
+    """How precisely a tensor is stored.
+
+    Of codes with a scale, a bit less than the codes: a scale is no power of two, so that the steps of the
+    products are up to twice as large. They have no smallest step that would be the same in all rows.
+    """
+    for scaled in dequantised_in(tensor):
+        return Precision(precision_of(scaled.codes.dtype).mantissa - 1, precision_of("F32").least_exponent)
+    return precision_of(tensor.dtype)

@@ -52,7 +52,7 @@ class GramMatrices:
         """Add a chunk of the tensor at `place`; the candidates' values are overwritten."""
         merge = chunk.merge
         size = torch.maximum(merge.abs(), smallest_magnitude(chunk.candidates.values()))
-        step = step_of(size, chunk.dtype)
+        step = step_of(size, chunk.precision)
         self.finite[place] &= math.isfinite(dot(merge, merge))
         self.elements[place] += len(merge)
         differences = {n: values.sub_(merge) for n, values in chunk.candidates.items()}

@@ -50,7 +50,7 @@ def merge_tensors_again(
 
 def _add(misfit: Misfit, chunk: Chunk, coefficients: Array) -> None:
     """Add what the variants of a chunk are off; those with the same coefficients are merged only once."""
-    step = step_of(largest_magnitude([chunk.merge, *chunk.candidates.values()]), chunk.dtype)
+    step = step_of(largest_magnitude([chunk.merge, *chunk.candidates.values()]), chunk.precision)
     squares: dict[tuple[float, ...], float] = {}
     beyond: dict[tuple[float, ...], float] = {}
     for variant, row in enumerate(coefficients):

@@ -4,15 +4,31 @@ Frozen, and without torch until computed.
 """
 
 from blockmerge.expressions.arrangements import Arrangement, Joined, Part, Reshaped, Transposed, is_arranged
-from blockmerge.expressions.computed import Cast, Clipped, Figures, Gathered, Merged, Scaled
+from blockmerge.expressions.computed import (
+    Cast,
+    Clipped,
+    Dequantised,
+    Figures,
+    Gathered,
+    Merged,
+    Scaled,
+)
 from blockmerge.expressions.expression import Expression, Locality, simplify
 from blockmerge.expressions.leaves import Known, Source, Stored
-from blockmerge.expressions.program import Program, Programs, leaves_of, methods_of, operands_of
+from blockmerge.expressions.program import (
+    Program,
+    Programs,
+    dequantised_in,
+    leaves_of,
+    methods_of,
+    operands_of,
+)
 
 __all__ = [
     "Arrangement",
     "Cast",
     "Clipped",
+    "Dequantised",
     "Expression",
     "Figures",
     "Gathered",
@@ -28,6 +44,7 @@ __all__ = [
     "Source",
     "Stored",
     "Transposed",
+    "dequantised_in",
     "is_arranged",
     "leaves_of",
     "methods_of",

@@ -96,7 +96,7 @@ class Part(Arrangement):
         if isinstance(whole, Reshaped) and whole.shape[:1] == whole.tensor.shape[:1]:
             part = Part(whole.tensor, start, stop).simplified()
             return Reshaped(part, (stop - start, *whole.shape[1:])).simplified()
-        if not _is_by_element(whole):
+        if isinstance(whole, Arrangement) or not whole.is_made_by_rows:
             return self
         inputs = tuple(Part(one, start, stop).simplified() for one in whole.inputs)
         return whole.with_inputs(inputs).later(start * prod(whole.shape[1:])).simplified()

@@ -1,4 +1,5 @@
-"""What has to be computed: casts, merges by a method, what it gathers first, what is done to a result.
+"""What has to be computed: casts, codes and their scales, merges by a method, what it gathers first, what is
+done to a result.
 
 Torch is loaded to compute.
 """
@@ -58,6 +59,59 @@ class Cast(Expression):
 
     def _said(self) -> Sequence[str]:
         return [str(self.tensor), self.dtype]
+
+
+@dataclass(frozen=True)
+class Dequantised(Expression):
+    """Codes times their scale, in float32: the weights that were stored as 8-bit floats with a scale.
+
+    `scale` is one number for all of them, or a tensor with a number for each entry of the first axis. Codes
+    have so few digits that the only rounding is float32's own.
+    """
+
+    codes: Expression
+    scale: float | Expression
+
+    @property
+    def dtype(self) -> str:
+        """Wide enough for the products."""
+        return "F32"
+
+    @property
+    def inputs(self) -> tuple[Expression, ...]:
+        """The codes, and scales of which there are many."""
+        return (self.codes, self.scale) if isinstance(self.scale, Expression) else (self.codes,)
+
+    def with_inputs(self, inputs: tuple[Expression, ...]) -> Dequantised:
+        """Other codes, and with them their scales."""
+        codes, *scales = inputs
+        return Dequantised(codes, scales[0] if scales else self.scale)
+
+    @property
+    def shape(self) -> Shape:
+        """That of the codes."""
+        return self.codes.shape
+
+    @property
+    def locality(self) -> Locality:  # type: ignore[override]
+        """Where each row has its scale, an element must be told its row."""
+        return "row" if isinstance(self.scale, Expression) else "element"
+
+    @property
+    def is_made_by_rows(self) -> bool:
+        """A row needs nothing of the others."""
+        return True
+
+    def compute(self, inputs: Sequence[torch.Tensor], out: torch.Tensor, first: int) -> None:
+        """Multiply."""
+        out.copy_(inputs[0])
+        if isinstance(self.scale, Expression):
+            out.mul_(inputs[1].to(out.dtype).view(-1, *[1] * (out.dim() - 1)))
+        else:
+            out.mul_(self.scale)
+
+    def _said(self) -> Sequence[str]:
+        return [str(self.codes), f"× {self.scale}"]
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,11 @@ class Expression(ABC):
         return False
 
     @property
+    def is_made_by_rows(self) -> bool:
+        """Whether entries of the first axis are made of the inputs' same entries alone, to the same bits."""
+        return bool(self.inputs) and self.locality == "element"
+
+    @property
     def elements(self) -> int:
         """The number of elements."""
         return math.prod(self.shape)

@@ -13,8 +13,8 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from blockmerge.dtypes import torch_dtype
-from blockmerge.expressions.arrangements import is_arranged
-from blockmerge.expressions.computed import Merged
+from blockmerge.expressions.arrangements import Arrangement, is_arranged
+from blockmerge.expressions.computed import Dequantised, Merged
 from blockmerge.expressions.expression import LOCALITIES, Expression, Locality, Shape
 from blockmerge.expressions.leaves import Leaf
 from blockmerge.methods import Method
@@ -77,9 +77,69 @@ class Program:
 
     def grain(self, shape: Shape) -> int:
         """How many elements of a result of that shape must be computed at once."""
-        if self.locality == "element":
+        if self.locality == "element" or self.cuts_rows:
             return 1
         return max(1, prod(shape[1:] if self.locality == "row" else shape))
+
+    @cached_property
+    def cuts_rows(self) -> bool:
+        """Whether a part of a row is computed like a whole one: rows only tell which scale an element has."""
+        computed = (one for one in _nodes(self.root) if not isinstance(one, Placeholder))
+        return self.locality == "row" and all(
+            one.is_made_by_rows and not isinstance(one, Arrangement) for one in computed
+        )
+
+    def stretches(self, first: int, count: int, most: int) -> Iterator[tuple[int, int]]:
+        """Cut `count` elements of the result, from `first` on, into what `run` can be given.
+
+        Yields (first, elements) of about `most` in whole grains; where rows may be cut, whole rows, or what
+        lies in one.
+        """
+        grain = self.grain(self.root.shape)
+        width = self._width if self.cuts_rows else grain
+        at, end = first, first + count
+        while at < end:
+            into, left = at % width if self.cuts_rows else 0, end - at
+            if self.cuts_rows and (into or left < width):
+                elements = min(width - into, left)
+            else:
+                elements = min(max(1, most // width), left // width) * width
+            yield at, elements
+            at += elements
+
+    @property
+    def _width(self) -> int:
+        """The elements of a row."""
+        return max(1, prod(self.root.shape[1:]))
+
+    def stretch(self, place: int, first: int, elements: int) -> tuple[int, Shape]:
+        """Where in an operand lies what `elements` of the result from `first` on are made of: from which of
+        its elements on, and in which shape.
+        """
+        given = self.placeholders[place]
+        match self.locality:
+            case "element":
+                return first, (elements,)
+            case "row":
+                begin = first // self._width
+                rows = -(-elements // self._width)
+                if self.cuts_rows and len(given.shape) > 1:
+                    return first, (rows, elements // rows)
+                return begin * prod(given.shape[1:]), (rows, *given.shape[1:])
+            case _:
+                return 0, given.shape
+
+    def shaped(self, out: torch.Tensor) -> torch.Tensor:
+        """A flat stretch of the result in the shape that `run` takes it in."""
+        match self.locality:
+            case "element":
+                return out
+            case "row" if self.cuts_rows:
+                return out.view(-(-len(out) // self._width), -1)
+            case "row":
+                return out.view(-1, *self.root.shape[1:])
+            case _:
+                return out.view(self.root.shape)
 
     def at(self, alpha: float | None, beta: float | None) -> Program:
         """The same at other weights, as long as neither are such that something is only copied."""
@@ -116,7 +176,7 @@ class Program:
         from blockmerge.methods.arithmetic import scratch
 
         shape = {"element": out.shape, "row": (*out.shape[:1], *node.shape[1:]), "tensor": node.shape}[
-            self.locality
+            "element" if self.cuts_rows else self.locality
         ]
         return scratch(place, prod(shape), torch_dtype(node.dtype, out.device), out.device).view(shape)
 
@@ -167,6 +227,11 @@ def leaves_of(expression: Expression) -> Iterator[Expression]:
 def methods_of(expression: Expression) -> Iterator[Method]:
     """Yield the methods that an expression is merged by, the outermost first."""
     return (one.method for one in _nodes(expression) if isinstance(one, Merged))
+
+
+def dequantised_in(expression: Expression) -> Iterator[Dequantised]:
+    """Yield what of an expression is read from codes and their scales, from left to right."""
+    return (one for one in _nodes(expression) if isinstance(one, Dequantised))
 
 
 def _nodes(expression: Expression) -> Iterator[Expression]:

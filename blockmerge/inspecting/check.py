@@ -103,7 +103,8 @@ def _values(subject: Subject, progress: Progress | None, threads: int | None) ->
     names = [
         name
         for name, info in tensors.items()
-        if info.dtype in FLOAT_DTYPES and not is_schedule(name) and not is_position_ids(name)
+        if info.dtype in FLOAT_DTYPES
+        and not (is_schedule(name) or is_position_ids(name) or name in subject.quantised.aside)
     ]
     peaks = peaks_of(subject.checkpoint, names, threads, progress)
     unused = set(subject.unused)

@@ -22,6 +22,7 @@ from blockmerge.checkpoints import (
     anatomy_of,
     hash_file,
     open_checkpoint,
+    quantised,
 )
 from blockmerge.errors import UnknownFamilyError, shown
 from blockmerge.inspecting.tensors import ListedTensor, list_tensors
@@ -57,7 +58,7 @@ class Inspection:
     `missing` are the U-Net tensors that it should have and lacks. `blocks` are the U-Net's, without BASE.
     `broken_off` says so where the file ends in zeros, as a download leaves that did not finish. `hashes` and
     `tensors` are None unless asked for. `notes` are texts for the user about what was decided when it was
-    opened.
+    opened. `quantised` says how the weights are, or is None.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Inspection:
     naming: str | None
     why_unknown: str | None
     missing: tuple[str, ...]
+    quantised: str | None
     components: Mapping[str, Part]
     blocks: Mapping[str, Part]
     metadata: Mapping[str, str]
@@ -95,7 +97,8 @@ def inspect(
     variant: str | None = None,
     tensors: bool = False,
 ) -> Inspection:
-    """Look at a checkpoint's header and how it ends; with `hashes` also read the whole file once.
+    """Look at a checkpoint's header, at scales of quantised weights, and at how it ends; with `hashes` also
+    read the whole file once.
 
     >>> blockmerge.inspect("a.safetensors").components["unet"].parameters  # doctest: +SKIP
     859520964
@@ -111,9 +114,17 @@ def inspect(
     names = {name: canonical_name(name) for name in checkpoint.tensors}
     if not has_unet:  # then EMA weights are the U-Net
         names.update(plain)
+    how = quantised(checkpoint)
     anatomy, why = _identify(
-        checkpoint, {names[name]: info.shape for name, info in checkpoint.tensors.items()}
+        checkpoint,
+        {
+            names[name]: how.shape_of(info)
+            for name, info in checkpoint.tensors.items()
+            if name not in how.aside
+        },
     )
+    if why is not None and has_unet and how.signs:
+        why = f"holds a U-Net of {how} weights, whose shapes do not tell which"
     alone, naming, _ = lone_component(names) or (None, None, 0)
     components: dict[str, list[TensorInfo]] = {component: [] for component in COMPONENTS}
     blocks: dict[str, list[TensorInfo]] = {
@@ -131,6 +142,7 @@ def inspect(
         naming=anatomy.naming if anatomy else naming,
         why_unknown=why,
         missing=anatomy.standing.missing if anatomy and anatomy.standing.is_damaged else (),
+        quantised=str(how) if how.kind else None,
         components={component: Part.of(infos) for component, infos in components.items() if infos},
         blocks={block: Part.of(infos) for block, infos in blocks.items()},
         metadata=checkpoint.metadata,

@@ -21,7 +21,7 @@ from blockmerge.anatomy import (
     plain_names_of_ema,
     unwrapped_name,
 )
-from blockmerge.checkpoints import Checkpoint, Model, TensorInfo
+from blockmerge.checkpoints import Checkpoint, Model, Quantised, TensorInfo, quantised
 from blockmerge.dtypes import FLOAT_DTYPES
 from blockmerge.errors import CheckpointError, UnknownFamilyError, counted, listing, shown
 from blockmerge.expressions import Expression
@@ -31,7 +31,7 @@ _ODD_DTYPES: tuple[tuple[str, Callable[[str], bool], str], ...] = (
     (
         "integer_weights",
         lambda dtype: dtype not in FLOAT_DTYPES,
-        "quantized weights need a program made for them",
+        "quantised weights need a program made for them",
     ),
     (
         "float64_weights",
@@ -61,25 +61,27 @@ class Subject:
     tensors: Mapping[str, TensorInfo | Expression]
     originals: Mapping[str, str]
     unused: tuple[str, ...]
+    quantised: Quantised
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Subject:
         """Look at a checkpoint's names and shapes."""
         try:
-            model = Model.of(checkpoint)
+            model = Model.of(checkpoint, to_compute=False)
         except (CheckpointError, UnknownFamilyError) as error:
-            originals = {canonical_name(name): name for name in checkpoint.tensors}
+            how = quantised(checkpoint)
+            originals = {canonical_name(name): name for name in checkpoint.tensors if name not in how.aside}
             found = {canonical: checkpoint.tensors[name] for canonical, name in originals.items()}
-            return cls(checkpoint, None, str(error), found, originals, ())
+            return cls(checkpoint, None, str(error), found, originals, (), how)
         originals = {name: model.names_in_file(name)[0] for name in model.tensors}
         tensors: dict[str, TensorInfo | Expression] = dict(model.tensors)
         # As they are: a view makes matrices of the VAE the convolutions that they should be.
         if model.anatomy.naming == "ldm":
             tensors = {name: checkpoint.tensors[original] for name, original in originals.items()}
-        used = {name for one in model.tensors for name in model.names_in_file(one)}
+        used = {name for one in model.tensors for name in model.names_in_file(one)} | model.quantised.aside
         unused = [name for name in checkpoint.tensors if name not in used and component_of(name) == "ema"]
         unused += [originals[name] for name in model.tensors if is_leftover(name)]
-        return cls(checkpoint, model, None, tensors, originals, tuple(unused))
+        return cls(checkpoint, model, None, tensors, originals, tuple(unused), model.quantised)
 
     def in_file(self, names: Iterable[str]) -> tuple[str, ...]:
         """The file's own names of tensors."""
@@ -97,6 +99,9 @@ class Subject:
 
 def check_structure(subject: Subject) -> Iterator[Problem]:
     """Yield every problem that the names, shapes and dtypes show."""
+    yield from _quantised(subject)
+    if subject.quantised.signs:
+        return  # what else there is to see of packed weights follows from that
     if subject.model is None:
         yield Problem.of("no_unet", subject.why_unknown or "")
     else:
@@ -114,6 +119,15 @@ def _derivatives(anatomy: Anatomy) -> Iterator[Problem]:
         said = [f"{added} more"] * bool(added) + [f"{missing} fewer"] * bool(missing)
         how = f"with {' and '.join(said)} U-Net tensors than {anatomy.family.title}"
         yield Problem.of("derivative", f"it is {standing.said}, {how}", standing.added)
+
+
+def _quantised(subject: Subject) -> Iterator[Problem]:
+    how = subject.quantised
+    if how.fault is not None:
+        yield Problem.of("quantised_weights", f"it {how.fault}", how.signs)
+    elif how.weights:
+        why = "programs that do not know the scales take the codes for weights; convert writes them as bf16"
+        yield Problem.of("scaled_fp8", f"{how}: {why}", how.weights)
 
 
 def _against_layout(subject: Subject, anatomy: Anatomy) -> Iterator[Problem]:
@@ -195,6 +209,8 @@ def _dtypes(subject: Subject) -> Iterator[Problem]:
     weights: defaultdict[str, dict[str, str]] = defaultdict(dict)  # component → {name in the file: dtype}
     for name, info in subject.tensors.items():
         original = subject.originals.get(name, name)
+        if original in subject.quantised.weights:
+            continue
         if component_of(name) != "other" and not is_position_ids(name) and original not in unused:
             weights[component_of(name)][original] = info.dtype
     for code, is_odd, why in _ODD_DTYPES:
@@ -246,10 +262,9 @@ def _superfluous(subject: Subject) -> Iterator[Problem]:
 
 
 def _names(subject: Subject) -> Iterator[Problem]:
-    spellings = Counter(map(canonical_name, subject.checkpoint.tensors))
-    odd = {
-        name: canonical for name in subject.checkpoint.tensors if (canonical := canonical_name(name)) != name
-    }
+    names = [name for name in subject.checkpoint.tensors if name not in subject.quantised.aside]
+    spellings = Counter(map(canonical_name, names))
+    odd = {name: canonical for name in names if (canonical := canonical_name(name)) != name}
     if twice := [name for name, canonical in odd.items() if spellings[canonical] > 1]:
         what = f"{counted(len(twice), 'tensor')} stored a second time under another name ({listing(twice)})"
         yield Problem.of("two_names", what, twice, subject.bytes_of(twice))

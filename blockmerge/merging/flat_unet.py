@@ -16,7 +16,7 @@ from blockmerge.anatomy import Family, Origin, canonical_name, component_of
 from blockmerge.checkpoints import Model, Readers, StateDict, TensorInfo, made
 from blockmerge.dtypes import DTYPES, FLOAT_DTYPES, torch_dtype
 from blockmerge.errors import IncompatibleModelsError, RecipeError, counted, listing, shown
-from blockmerge.expressions import Expression, Stored, simplify
+from blockmerge.expressions import Dequantised, Expression, Stored, simplify
 from blockmerge.merging.in_memory import tensor_of
 from blockmerge.streaming import aligned_buffer
 from blockmerge.streaming.tensors import tensor_view
@@ -356,4 +356,5 @@ def _read(model: Model, tensors: Mapping[str, Expression]) -> Iterator[tuple[str
 
 def _offset(tensor: Expression) -> int:
     """Where a tensor begins in its file."""
+    tensor = tensor.codes if isinstance(tensor, Dequantised) else tensor
     return tensor.offset if isinstance(tensor, Stored) else 0

@@ -178,7 +178,7 @@ def gather(wanted: Gathered) -> object:
 
 
 def tensor_of(expression: Expression) -> torch.Tensor:
-    """Return a tensor that is only arranged: the holder's own memory where its elements stand in a row
+    """Return a tensor: the holder's own memory where it is only arranged, and its elements stand in a row
     there.
     """
     if isinstance(expression, Known):
@@ -186,13 +186,30 @@ def tensor_of(expression: Expression) -> torch.Tensor:
         return flat.view(expression.shape)
     if isinstance(expression, Stored):
         holder: Holder = expression.source  # type: ignore[assignment]
-        found = holder.tensor(expression.name)
+        found = _as_stored(holder.tensor(expression.name), expression.dtype)
         if found.numel() == expression.elements:
             return found.reshape(expression.shape)
         begin = expression.begin
         return found.reshape(-1)[begin : begin + expression.elements].view(expression.shape)
+    if not is_arranged(expression):
+        return _computed(expression)
     assert isinstance(expression, Arrangement), expression
     inputs = [tensor_of(one) for one in expression.inputs]
     out = torch.empty(expression.shape, dtype=inputs[0].dtype, device=inputs[0].device)
     expression.fill(inputs, out)
     return out
+
+
+def _computed(expression: Expression) -> torch.Tensor:
+    """A tensor that has to be computed, where the first that it is computed from lies."""
+    program, operands = Programs().of(expression)
+    device = tensor_of(operands[0]).device
+    out = torch.empty(expression.shape, dtype=torch_dtype(expression.dtype, device), device=device)
+    Task(program, operands, out, str(expression)).run({})
+    return out
+
+
+def _as_stored(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+    """A tensor in the dtype that its bytes are of: they may be stored as whole numbers."""
+    wanted = torch_dtype(dtype)
+    return tensor.contiguous().view(wanted) if tensor.dtype == torch.uint8 != wanted else tensor

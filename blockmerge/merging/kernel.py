@@ -74,9 +74,8 @@ class Kernel:
         size = size_of(run.dtype)
         first = (low - run.start) // size
         count = len(target) // size
-        step = self._step(run)
-        for at in range(0, count, step):
-            elements = min(step, count - at)
+        for begin, elements in run.program.stretches(first, count, self._most(run)):
+            at = begin - first
             part = target[at * size : (at + elements) * size]
             operands = [
                 self._read(run, place, first + at, elements, part, readers)
@@ -102,27 +101,19 @@ class Kernel:
         name, _ = next(self._file.tensors_between(offset, offset + 1))
         return self._plan.tensor(name).ldm
 
-    def _step(self, run: Run) -> int:
-        """How many elements are computed at once: what fits a chunk, in whole grains."""
+    def _most(self, run: Run) -> int:
+        """How many elements are computed at once: what fits a chunk."""
         sizes = [size_of(one.dtype) for one in run.operands if not isinstance(one.source, Gathered)]
-        return max(1, self._chunk_bytes // max(size_of(run.dtype), *sizes) // run.grain) * run.grain
+        return self._chunk_bytes // max(size_of(run.dtype), *sizes)
 
     def _read(
         self, run: Run, place: int, first: int, elements: int, part: memoryview, readers: Readers
     ) -> Any:
         """An operand for these elements of the output: as many of its own, its rows, or all of it."""
-        operand, given = run.operands[place], run.program.placeholders[place]
+        operand = run.operands[place]
         if isinstance(operand.source, Gathered):
             return self._figures[operand.source]
-        shape: tuple[int, ...]
-        match run.program.locality:
-            case "element":
-                begin, shape = first, (elements,)
-            case "row":
-                width = prod(given.shape[1:])
-                begin, shape = first // run.grain * width, (elements // run.grain, *given.shape[1:])
-            case _:
-                begin, shape = 0, given.shape
+        begin, shape = run.program.stretch(place, first, elements)
         count = prod(shape)
         nbytes = count * size_of(operand.dtype)
         # A is read straight into the output, where the result then takes its place: less memory to go
@@ -146,7 +137,7 @@ class Kernel:
     def _compute_one(self, operands: list[Any], run: Run, first: int, out: torch.Tensor) -> bool:
         """Write the result into `out`, which is on the CPU, and say whether it is finite (or need not be)."""
         if self._stream is None:
-            run.program.run(operands, _in_shape(out, run), first)
+            run.program.run(operands, run.program.shaped(out), first)
             return not self._check or all_finite(out)
         with torch.cuda.stream(self._stream):
             there = [
@@ -154,23 +145,13 @@ class Kernel:
                 for one in operands
             ]
             result = torch.empty_like(out, device=self._device)
-            run.program.run(there, _in_shape(result, run), first)
+            run.program.run(there, run.program.shaped(result), first)
             locked = tensor_view(self._buffer("out", out.nbytes), run.dtype, len(out))
             locked.copy_(result, non_blocking=True)
             finite = not self._check or all_finite(result)
         self._stream.synchronize()
         out.copy_(locked)
         return finite
-
-
-def _in_shape(out: torch.Tensor, run: Run) -> torch.Tensor:
-    match run.program.locality:
-        case "element":
-            return out
-        case "row":
-            return out.view(-1, *run.program.root.shape[1:])
-        case _:
-            return out.view(run.program.root.shape)
 
 
 class Gathering:

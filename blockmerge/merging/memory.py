@@ -52,9 +52,9 @@ def merge_state_dicts(
 
     The dicts are U-Nets or whole models, in LDM or diffusers names (`unet.…`, `vae.…` and so on for whole
     models), all on one device or several; the result has A's names, and every tensor of it is a new one on
-    the device of A's (of B's, where only B has it), with A's dtype. The values are those that `merge` writes,
-    and the arguments its. NaN and infinity are looked for only with `check_finite`, since that waits for the
-    GPU.
+    the device of A's (of B's, where only B has it), with A's dtype (bfloat16, where A has it in scaled fp8).
+    The values are those that `merge` writes, and the arguments its. NaN and infinity are looked for only with
+    `check_finite`, since that waits for the GPU.
 
     Raises a BlockmergeError: NonFiniteError with `check_finite`, else as `merge` does before it reads a
     weight.

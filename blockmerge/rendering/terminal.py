@@ -67,6 +67,8 @@ def print_inspection(console: Console, found: Inspection) -> None:
         _line(console, Text(f"incomplete: it lacks {lacking} ({listing(found.missing)})"))
     if found.broken_off:
         _line(console, Text(found.broken_off, "bold red"))
+    if found.quantised:
+        _line(console, Text(f"its weights are quantised: {shown(found.quantised, 400)}"))
     if "ema" in found.components and "unet" not in found.components:
         _line(console, Text("its U-Net is there as EMA weights only, which are used as the U-Net"))
     for note in found.notes:
@@ -101,6 +103,8 @@ def print_check(console: Console, found: CheckResult) -> None:
     _line(console, _title(found, "no known U-Net"))
     for note in found.notes:
         _line(console, Text(f"- {note}"))
+    is_quantised = any(problem.code == "quantised_weights" for problem in found.problems)
+    _line(console, _title(found, "quantised weights" if is_quantised else "no known U-Net"))
     code_width = max((len(problem.code) for problem in found.problems), default=0)
     for problem in found.problems:
         takes = "" if problem.bytes is None else f", {bytes_text(problem.bytes)}"

@@ -10,7 +10,17 @@ from typing import Any
 
 from blockmerge.anatomy import Family, plain_names_of_ema
 from blockmerge.dtypes import DTYPES, wide_dtype
-from blockmerge.expressions import Cast, Clipped, Expression, Gathered, Joined, Merged, Part, Scaled
+from blockmerge.expressions import (
+    Cast,
+    Clipped,
+    Expression,
+    Gathered,
+    Joined,
+    Merged,
+    Part,
+    Scaled,
+    dequantised_in,
+)
 from blockmerge.methods import Method, key_of
 from blockmerge.weights import Change
 
@@ -150,6 +160,13 @@ def _clippable_dtype(inputs: Sequence[Expression], dtype: str) -> str:
     order of all numbers, so that it may as well come first. Without infinity, too large ones would be NaN.
     """
     return dtype if DTYPES[dtype].infinity else wide_dtype(tuple(one.dtype for one in inputs), dtype)
+
+
+def kept_dtype(tensor: Expression) -> str:
+    """The dtype of a tensor that keeps its own: of one that was quantised, bfloat16, as programs compute with
+    it.
+    """
+    return "BF16" if any(True for _ in dequantised_in(tensor)) else tensor.dtype
 
 
 def widest_input(name: str, shapes: Sequence[tuple[int, ...]], family: Family) -> int | None:

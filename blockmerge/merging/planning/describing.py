@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from blockmerge.anatomy import TITLES, component_of, is_prediction_marker
 from blockmerge.checkpoints import DiffusersFolder, Model, in_cache, read, state_dict_name
 from blockmerge.errors import counted, listing, shown
+from blockmerge.expressions import Expression, dequantised_in
 from blockmerge.merging.planning.decisions import Decision, Findings, VaeFile
 from blockmerge.merging.planning.request import MergeRequest, Resolved
 from blockmerge.weights import BlockWeights
@@ -163,13 +164,17 @@ def _weights(weights: BlockWeights, beta: BlockWeights) -> Iterator[str]:
 
 def _casts(decisions: Sequence[Decision]) -> Iterator[str]:
     casts = Counter(
-        (given.dtype, one.expression.dtype)
+        (_stored_as(given), one.expression.dtype)
         for one in decisions
         for given in one.inputs
-        if given.dtype != one.expression.dtype
+        if _stored_as(given) != one.expression.dtype
     )
     for (given, wanted), count in sorted(casts.items()):
         yield f"{_tensors_are(count)} converted from {given} to {wanted}"
+
+
+def _stored_as(tensor: Expression) -> str:
+    return next((f"scaled {one.inputs[0].dtype}" for one in dequantised_in(tensor)), tensor.dtype)
 
 
 def _tensors_are(count: int, noun: str = "tensor") -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from blockmerge.checkpoints import faulty_metadata
+from blockmerge.checkpoints import QUANTISATION_KEY, faulty_metadata
 
 RECIPE_KEY = "blockmerge.recipe"
 
@@ -12,7 +12,7 @@ _NO_LONGER_TRUE = ("sshs_", "sd_merge_", "blockmerge.")
 _NO_LONGER_TRUE_KEYS = frozenset(
     f"modelspec.{key}"
     for key in ("title", "date", "hash_sha256", "author", "description", "thumbnail", "merged_from")
-)
+) | {QUANTISATION_KEY}  # no output is quantised so
 _HOW_A_WAS_MADE = frozenset((
     "workflow", "prompt", "extra_pnginfo",  # ComfyUI: the whole graph, with every prompt in it
     "parameters",  # the web UI and its relatives

@@ -14,7 +14,7 @@ from blockmerge.anatomy import (
 )
 from blockmerge.checkpoints import Model, made
 from blockmerge.errors import counted, listing
-from blockmerge.expressions import Expression, Stored, simplify
+from blockmerge.expressions import Dequantised, Expression, Stored, simplify
 
 
 @dataclass(frozen=True)
@@ -106,5 +106,6 @@ def _order_in(a: Model, tensors: Sequence[OutputTensor]) -> dict[str, tuple[int,
     for number, one in enumerate(tensors):
         if one.ldm in a.tensors:
             own = simplify(made(_places(one.ldm, a.anatomy.family)[one.name], a.tensors, a.name))
+            own = own.codes if isinstance(own, Dequantised) else own
             order[one.name] = (0, own.offset) if isinstance(own, Stored) else (1, number)
     return order

@@ -36,7 +36,7 @@ from blockmerge.checkpoints import (
 from blockmerge.dtypes import FLOAT_DTYPES
 from blockmerge.errors import CheckpointError, IncompatibleModelsError, counted, listing, shown
 from blockmerge.expressions import Cast, Expression, Gathered, Known, simplify
-from blockmerge.merging.planning.combining import Combination, Weights, adjusted, widest_input
+from blockmerge.merging.planning.combining import Combination, Weights, adjusted, kept_dtype, widest_input
 from blockmerge.merging.planning.decisions import Decision, Decisions, Findings, VaeFile
 from blockmerge.merging.planning.describing import describe
 from blockmerge.merging.planning.naming import OutputTensor, has_place, named
@@ -214,7 +214,7 @@ class _Policies:
         if len(set(shapes)) > 1 and widest is None:
             return self._of_several_shapes(name, block, self.combination.copied(weights))
         self.found.blended.append((block, name))
-        dtype = self.request.output_dtype or tensors[0].dtype
+        dtype = self.request.output_dtype or kept_dtype(tensors[0])
         change = self._change(name, dtype, shapes[widest or 0])
         made = self.combination.combine(name, tensors, weights, dtype, change)
         return Decision(
@@ -241,9 +241,9 @@ class _Policies:
 
     def _taken(self, name: str, donor: Model | VaeFile, *, keeps_dtype: bool = False) -> Decision:
         tensor = donor.tensors[name]
-        dtype = tensor.dtype
+        dtype = kept_dtype(tensor)
         if not keeps_dtype and dtype in FLOAT_DTYPES:
-            of_a = self.models[0].tensors.get(name, tensor).dtype
+            of_a = kept_dtype(self.models[0].tensors.get(name, tensor))
             dtype = self.request.output_dtype or (of_a if of_a in FLOAT_DTYPES else dtype)
         change = self._change(name, dtype, tensor.shape)
         expression = adjusted(change, dtype, [tensor], lambda dtype: Cast(tensor, dtype))
