@@ -14,8 +14,9 @@ def write_big(path, value, megabytes=256):
     shapes = {
         "model.diffusion_model.input_blocks.0.0.weight": [8, 4, 3, 3],
         "model.diffusion_model.input_blocks.1.1.proj_in.weight": [8, 8, 1, 1],
-        "model.diffusion_model.input_blocks.11.0.x": [1],
-        "model.diffusion_model.middle_block.0.large": [side, 1000],
+        "model.diffusion_model.input_blocks.11.0.in_layers.0.weight": [1],
+        "model.diffusion_model.middle_block.0.in_layers.2.weight": [side, 1000],
+        "model.diffusion_model.out.2.bias": [1],
     }
     header, offset = {}, 0
     for name, shape in shapes.items():

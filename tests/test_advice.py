@@ -131,18 +131,19 @@ NEVER_SAID = {
     ): "the notes of a repair's conversion are not told",
     ("check", "merging/execute.py", "--allow-nonfinite"): "a repair allows them",
     ("check", "checkpoints/opening.py", "--ema"): "a repair asks for no EMA copies",
-    **{
-        (command, "cli/merge.py", option): "they share its options"
-        for command in ("check", "convert", "explain", "similarity", "inspect")
-        for option in ("--preset", "--weights")
-    },
+    ("convert", "cli/merge.py", "--preset"): "it shares other options with `merge`",
     ("convert", "cli/numbers.py", "--number"): "it shares other options with `merge`",
     ("convert", "merging/planning/request.py", "--seed"): "a conversion has none",
     ("convert", "merging/planning/request.py", "--sdxl-map"): "likewise",
     **{
         (command, "weights/request.py", option): "they ask for no weights"
         for command in ("check", "convert")
-        for option in ("--preset", "--weights", "--set")
+        for option in ("--preset", "--weights", "--set", "--sdxl-map")
+    },
+    **{
+        (command, "merging/planning/request.py", option): "they have no second weights"
+        for command in ("check", "convert")
+        for option in ("--weights-beta", "--preset-beta")
     },
 }
 """Commands that import a file and lack an option that a text in it names, and why they never say that text."""

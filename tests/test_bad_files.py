@@ -307,7 +307,7 @@ def test_families_names_and_shapes_that_do_not_fit(pairs, tmp_path, capsys):
 
     for shape in ((1, 16, 1, 1), (16, 16), (16, 8, 1, 1)):
         save_file({**whole, PROJ: torch.zeros(shape, dtype=torch.float16)}, tmp_path / "shape.safetensors")
-        for weight in ("0.5", "0", "1"):
+        for weight in ("0.5", "1"):
             assert_refused(
                 capsys,
                 tmp_path,
@@ -425,7 +425,7 @@ def test_hostile_names_are_shown_harmlessly(pairs, tmp_path, capsys):
     name = "model.diffusion_model.\x1b[31mred\n\u202e" + "x" * 5000
     save_file({**load_file(pairs()[0]), name: torch.zeros(1)}, tmp_path / "bad.safetensors")
     line = assert_refused(
-        capsys, tmp_path, "bad.safetensors", pairs()[0], "-w", "0.5", says=r"\x1b[31mred\n\u202e"
+        capsys, tmp_path, pairs()[0], "bad.safetensors", "-w", "0.5", says=r"\x1b[31mred\n\u202e"
     )
     assert "\x1b" not in line
     assert len(line) < 1000

@@ -26,8 +26,8 @@ PREFIX = "model.diffusion_model."
 SHAPES = {
     PREFIX + "input_blocks.0.0.weight": ("F16", [4, 4, 3, 3]),
     PREFIX + "input_blocks.1.1.proj_in.weight": ("F16", [4, 4, 1, 1]),
-    PREFIX + "input_blocks.11.0.weight": ("F16", [5]),
-    PREFIX + "middle_block.0.bias": ("F16", []),
+    PREFIX + "input_blocks.11.0.in_layers.0.weight": ("F16", [5]),
+    PREFIX + "middle_block.0.in_layers.0.bias": ("F16", []),
     PREFIX + "out.2.bias": ("F16", [0]),
     "cond_stage_model.transformer.text_model.embeddings.position_ids": ("I64", [1, 7]),
     "cond_stage_model.transformer.text_model.final_layer_norm.bias": ("F32", [6]),

@@ -18,7 +18,8 @@ U = "model.diffusion_model."
 SHAPES = {
     f"{U}input_blocks.0.0.weight": (2, 4, 3, 3),
     f"{U}input_blocks.1.1.proj_in.weight": (2, 2, 1, 1),
-    f"{U}input_blocks.11.0.x": (3,),
+    f"{U}input_blocks.11.0.in_layers.0.weight": (3,),
+    f"{U}out.2.bias": (3,),
 }
 
 

@@ -256,7 +256,8 @@ def test_schedules_and_integers_come_from_a(models, merged):
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool])
 def test_floats_in_only_one_model_are_refused_in_the_unet_and_noted_elsewhere(models, merged, dtype):
     # Those that the architecture has as floats are refused before: see test_quantised_refused.
-    unet, text = PROJ.replace(".weight", ".table"), TEXT.replace(".weight", ".table")
+    unet = UNET + "time_embed.cond_proj.weight"
+    text = "cond_stage_model.transformer.text_projection.weight"
     a, b = ({**one, unet: one[PROJ].clone(), text: one[TEXT].clone()} for one in models)
     spelled = {torch.int8: "I8", torch.bool: "BOOL"}[dtype]
     for first, second, said in (

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import blockmerge
 from blockmerge import IncompatibleModelsError
-from blockmerge.anatomy import FAMILIES, component_of
+from blockmerge.anatomy import FAMILIES, canonical_name, component_of
 from blockmerge.demo import make_state_dicts
 from blockmerge.inspecting import repair
 
@@ -127,6 +127,37 @@ def test_a_folder_with_fitting_configs_takes_markers(states, tmp_path):
     assert "EDMDPM" in (tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text()
 
 
+@pytest.mark.parametrize("name", ["loss.w", "optimizer_states.0.exp_avg", "betas", "global_step"])
+def test_what_is_dead_is_copied_by_a_merge(states, tmp_path, name):
+    a, b = states("sd1")
+    found, _ = merged(tmp_path, {**a, name: torch.ones(2)}, {**b, name: torch.zeros(2)}, dtype="bf16")
+    assert same_bits(found[name], torch.ones(2))
+
+
+def test_ema_copies_that_are_to_be_kept_are_not_pruned(states, tmp_path):
+    name = "model_ema.diffusion_modelout2bias"
+    state = {**states("sd1")[0], name: torch.ones(4)}
+    blockmerge.convert(state, tmp_path / "out.safetensors", ema="keep", prune=True)
+    assert torch.equal(load_file(tmp_path / "out.safetensors")[name], state[name])
+
+
+@pytest.mark.parametrize("name", ["foo/x.y", "tokenizer/z", "scheduler/z", "../evil/x", "/x"])
+def test_a_folder_has_no_place_for_folders_of_nobody(states, tmp_path, name):
+    save_file({**states("sd1")[0], name: torch.ones(3)}, tmp_path / "m.safetensors")
+    result = blockmerge.convert(tmp_path / "m.safetensors", tmp_path / "out", naming="diffusers")
+    assert told(result.notes, name)
+    assert sorted(one.name for one in (tmp_path / "out").iterdir()) == [
+        "model_index.json", "scheduler", "text_encoder", "unet", "vae",
+    ]  # fmt: skip
+    blockmerge.convert(tmp_path / "m.safetensors", tmp_path / "out", naming="diffusers", overwrite=True)
+
+
+def test_no_order_is_advised_where_none_helps(states, tmp_path):
+    a, b = states("sd1")
+    with pytest.raises(IncompatibleModelsError, match="both have some of their own"):
+        merged(tmp_path, {**a, UNET + "foo.w": torch.ones(1)}, {**b, UNET + "bar.w": torch.ones(1)})
+
+
 def merged(folder, a, b, **options):
     save_file(a, folder / "a.safetensors")
     save_file(b, folder / "b.safetensors")
@@ -141,7 +172,10 @@ def merged(folder, a, b, **options):
 
 
 WORD = st.text("abcdefgh_0123456789", min_size=1, max_size=6)
-PREFIXES = ("", UNET, "first_stage_model.", "cond_stage_model.", "conditioner.embedders.0.", "extra.")
+PREFIXES = (
+    "", UNET, "first_stage_model.", "cond_stage_model.", "conditioner.embedders.0.", "extra.",
+    "vae.", "unet.", "text_encoder.", "text_encoders.clip_l.", "module.", "zz.module.", "zz/", "tokenizer/",
+)  # fmt: skip
 EXTRAS = st.dictionaries(
     st.tuples(st.sampled_from(PREFIXES), st.lists(WORD, min_size=1, max_size=3)).map(
         lambda parts: f"{parts[0]}zz{'.'.join(parts[1])}"
@@ -153,57 +187,76 @@ EXTRAS = st.dictionaries(
     min_size=1,
     max_size=3,
 )
+MERGES = ({}, {"dtype": "fp16"}, {"vae": "b"}, {"vae": "blend"}, {"naming": "diffusers"})
+CONVERSIONS = ({"prune": True, "ema": "keep"}, {"dtype": "bf16"}, {"naming": "diffusers"})
 
 
-@settings(max_examples=15, phases=(Phase.explicit, Phase.generate))
+def made_of(extras, number):
+    def tensor(dtype, shape):
+        count = torch.Size(shape).numel()
+        return (torch.arange(count).float().reshape(shape) + number).to(dtype)
+
+    return {name: tensor(*one) for name, one in extras.items()}
+
+
+def same_bits(one, other):
+    raw = [tensor.reshape(-1).view(torch.uint8) for tensor in (one, other)]
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*raw)
+
+
+@settings(max_examples=20, phases=(Phase.explicit, Phase.generate))
 @given(
-    family=st.sampled_from(("sd1", "sd2", "sdxl", "sdxl_refiner")),
+    family=st.sampled_from(("sd1", "sd2", "sdxl_refiner")),
     extras=EXTRAS,
-    has=st.sampled_from(("a", "b", "both")),
-    options=st.sampled_from(({}, {"dtype": "fp16"}, {"vae": "b"}, {"vae": "blend"}, {"naming": "diffusers"})),
+    has=st.sampled_from(("a", "b", "both", "converted")),
+    data=st.data(),
 )
-def test_no_unknown_tensor_is_touched_in_silence(states, tmp_path_factory, family, extras, has, options):
+def test_no_unknown_tensor_is_touched_in_silence(states, tmp_path_factory, family, extras, has, data):
+    options = data.draw(st.sampled_from(CONVERSIONS if has == "converted" else MERGES))
     folder = tmp_path_factory.mktemp("unknown")
-    a, b = (
-        {name: tensor.half() for name, tensor in one.items() if component_of(name) != "text_encoder_2"}
-        for one in states(family)
-    )
-    of_a, of_b = (
-        {
-            name: (torch.arange(6).float()[: max(1, torch.Size(shape).numel())].reshape(shape) + n).to(dtype)
-            for name, (dtype, shape) in extras.items()
-        }
-        for n in (1, 2)
-    )
-    if has != "b":
-        a |= of_a
-    if has != "a":
-        b |= of_b
-    mine = of_a if has != "b" else of_b
-    folder_output = options.get("naming") == "diffusers"
-    save_file(a, folder / "a.safetensors")
-    save_file(b, folder / "b.safetensors")
-    output = folder / ("out" if folder_output else "out.safetensors")
+    a, b = (made_half(one) for one in states(family))
+    of_a, of_b = made_of(extras, 1), made_of(extras, 2)
+    save_file({**a, **(of_a if has != "b" else {})}, folder / "a.safetensors")
+    save_file({**b, **(of_b if has in ("b", "both") else {})}, folder / "b.safetensors")
+    is_folder = options.get("naming") == "diffusers"
+    output = folder / ("out" if is_folder else "out.safetensors")
     try:
-        result = blockmerge.merge(
-            folder / "a.safetensors", folder / "b.safetensors", output=output, weights=0.5, **options
-        )
+        if has == "converted":
+            result = blockmerge.convert(folder / "a.safetensors", output, **options)
+        else:
+            pair = folder / "a.safetensors", folder / "b.safetensors"
+            result = blockmerge.merge(*pair, output=output, weights=0.5, **options)
     except IncompatibleModelsError as error:
         assert any(name in str(error) for name in extras)
+        assert not output.exists()
         return
+    opened = blockmerge.open_checkpoint(output)
+    found = found_in(output)
+    for name in extras:
+        assert (
+            told(result.notes, name.replace("/", ".").removeprefix("unet."))
+            or told(result.notes, name)
+            or told(result.notes, canonical_name(name))
+        ), (name, result.notes)
+        if name in opened.tensors and not is_folder:
+            of_vae = (
+                of_b if options.get("vae") == "b" and component_of(name) == "vae" and has != "a" else None
+            )
+            wanted = of_vae or (of_b if has == "b" else of_a)
+            assert same_bits(found[name], wanted[name])
+        else:
+            assert is_folder or component_of(name) == "vae" or "/" in name
+    if not is_folder:
+        assert {component_of(one) for one in opened.tensors} >= {component_of(one) for one in a}
+    assert FAMILIES[result.family].name == family
+
+
+def made_half(state):
+    return {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+
+
+def found_in(output):
     found = {}
     for file in [output] if output.is_file() else output.rglob("*.safetensors"):
         found |= load_file(file)
-    for name in extras:
-        assert told(result.notes, name), (name, result.notes)
-        kept = found.get(name)
-        if kept is not None:
-            taken = of_b if options.get("vae") == "b" and component_of(name) == "vae" and has != "a" else mine
-            assert kept.dtype == taken[name].dtype
-            assert torch.equal(kept.view(torch.uint8), taken[name].view(torch.uint8)) if kept.dim() else True
-        else:
-            assert folder_output or component_of(name) == "vae"
-    held = {component_of(name) for name in (*a, *b)} - {"other"}
-    if not folder_output:
-        assert {component_of(name) for name in found} >= held
-    assert FAMILIES[result.family].name == family
+    return found

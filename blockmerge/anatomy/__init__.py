@@ -14,7 +14,7 @@ from blockmerge.anatomy.families import (
     unregister,
 )
 from blockmerge.anatomy.family import NAMINGS, OUTSIDE, Adjusted, Arms, Family
-from blockmerge.anatomy.identify import Anatomy, identify
+from blockmerge.anatomy.identify import Anatomy, has_signs_of_a_unet, identify
 from blockmerge.anatomy.names import (
     COMPONENTS,
     DIFFUSERS_UNET_PREFIX,
@@ -59,6 +59,7 @@ __all__ = [
     "canonical_name",
     "component_of",
     "components_of",
+    "has_signs_of_a_unet",
     "identify",
     "is_leftover",
     "is_position_ids",

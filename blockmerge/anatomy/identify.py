@@ -55,6 +55,16 @@ def identify(shapes: Mapping[str, Shape]) -> Anatomy:
     return Anatomy(family, inputs, naming, _standing(family, naming, shapes))
 
 
+def has_signs_of_a_unet(shapes: Mapping[str, Shape]) -> bool:
+    """Whether `identify` would look at a file's names as those of a U-Net at all."""
+    for family in FAMILIES.values():
+        prefixes = tuple(map(family.unet_prefix, NAMINGS))
+        unet = {_without(prefixes, name): shape for name, shape in shapes.items()}
+        if any(signs.are_looked_at(unet) for signs in family.signs.values()):
+            return True
+    return False
+
+
 def _recognised(shapes: Mapping[str, Shape]) -> tuple[Family, str, Mapping[str, Shape]]:
     """The family and naming whose signs fit, and the shapes by names without prefix."""
     unets: dict[tuple[str, ...], dict[str, Shape]] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
 
 from blockmerge.anatomy.families import FAMILIES, remembered
 from blockmerge.anatomy.family import NAMINGS
@@ -31,13 +31,14 @@ _NEW_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_att
 # Names: the models of a merge have the same ones, and each is asked about several times.
 _REMEMBERED = 1 << 13
 _SCHEDULE = re.compile(
-    r"betas|alphas_cumprod(_prev)?|sqrt_\w+|log_one_minus_\w+|posterior_\w+|logvar|lvlb_weights|"
+    r"betas|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|logvar|lvlb_weights|"
+    r"posterior_(variance|log_variance_clipped|mean_coef[12])|"
     r"((model\.)?(denoiser|model_sampling)\.)?(sigmas|log_sigmas)"
 )
-# What training leaves behind, alone or under the prefix of a component.
+# What training leaves behind, alone or beside the VAE's weights.
 _TRAINING = re.compile(
-    r"(.+\.)?(loss|loss_fn|model_ema)\..+|(optimizers?|optimizer_states|lr_schedulers?|callbacks)\..+|"
-    r"global_step|epoch"
+    r"((first_stage_model|vae)[./])?(loss|loss_fn)\..+|first_stage_model\.model_ema\..+|"
+    r"(optimizers?|optimizer_states|lr_schedulers?|callbacks)\..+|global_step|epoch"
 )
 # What training and compiling put into names, anywhere between the dots.
 _WRAPPER = re.compile(
@@ -63,6 +64,7 @@ class _Spellings:
     prefixes: tuple[tuple[str, str], ...]
     starts: tuple[str, ...]
     outer: re.Pattern[str]
+    known: re.Pattern[str]
     bare_unet: re.Pattern[str]
     bare_diffusers_unet: re.Pattern[str]
     dotted: re.Pattern[str]
@@ -95,6 +97,7 @@ def _spellings() -> _Spellings:
         tuple(prefixes),
         tuple(prefix for prefix, _ in prefixes),
         re.compile(rf"\A{_OUTER}(?={'|'.join(inner)})"),
+        re.compile("|".join((*inner, EMA_PREFIX, *map(translate, _markers())))),
         re.compile(f"(?:(?:unet|diffusion_model)\\.)?(?={roots['ldm']}\\.)"),
         re.compile(f"{roots['diffusers']}\\."),
         re.compile(f"({dotted})\\."),
@@ -125,11 +128,15 @@ def unwrapped_name(name: str) -> str:
     >>> unwrapped_name("module.model.diffusion_model._orig_mod.out.2.bias")
     'model.diffusion_model.out.2.bias'
 
-    Another spelling of the same model is not a wrapper: `text_encoders.clip_l.` stays.
+    Another spelling of the same model is not a wrapper: `text_encoders.clip_l.` stays. Nor is it one where
+    what is left is not known.
     """
-    name = _WRAPPER.sub("", name)
     spellings = _spellings()
-    return name if name.startswith(spellings.starts) else spellings.outer.sub("", name, count=1)
+    inner = _WRAPPER.sub("", name)
+    if not inner.startswith(spellings.starts):
+        inner = spellings.outer.sub("", inner, count=1)
+    # What nobody knows may be called so.
+    return inner if inner == name or spellings.known.match(inner) or is_leftover(inner) else name
 
 
 @remembered(_REMEMBERED)
@@ -183,7 +190,7 @@ def lone_component(names: Iterable[str]) -> tuple[str, str, int] | None:
 
 
 def is_schedule(name: str) -> bool:
-    """Whether a tensor is a noise schedule or a training log: never blended, since it is no weight."""
+    """Whether a tensor is a noise schedule."""
     return _SCHEDULE.fullmatch(name) is not None
 
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
+
+_MOST_NAMES = 100_000
+"""More than any model has; a config may say any number."""
 
 Depths = tuple[tuple[int, ...], ...]
 """For each level, how many transformer blocks each of its attentions has; empty without attention."""
@@ -34,7 +37,7 @@ def names_in_config(config: Mapping[str, Any]) -> frozenset[str] | None:
     """
     kind = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
     names = _NAMES.get(kind)
-    return None if names is None else frozenset(names(config))
+    return None if names is None else frozenset(islice(names(config), _MOST_NAMES))
 
 
 def built_of(names: Collection[str]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from blockmerge.anatomy import (
     Rows,
     canonical_name,
     component_of,
+    has_signs_of_a_unet,
     identify,
     is_position_ids,
     lone_component,
@@ -68,13 +69,16 @@ class Model:
         """
         name = checkpoint.name if name is None else name
         how = quantised(checkpoint)
-        if to_compute:
+        shapes = {own: how.shape_of(info) for own, info in checkpoint.tensors.items()}
+        if to_compute and how.fault is not None:
+            if not has_signs_of_a_unet(shapes) and (kind := other_kind_of(checkpoint)):
+                raise UnknownFamilyError(f"{shown(name)} {kind}")
             how.check(name)
         original, twice, notes = _matched_names(checkpoint, ema, name, how)
-        shapes = {canonical: how.shape_of(checkpoint.tensors[own]) for canonical, own in original.items()}
+        known = {canonical: shapes[own] for canonical, own in original.items()}
         try:
             anatomy = anatomy_of(
-                checkpoint, {known: shape for known, shape in shapes.items() if component_of(known) != "ema"}
+                checkpoint, {one: shape for one, shape in known.items() if component_of(one) != "ema"}
             )
         except UnknownFamilyError as error:
             raise UnknownFamilyError(f"{shown(name)} {error}") from None
@@ -181,10 +185,14 @@ def _in_ldm(
 ) -> dict[str, Expression]:
     """A checkpoint's tensors under LDM names; `original` maps canonical names to the file's own."""
     stored = {name: how.tensor(checkpoint, own) for name, own in original.items()}
-    return {
+    found = {
         name: simplify(made(origin, stored, checkpoint.name))
         for name, origin in family.origins(original, naming, "ldm").items()
     }
+    if naming == "diffusers":
+        return found
+    # What is not known of a file keeps the name that it has there.
+    return {original.get(name, name) if "/" in name else name: one for name, one in found.items()}
 
 
 def _refuse_integers(tensors: Mapping[str, Expression], family: Family, label: str) -> None:

@@ -162,15 +162,17 @@ class _Formats:
 
     def dtype_of(self, layer: str) -> str | None:
         """The dtype of a layer's codes, where something is said of it."""
-        return _FORMATS[self.layers[layer]["format"]] if layer in self.layers else None
+        form = self.layers.get(layer, {}).get("format")
+        return _FORMATS.get(form) if isinstance(form, str) else None
 
     def other_kinds(self) -> dict[str, list[str]]:
         """{kind that is not read: the layers of that kind}."""
         found: dict[str, list[str]] = {}
         for layer, said in self.layers.items():
-            kind = str(said.get("format")).replace("_", " ")
+            form = said.get("format")
+            kind = form.replace("_", " ") if isinstance(form, str) else "an unknown format"
             more = [key for key, value in said.items() if value and key not in _OF_NO_MATTER]
-            if said.get("format") not in _FORMATS:
+            if not isinstance(form, str) or form not in _FORMATS:
                 more = [key for key in more if key == "convrot"]
             elif not more:
                 continue
@@ -235,6 +237,7 @@ class _Scaled:
                 self._faults.append(f"{shown(name)} is the second scale beside {self._scales[_layer(name)]}")
             self._scales[_layer(name)] = name
         self._markers = [name for name in words.get(_MARKER, ()) if self._tensors[name].elements <= 2]
+        self._marked = {_layer(marker) for marker in self._markers}
         of_inputs = (name for word in _SCALES_OF_INPUTS for name in words.get(word, ()))
         self._aside = {
             *(name for word in (*_SCALES, _FORMAT) for name in words.get(word, ())),
@@ -264,8 +267,13 @@ class _Scaled:
 
     def _is_said_of(self, layer: str) -> bool:
         """Whether something but a scale of its input says that a layer is quantised."""
-        is_marked = any(layer.startswith(_layer(marker)) for marker in self._markers)
-        return layer in self._scales or layer in self._formats.layers or is_marked
+        return layer in self._scales or layer in self._formats.layers or self._is_marked(layer)
+
+    def _is_marked(self, layer: str) -> bool:
+        """Whether a marker stands for all of the file, or for something that the layer is in."""
+        while layer and layer not in self._marked:
+            layer = _layer(layer[:-1])
+        return layer in self._marked
 
     def _lacks_its_scale(self, name: str, info: TensorInfo) -> bool:
         layer = _layer(name)

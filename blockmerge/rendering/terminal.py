@@ -100,11 +100,10 @@ def _print_tensors(console: Console, tensors: Mapping[str, ListedTensor]) -> Non
 
 def print_check(console: Console, found: CheckResult) -> None:
     """Print what is wrong with a checkpoint, a line for each problem, the worst first."""
-    _line(console, _title(found, "no known U-Net"))
-    for note in found.notes:
-        _line(console, Text(f"- {note}"))
     is_quantised = any(problem.code == "quantised_weights" for problem in found.problems)
     _line(console, _title(found, "quantised weights" if is_quantised else "no known U-Net"))
+    for note in found.notes:
+        _line(console, Text(f"- {note}"))
     code_width = max((len(problem.code) for problem in found.problems), default=0)
     for problem in found.problems:
         takes = "" if problem.bytes is None else f", {bytes_text(problem.bytes)}"

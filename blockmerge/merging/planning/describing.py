@@ -11,6 +11,7 @@ from blockmerge.checkpoints import DiffusersFolder, Model, in_cache, read, state
 from blockmerge.errors import counted, listing, shown
 from blockmerge.expressions import Expression, dequantised_in
 from blockmerge.merging.planning.decisions import Decision, Findings, VaeFile
+from blockmerge.merging.planning.naming import what_it_is
 from blockmerge.merging.planning.request import MergeRequest, Resolved
 from blockmerge.weights import BlockWeights
 
@@ -103,11 +104,10 @@ def _ema(models: Sequence[Model], request: MergeRequest) -> Iterator[str]:
 def _tensors(models: Sequence[Model], found: Findings, naming: str) -> Iterator[str]:
     for holders, names in found.only_in.items():
         yield f"{_tensors_are(len(names))} {_only_in(holders)} ({listing(names)})"
-    where = "a diffusers folder" if naming == "diffusers" else "a file in LDM names"
     for names, what in ((found.homeless, ""), (found.homeless_unknown, " unknown to blockmerge")):
         if names:
             left_out = f"{counted(len(names), 'tensor')}{what} left out"
-            yield f"{left_out}, which {where} has no place for ({listing(names)})"
+            yield f"{left_out}, which {what_it_is(naming)} has no place for ({listing(names)})"
     if found.pruned:
         left_out = f"{counted(len(found.pruned), 'tensor')} left out"
         yield f"{left_out}, which no loader needs ({listing(found.pruned)})"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 from blockmerge.anatomy import (
     DIFFUSERS_UNET_PREFIX,
@@ -12,7 +13,7 @@ from blockmerge.anatomy import (
     Origin,
     component_of,
 )
-from blockmerge.checkpoints import Model, made
+from blockmerge.checkpoints import Checkpoint, DiffusersFolder, Model, made
 from blockmerge.errors import counted, listing
 from blockmerge.expressions import Dequantised, Expression, Stored, simplify
 
@@ -41,11 +42,29 @@ class OutputTensor:
         return self.expression.nbytes
 
 
-def has_place(name: str, naming: str, family: Family) -> bool:
-    """Whether an output of that naming has a place for a tensor, by the name that models have it under."""
+def what_it_is(naming: str) -> str:
+    """What messages call an output of that naming."""
+    return "a diffusers folder" if naming == "diffusers" else "a file in LDM names"
+
+
+def folders_of(family: Family, models: Sequence[Model]) -> frozenset[str]:
+    """The subfolders for weights that a diffusers folder of these models has: the family's, and their own."""
+    found = {prefix.rstrip("/") for prefix in family.prefixes["diffusers"]}
+    return frozenset(found.union(*(one.source.components for one in models if _is_folder(one.source))))
+
+
+def _is_folder(source: Checkpoint) -> TypeGuard[DiffusersFolder]:
+    return isinstance(source, DiffusersFolder)
+
+
+def has_place(name: str, naming: str, family: Family, folders: Collection[str]) -> bool:
+    """Whether an output of that naming has a place for a tensor, by the name that models have it under;
+    `folders` are the subfolders of a diffusers folder.
+    """
     if naming == "ldm":
         return "/" not in name
-    return "/" in name or (family.knows(name) and bool(family.relation_of(name).places))
+    folder, slash, _ = name.partition("/")
+    return folder in folders if slash else (family.knows(name) and bool(family.relation_of(name).places))
 
 
 def named(

@@ -3,7 +3,7 @@
 Files and state dicts share this, so that both merge alike. Everything is decided under LDM names, whatever
 the models' own; `naming.py` then gives each tensor the name, and the arrangement, that it has in the output.
 What is decided is in `docs/policies.md`; what it means for the user, in notes, is in `describing.py`. Of the
-data only the 77 numbers of `position_ids` are read.
+data only a few small tensors are read: `position_ids`, markers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from blockmerge.anatomy import (
     is_leftover,
     is_position_ids,
     is_prediction_marker,
-    is_schedule,
     layout_gaps,
     plain_names_of_ema,
 )
@@ -39,7 +38,7 @@ from blockmerge.expressions import Cast, Expression, Gathered, Known, simplify
 from blockmerge.merging.planning.combining import Combination, Weights, adjusted, kept_dtype, widest_input
 from blockmerge.merging.planning.decisions import Decision, Decisions, Findings, VaeFile
 from blockmerge.merging.planning.describing import describe
-from blockmerge.merging.planning.naming import OutputTensor, has_place, named
+from blockmerge.merging.planning.naming import OutputTensor, folders_of, has_place, named, what_it_is
 from blockmerge.merging.planning.request import MergeRequest, Resolved
 from blockmerge.merging.result import Counts
 from blockmerge.weights import BlockWeights, Change
@@ -93,12 +92,11 @@ def _check_components(models: Sequence[Model], tensors: Sequence[OutputTensor], 
     held = {component_of(one.ldm) for one in tensors}
     had = set[str]().union(*(model.components for model in models)) - {"other", "ema"}
     if lost := sorted(had - held):
-        where = "a diffusers folder" if output_naming == "diffusers" else "a file in LDM names"
         whose = next(model for model in models if lost[0] in model.components)
         names = [name for name in whose.tensors if component_of(name) == lost[0]]
         raise IncompatibleModelsError(
-            f"the {TITLES[lost[0]]} of {shown(whose.name)} has names ({listing(names)}) that {where} has no "
-            "place for: leave it out of the model first, or give another naming (--to)"
+            f"the {TITLES[lost[0]]} of {shown(whose.name)} has names ({listing(names)}) that "
+            f"{what_it_is(output_naming)} has no place for: give another naming (--to, of merge and convert)"
         )
 
 
@@ -139,6 +137,7 @@ class _Policies:
         self.donors: list[Model | VaeFile] = [*models]
         if isinstance(self.vae, VaeFile):
             self.donors.append(self.vae)
+        self.folders = folders_of(self.family, models)
         self.names = tuple(dict.fromkeys(name for donor in self.donors for name in donor.tensors))
         self.plain_of_ema = plain_names_of_ema(self.names)
 
@@ -170,7 +169,7 @@ class _Policies:
             return self._taken(name, holders[0], keeps_dtype=True)
         floats = sum(model.tensors[name].dtype in FLOAT_DTYPES for model in holders)
         is_ema = component_of(name) == "ema" and name not in self.plain_of_ema
-        if floats == 0 or is_schedule(name) or is_ema:
+        if floats == 0 or is_leftover(name) or is_ema:
             if len(holders) == len(self.models) > 1:
                 self.found.kept.append(name)
             return self._taken(name, holders[0], keeps_dtype=True)
@@ -184,7 +183,7 @@ class _Policies:
         """Whether the output has no place for a tensor, nobody needs it, or whoever decides of it has
         none.
         """
-        if not has_place(name, self.naming, self.family):
+        if not has_place(name, self.naming, self.family, self.folders):
             (self.found.homeless if self._is_known(name) else self.found.homeless_unknown).append(name)
             if makes := [one for one in self.family.derivatives if one.has(name)]:
                 self.found.faults.append(
@@ -204,7 +203,8 @@ class _Policies:
     def _is_known(self, name: str) -> bool:
         """Whether a tensor is one of the family's, an EMA copy, or a schedule."""
         name = self.plain_of_ema.get(name, name)
-        return self.family.knows(name) or component_of(name) == "ema" or is_leftover(name)
+        is_special = component_of(name) == "ema" or is_leftover(name) or is_prediction_marker(name)
+        return is_special or self.family.knows(name)
 
     def _merged(self, name: str) -> Decision | None:
         tensors = [model.tensors[name] for model in self.models]
@@ -332,11 +332,13 @@ def _check_unets(models: Sequence[Model]) -> None:
     """Raise IncompatibleModelsError for U-Nets of different tensors, but for what A alone has beside those of
     its family.
     """
-    unets = [{name for name in model.tensors if component_of(name) == "unet"} for model in models]
+    unets = list(map(_unet_of, models))
     ordinary = models[0].anatomy.family.unet.keys()
     faults = _cut_differently(models) or [
         *_lacking(models, [unet & ordinary for unet in unets]),
-        *_added(models[1:], [unet - ordinary - unets[0] for unet in unets[1:]]),
+        *_added(
+            models[0], models[1:], unets[0] - ordinary, [unet - ordinary - unets[0] for unet in unets[1:]]
+        ),
     ]
     if faults:
         raise IncompatibleModelsError(f"{names_of(models)} cannot be merged: {'; '.join(faults)}")
@@ -366,14 +368,19 @@ def _lacking(models: Sequence[Model], unets: Sequence[Set[str]]) -> list[str]:
     ]
 
 
-def _added(models: Sequence[Model], added: Sequence[Set[str]]) -> list[str]:
+def _added(a: Model, models: Sequence[Model], own: Set[str], added: Sequence[Set[str]]) -> list[str]:
     """Say what models have that A, which decides what the output is, has not."""
     return [
-        f"{shown(model.name)} has {counted(len(names), 'U-Net tensor')} that the first model lacks "
-        f"({listing(sorted(names))}){_which(model)}: give it as the first model"
+        f"{shown(model.name)} has {counted(len(names), 'U-Net tensor')} that {shown(a.name)} lacks "
+        f"({listing(sorted(names))}){_which(model)}: "
+        + ("both have some of their own" if own - _unet_of(model) else "give it as the first model")
         for model, names in zip(models, added, strict=True)
         if names
     ]
+
+
+def _unet_of(model: Model) -> Set[str]:
+    return {name for name in model.tensors if component_of(name) == "unet"}
 
 
 def _which(model: Model) -> str:
