@@ -138,7 +138,7 @@ NEVER_SAID = {
     **{
         (command, "weights/request.py", option): "they ask for no weights"
         for command in ("check", "convert")
-        for option in ("--preset", "--weights", "--set", "--sdxl-map")
+        for option in ("--preset", "--weights", "--set")
     },
     **{
         (command, "merging/planning/request.py", option): "they have no second weights"

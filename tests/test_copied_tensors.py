@@ -152,13 +152,30 @@ def test_a_unet_of_other_widths_is_a_fault_unless_it_is_left_out(states, merged)
     assert torch.equal(out[name], a[name])
 
 
+def test_a_note_says_whose_input_channels_the_output_has(states, merged):
+    a, b = states("sd1")
+    first = UNET + "input_blocks.0.0.weight"
+    rows, _, *kernel = b[first].shape
+    wide = {**b, first: torch.randn(rows, 9, *kernel)}
+    out, result = merged(a, wide, weights="IN00=skip,IN01=0.5")
+    assert out[first].shape[1] == 9
+    assert any("9 input channels, not the 4 of a.safetensors" in note for note in result.notes)
+
+
+def test_an_incomplete_component_is_warned_of(states, tmp_path):
+    a, _ = states("sd1")
+    damaged = {name: tensor for name, tensor in a.items() if "decoder.mid" not in name}
+    notes = blockmerge.convert(damaged, tmp_path / "out.safetensors").notes
+    assert any(note.startswith("warning: ") and "tensors of the VAE" in note for note in notes)
+
+
 # -- positions ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows", [77, 248, 154])
 def test_positions_are_as_many_as_the_embedding_has_rows(states, tmp_path, rows):
     model = long_clip(states("sd1")[0], rows)
-    assert "broken_position_ids" not in {problem.code for problem in blockmerge.check(model).problems}
+    assert not {"broken_position_ids", "wrong_shape"} & {p.code for p in blockmerge.check(model).problems}
     broken = {**model, IDS: torch.arange(rows).float()[None] + 0.25}
     assert "broken_position_ids" in {problem.code for problem in blockmerge.check(broken).problems}
     for given in (model, broken, {**model, IDS: torch.arange(5)[None]}):

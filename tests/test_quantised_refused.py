@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import blockmerge
 from blockmerge import LiveMerge
@@ -231,3 +231,27 @@ def test_metadata_that_another_file_has_left_says_nothing(tmp_path, pair):
     assert all(torch.equal(tensor, pair[0][name]) for name, tensor in load_file(result.output).items())
     assert "_quantization_metadata" not in blockmerge.inspect(result.output).metadata
     assert blockmerge.inspect(path).quantised is None
+
+
+@pytest.mark.parametrize(
+    ("suffix", "dtype", "kind"),
+    [
+        ("scale", torch.float8_e4m3fn, "scales of their own"),
+        ("scales", torch.int8, "scales of their own"),
+        ("weight._data", None, "quanto"),
+        ("_weight_qdata", None, "torchao"),
+        ("W_q", None, "HQQ"),
+    ],
+)
+def test_kinds_that_write_scales_of_their_own_are_refused(tmp_path, suffix, dtype, kind):
+    from blockmerge.demo import make_state_dicts
+
+    state = {name: tensor.half() for name, tensor in make_state_dicts("sd1")[0].items()}
+    layer = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q."
+    if dtype is not None:
+        state[layer + "weight"] = state[layer + "weight"].to(dtype)
+    state[layer + suffix] = torch.ones(len(state[layer + "weight"]), 1)
+    save_file(state, tmp_path / "odd.safetensors")
+    with pytest.raises(CheckpointError, match=f"odd.safetensors is quantised as .*{kind}"):
+        blockmerge.convert(tmp_path / "odd.safetensors", tmp_path / "out.safetensors", dtype="fp16")
+    assert not (tmp_path / "out.safetensors").exists()

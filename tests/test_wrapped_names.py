@@ -187,3 +187,71 @@ def test_one_tensor_under_two_namings_is_used_once(states, tmp_path):
     notes = convert(tmp_path / "double.safetensors", tmp_path).notes
     same(load_file(tmp_path / "converted.safetensors"), a)
     assert any("double.safetensors holds" in note and "under two names" in note for note in notes)
+
+
+def in_folder_names(states, folder, component):
+    """What a folder of sd1's A has in a component, {name there: tensor}."""
+    save_file(states["sd1"][0], folder / "plain.safetensors")
+    blockmerge.convert(folder / "plain.safetensors", folder / "plain", naming="diffusers", overwrite=True)
+    (file,) = (folder / "plain" / component).glob("*.safetensors")
+    return load_file(file)
+
+
+@pytest.mark.parametrize(
+    ("family", "usual", "other"),
+    [
+        ("sd1", "cond_stage_model.", "conditioner.embedders.0."),
+        ("sd1", "cond_stage_model.", "cond_stage_model.wrapped."),
+        ("sd1", "cond_stage_model.transformer.", "te."),
+        ("sd1", VAE, VAE + "model."),
+        ("sdxl", CLIP_L["sdxl"], "te1."),
+        ("sdxl", CLIP_L["sdxl"], "text_encoder_1."),
+    ],
+)
+def test_other_prefixes_stand_for_the_usual_ones(states, tmp_path, family, usual, other):
+    a, b = states[family]
+    odd = {
+        name.replace(usual, other) if name.startswith(usual) else name: tensor for name, tensor in a.items()
+    }
+    save_file(odd, tmp_path / "odd.safetensors")
+    convert(tmp_path / "odd.safetensors", tmp_path)
+    same(load_file(tmp_path / "converted.safetensors"), a)
+    # BASE counts for it, as it would under the usual names.
+    same(
+        blockmerge.merge_state_dicts(odd, b, weights="BASE=0.3,IN00=0.5", vae="blend"),
+        blockmerge.merge_state_dicts(a, b, weights="BASE=0.3,IN00=0.5", vae="blend"),
+    )
+
+
+def test_a_folders_names_under_ldms_prefix(states, tmp_path):
+    a, _ = states["sd1"]
+    vae = {VAE + name: tensor for name, tensor in in_folder_names(states, tmp_path, "vae").items()}
+    odd = {name: tensor for name, tensor in a.items() if not name.startswith(VAE)} | vae
+    save_file(odd, tmp_path / "odd.safetensors")
+    convert(tmp_path / "odd.safetensors", tmp_path)
+    same(load_file(tmp_path / "converted.safetensors"), a)
+
+
+@pytest.mark.parametrize("first", ["folder", "file"])
+def test_a_unet_of_diffusers_merged_with_a_whole_model_is_a_file_that_loaders_know(states, tmp_path, first):
+    a, b = states["sd1"]
+    unet = in_folder_names(states, tmp_path, "unet")
+    save_file(unet, tmp_path / "unet.safetensors")
+    save_file(b, tmp_path / "b.safetensors")
+    model = tmp_path / "plain" / "unet" if first == "folder" else tmp_path / "unet.safetensors"
+    out = tmp_path / "out.safetensors"
+    blockmerge.merge(model, tmp_path / "b.safetensors", weights=0.0, output=out)
+    wanted = {name: tensor for name, tensor in a.items() if name.startswith(UNET)}
+    same(load_file(out), {**b, **wanted})
+
+
+def test_wrapped_ema_copies_are_ema_copies(states, tmp_path):
+    a, _ = states["sd1"]
+    ema = {
+        f"module.model_ema.diffusion_model{name.removeprefix(UNET).replace('.', '')}": tensor
+        for name, tensor in a.items()
+        if name.startswith(UNET)
+    }
+    save_file({**ema, **{n: t for n, t in a.items() if not n.startswith(UNET)}}, tmp_path / "ema.safetensors")
+    convert(tmp_path / "ema.safetensors", tmp_path)
+    same(load_file(tmp_path / "converted.safetensors"), a)

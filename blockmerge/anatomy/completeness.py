@@ -12,6 +12,7 @@ from blockmerge.anatomy.families import FAMILIES
 from blockmerge.anatomy.family import Shape, matches
 from blockmerge.anatomy.names import component_of
 
+_POSITIONS = ("position_embedding.weight", "positional_embedding")
 # Of the layouts' extents, smaller ones are kernels, channels of pictures and latents, and positions.
 _LEAST_WIDTH = 128
 
@@ -45,6 +46,9 @@ def layout_gaps(shapes: Mapping[str, Shape], family: str, component: str) -> Lay
     if first in wanted and len(found.get(first, ())) == signs.first_axes:
         rows, _, *kernel = wanted[first]
         wanted[first] = (rows, found[first][1], *kernel)
+    for name in wanted:  # a text encoder may read more positions than most
+        if name.endswith(_POSITIONS) and len(found.get(name, ())) == 2:
+            wanted[name] = (found[name][0], *wanted[name][1:])
     shared = [name for name in wanted if name in found]
     widths = _widths((wanted[name], found[name]) for name in shared)
     expected = {name: tuple(widths.get(extent, extent) for extent in wanted[name]) for name in shared}

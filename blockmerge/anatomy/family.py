@@ -193,7 +193,8 @@ class Family:
 
     `architecture` is how ModelSpec's names of it begin (https://github.com/Stability-AI/ModelSpec);
     `prefixes` are {naming: {prefix: component}}; `roots` {naming: first words of U-Net names that stand
-    without prefix}; `prediction` {variant: Unmarked}; `optional` and `harmless` patterns of names that may be
+    without prefix}; `other_prefixes` {what other programs write: what it stands for here}; `prediction`
+    {variant: Unmarked}; `optional` and `harmless` patterns of names that may be
     missing or be there beside the layout's; `configs` is what `anatomy.configs` reads.
     """
 
@@ -211,6 +212,7 @@ class Family:
     roots: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     renamings: tuple[Renaming, ...] = ()
     beside_layout: tuple[str, ...] = ()
+    other_prefixes: Mapping[str, str] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
     harmless: tuple[str, ...] = ()
     derivatives: tuple[Derivative, ...] = ()
@@ -245,6 +247,7 @@ class Family:
             roots={naming: tuple(names["roots"].get(naming, ())) for naming in NAMINGS},
             renamings=tuple(Renaming.of(lines=table, **one) for one in rules),
             beside_layout=tuple(names.get("beside_layout", ())),
+            other_prefixes=names.get("other_prefixes", {}),
             optional=tuple(completeness.get("optional", ())),
             harmless=tuple(completeness.get("harmless", ())),
             derivatives=tuple(
@@ -346,7 +349,8 @@ class Family:
         variant = self.variants.get(shape[1]) if len(shape) == signs.first_axes else None
         if variant is None:
             raise UnknownFamilyError(
-                f"its first convolution {signs.first} has shape {list(shape)}, which no {self.name} model has"
+                f"has a first convolution ({signs.first}) of shape {list(shape)}, "
+                f"which no {self.name} model has"
             )
         return variant
 
@@ -372,26 +376,29 @@ class Family:
 
     def _in_ldm(self, names: Iterable[str]) -> dict[str, Origin]:
         have = dict.fromkeys(names)
+        own = {name: self.usual_name(name) for name in have}
+        named = {usual: name for name, usual in reversed(own.items())} | {name: name for name in have}
         found: dict[str, Origin] = {}
         # What has LDM's own name goes before what another naming calls the same.
         for name in sorted(have, key=lambda name: "/" in name):
-            ldm = self._original_names.get(name) or self._under_ldm_prefix(name)
+            usual = own[name]
+            ldm = self._original_names.get(usual, usual)
             relation = self.relation_of(ldm)
-            if ldm in have or name not in relation.diffusers:
+            if ldm in have or usual not in relation.diffusers:
                 found.setdefault(ldm, Origin((Rows(name),), axes=4 if relation.squeezed else None))
-            elif all(place in have for place in relation.diffusers):
-                found.setdefault(ldm, relation.origin_in_ldm())
+            elif all(place in named for place in relation.diffusers):
+                found.setdefault(ldm, relation.origin_in_ldm().of(named))
             else:
                 found[name] = Origin((Rows(name),))
         return found
 
-    def _under_ldm_prefix(self, name: str) -> str:
-        """The LDM name of what stands under a folder's prefix but has the name that LDM gives it there."""
-        for renaming in self.renamings if "/" in name else ():
-            ldm = renaming.ldm + name.removeprefix(renaming.diffusers)
-            if name.startswith(renaming.diffusers) and self.knows(ldm):
-                return ldm
-        return name
+    def usual_name(self, name: str) -> str:
+        """The name, in LDM's or a folder's naming, of a tensor that stands under another prefix; `name`
+        itself where that is known, or nothing is.
+
+        It may be one of the `other_prefixes`, or a folder's with the name that LDM gives it there.
+        """
+        return _usual_name(self, name)
 
     def _in_diffusers(self, names: Iterable[str]) -> dict[str, Origin]:
         found: dict[str, Origin] = {}
@@ -422,6 +429,16 @@ def _unlisted_block(family: Family, name: str) -> str:
 def matches(patterns: Iterable[str], name: str) -> bool:
     """Whether a name is one of those that patterns with ``*`` stand for."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+@lru_cache(_REMEMBERED)
+def _usual_name(family: Family, name: str) -> str:
+    prefixes = (*family.other_prefixes.items(), *((one.diffusers, one.ldm) for one in family.renamings))
+    names = [name, *(own + name.removeprefix(other) for other, own in prefixes if name.startswith(other))]
+    # What may be there beside the layout is told by patterns, which fit under other prefixes as well.
+    exact = family.listed, family.beside_layout, family._original_names
+    usual = next((one for one in names if any(one in held for held in exact)), None)
+    return usual or next((one for one in names if family.knows(one)), name)
 
 
 @lru_cache(_REMEMBERED)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from blockmerge.anatomy.families import FAMILIES
 from blockmerge.anatomy.family import NAMINGS, Family, Shape
-from blockmerge.anatomy.names import canonical_name, component_of, lone_component
+from blockmerge.anatomy.names import canonical_name, component_of, is_prediction_marker, lone_component
 from blockmerge.anatomy.other_kinds import mistaken_for_a_unet, other_kind
 from blockmerge.anatomy.standing import COMPLETE, Standing, standing_of
 from blockmerge.errors import RecipeError, UnknownFamilyError, counted
@@ -92,7 +92,11 @@ def _recognised(shapes: Mapping[str, Shape]) -> tuple[Family, str, Mapping[str, 
 
 def _standing(family: Family, naming: str, names: Iterable[str]) -> Standing:
     """How the U-Net among a model's names stands to a family."""
-    unet = [canonical_name(name) for name in names if component_of(name) == "unet"]
+    unet = [
+        canonical_name(name)
+        for name in names
+        if component_of(name) == "unet" and not is_prediction_marker(name)
+    ]
     return standing_of(family, family.origins(unet, naming, "ldm"))
 
 

@@ -37,14 +37,17 @@ _SCHEDULE = re.compile(
 )
 # What training leaves behind, alone or beside the VAE's weights.
 _TRAINING = re.compile(
-    r"((first_stage_model|vae)[./])?(loss|loss_fn)\..+|first_stage_model\.model_ema\..+|"
+    r"((first_stage_model|vae)[./])?(loss|loss_fn)\..+|.+\.model_ema\..+|"
     r"(optimizers?|optimizer_states|lr_schedulers?|callbacks)\..+|global_step|epoch"
 )
 # What training and compiling put into names, anywhere between the dots.
 _WRAPPER = re.compile(
     r"(?<![^.])(?:module|_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
-_OUTER = r"(?:(?:state_dict|model|pipe|pipeline|network|net|sd_model)\.)+"
+_OUTER = (
+    r"(?:(?:state_dict|model_state_dict|model|pipe|pipeline|network|net|sd_model|student|generator|ldm|params"
+    r"|weights|checkpoint|ema_model)\.)+"
+)
 """What saving a whole program puts before the names of its model."""
 _TEXT_ENCODERS = {"clip_l": "text_encoder/", "clip_h": "text_encoder/", "clip_g": "text_encoder_2/"}
 """The text encoders of files that programs with all encoders under `text_encoders.` save."""
@@ -196,7 +199,8 @@ def is_schedule(name: str) -> bool:
 
 def is_prediction_marker(name: str) -> bool:
     """Whether a tensor only marks what the model predicts (`v_pred`, `ztsnr`, `edm_vpred.…`)."""
-    return any(fnmatchcase(name, marker) for marker in _markers())
+    short = name.removeprefix(UNET_PREFIX)  # as some programs save it, and all take it
+    return any(fnmatchcase(short, marker) for marker in _markers())
 
 
 @remembered(None)
@@ -228,7 +232,8 @@ def plain_names_of_ema(names: Iterable[str]) -> dict[str, str]:
 
 def plain_name_of_ema(name: str) -> str | None:
     """Return the plain name of a U-Net tensor's EMA copy, None for any other name."""
-    return _plain_of_ema().get(name) if name.startswith(EMA_PREFIX) else None
+    own = unwrapped_name(name)
+    return _plain_of_ema().get(own) if own.startswith(EMA_PREFIX) else None
 
 
 @remembered(None)

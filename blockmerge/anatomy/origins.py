@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 ALL = ((0, 1),)
@@ -36,6 +37,10 @@ class Origin:
     rows: tuple[Rows, ...]
     transposed: bool = False
     axes: int | None = None
+
+    def of(self, names: Mapping[str, str]) -> Origin:
+        """The same of tensors that have other names."""
+        return replace(self, rows=tuple(replace(one, name=names[one.name]) for one in self.rows))
 
 
 @dataclass(frozen=True, slots=True)

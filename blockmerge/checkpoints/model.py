@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from blockmerge.anatomy import (
     DIFFUSERS_UNET_PREFIX,
+    FAMILIES,
     UNET_PREFIX,
     VAE_PARTS,
     Anatomy,
@@ -20,7 +21,9 @@ from blockmerge.anatomy import (
     component_of,
     has_signs_of_a_unet,
     identify,
+    is_leftover,
     is_position_ids,
+    is_prediction_marker,
     lone_component,
     other_kind,
     plain_names_of_ema,
@@ -227,6 +230,7 @@ def _matched_names(
             if name != canonical:  # the name that every loader knows wins
                 continue
         names[canonical] = name
+    names = _all_of_a_unet(names)
     notes = [f"{shown(label)} {note}" for note in checkpoint.notes]
     notes += _wrappers(checkpoint.tensors, label)
     plain = any(component_of(name) == "unet" for name in names)
@@ -239,6 +243,31 @@ def _matched_names(
             notes.append(f"the U-Net of {shown(label)} is its EMA copy ({counted(len(copies), 'tensor')})")
             names.update(copies)
     return names, twice, notes
+
+
+def _all_of_a_unet(names: dict[str, str]) -> dict[str, str]:
+    """The same, but where a U-Net stands alone without prefix, what is not known is a part of it, too."""
+    prefixes = {
+        prefix
+        for canonical, own in names.items()
+        for prefix in (UNET_PREFIX, DIFFUSERS_UNET_PREFIX)
+        if canonical == prefix + unwrapped_name(own)
+    }
+    if (
+        len(prefixes) != 1
+        or not has_signs_of_a_unet(dict.fromkeys(names, ()))
+        or any(component_of(name) not in ("unet", "ema", "other") for name in names)
+    ):
+        return names
+    (prefix,) = prefixes
+    return {prefix + name if _is_nobodys(name) else name: own for name, own in names.items()}
+
+
+def _is_nobodys(name: str) -> bool:
+    """Whether a tensor is of no component, and nothing is known of it."""
+    special = is_leftover(name) or is_prediction_marker(name) or "/" in name
+    known = special or any(family.knows(name) for family in FAMILIES.values())
+    return component_of(name) == "other" and not known
 
 
 def _stored_in(tensors: Mapping[str, Expression]) -> Iterator[str]:
@@ -256,10 +285,9 @@ def _wrappers(names: Iterable[str], label: str) -> Iterator[str]:
     """Say what was taken off names."""
     wrapped = [name for name in names if unwrapped_name(name) != name]
     if wrapped:
-        yield (
-            f"{counted(len(wrapped), 'name')} in {shown(label)} without what training or saving put around "
-            f"them ({shown(wrapped[0])} is {shown(unwrapped_name(wrapped[0]))})"
-        )
+        taken = f"{shown(wrapped[0])} is {shown(unwrapped_name(wrapped[0]))}"
+        count = counted(len(wrapped), "name")
+        yield f"{shown(label)}: what training or saving put around {count} is taken off ({taken})"
 
 
 def vae_tensors(checkpoint: Checkpoint, family: Family) -> dict[str, Expression]:

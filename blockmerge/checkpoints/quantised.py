@@ -53,9 +53,16 @@ _OTHER_KINDS: Mapping[str, frozenset[str]] = {
     "SVDQuant": frozenset({"wscales", "wcscales", "wtscale", "smooth_factor", "smooth_factor_orig"}),
     "GPTQ": frozenset({"g_idx"}),
     "AWQ or GPTQ": frozenset({"qweight", "qzeros"}),
+    "quanto": frozenset({"_data", "_scale"}),
+    "torchao": frozenset({"int_data", "_weight_qdata", "_weight_scale", "qdata"}),
+    "HQQ": frozenset({"W_q"}),
     "packed integers": frozenset({"weight_packed", "weight_zero_point"}),
 }
-_WORDS = frozenset({*_SCALES, *_SCALES_OF_INPUTS, _FORMAT, _MARKER}.union(*_OTHER_KINDS.values()))
+# What others call scales; of a layer they are only beside weights that are not plain floats.
+_OTHER_SCALES = frozenset({"scale", "scales", "weight_scales"})
+_WORDS = frozenset(
+    {*_SCALES, *_OTHER_SCALES, *_SCALES_OF_INPUTS, _FORMAT, _MARKER}.union(*_OTHER_KINDS.values())
+)
 
 
 @dataclass(frozen=True)
@@ -203,8 +210,15 @@ def _other_kinds(
     """Yield kinds that are not read, with the names that show them, what tells most first."""
     yield from formats.other_kinds().items()
     for kind, own in _OTHER_KINDS.items():
-        yield kind, [name for word in own for name in words.get(word, ())]
+        yield kind, [name for word in sorted(own) for name in words.get(word, ())]
     by_dtype: dict[str, list[str]] = {}
+    others = [
+        name
+        for word in sorted(_OTHER_SCALES)
+        for name in words.get(word, ())
+        if (weight := checkpoint.tensors.get(f"{_layer(name)}weight")) and weight.dtype not in _NUMBERS
+    ]
+    yield "fp8 or integers with scales of their own (as SDNQ writes)", others
     for name in (name for word in _SCALES for name in words.get(word, ())):
         weight = checkpoint.tensors.get(f"{_layer(name)}weight")
         told = _kind_by_dtypes(checkpoint.tensors[name].dtype, weight.dtype if weight else "", formats, name)

@@ -117,7 +117,7 @@ def _derivatives(anatomy: Anatomy) -> Iterator[Problem]:
     if standing.said:
         added, missing = len(standing.added), len(standing.missing) if standing.is_cut else 0
         said = [f"{added} more"] * bool(added) + [f"{missing} fewer"] * bool(missing)
-        how = f"with {' and '.join(said)} U-Net tensors than {anatomy.family.title}"
+        how = f"whose U-Net has {' and '.join(said)} tensors than that of {anatomy.family.title}"
         yield Problem.of("derivative", f"it is {standing.said}, {how}", standing.added)
 
 

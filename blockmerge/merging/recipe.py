@@ -297,7 +297,9 @@ class Recipe:
             Model.of(checkpoint, self.request.ema, label)
             for checkpoint, label in zip(checkpoints, labels, strict=True)
         ]
-        kind = choose_output(output, opened[0], self.request.naming, self.request.configs)
+        has_vae = self.request.vae_file(len(opened)) is not None
+        is_whole = has_vae or any(model.components != {"unet"} for model in opened)
+        kind = choose_output(output, opened[0], self.request.naming, self.request.configs, is_whole=is_whole)
         planned = make_plan(opened, self.request, kind)
         target = kind.check(_inputs(planned, self.request), overwrite=overwrite)
         seconds = time.perf_counter() - started

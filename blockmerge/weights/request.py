@@ -208,6 +208,5 @@ def _lost_of(given: BlockWeights, what: str, family: Family, sdxl_map: str | Non
     )
     yield (
         f"{what}: {len(given)} weights go to {family.title}'s {len(family.blocks)} blocks, and {told} "
-        f"{'has' if len(lost) == 1 else 'have'} no place there; give {len(family.blocks)} weights, "
-        "or another sdxl_map (--sdxl-map)"
+        f"{'has' if len(lost) == 1 else 'have'} no place there; give {len(family.blocks)} weights"
     )

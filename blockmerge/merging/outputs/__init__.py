@@ -32,16 +32,22 @@ KINDS: tuple[type[Output], ...] = (SingleFile, DiffusersOutput)
 
 
 def choose_output(
-    path: object, a: Model, naming: str | None = None, configs: CheckpointLike | None = None
+    path: object,
+    a: Model,
+    naming: str | None = None,
+    configs: CheckpointLike | None = None,
+    *,
+    is_whole: bool | None = None,
 ) -> Output:
     """Return what `path` is to become, for a first model `a` and the naming that was asked for.
 
-    `configs` is where small files are to be taken from. Raises OutputError for what cannot be an output of
+    `is_whole` says that the output has more than a U-Net, by default where A has. `configs` is where small
+    files are to be taken from. Raises OutputError for what cannot be an output of
     that name, RecipeError for configs where they have no place.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise OutputError(f"the output is a path; {type(path).__name__} given")
-    wish = Wish(os.fspath(path), naming, a)
+    wish = Wish(os.fspath(path), naming, a, a.components != {"unet"} if is_whole is None else is_whole)
     if not wish.path:
         raise OutputError("the output's name is empty: give the name of a .safetensors file")
     kind = next((kind for kind in KINDS if kind.takes(wish)), None)
@@ -64,5 +70,8 @@ def choose_output(
 
 def default_ending(naming: str | None, a: str | os.PathLike[str]) -> str:
     """How the name of an output ends when nobody gives it one, for a first model at `a`."""
-    naming = naming or ("diffusers" if is_diffusers_folder(followed(a)) else "ldm")
+    folder = followed(a)
+    # A component's own folder has its config at another place.
+    is_pipeline = is_diffusers_folder(folder) and not os.path.isfile(os.path.join(folder, "config.json"))
+    naming = naming or ("diffusers" if is_pipeline else "ldm")
     return next(kind.ending for kind in KINDS if kind.is_default_of == naming)

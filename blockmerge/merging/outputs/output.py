@@ -74,11 +74,14 @@ class Reservation(Protocol):
 
 @dataclass(frozen=True)
 class Wish:
-    """What an output is chosen by: the path as given, the naming asked for (None: A's), and A."""
+    """What an output is chosen by: the path as given, the naming asked for (None: A's), A, and whether there
+    will be more than a U-Net.
+    """
 
     path: str
     naming: str | None
     a: Model
+    is_whole: bool = False
 
     @property
     def is_folder(self) -> bool:

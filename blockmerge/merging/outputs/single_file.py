@@ -27,8 +27,8 @@ class SingleFile(Output):
 
     def naming_of(self, wish: Wish) -> str:
         """A's, or LDM's where A is a whole model of diffusers. Raises OutputError for such a one."""
-        naming = wish.naming or ("ldm" if wish.from_folder else wish.a.anatomy.naming)
-        if naming == "diffusers" and wish.a.components != {"unet"}:
+        naming = wish.naming or ("ldm" if wish.is_whole else wish.a.anatomy.naming)
+        if naming == "diffusers" and wish.is_whole:
             raise OutputError(
                 f"{shown(wish.path)}: a whole model under diffusers' names is a folder; "
                 "give a folder, or naming='ldm' (--to ldm, of merge and convert)"

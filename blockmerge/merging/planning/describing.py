@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from blockmerge.anatomy import TITLES, component_of, is_prediction_marker
+from blockmerge.anatomy import TITLES, component_of, is_prediction_marker, layout_gaps
 from blockmerge.checkpoints import DiffusersFolder, Model, in_cache, read, state_dict_name
 from blockmerge.errors import counted, listing, shown
 from blockmerge.expressions import Expression, dequantised_in
@@ -27,11 +27,12 @@ def describe(
     naming: str,
 ) -> list[str]:
     """Return notes, a sentence each, on models, components, tensors, weights and dtypes, in this order."""
-    return [
+    notes = [
         *_same_files(models),
         *(note for model in models for note in model.notes),
         *_vae(models, request, found.vae),
         *_standings(models),
+        *_input_channels(models, decisions),
         *_components(models, request, found.vae),
         *_ema(models, request),
         *_tensors(models, found, naming),
@@ -39,6 +40,7 @@ def describe(
         *_weights(resolved.weights, resolved.beta),
         *_casts(decisions),
     ]
+    return list(dict.fromkeys(notes))
 
 
 def _same_files(models: Sequence[Model]) -> Iterator[str]:
@@ -75,6 +77,27 @@ def _standings(models: Sequence[Model]) -> Iterator[str]:
         if standing.is_damaged:
             lacking = counted(len(standing.missing), "U-Net tensor")
             yield f"warning: {shown(model.name)} lacks {lacking} ({listing(standing.missing)})"
+        yield from _incomplete(model)
+
+
+def _incomplete(model: Model) -> Iterator[str]:
+    shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
+    for component in sorted(model.components - {"unet", "ema", "other"}):
+        missing = layout_gaps(shapes, model.anatomy.family.name, component).missing
+        if missing:
+            lacking = f"{counted(len(missing), 'tensor')} of the {TITLES[component]}"
+            yield f"warning: {shown(model.name)} lacks {lacking} ({listing(missing)})"
+
+
+def _input_channels(models: Sequence[Model], decisions: Sequence[Decision]) -> Iterator[str]:
+    a = models[0]
+    layer = a.anatomy.family.input_layer
+    made = next((one.expression.shape for one in decisions if one.ldm == layer), ())
+    own = a.tensors[layer].shape if layer in a.tensors else made
+    if made != own and len(made) > 1:
+        others = [model.name for model in models[1:] if model.tensors[layer].shape == made]
+        more = f"{made[1]} input channels, not the {own[1]} of {shown(a.name)}"
+        yield f"the output has {more}: the others are those of {shown(others[0])}"
 
 
 def _components(models: Sequence[Model], request: MergeRequest, vae: Model | VaeFile | None) -> Iterator[str]:

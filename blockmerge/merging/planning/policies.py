@@ -185,10 +185,11 @@ class _Policies:
         """
         if not has_place(name, self.naming, self.family, self.folders):
             (self.found.homeless if self._is_known(name) else self.found.homeless_unknown).append(name)
-            if makes := [one for one in self.family.derivatives if one.has(name)]:
-                self.found.faults.append(
-                    f"{shown(name)} (it makes the model {makes[0].title}, and the output has no place for it)"
-                )
+            makes = [one.title for one in self.family.derivatives if one.has(name)]
+            if makes or component_of(name) == "unet":
+                what = f"makes the model {makes[0]}" if makes else "is a part of the U-Net"
+                where = what_it_is(self.naming)
+                self.found.faults.append(f"{shown(name)} ({what}, and {where} has no place for it)")
             return True
         if self.request.prune and is_leftover(name):
             self.found.pruned.append(name)
@@ -270,7 +271,9 @@ class _Policies:
         tensor = donor.tensors[name]
         positions = self._positions(name, holders)
         if fault_of_position_ids(tensor, positions) is not None:
-            self.found.restored.append(name)
+            own = positions_beside(name, donor.tensors)
+            if own == positions or fault_of_position_ids(tensor, own) is not None:
+                self.found.restored.append(name)
         elif tensor.dtype not in FLOAT_DTYPES or not self.request.restores_position_ids:
             return self._taken(name, donor, keeps_dtype=True)
         return Decision(name, Known(struct.pack(f"<{positions}q", *range(positions)), "I64", (1, positions)))
@@ -380,7 +383,7 @@ def _added(a: Model, models: Sequence[Model], own: Set[str], added: Sequence[Set
 
 
 def _unet_of(model: Model) -> Set[str]:
-    return {name for name in model.tensors if component_of(name) == "unet"}
+    return {name for name in model.tensors if component_of(name) == "unet" and not is_prediction_marker(name)}
 
 
 def _which(model: Model) -> str:
