@@ -169,7 +169,6 @@ def test_a_variant_counts_where_it_is(here, home):
     assert [note for note in result.notes if "variant" in note] == [
         "b has no variant fp16: the plain weights are used",
         "a-two has no variant fp16 of text_encoder: the plain weights are used",
-        "b has no variant fp16: the plain weights are used",
     ]
     result = blockmerge.merge(
         "a.safetensors", "b.safetensors", weights=1, vae="a-two", output="2.safetensors", variant="fp16"

@@ -197,6 +197,7 @@ def is_schedule(name: str) -> bool:
     return _SCHEDULE.fullmatch(name) is not None
 
 
+@remembered(_REMEMBERED)
 def is_prediction_marker(name: str) -> bool:
     """Whether a tensor only marks what the model predicts (`v_pred`, `ztsnr`, `edm_vpred.…`)."""
     short = name.removeprefix(UNET_PREFIX)  # as some programs save it, and all take it

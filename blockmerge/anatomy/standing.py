@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from blockmerge.anatomy.family import Derivative, Family, matches
 from blockmerge.anatomy.structure import is_buildable
@@ -53,7 +53,11 @@ def standing_of(family: Family, names: Iterable[str]) -> Standing:
 
     Raises UnknownFamilyError where a whole arm of the U-Net is missing, as in a ControlNet.
     """
-    have = frozenset(names)
+    return _standing_of(family, frozenset(names))
+
+
+@lru_cache(16)  # the models of a merge have the same names
+def _standing_of(family: Family, have: frozenset[str]) -> Standing:
     missing = tuple(name for name in family.unet if name not in have)
     added = tuple(sorted(have - family.unet.keys()))
     _check_arms(family, have)
