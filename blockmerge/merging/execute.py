@@ -110,11 +110,13 @@ def execute(
 
 
 def _threads(file: PlannedFile, pace: Pace) -> int:
-    """How many workers: no more than can compute at once where they would mostly wait for each other's desks,
-    for each has memory.
+    """How many workers: no more than can compute at once where most is computed by rows or whole tensors.
+
+    Such methods compute more than they read, so that more workers would only push each other's numbers out of
+    the caches, or wait for each other's desks.
     """
-    large = sum(run.stop - run.start for run in file.runs if run.grain_bytes > pace.chunk_bytes)
-    return min(pace.threads, processors()) if 2 * large > file.size else pace.threads
+    by_more_than_elements = sum(run.stop - run.start for run in file.runs if run.grain > 1)
+    return min(pace.threads, processors()) if 2 * by_more_than_elements > file.size else pace.threads
 
 
 def _part_of(progress: Progress | None, before: int, total: int) -> Progress | None:
