@@ -174,7 +174,6 @@ ADDED = {
     ),
     "LCM": ("sd1", {"unet/time_embedding.cond_proj.weight": (8, 6)}, "lcm"),
     "GLIGEN": ("sd1", {UNET + "position_net.linears.0.weight": (4, 4)}, "gligen"),
-    "AnimateDiff": ("sd1", {UNET + "input_blocks.1.1.motion_modules.0.norm.weight": (8,)}, "animatediff"),
 }
 
 
