@@ -374,13 +374,25 @@ class Family:
         names = (*self.listed, *self.beside_layout)
         return {place: name for name in names for place in self.relation_of(name).diffusers}
 
+    @cached_property
+    def _as_listed(self) -> Mapping[str, Origin]:
+        """{LDM name: the tensor of that name}, of all that are listed: most that a file has."""
+        return {
+            name: Origin((Rows(name),), axes=4 if self.relation_of(name).squeezed else None)
+            for name in self.listed
+        }
+
     def _in_ldm(self, names: Iterable[str]) -> dict[str, Origin]:
         have = dict.fromkeys(names)
-        own = {name: self.usual_name(name) for name in have}
+        as_listed = self._as_listed
+        own = {name: self.usual_name(name) for name in have if name not in as_listed}
         named = {usual: name for name, usual in reversed(own.items())} | {name: name for name in have}
         found: dict[str, Origin] = {}
         # What has LDM's own name goes before what another naming calls the same.
         for name in sorted(have, key=lambda name: "/" in name):
+            if name in as_listed:
+                found.setdefault(name, as_listed[name])
+                continue
             usual = own[name]
             ldm = self._original_names.get(usual, usual)
             relation = self.relation_of(ldm)

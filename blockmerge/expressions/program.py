@@ -187,18 +187,26 @@ class Programs:
     """
 
     def __init__(self) -> None:
-        self._known: dict[Program, Program] = {}
+        self._known: dict[Expression, Program] = {}
 
     def of(self, expression: Expression) -> tuple[Program, tuple[Expression, ...]]:
         """Return an expression's program and its operands: bytes in some arrangement, or what was
         gathered.
         """
-        locality = _locality(expression)
         operands: list[Expression] = []
-        root = _with_placeholders(expression, operands, flat=locality == "element")
-        placeholders = tuple(dict.fromkeys(_placeholders(root)))
-        program = Program(root, locality, placeholders, any(one.is_chance for one in _nodes(expression)))
-        return self._known.setdefault(program, program), tuple(operands)
+        root = _with_placeholders(expression, operands)
+        program = self._known.get(root)
+        if program is None:
+            locality = _locality(root)
+            flat = _flat(root) if locality == "element" else root
+            self._known[root] = program = self._known.setdefault(flat, _program(flat, locality))
+        return program, tuple(operands)
+
+
+def _program(root: Expression, locality: Locality) -> Program:
+    nodes = list(_nodes(root))
+    placeholders = dict.fromkeys(one for one in nodes if isinstance(one, Placeholder))
+    return Program(root, locality, tuple(placeholders), any(one.is_chance for one in nodes))
 
 
 def _at(node: Expression, alpha: float | None, beta: float | None) -> Expression:
@@ -235,13 +243,10 @@ def dequantised_in(expression: Expression) -> Iterator[Dequantised]:
 
 
 def _nodes(expression: Expression) -> Iterator[Expression]:
-    yield expression
-    for one in expression.inputs:
-        yield from _nodes(one)
-
-
-def _placeholders(root: Expression) -> Iterator[Placeholder]:
-    return (one for one in _nodes(root) if isinstance(one, Placeholder))
+    left = [expression]
+    while left:
+        yield (one := left.pop())
+        left.extend(reversed(one.inputs))
 
 
 def _locality(expression: Expression) -> Locality:
@@ -265,11 +270,16 @@ def _nodes_computed(expression: Expression) -> Iterator[Expression]:
             yield from _nodes_computed(one)
 
 
-def _with_placeholders(expression: Expression, operands: list[Expression], *, flat: bool) -> Expression:
+def _with_placeholders(expression: Expression, operands: list[Expression]) -> Expression:
     if is_arranged(expression):
         if expression not in operands:
             operands.append(expression)
-        return Placeholder(operands.index(expression), expression.dtype, () if flat else expression.shape)
-    return expression.with_inputs(
-        tuple(_with_placeholders(one, operands, flat=flat) for one in expression.inputs)
-    )
+        return Placeholder(operands.index(expression), expression.dtype, expression.shape)
+    return expression.with_inputs(tuple([_with_placeholders(one, operands) for one in expression.inputs]))
+
+
+def _flat(root: Expression) -> Expression:
+    """The same of operands of any shape."""
+    if isinstance(root, Placeholder):
+        return replace(root, shape=())
+    return root.with_inputs(tuple(map(_flat, root.inputs)))

@@ -186,12 +186,8 @@ def _weights(weights: BlockWeights, beta: BlockWeights) -> Iterator[str]:
 
 
 def _casts(decisions: Sequence[Decision]) -> Iterator[str]:
-    casts = Counter(
-        (_stored_as(given), one.expression.dtype)
-        for one in decisions
-        for given in one.inputs
-        if _stored_as(given) != one.expression.dtype
-    )
+    dtypes = Counter((_stored_as(given), one.expression.dtype) for one in decisions for given in one.inputs)
+    casts = {pair: count for pair, count in dtypes.items() if pair[0] != pair[1]}
     for (given, wanted), count in sorted(casts.items()):
         yield f"{_tensors_are(count)} converted from {given} to {wanted}"
 
