@@ -23,7 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import blockmerge
 from benchmarks.harness import arguments, full_size_pair
 from blockmerge.merging.kernel import Kernel
+from blockmerge.merging.planning.runs import Run
 from blockmerge.streaming.output import PieceWriter
+from blockmerge.streaming.tensors import tensor_view
 
 
 def main() -> None:
@@ -33,7 +35,8 @@ def main() -> None:
         device={"default": "cuda" if torch.cuda.is_available() else "cpu"},
         methods={"nargs": "+", "default": ["slerp", "ties"]},
     )
-    device = torch.cuda.get_device_name() if chosen.device.startswith("cuda") else "processor"
+    is_cuda = chosen.device.startswith("cuda")
+    device = torch.cuda.get_device_name(torch.device(chosen.device)) if is_cuda else "processor"
     with full_size_pair(chosen) as (a, b, output):
         print(f"device: {device}\n")
         print(
@@ -83,25 +86,38 @@ def timed_stages() -> Iterator[Counter[str]]:
 
         return call
 
-    def compute_one(
-        self: Kernel, inputs: list[torch.Tensor], run: Any, first: int, out: torch.Tensor
-    ) -> bool:
-        def there() -> list[torch.Tensor]:
-            return synchronised([tensor.to(self._device) for tensor in inputs])
+    def compute_one(self: Kernel, operands: list[Any], run: Run, first: int, out: torch.Tensor) -> bool:
+        """What the kernel's own does, each stage waited for; operands are in page-locked memory."""
+        device = self._device
+
+        def there() -> list[Any]:
+            moved = [
+                one.to(device, non_blocking=True) if isinstance(one, torch.Tensor) else one
+                for one in operands
+            ]
+            return synchronised(moved, device)
 
         def compute() -> torch.Tensor:
-            result = torch.empty_like(out, device=self._device)
-            self._computation.run(moved, run.work, run.position + first, result)
-            return synchronised(result)
+            result = torch.empty_like(out, device=device)
+            run.program.run(moved, run.program.shaped(result), first)
+            return synchronised(result, device)
+
+        def back() -> torch.Tensor:
+            locked = out
+            if device.type == "cuda":
+                locked = tensor_view(self._buffer("out", out.nbytes), run.dtype, len(out))
+            return synchronised(locked.copy_(result, non_blocking=True), device)
 
         moved = clocked("there", there)()
         result = clocked("compute", compute)()
-        clocked("back", lambda: out.copy_(result))()
+        locked = clocked("back", back)()
+        if locked is not out:
+            out.copy_(locked)
         return True
 
-    def synchronised(value: Any) -> Any:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+    def synchronised(value: Any, device: torch.device) -> Any:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return value
 
     with (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -106,4 +107,22 @@ def torch_dtype(dtype: str, device: torch.device | None = None) -> torch.dtype:
     name = DTYPES[dtype].torch
     assert name is not None, dtype
     found: torch.dtype = getattr(torch, name)
-    return torch.float32 if found == torch.float64 and device is not None and device.type == "mps" else found
+    if found == torch.float64 and device is not None and not has_float64(device):
+        return torch.float32
+    return found
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether a device can compute in float64: Apple's and some of Intel's GPUs cannot."""
+    return device.type in ("cpu", "cuda", "meta") or _tried_float64(device.type, device.index)
+
+
+@cache
+def _tried_float64(kind: str, index: int | None) -> bool:
+    import torch
+
+    try:
+        torch.ones(1, dtype=torch.float64, device=torch.device(kind, index or 0)).add_(1)
+    except (RuntimeError, TypeError):
+        return False
+    return True

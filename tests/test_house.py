@@ -53,6 +53,7 @@ MAY_IMPORT = {
 EVERYONE_MAY_IMPORT = {"errors", "version", "dtypes"}
 LOADED_LATE = {
     "merging/flat_unet.py",
+    "merging/devices.py",
     "merging/in_memory.py",
     "merging/kernel.py",
     "merging/launching.py",

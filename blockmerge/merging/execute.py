@@ -89,20 +89,18 @@ def execute(
     nonfinite: list[str] = []
     done, total = 0, sum(file.size for file in plan.files)
     figures = gather(plan.to_gather, pace)
-    for file in plan.files:
-        pieces = list(file.pieces(pace.piece_bytes))
-        if "torch" not in sys.modules:
-            pieces = _ordered_for_loading(pieces, file)
-        threads = min(_threads(file, pace), len(pieces))
-        output = OutputStream(path_of(file.path), direct=pace.direct)
-        job = _Job(plan, file, output, pace, threads, device, shown_as, figures)
-        try:
-            progressed = _part_of(progress, done, total)
-            for_each(pieces, job.worker, threads, file.size, progressed)
-        finally:
-            job.torch_threads.restore()
-        done += file.size
-        nonfinite += [name for name in file.tensors if name in job.nonfinite]
+    try:
+        for file in plan.files:
+            output = OutputStream(path_of(file.path), direct=pace.direct)
+            job = _Job(plan, file, output, pace, device, shown_as, figures)
+            job.run(_part_of(progress, done, total))
+            nonfinite += [name for name in file.tensors if name in job.nonfinite]
+            done += file.size
+    finally:
+        if device != "cpu":
+            from blockmerge.merging.devices import give_back
+
+            give_back(device)
     for checkpoint in plan.decided.checkpoints:
         checkpoint.check_unchanged()
     if nonfinite:
@@ -159,7 +157,6 @@ class _Job:
         file: PlannedFile,
         output: OutputStream,
         pace: Pace,
-        threads: int,
         device: str,
         shown_as: Path,
         figures: Figures,
@@ -170,9 +167,22 @@ class _Job:
         self.nonfinite: set[str] = set()
         self.lock = threading.Lock()
         self.torch_threads = TorchThreads()
-        self.lends = threads > processors()
+        self._pieces = list(file.pieces(pace.piece_bytes))
+        self._threads = min(_threads(file, pace), len(self._pieces))
+        self.lends = self._threads > processors()
         self._large = threading.BoundedSemaphore(processors())
         self._desks: list[_Desk] = []
+
+    def run(self, progress: Progress | None) -> None:
+        """Write the file. No memory for it is kept."""
+        pieces = self._pieces
+        if "torch" not in sys.modules:
+            pieces = _ordered_for_loading(pieces, self.file)
+        try:
+            for_each(pieces, self.worker, self._threads, self.file.size, progress)
+        finally:
+            self.torch_threads.restore()
+            self._desks.clear()
 
     @contextmanager
     def worker(self) -> Iterator[Callable[[Piece], int]]:

@@ -1,4 +1,4 @@
-"""A U-Net's parameters in flat memory, block after block, and models laid out the same way.
+"""A U-Net's parameters in flat buffers, block after block, and models laid out the same way.
 
 Loads torch: imported late.
 """
@@ -17,19 +17,28 @@ from blockmerge.checkpoints import Model, Readers, StateDict, TensorInfo, made
 from blockmerge.dtypes import DTYPES, FLOAT_DTYPES, torch_dtype
 from blockmerge.errors import IncompatibleModelsError, RecipeError, counted, listing, shown
 from blockmerge.expressions import Dequantised, Expression, Stored, simplify
-from blockmerge.merging.in_memory import tensor_of
+from blockmerge.merging.in_memory import fit_for, tensor_of
 from blockmerge.streaming import aligned_buffer
 from blockmerge.streaming.tensors import tensor_view
 
 _ALIGNMENT = 256  # bytes: what GPUs fetch at once, and more than any kernel asks for
+_MOST_BYTES = 2 << 30
+"""The size of a flat buffer, unless a parameter is larger: Apple's GPUs have no larger ones than a part of
+their memory, and elsewhere a few buffers are as good as one.
+"""
 _MODULE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _DTYPE_NAMES = {torch_dtype(name): name for name in DTYPES if DTYPES[name].torch}
 _COMPILED = "_orig_mod."  # torch.compile wraps a module, and its names
 
 
+Buffers = tuple[torch.Tensor, ...]
+"""Flat memory for a U-Net: one buffer, or several where that would be large."""
+
+
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """The place of one parameter in a flat buffer: `offset`, `shape` and `strides` in elements.
+    """The place of one parameter in the flat buffer of number `buffer`: `offset`, `shape` and `strides` in
+    elements.
 
     `name` is the module's own for it; `origin` says how it is made of the tensor that LDM calls `ldm`.
     """
@@ -39,6 +48,7 @@ class Slot:
     origin: Origin
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    buffer: int
     offset: int
 
     @property
@@ -46,14 +56,14 @@ class Slot:
         """The element after the last."""
         return self.offset + prod(self.shape)
 
-    def of(self, flat: torch.Tensor) -> torch.Tensor:
-        """The parameter in a flat buffer, a view in its own shape."""
-        return flat.as_strided(self.shape, self.strides, self.offset)
+    def of(self, buffers: Buffers) -> torch.Tensor:
+        """The parameter in flat buffers, a view in its own shape."""
+        return buffers[self.buffer].as_strided(self.shape, self.strides, self.offset)
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block's slots, one behind the other in a flat buffer."""
+    """A block's slots, one behind the other in flat buffers."""
 
     name: str
     slots: tuple[Slot, ...]
@@ -61,19 +71,19 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class FlatModel:
-    """A model in a flat buffer under the module's names: a source of tensors, as a checkpoint is.
+    """A model in flat buffers under the module's names: a source of tensors, as a checkpoint is.
 
     A tensor has the model's own shape, which may have fewer input channels than the slot that it lies in.
     """
 
     name: str
-    flat: torch.Tensor
+    buffers: Buffers
     slots: Mapping[str, Slot]
     tensors: Mapping[str, TensorInfo]
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor, a view in the model's own shape."""
-        whole, shape = self.slots[name].of(self.flat), self.tensors[name].shape
+        whole, shape = self.slots[name].of(self.buffers), self.tensors[name].shape
         return whole if whole.shape == shape else whole[:, : shape[1]]
 
     def in_ldm(self, tensor: Expression) -> Expression:
@@ -87,7 +97,7 @@ class FlatModel:
 
 @dataclass(frozen=True)
 class FlatUNet:
-    """The parameters of a U-Net module, and where each lies in a flat buffer of `size` elements.
+    """The parameters of a U-Net module, and where each lies in flat buffers of so many elements, `sizes`.
 
     Blocks follow one another without gaps in the order of the family's; every slot begins at a multiple of
     256 bytes. `tensors` are the module's under LDM names.
@@ -97,7 +107,7 @@ class FlatUNet:
     tensors: Mapping[str, Expression]
     parameters: Mapping[str, torch.nn.Parameter]
     blocks: tuple[Block, ...]
-    size: int
+    sizes: tuple[int, ...]
 
     @classmethod
     def of(cls, module: torch.nn.Module, models: Sequence[Model]) -> FlatUNet:
@@ -122,8 +132,14 @@ class FlatUNet:
             raise RecipeError(f"the module's parameters are {dtype}: LiveMerge works in fp16, bf16 and fp32")
         _check_models(unet, models, names)
         places = _places(unet, parameters)
-        blocks, size = _lay_out(unet.anatomy.family, places, parameters, _ALIGNMENT // dtype.itemsize)
-        return cls(unet.anatomy.family, unet.tensors, parameters, blocks, size)
+        blocks, sizes = _lay_out(
+            unet.anatomy.family,
+            places,
+            parameters,
+            alignment=_ALIGNMENT // dtype.itemsize,
+            most=_MOST_BYTES // dtype.itemsize,
+        )
+        return cls(unet.anatomy.family, unet.tensors, parameters, blocks, sizes)
 
     def shares_parameters(self, other: FlatUNet) -> bool:
         """Whether the two are of one module, or have some of it in common."""
@@ -134,8 +150,8 @@ class FlatUNet:
         """All slots, block after block."""
         return (slot for block in self.blocks for slot in block.slots)
 
-    def copies(self, models: Sequence[Model]) -> tuple[list[FlatModel], torch.Tensor]:
-        """Return every model in flat memory, in the module's dtype and on its device, and a buffer that the
+    def copies(self, models: Sequence[Model]) -> tuple[list[FlatModel], Buffers]:
+        """Return every model in flat memory, in the module's dtype and on its device, and buffers that the
         module may hold: A.
 
         Of a first convolution, the input channels that A lacks are in the last from the first model that has
@@ -143,19 +159,21 @@ class FlatUNet:
         """
         *flats, out = self._empty(len(models) + 1)
         copies = [
-            self._copied(flat, model, letter)
-            for flat, model, letter in zip(flats, models, "ABC", strict=False)
+            self._copied(buffers, model, letter)
+            for buffers, model, letter in zip(flats, models, "ABC", strict=False)
         ]
-        out.copy_(flats[0])
+        for buffer, of_a in zip(out, flats[0], strict=True):
+            buffer.copy_(of_a)
         for slot in self.slots:
             whole = next(one for one in copies if one.tensors[slot.name].shape == slot.shape)
             if whole is not copies[0]:
                 channels = copies[0].tensors[slot.name].shape[1]
-                slot.of(out)[:, channels:] = slot.of(whole.flat)[:, channels:]
+                slot.of(out)[:, channels:] = slot.of(whole.buffers)[:, channels:]
         return copies, out
 
-    def _copied(self, flat: torch.Tensor, model: Model, letter: str) -> FlatModel:
-        """Fill a flat buffer with a model, from the front of its files to the back."""
+    def _copied(self, buffers: Buffers, model: Model, letter: str) -> FlatModel:
+        """Fill flat buffers with a model, from the front of its files to the back."""
+        flat = buffers[0]
         slots = {slot.name: slot for slot in self.slots}
         wanted = {slot.name: simplify(made(slot.origin, model.tensors, model.name)) for slot in self.slots}
         tensors: dict[str, TensorInfo] = {}
@@ -164,35 +182,40 @@ class FlatUNet:
             if shape != slot.shape:  # the channels that both have
                 shape = (shape[0], min(shape[1], slot.shape[1]), *shape[2:])
             tensors[name] = TensorInfo(_DTYPE_NAMES[flat.dtype], shape, slot.offset * flat.itemsize)
-        copy = FlatModel(letter, flat, slots, tensors)
+        copy = FlatModel(letter, buffers, slots, tensors)
         for name, values in _read(model, dict(sorted(wanted.items(), key=lambda item: _offset(item[1])))):
             target = copy.tensor(name)
-            target.copy_(values if values.shape == target.shape else values[:, : target.shape[1]])
+            values = values if values.shape == target.shape else values[:, : target.shape[1]]
+            target.copy_(fit_for(target.device, values))
         return copy
 
-    def place(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Make the parameters views of a flat buffer, and return what they were of."""
+    def place(self, buffers: Buffers) -> dict[str, torch.Tensor]:
+        """Make the parameters views of flat buffers, and return what they were of."""
         originals = {slot.name: self.parameters[slot.name].data for slot in self.slots}
         for slot in self.slots:
-            self.parameters[slot.name].data = slot.of(flat)
+            self.parameters[slot.name].data = slot.of(buffers)
         return originals
 
-    def moved(self, flat: torch.Tensor, names: Collection[str]) -> list[str]:
+    def moved(self, buffers: Buffers, names: Collection[str]) -> list[str]:
         """Return those parameters of the named blocks that are no longer where `place` has put them."""
-        start, size = flat.data_ptr(), flat.itemsize
+        starts, size = [buffer.data_ptr() for buffer in buffers], buffers[0].itemsize
         slots = (slot for block in self.blocks if block.name in names for slot in block.slots)
         return [
-            slot.name for slot in slots if self.parameters[slot.name].data_ptr() != start + slot.offset * size
+            slot.name
+            for slot in slots
+            if self.parameters[slot.name].data_ptr() != starts[slot.buffer] + slot.offset * size
         ]
 
-    def _empty(self, count: int) -> list[torch.Tensor]:
+    def _empty(self, count: int) -> list[Buffers]:
         parameter = next(iter(self.parameters.values()))
+        dtype, device = parameter.dtype, parameter.device
         try:
             return [
-                torch.zeros(self.size, dtype=parameter.dtype, device=parameter.device) for _ in range(count)
+                tuple(torch.zeros(size, dtype=dtype, device=device) for size in self.sizes)
+                for _ in range(count)
             ]
         except RuntimeError as error:
-            size = self.size * parameter.itemsize / 1e9
+            size = sum(self.sizes) * parameter.itemsize / 1e9
             why = shown(str(error).splitlines()[0], 200)
             raise RecipeError(
                 f"{parameter.device} has no room for {count} U-Nets of {size:.2f} GB each: {why}"
@@ -318,10 +341,12 @@ def _lay_out(
     family: Family,
     places: Mapping[str, tuple[str, Origin]],
     parameters: Mapping[str, torch.nn.Parameter],
+    *,
     alignment: int,
-) -> tuple[tuple[Block, ...], int]:
+    most: int,
+) -> tuple[tuple[Block, ...], tuple[int, ...]]:
     blocks: dict[str, list[Slot]] = {block: [] for block in family.blocks}
-    offset = 0
+    sizes = [0]
 
     def order(name: str) -> tuple[int, bool]:
         # A first convolution that not all models have whole is merged on its own: first in its block, it
@@ -334,10 +359,13 @@ def _lay_out(
         # Of a tensor whose elements lie densely in another order (channels_last), `empty_like` keeps that
         # order.
         strides = torch.empty_like(parameters[name], device="meta").stride()
-        slot = Slot(name, ldm, origin, tuple(parameters[name].shape), strides, offset)
+        elements = -(-parameters[name].numel() // alignment) * alignment
+        if sizes[-1] and sizes[-1] + elements > most:
+            sizes.append(0)
+        slot = Slot(name, ldm, origin, tuple(parameters[name].shape), strides, len(sizes) - 1, sizes[-1])
         blocks[family.block_of(ldm)].append(slot)
-        offset += -(-parameters[name].numel() // alignment) * alignment
-    return tuple(Block(name, tuple(slots)) for name, slots in blocks.items() if slots), offset
+        sizes[-1] += elements
+    return tuple(Block(name, tuple(slots)) for name, slots in blocks.items() if slots), tuple(sizes)
 
 
 def _read(model: Model, tensors: Mapping[str, Expression]) -> Iterator[tuple[str, torch.Tensor]]:

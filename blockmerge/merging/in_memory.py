@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from blockmerge.dtypes import torch_dtype
+from blockmerge.dtypes import has_float64, torch_dtype
 from blockmerge.errors import RecipeError, shown
 from blockmerge.expressions import (
     Arrangement,
@@ -23,6 +23,7 @@ from blockmerge.expressions import (
     Stored,
     is_arranged,
 )
+from blockmerge.methods.arithmetic import as_bytes
 from blockmerge.streaming import TorchThreads, for_each, processors
 
 
@@ -52,7 +53,7 @@ class Task:
         return [figures[one] if isinstance(one, Gathered) else self._tensor(one) for one in self.operands]
 
     def _tensor(self, operand: Expression) -> torch.Tensor:
-        tensor = tensor_of(operand).to(self.out.device).contiguous()
+        tensor = fit_for(self.out.device, tensor_of(operand)).to(self.out.device).contiguous()
         if self.program.locality != "element":
             return tensor
         return tensor.view(-1)[self.first : self.first + self.out.numel()]
@@ -83,7 +84,8 @@ def tasks_of(
             yield from tasks_of(one, out[begin : begin + one.shape[0]], programs, most, label)
             begin += one.shape[0]
     elif is_arranged(tensor):
-        out.copy_(tensor_of(tensor))
+        # Back from a device, it must be there before anybody reads it.
+        out.copy_(tensor_of(tensor), non_blocking=out.device.type != "cpu")
     elif out.numel():
         program, operands = programs.of(tensor)
         if (
@@ -134,7 +136,7 @@ def compute_in_threads(tasks: Sequence[Task], figures: Figures) -> None:
 
 def compute_together(tasks: Sequence[Task], figures: Figures, most: int) -> None:
     """Compute in few large launches, as a GPU likes it: tensors of one program are laid side by side, `most`
-    elements at the most.
+    elements at the most. Larger ones keep a GPU busy on their own, and are not copied for that.
     """
     for first, *others in alike(tasks, most):
         if not others:
@@ -145,9 +147,13 @@ def compute_together(tasks: Sequence[Task], figures: Figures, most: int) -> None
         result = torch.empty(
             sum(one.out.numel() for one in together), dtype=first.out.dtype, device=first.out.device
         )
-        first.run_on([torch.cat(each) for each in tensors], result)
-        outs = [one.out.view(-1) for one in together]
-        torch._foreach_copy_(outs, list(torch.split(result, [len(one) for one in outs])))
+        first.run_on([_side_by_side(each) for each in tensors], result)
+        outs = [as_bytes(one.out.view(-1)) for one in together]
+        torch._foreach_copy_(outs, list(torch.split(as_bytes(result), [len(one) for one in outs])))
+
+
+def _side_by_side(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(list(map(as_bytes, tensors))).view(tensors[0].dtype)
 
 
 def alike(tasks: Iterable[Task], most: int) -> Iterator[list[Task]]:
@@ -173,8 +179,15 @@ def gather(wanted: Gathered) -> object:
     figures = []
     for tensors in wanted.tensors:
         first, *others = (tensor_of(one).contiguous() for one in tensors)
-        figures.append(wanted.method.statistics(first, *(one.to(first.device) for one in others)))
+        figures.append(
+            wanted.method.statistics(first, *(fit_for(first.device, one).to(first.device) for one in others))
+        )
     return wanted.method.gather(figures)
+
+
+def fit_for(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in a dtype that a device has: float64 in float32, where it lacks that."""
+    return tensor.float() if tensor.dtype == torch.float64 and not has_float64(device) else tensor
 
 
 def tensor_of(expression: Expression) -> torch.Tensor:

@@ -5,7 +5,6 @@ Loaded by the first worker that needs it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
@@ -17,9 +16,9 @@ from blockmerge.checkpoints import Readers
 from blockmerge.dtypes import size_of
 from blockmerge.errors import RecipeError, shown
 from blockmerge.expressions import Expression, Figures, Gathered, Stored
+from blockmerge.merging.devices import told_of
 from blockmerge.merging.planning.plan import PlannedOutput
 from blockmerge.merging.planning.runs import PlannedFile, Run
-from blockmerge.methods import Method
 from blockmerge.streaming import TorchThreads, aligned_buffer
 from blockmerge.streaming.tensors import all_finite, tensor_view
 
@@ -29,6 +28,8 @@ them.
 """
 
 _SCAN_BYTES = 4 << 20
+
+_INSTEAD = "fewer threads, or the device cpu, can"
 
 
 class Kernel:
@@ -50,8 +51,9 @@ class Kernel:
         self._plan, self._file, self._figures = plan, file, figures
         self._check = not plan.request.allow_nonfinite
         self._device = torch.device(device)
-        on_gpu = self._device.type == "cuda"
-        self._stream = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
+        with told_of(self._device, _INSTEAD):
+            on_gpu = self._device.type == "cuda"
+            self._stream = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._chunk_bytes = chunk_bytes
         self._buffers: dict[object, memoryview] = {}
 
@@ -77,21 +79,16 @@ class Kernel:
         for begin, elements in run.program.stretches(first, count, self._most(run)):
             at = begin - first
             part = target[at * size : (at + elements) * size]
-            operands = [
-                self._read(run, place, first + at, elements, part, readers)
-                for place in range(len(run.operands))
-            ]
             out = tensor_view(part, run.dtype, elements)
-            try:
-                finite = self._compute_one(operands, run, first + at, out)
-            except RecipeError as error:
-                raise RecipeError(f"{error} (at {shown(self._ldm_at(low + at * size))})") from error
-            except RuntimeError as error:
-                if self._device.type == "cpu":
-                    raise
-                why = shown(str(error).splitlines()[0], 200)
-                hint = "fewer threads, or the device cpu, can"
-                raise RecipeError(f"{self._device} cannot do this merge: {why} ({hint})") from error
+            with told_of(self._device, _INSTEAD):
+                operands = [
+                    self._read(run, place, first + at, elements, part, readers)
+                    for place in range(len(run.operands))
+                ]
+                try:
+                    finite = self._compute_one(operands, run, first + at, out)
+                except RecipeError as error:
+                    raise RecipeError(f"{error} (at {shown(self._ldm_at(low + at * size))})") from error
             if not finite:
                 start = low + at * size
                 yield start, start + len(part), _part_is_finite(out, start, size)
@@ -129,8 +126,9 @@ class Kernel:
         if held is None or len(held) < nbytes:
             if self._stream is None:
                 held = aligned_buffer(nbytes)
-            else:
-                held = memoryview(torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy())
+            else:  # torch gives page-locked memory out in powers of two
+                size = 1 << (nbytes - 1).bit_length()
+                held = memoryview(torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy())
             self._buffers[place] = held
         return held[:nbytes]
 
@@ -188,25 +186,6 @@ def _read_tensor(readers: Readers, tensor: Expression) -> torch.Tensor:
     buffer = aligned_buffer(tensor.nbytes)
     readers.read_into(tensor, 0, buffer)
     return tensor_view(buffer, tensor.dtype, tensor.elements).view(tensor.shape)
-
-
-def choose_device(device: str, method: Method | None = None) -> str:
-    """Return the device that `device` means. Raises RecipeError.
-
-    "auto" is the GPU, where there is one, for the methods that compute enough to be worth the way there and
-    back.
-    """
-    if device == "auto":
-        heavy = method is not None and (method.locality != "element" or method.random)
-        return "cuda" if heavy and torch.cuda.is_available() else "cpu"
-    if device != "cpu" and re.fullmatch(r"cuda(:\d{1,3})?", device) is None:
-        raise RecipeError(f"unknown device '{shown(device)}': cpu, cuda, cuda:N or auto")
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        # torch says "not compiled with CUDA" with an AssertionError
-        raise RecipeError(f"device {device} cannot be used: {shown(str(error).splitlines()[0])}") from error
-    return device
 
 
 def holds_nonfinite(tensor: Stored) -> bool:

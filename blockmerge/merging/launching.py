@@ -14,7 +14,7 @@ import torch
 
 from blockmerge.checkpoints import made
 from blockmerge.expressions import Expression, Gathered, Part, Programs, Stored, methods_of, simplify
-from blockmerge.merging.flat_unet import Block, FlatModel, FlatUNet, Slot
+from blockmerge.merging.flat_unet import Block, Buffers, FlatModel, FlatUNet, Slot
 from blockmerge.merging.in_memory import Task, gather, tasks_of
 from blockmerge.merging.planning.combining import Combination, Weights
 
@@ -25,10 +25,10 @@ _COPIED_ELEMENTS = 1 << 22  # that a user's own function, which gets wide copies
 
 
 class Launcher:
-    """Merges models that lie in flat memory into a buffer `out` that is laid out alike."""
+    """Merges models that lie in flat memory into buffers `out` that are laid out alike."""
 
     def __init__(
-        self, unet: FlatUNet, models: Sequence[FlatModel], out: torch.Tensor, combination: Combination
+        self, unet: FlatUNet, models: Sequence[FlatModel], out: Buffers, combination: Combination
     ) -> None:
         self.models, self.out = models, out
         self._unet = unet
@@ -37,15 +37,29 @@ class Launcher:
         self._figures: dict[Gathered, object] = {}
         self._known_tasks: dict[str, Sequence[Task]] = {}
 
+    @property
+    def device(self) -> torch.device:
+        """Where all of it lies."""
+        return self.out[0].device
+
     def content(self, weights: Weights) -> Content:
         """What blocks of these weights hold."""
         model = self._combination.copied(weights)
         return weights if model is None else self.models[model]
 
+    def note_stream(self) -> None:
+        """Keep all that was queued on the current stream in memory until it is done, whoever lets go of it
+        sooner: the memory was made on the stream of that time, and would be given out there again.
+        """
+        if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device)
+            for flat in [*self.out, *(buffer for model in self.models for buffer in model.buffers)]:
+                flat.record_stream(stream)
+
     def fill(self, blocks: Sequence[Block], content: Content) -> None:
         """Let neighbouring blocks hold this."""
         slots = [slot for block in blocks for slot in block.slots]
-        for is_whole, group in groupby(slots, lambda slot: slot.name in self._whole):
+        for (is_whole, _), group in groupby(slots, lambda slot: (slot.name in self._whole, slot.buffer)):
             stretch = list(group)
             if is_whole and (isinstance(content, FlatModel) or self._method_joins):
                 self._fill_stretch(stretch, content)
@@ -53,13 +67,15 @@ class Launcher:
                 self._fill_each(stretch, content)
 
     def _fill_stretch(self, slots: Sequence[Slot], content: Content) -> None:
-        """Fill neighbours as one: models that have them whole, where each element stands for itself, are
-        treated alike, and so the program of the first is that of all.
+        """Fill neighbours in a buffer as one: models that have them whole, where each element stands for
+        itself, are treated alike, and so the program of the first is that of all.
         """
         tensor = self._merged(slots[0], content)
         program, operands = self._programs.of(tensor)
+        number = slots[0].buffer
+        out = self.out[number]
         flats = [
-            one.source.flat
+            one.source.buffers[number]
             for one in operands
             if isinstance(one, Stored) and isinstance(one.source, FlatModel)
         ]
@@ -67,7 +83,7 @@ class Launcher:
         step = _COPIED_ELEMENTS if any(method.own for method in methods_of(tensor)) else end - begin
         for start in range(begin, end, max(1, step)):
             part = slice(start, min(start + step, end))
-            program.run([flat[part] for flat in flats], self.out[part])
+            program.run([flat[part] for flat in flats], out[part])
 
     def _fill_each(self, slots: Sequence[Slot], content: Content) -> None:
         """Fill parameters one by one, each in its shape."""

@@ -39,8 +39,8 @@ class LiveMerge:
     device in its dtype, once. `method`, `numbers`, `variant` and `ema` are those of `merge`.
 
     From then on the module holds A. `apply` merges; `close`, or leaving a `with` block, gives the module its
-    own parameters back. Meanwhile the parameters are views of one flat buffer, and must stay where they are:
-    no `.to()`, no offloading. Not thread-safe, and not to be applied while the module runs on another stream.
+    own parameters back. Meanwhile the parameters are views of flat buffers, and must stay where they are: no
+    `.to()`, no offloading. Not thread-safe, and not to be applied while the module runs on another stream.
 
     Raises a BlockmergeError when the module or the models cannot be used; the module is then as it was.
     """
@@ -144,6 +144,8 @@ class LiveMerge:
         """
         import torch
 
+        from blockmerge.merging.devices import told_of
+
         launcher = self._opened()
         check_flag("keep", keep)
         asked = {"alpha": (preset, weights, changes), "beta": (preset_beta, weights_beta)}
@@ -160,11 +162,12 @@ class LiveMerge:
         beta = second.change(self._weights_beta) if keep else second.resolve(self._unet.family.name)
         wanted = {name: launcher.content((alpha[name], beta[name])) for name in self._held}
         changed = {name: content for name, content in wanted.items() if content != self._held[name]}
-        with torch.no_grad():
+        with torch.no_grad(), told_of(launcher.device, "let go of other things on it, or merge files"):
             # Neighbours that are to hold the same lie side by side.
             for content, group in groupby(self._unet.blocks, lambda block: changed.get(block.name)):
                 if content is not None:
                     self._fill(launcher, list(group), content)
+            launcher.note_stream()
         if moved := self._unet.moved(launcher.out, changed):  # looked for while the device computes
             self._held.update(dict.fromkeys(changed))
             raise RecipeError(
@@ -195,7 +198,7 @@ class LiveMerge:
     def __repr__(self) -> str:
         if self._launcher is None:
             return f"<LiveMerge: {self._method.name} in a {self._module_class}, closed>"
-        models, out = self._launcher.models, self._launcher.out
+        models, out = self._launcher.models, self._launcher.out[0]
         what = f"{self._method.name} of {counted(len(models), 'model')} in a {self._module_class}"
         return f"<LiveMerge: {what}, {out.dtype} on {out.device}>"
 

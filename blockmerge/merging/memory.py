@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _SHARED = 1 << 22
 """Elements of a tensor that a processor's threads share, so many each."""
 
-_TOGETHER = 1 << 25
+_TOGETHER = 1 << 22
 """Elements of small tensors that are laid side by side and computed in one launch, on a GPU."""
 
 
@@ -53,8 +53,9 @@ def merge_state_dicts(
     The dicts are U-Nets or whole models, in LDM or diffusers names (`unet.…`, `vae.…` and so on for whole
     models), all on one device or several; the result has A's names, and every tensor of it is a new one on
     the device of A's (of B's, where only B has it), with A's dtype (bfloat16, where A has it in scaled fp8).
-    The values are those that `merge` writes, and the arguments its. NaN and infinity are looked for only with
-    `check_finite`, since that waits for the GPU.
+    The values are those that `merge` writes, and the arguments its. Nothing waits for a GPU but a look at
+    each text encoder's `position_ids` and at prediction markers, and the first use of chance; NaN and
+    infinity are looked for only with `check_finite`, since that waits for all of it.
 
     Raises a BlockmergeError: NonFiniteError with `check_finite`, else as `merge` does before it reads a
     weight.
@@ -92,13 +93,16 @@ def merge_state_dicts(
 def _compute(models: Sequence[Model], tensors: Sequence[OutputTensor]) -> dict[str, torch.Tensor]:
     import torch
 
+    from blockmerge.merging.devices import told_of
     from blockmerge.merging.in_memory import compute_in_threads, compute_together, gather, tasks_of
 
     merged: dict[str, torch.Tensor] = {}
     on_cpu: list[Task] = []
     elsewhere: list[Task] = []
     programs = Programs()
-    with torch.no_grad():
+    devices = {_device(models, one) for one in tensors}
+    device = next((one for one in devices if one.type != "cpu"), torch.device("cpu"))
+    with torch.no_grad(), told_of(device, "merge state dicts on the CPU, or files"):
         figures = {one: gather(one) for one in to_gather(tensors)}
         for one in tensors:
             out = merged[one.name] = _empty(models, one)
@@ -114,11 +118,14 @@ def _empty(models: Sequence[Model], tensor: OutputTensor) -> torch.Tensor:
     """Memory for a tensor of the result, on the device of the first model that has it."""
     import torch
 
+    return torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype), device=_device(models, tensor))
+
+
+def _device(models: Sequence[Model], tensor: OutputTensor) -> torch.device:
     from blockmerge.merging.in_memory import tensor_of
 
     holder = next(model for model in models if tensor.ldm in model.tensors)
-    device = tensor_of(next(leaves_of(holder.tensors[tensor.ldm]))).device
-    return torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype), device=device)
+    return tensor_of(next(leaves_of(holder.tensors[tensor.ldm]))).device
 
 
 def _check_finite(merged: Mapping[str, torch.Tensor]) -> None:

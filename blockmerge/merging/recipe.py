@@ -418,7 +418,7 @@ def _choose_pace(request: MergeRequest, device: str, threads: int | None) -> tup
     pace = Pace.default(threads)
     if device == "cpu":
         return device, pace
-    from blockmerge.merging.kernel import choose_device
+    from blockmerge.merging.devices import choose_device
 
     device = choose_device(device, request.merge_method)
     if device == "cpu":

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any
 
+from blockmerge.dtypes import torch_dtype
 from blockmerge.methods.late import torch
 
 # Half a step above 448: beyond it, a value rounds to one that the format does not have.
 _E4M3FN_OVERFLOW = 464.0
 _BLOCK = 1 << 19  # elements whose intermediate values stay in a processor's cache
-# Elements that keep any GPU busy, and whose intermediate values take some hundred megabytes of it.
-_DEVICE_BLOCK = 1 << 24
+# The same of a GPU's, which it also keeps busy.
+_DEVICE_BLOCK = 1 << 22
 # Elements of a tensor that are widened at once, where a method goes through it more than once.
 _SLAB = 1 << 18
 _DEVICE_SLAB = 1 << 22  # the same on a GPU
@@ -43,7 +44,7 @@ def is_half(*tensors: torch.Tensor) -> bool:
 
 def exact_dtype(device: torch.device) -> torch.dtype:
     """Return the widest dtype of a device, for sums and for what decides."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    return torch_dtype("F64", device)
 
 
 def round_into(out: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -54,6 +55,14 @@ def round_into(out: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         # torch turns whatever is too large into the largest value, 448, which would hide an overflow.
         values = torch.where(values.float().abs() > _E4M3FN_OVERFLOW, torch.nan, values.float())
     return out.copy_(values)
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return 8-bit floats as bytes in the same memory, and other tensors as they are: to move elements about.
+
+    Before torch 2.6, GPUs have no `cat`, `index_select` or `_foreach_copy_` of such floats.
+    """
+    return tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
 
 
 class _Scratch(threading.local):

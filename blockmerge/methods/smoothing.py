@@ -17,6 +17,7 @@ from functools import cache
 from math import exp, prod
 from typing import TYPE_CHECKING, TypeVar
 
+from blockmerge.methods.arithmetic import as_bytes
 from blockmerge.methods.late import np, torch
 
 _RADIUS = 4  # of the Gaussian: 4σ
@@ -51,7 +52,8 @@ def smoothed_slabs(
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         near = _reflected(start - margin, stop + margin, rows, b.device)
-        values = (b.index_select(0, near).to(wide) - c.index_select(0, near).to(wide)).view(-1, *kept)
+        wide_b, wide_c = (_taken(one, near).to(wide) for one in (b, c))
+        values = (wide_b - wide_c).view(-1, *kept)
         values = _median(values.permute(order).contiguous(), row_axis)
         for axis in range(values.dim()):
             values = _gaussian(values if axis == row_axis else _extended(values, axis, _RADIUS), axis)
@@ -62,6 +64,10 @@ def _reflected(start: int, stop: int, extent: int, device: torch.device) -> torc
     """Return the entries of an axis that stand at the places [start, stop), which may lie beyond its ends."""
     places = torch.arange(start, stop, device=device) % (2 * extent)
     return torch.minimum(places, 2 * extent - 1 - places)
+
+
+def _taken(tensor: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
+    return as_bytes(tensor).index_select(0, entries).view(tensor.dtype)
 
 
 def _extended(values: torch.Tensor, axis: int, margin: int) -> torch.Tensor:

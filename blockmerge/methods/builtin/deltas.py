@@ -86,7 +86,11 @@ def _smallest_kept(
         values = magnitudes.numpy()
         values.partition(place)  # where it stands; kthvalue would hold four times as much
         return float(values[place])
-    return magnitudes.kthvalue(place + 1).values
+    # kthvalue would run on one of a GPU's processors alone; and what is NaN would be the largest of all.
+    magnitudes.nan_to_num_(nan=math.inf, posinf=math.inf)
+    if count <= place:
+        return magnitudes.topk(count, sorted=False).values.min()
+    return magnitudes.topk(place + 1, largest=False, sorted=False).values.max()
 
 
 @merge_method(
