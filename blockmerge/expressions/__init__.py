@@ -4,6 +4,7 @@ Frozen, and without torch until computed.
 """
 
 from blockmerge.expressions.arrangements import Arrangement, Joined, Part, Reshaped, Transposed, is_arranged
+from blockmerge.expressions.changes import Change, Changed, Contracted, Hadamard, Kronecker, LowRank
 from blockmerge.expressions.computed import (
     Cast,
     Clipped,
@@ -27,14 +28,20 @@ from blockmerge.expressions.program import (
 __all__ = [
     "Arrangement",
     "Cast",
+    "Change",
+    "Changed",
     "Clipped",
+    "Contracted",
     "Dequantised",
     "Expression",
     "Figures",
     "Gathered",
+    "Hadamard",
     "Joined",
     "Known",
+    "Kronecker",
     "Locality",
+    "LowRank",
     "Merged",
     "Part",
     "Program",

@@ -91,8 +91,8 @@ class Part(Arrangement):
         same, too.
         """
         whole, start, stop = self.whole, self.start, self.stop
-        if isinstance(whole, Stored):
-            return whole.part(start, stop)
+        if (part := whole.part(start, stop)) is not None:
+            return part
         if isinstance(whole, Reshaped) and whole.shape[:1] == whole.tensor.shape[:1]:
             part = Part(whole.tensor, start, stop).simplified()
             return Reshaped(part, (stop - start, *whole.shape[1:])).simplified()
@@ -259,7 +259,12 @@ def is_arranged(expression: Expression) -> bool:
 
 def _is_by_element(tensor: Expression) -> bool:
     """Whether it is computed, each element from the same one of all inputs, which have its shape."""
-    return bool(tensor.inputs) and tensor.locality == "element" and not isinstance(tensor, Arrangement)
+    return (
+        bool(tensor.inputs)
+        and tensor.locality == "element"
+        and not isinstance(tensor, Arrangement)
+        and not tensor.reads_whole
+    )
 
 
 def _entries(axis: int, start: int, stop: int) -> tuple[slice, ...]:

@@ -43,6 +43,11 @@ class Expression(ABC):
     in_place: ClassVar[bool] = False
     """Whether `compute` may be given its first input in the memory of `out`, where both have one dtype."""
 
+    reads_whole: ClassVar[bool] = False
+    """Whether an element may depend on all of the inputs, and on its place: then `read` says what of them a
+    stretch of the result needs.
+    """
+
     if TYPE_CHECKING:  # fields in some kinds, properties in others
 
         @property
@@ -79,7 +84,7 @@ class Expression(ABC):
     @property
     def is_made_by_rows(self) -> bool:
         """Whether entries of the first axis are made of the inputs' same entries alone, to the same bits."""
-        return bool(self.inputs) and self.locality == "element"
+        return bool(self.inputs) and self.locality == "element" and not self.reads_whole
 
     @property
     def elements(self) -> int:
@@ -90,6 +95,21 @@ class Expression(ABC):
     def nbytes(self) -> int:
         """The size in bytes."""
         return self.elements * size_of(self.dtype)
+
+    def read(self, place: int, first: int, elements: int) -> tuple[int, Shape]:
+        """Where in the input at a place lies what a stretch of the result is made of, from which of its
+        elements on, and in which shape: all of it. Asked where the kind `reads_whole`.
+        """
+        return 0, self.inputs[place].shape
+
+    @property
+    def tile(self) -> int:
+        """How many elements of the result are best computed at once, counted from its first."""
+        return 1
+
+    def part(self, start: int, stop: int) -> Expression | None:
+        """Entries of the first axis, where the kind itself can say what they are."""
+        return None
 
     def simplified(self) -> Expression:
         """The same without what does nothing; the inputs are simplified already."""

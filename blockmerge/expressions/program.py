@@ -6,7 +6,7 @@ treated alike have one program, so that they can be computed as one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -92,20 +92,39 @@ class Program:
     def stretches(self, first: int, count: int, most: int) -> Iterator[tuple[int, int]]:
         """Cut `count` elements of the result, from `first` on, into what `run` can be given.
 
-        Yields (first, elements) of about `most` in whole grains; where rows may be cut, whole rows, or what
-        lies in one.
+        Yields (first, elements) of about `most` in whole grains; where rows or tiles are best computed as
+        such but may be cut, whole ones, or what lies in one.
         """
-        grain = self.grain(self.root.shape)
-        width = self._width if self.cuts_rows else grain
+        unit = self._width if self.cuts_rows else self._tile
+        may_cut = self.cuts_rows or self.locality == "element"
+        unit = unit if may_cut else self.grain(self.root.shape)
         at, end = first, first + count
         while at < end:
-            into, left = at % width if self.cuts_rows else 0, end - at
-            if self.cuts_rows and (into or left < width):
-                elements = min(width - into, left)
+            into, left = at % unit if may_cut else 0, end - at
+            if may_cut and (into or left < unit):
+                elements = min(unit - into, left)
             else:
-                elements = min(max(1, most // width), left // width) * width
+                elements = min(max(1, most // unit), left // unit) * unit
             yield at, elements
             at += elements
+
+    @cached_property
+    def _tile(self) -> int:
+        """The elements that are best computed at once where anything may be cut."""
+        return max(one.tile for one in _nodes(self.root))
+
+    @cached_property
+    def _factors(self) -> Mapping[int, tuple[Expression, int] | None]:
+        """{number of an operand that is no tensor like the result: the kind that reads it, and at which place
+        of its inputs; None where something is made of it first, and so of all of it}.
+        """
+        found: dict[int, tuple[Expression, int] | None] = {}
+        for reader in (one for one in _nodes(self.root) if one.reads_whole):
+            for place, given in enumerate(reader.inputs):
+                for one in _nodes(given):
+                    if isinstance(one, Placeholder):
+                        found[one.number] = (reader, place) if one is given else None
+        return found
 
     @property
     def _width(self) -> int:
@@ -117,6 +136,9 @@ class Program:
         its elements on, and in which shape.
         """
         given = self.placeholders[place]
+        if place in self._factors:
+            reader = self._factors[place]
+            return (0, given.shape) if reader is None else reader[0].read(reader[1], first, elements)
         match self.locality:
             case "element":
                 return first, (elements,)
@@ -165,11 +187,32 @@ class Program:
                 given.append(operands[one.number])
                 continue
             inner = f"{place}.{number}"
+            if node.reads_whole:
+                given.append(self._factor(node, number, operands, out, first, inner))
+                continue
             in_place = number == 0 and node.in_place and one.dtype == node.dtype
             held = out if in_place else self._memory(one, out, inner)
             self._compute(one, operands, held, first, inner)
             given.append(held)
         node.compute(given, out, first)
+
+    def _factor(
+        self,
+        reader: Expression,
+        number: int,
+        operands: Sequence[torch.Tensor],
+        out: torch.Tensor,
+        first: int,
+        place: str,
+    ) -> torch.Tensor:
+        """What a kind that reads its inputs whole needs of one that is itself computed."""
+        from blockmerge.methods.arithmetic import scratch
+
+        node = reader.inputs[number]
+        whole = scratch(place, node.elements, torch_dtype(node.dtype, out.device), out.device)
+        self._compute(node, operands, whole.view(node.shape), 0, place)
+        begin, shape = reader.read(number, first, out.numel())
+        return whole[begin : begin + prod(shape)].view(shape)
 
     def _memory(self, node: Expression, out: torch.Tensor, place: str) -> torch.Tensor:
         """Memory for what a step passes on: the calling thread's own for that place, where it is small."""
@@ -193,14 +236,14 @@ class Programs:
         """Return an expression's program and its operands: bytes in some arrangement, or what was
         gathered.
         """
-        operands: list[Expression] = []
-        root = _with_placeholders(expression, operands)
+        operands = _Operands()
+        root = _with_placeholders(expression, operands, is_factor=False)
         program = self._known.get(root)
         if program is None:
             locality = _locality(root)
             flat = _flat(root) if locality == "element" else root
             self._known[root] = program = self._known.setdefault(flat, _program(flat, locality))
-        return program, tuple(operands)
+        return program, tuple(operands.all)
 
 
 def _program(root: Expression, locality: Locality) -> Program:
@@ -220,11 +263,14 @@ def _at(node: Expression, alpha: float | None, beta: float | None) -> Expression
 
 
 def operands_of(expression: Expression) -> Iterator[Expression]:
-    """Yield what an expression is computed from, from left to right: the largest parts that are only read."""
+    """Yield what an expression is computed from, from left to right: the largest parts that are only read.
+    Of a change, its factors are no such parts.
+    """
     if is_arranged(expression):
         yield expression
-    for one in () if is_arranged(expression) else expression.inputs:
-        yield from operands_of(one)
+    elif not expression.reads_whole:
+        for one in expression.inputs:
+            yield from operands_of(one)
 
 
 def leaves_of(expression: Expression) -> Iterator[Expression]:
@@ -266,20 +312,40 @@ def _locality(expression: Expression) -> Locality:
 def _nodes_computed(expression: Expression) -> Iterator[Expression]:
     if not is_arranged(expression):
         yield expression
-        for one in expression.inputs:
+        for one in () if expression.reads_whole else expression.inputs:
             yield from _nodes_computed(one)
 
 
-def _with_placeholders(expression: Expression, operands: list[Expression]) -> Expression:
+class _Operands:
+    """The operands of a program, each once; but for a change's factors, which are read in another way."""
+
+    def __init__(self) -> None:
+        self.all: list[Expression] = []
+        self._numbers: dict[Expression, int] = {}
+
+    def number(self, operand: Expression, *, is_factor: bool) -> int:
+        if not is_factor and operand in self._numbers:
+            return self._numbers[operand]
+        self.all.append(operand)
+        if not is_factor:
+            self._numbers[operand] = len(self.all) - 1
+        return len(self.all) - 1
+
+
+def _with_placeholders(expression: Expression, operands: _Operands, *, is_factor: bool) -> Expression:
     if is_arranged(expression):
-        if expression not in operands:
-            operands.append(expression)
-        return Placeholder(operands.index(expression), expression.dtype, expression.shape)
-    return expression.with_inputs(tuple([_with_placeholders(one, operands) for one in expression.inputs]))
+        number = operands.number(expression, is_factor=is_factor)
+        return Placeholder(number, expression.dtype, expression.shape)
+    inside = is_factor or expression.reads_whole
+    return expression.with_inputs(
+        tuple([_with_placeholders(one, operands, is_factor=inside) for one in expression.inputs])
+    )
 
 
 def _flat(root: Expression) -> Expression:
-    """The same of operands of any shape."""
+    """The same of operands of any shape, but for factors."""
     if isinstance(root, Placeholder):
         return replace(root, shape=())
+    if root.reads_whole:
+        return root
     return root.with_inputs(tuple(map(_flat, root.inputs)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -50,13 +51,17 @@ class Task:
 
     def tensors(self, figures: Figures) -> list[Any]:
         """The operands, contiguous, on the device of the result: flat where the program wants them so."""
-        return [figures[one] if isinstance(one, Gathered) else self._tensor(one) for one in self.operands]
+        return [
+            figures[one] if isinstance(one, Gathered) else self._tensor(place, one)
+            for place, one in enumerate(self.operands)
+        ]
 
-    def _tensor(self, operand: Expression) -> torch.Tensor:
+    def _tensor(self, place: int, operand: Expression) -> torch.Tensor:
         tensor = fit_for(self.out.device, tensor_of(operand)).to(self.out.device).contiguous()
-        if self.program.locality != "element":
+        if self.program.locality == "row":
             return tensor
-        return tensor.view(-1)[self.first : self.first + self.out.numel()]
+        begin, shape = self.program.stretch(place, self.first, self.out.numel())
+        return tensor.view(-1)[begin : begin + prod(shape)].view(shape)
 
     def run(self, figures: Figures) -> None:
         """Compute it."""

@@ -5,6 +5,8 @@ The tensors are flat, of one length and any float dtypes; the result is rounded 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from blockmerge.methods.arithmetic import in_blocks, round_into, scratch, wide_dtype, widened
 from blockmerge.methods.late import torch
 
@@ -30,6 +32,20 @@ def clip(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> None:
     limited.add_(0.0)
     bits.bitwise_xor_(signs)
     round_into(out, limited)
+
+
+def add_changes(
+    base: torch.Tensor, changes: Sequence[torch.Tensor], scales: Sequence[float], *, out: torch.Tensor
+) -> None:
+    """Base + Σ scaleᵢ·changeᵢ, one after the other.
+
+    Products and sums are rounded apart, as torch's addition with a factor is not everywhere in a tensor.
+    """
+    wide = wide_dtype(base, *changes, out)
+    total = widened("total", base, wide)
+    for change, scale in zip(changes, scales, strict=True):
+        total.add_(change if scale == 1 else widened("term", change, wide).mul_(scale))
+    round_into(out, total)
 
 
 def cast(a: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,387 @@
+"""What adapters add to a weight: products of small factors, computed where they are needed.
+
+A change is never held whole. It is computed in tiles of rows that are counted from the first row of the
+module's own weight, whatever part of it is asked for, so that the bits are the same however it is cut.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING, ClassVar
+
+from blockmerge.dtypes import size_of
+from blockmerge.expressions.computed import Cast
+from blockmerge.expressions.expression import Expression, Shape
+
+if TYPE_CHECKING:
+    import torch
+
+_TILE_ROWS = 64
+_WIDE_TILE_ROWS = 16
+_ALIGNED = 64  # bytes: as torch's own memory is
+_WIDE = 4096  # elements of a row, of which 16 are a good deal of work
+
+
+@dataclass(frozen=True)
+class Change(Expression):
+    """What is added to a weight, in float32 or float64: made of factors, of which all elements depend on all.
+
+    `shape` is that of the weight, or of some rows of it; `begin` the number of its first element there.
+    """
+
+    shape: Shape
+    dtype: str
+    begin: int = 0
+
+    reads_whole: ClassVar[bool] = True
+
+    @property
+    def is_chance(self) -> bool:
+        """An element depends on its place in the weight."""
+        return True
+
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """The rows of the whole weight."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """The elements of a row."""
+
+    @property
+    def tile(self) -> int:
+        """The elements that are computed at once: whole rows."""
+        return self.tile_rows * self.width
+
+    @property
+    def tile_rows(self) -> int:
+        """The rows of a tile."""
+        return _WIDE_TILE_ROWS if self.width > _WIDE else _TILE_ROWS
+
+    def read_by_rows(self, place: int) -> bool:
+        """Whether the input at a place has a row for each of the weight."""
+        return False
+
+    def part(self, start: int, stop: int) -> Change:
+        """Entries of the first axis."""
+        begin = self.begin + start * prod(self.shape[1:])
+        return replace(self, shape=(stop - start, *self.shape[1:]), begin=begin)
+
+    def later(self, begin: int) -> Change:
+        """A part begins later in the same weight."""
+        return replace(self, begin=self.begin + begin)
+
+    def read(self, place: int, first: int, elements: int) -> tuple[int, Shape]:
+        """Where in an input lies what a stretch of the result is made of: from which element on, and in which
+        shape.
+        """
+        shape = self.inputs[place].shape
+        if not self.read_by_rows(place):
+            return 0, shape
+        rows = self._rows_for(first, elements)
+        return rows.start * prod(shape[1:]), (rows.stop - rows.start, *shape[1:])
+
+    def _rows_for(self, first: int, elements: int) -> slice:
+        """The rows of the tiles that a stretch lies in."""
+        begin = self.begin + first
+        tiles = begin // self.tile, -(-(begin + elements) // self.tile)
+        return slice(tiles[0] * self.tile_rows, min(tiles[1] * self.tile_rows, self.rows))
+
+    @abstractmethod
+    def prepared(
+        self, inputs: Sequence[torch.Tensor], out: torch.Tensor
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What `fill_rows` wants, made of the inputs once for a stretch: what has rows of the weight, and
+        what has not.
+        """
+
+    @abstractmethod
+    def fill_rows(
+        self,
+        by_rows: Sequence[torch.Tensor],
+        whole: Sequence[torch.Tensor],
+        rows: slice,
+        out: torch.Tensor,
+    ) -> None:
+        """Write some rows of the change, [rows, width]; `by_rows` are these rows alone."""
+
+    def compute(self, inputs: Sequence[torch.Tensor], out: torch.Tensor, first: int) -> None:
+        """Compute the tiles that a stretch lies in, and take it out of them. Inputs are what `read` says."""
+        from blockmerge.methods.arithmetic import scratch
+
+        flat = out.view(-1)
+        begin = self.begin + first
+        by_rows, whole = self.prepared(inputs, flat)
+        read = self._rows_for(first, len(flat))
+        for rows in self._tiles(read):
+            start, stop = rows.start * self.width, rows.stop * self.width
+            low, high = max(start, begin), min(stop, begin + len(flat))
+            target = flat[low - begin : high - begin]
+            # Products may depend on where memory begins, too.
+            fits = (low, high) == (start, stop) and target.data_ptr() % _ALIGNED == 0
+            tile = target if fits else scratch("tile", stop - start, out.dtype, out.device)
+            here = [one[rows.start - read.start : rows.stop - read.start] for one in by_rows]
+            self.fill_rows(here, whole, rows, tile.view(-1, self.width))
+            if not fits:
+                target.copy_(tile[low - start : high - start])
+
+    def _tiles(self, rows: slice) -> Iterator[slice]:
+        for start in range(rows.start, rows.stop, self.tile_rows):
+            yield slice(start, min(start + self.tile_rows, rows.stop))
+
+
+@dataclass(frozen=True)
+class LowRank(Change):
+    """Σ scaleᵢ·upᵢ·downᵢ, as one product of joined factors.
+
+    `ups` are [rows, rank, …], `downs` [rank, width, …]; what further axes a factor has is of no matter.
+    """
+
+    ups: tuple[Expression, ...] = ()
+    downs: tuple[Expression, ...] = ()
+    scales: tuple[float, ...] = ()
+
+    @property
+    def inputs(self) -> tuple[Expression, ...]:
+        """All ups, then all downs."""
+        return (*self.ups, *self.downs)
+
+    def with_inputs(self, inputs: tuple[Expression, ...]) -> LowRank:
+        """The same of other factors."""
+        count = len(self.ups)
+        return replace(self, ups=inputs[:count], downs=inputs[count:])
+
+    @property
+    def rows(self) -> int:
+        """Those of the ups."""
+        return self.ups[0].shape[0]
+
+    @property
+    def width(self) -> int:
+        """That of the downs."""
+        return prod(self.downs[0].shape[1:])
+
+    def read_by_rows(self, place: int) -> bool:
+        """The ups are."""
+        return place < len(self.ups)
+
+    def prepared(
+        self, inputs: Sequence[torch.Tensor], out: torch.Tensor
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """All ups side by side, each with its scale, and all downs one below the other."""
+        import torch
+
+        count = len(self.ups)
+        factors = [_matrix(one, out.dtype) for one in inputs]
+        ups = [one * scale for one, scale in zip(factors[:count], self.scales, strict=True)]
+        return [torch.cat(ups, 1) if count > 1 else ups[0]], [torch.cat(factors[count:])]
+
+    def fill_rows(
+        self,
+        by_rows: Sequence[torch.Tensor],
+        whole: Sequence[torch.Tensor],
+        rows: slice,
+        out: torch.Tensor,
+    ) -> None:
+        """Multiply."""
+        import torch
+
+        torch.mm(by_rows[0], whole[0], out=out)
+
+    def _said(self) -> Sequence[str]:
+        each = zip(self.scales, self.ups, self.downs, strict=True)
+        return [f"{scale} × {up} @ {down}" for scale, up, down in each]
+
+
+@dataclass(frozen=True)
+class Hadamard(Change):
+    """scale·(w1_a·w1_b)∘(w2_a·w2_b): LoHa (FedPara, arXiv 2108.06098).
+
+    `factors` are w1_a [rows, rank], w1_b [rank, width], w2_a and w2_b.
+    """
+
+    factors: tuple[Expression, ...] = ()
+    scale: float = 1.0
+
+    @property
+    def inputs(self) -> tuple[Expression, ...]:
+        """The four factors."""
+        return self.factors
+
+    def with_inputs(self, inputs: tuple[Expression, ...]) -> Hadamard:
+        """The same of other factors."""
+        return replace(self, factors=inputs)
+
+    @property
+    def rows(self) -> int:
+        """Those of w1_a."""
+        return self.factors[0].shape[0]
+
+    @property
+    def width(self) -> int:
+        """That of w1_b."""
+        return prod(self.factors[1].shape[1:])
+
+    def read_by_rows(self, place: int) -> bool:
+        """w1_a and w2_a are."""
+        return place in (0, 2)
+
+    def prepared(
+        self, inputs: Sequence[torch.Tensor], out: torch.Tensor
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The scale in w1_a."""
+        first_a, first_b, second_a, second_b = (_matrix(one, out.dtype) for one in inputs)
+        return [first_a * self.scale, second_a], [first_b, second_b]
+
+    def fill_rows(
+        self,
+        by_rows: Sequence[torch.Tensor],
+        whole: Sequence[torch.Tensor],
+        rows: slice,
+        out: torch.Tensor,
+    ) -> None:
+        """Multiply both products."""
+        import torch
+
+        torch.mm(by_rows[0], whole[0], out=out)
+        out.mul_(by_rows[1] @ whole[1])
+
+    def _said(self) -> Sequence[str]:
+        return [f"{self.scale}", *map(str, self.factors)]
+
+
+@dataclass(frozen=True)
+class Kronecker(Change):
+    """scale·w1⊗w2: LoKr (LyCORIS, arXiv 2309.14859). `factors` are w1 [a, b] and w2 [c, d, …]."""
+
+    factors: tuple[Expression, ...] = ()
+    scale: float = 1.0
+
+    @property
+    def inputs(self) -> tuple[Expression, ...]:
+        """Both factors."""
+        return self.factors
+
+    def with_inputs(self, inputs: tuple[Expression, ...]) -> Kronecker:
+        """The same of other factors."""
+        return replace(self, factors=inputs)
+
+    @property
+    def rows(self) -> int:
+        """A row for each pair of rows."""
+        first, second = self.factors
+        return first.shape[0] * second.shape[0]
+
+    @property
+    def width(self) -> int:
+        """An element for each pair of columns; the second's further axes go along."""
+        first, second = self.factors
+        return first.shape[1] * prod(second.shape[1:])
+
+    def prepared(
+        self, inputs: Sequence[torch.Tensor], out: torch.Tensor
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The scale in the first."""
+        first, second = (_matrix(one, out.dtype) for one in inputs)
+        return [], [first * self.scale, second]
+
+    def fill_rows(
+        self,
+        by_rows: Sequence[torch.Tensor],
+        whole: Sequence[torch.Tensor],
+        rows: slice,
+        out: torch.Tensor,
+    ) -> None:
+        """Multiply each row of the first with each of the second."""
+        import torch
+
+        first, second = whole
+        numbers = torch.arange(rows.start, rows.stop, device=out.device)
+        each = len(second)
+        of_first = first[torch.div(numbers, each, rounding_mode="floor")]
+        torch.mul(
+            of_first.unsqueeze(2),
+            second[numbers % each].unsqueeze(1),
+            out=out.view(len(out), first.shape[1], -1),
+        )
+
+    def _said(self) -> Sequence[str]:
+        return [f"{self.scale}", *map(str, self.factors)]
+
+
+@dataclass(frozen=True)
+class Contracted(Expression):
+    """Small factors of a convolution made one, as `formula` says in the words of `torch.einsum`."""
+
+    formula: str
+    factors: tuple[Expression, ...]
+    shape: Shape
+    dtype: str
+
+    locality = "tensor"
+
+    @property
+    def inputs(self) -> tuple[Expression, ...]:
+        """The factors."""
+        return self.factors
+
+    def with_inputs(self, inputs: tuple[Expression, ...]) -> Contracted:
+        """The same of other factors."""
+        return replace(self, factors=inputs)
+
+    def compute(self, inputs: Sequence[torch.Tensor], out: torch.Tensor, first: int) -> None:
+        """Contract."""
+        import torch
+
+        out.copy_(torch.einsum(self.formula, *(one.to(out.dtype) for one in inputs)).view(out.shape))
+
+
+@dataclass(frozen=True)
+class Changed(Expression):
+    """A weight with changes: base + Σ scaleᵢ·changeᵢ, in float32 or float64, rounded once to `dtype`."""
+
+    base: Expression
+    changes: tuple[Expression, ...]
+    scales: tuple[float, ...]
+    dtype: str
+
+    @property
+    def inputs(self) -> tuple[Expression, ...]:
+        """The weight, and its changes."""
+        return self.base, *self.changes
+
+    def with_inputs(self, inputs: tuple[Expression, ...]) -> Changed:
+        """Another weight, or other changes."""
+        return replace(self, base=inputs[0], changes=inputs[1:])
+
+    @property
+    def shape(self) -> Shape:
+        """That of the weight."""
+        return self.base.shape
+
+    def compute(self, inputs: Sequence[torch.Tensor], out: torch.Tensor, first: int) -> None:
+        """Add up, and round."""
+        from blockmerge.methods.elementwise import add_changes
+
+        base, *changes = inputs
+        add_changes(base, changes, self.scales, out=out)
+
+    def simplified(self) -> Expression:
+        """A weight that was widened for the sum is widened there."""
+        base = self.base
+        if isinstance(base, Cast) and size_of(base.dtype) > size_of(base.tensor.dtype):
+            return replace(self, base=base.tensor)
+        return self
+
+    def _said(self) -> Sequence[str]:
+        each = (f"{scale} × {change}" for scale, change in zip(self.scales, self.changes, strict=True))
+        return [str(self.base), *each, self.dtype]
+
+
+def _matrix(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return factor.reshape(len(factor), -1).to(dtype)
