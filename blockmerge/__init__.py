@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from blockmerge.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from blockmerge.adapters import Lora as Lora
     from blockmerge.anatomy import block_of as block_of
     from blockmerge.checkpoints import Checkpoint as Checkpoint
     from blockmerge.checkpoints import open_checkpoint as open_checkpoint
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from blockmerge.merging import MergeResult as MergeResult
     from blockmerge.merging import Plan as Plan
     from blockmerge.merging import Recipe as Recipe
+    from blockmerge.merging import bake as bake
     from blockmerge.merging import convert as convert
     from blockmerge.merging import merge as merge
     from blockmerge.merging import merge_state_dicts as merge_state_dicts
@@ -60,6 +62,7 @@ _HOMES = {
     "IncompatibleModelsError": "errors",
     "Inspection": "inspecting",
     "LiveMerge": "merging",
+    "Lora": "adapters",
     "Merge": "merging",
     "MergeResult": "merging",
     "NonFiniteError": "errors",
@@ -72,6 +75,7 @@ _HOMES = {
     "SimilarityResult": "comparing",
     "UnknownFamilyError": "errors",
     "WeightsError": "errors",
+    "bake": "merging",
     "block_of": "anatomy",
     "check": "inspecting",
     "convert": "merging",

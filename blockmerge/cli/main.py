@@ -14,6 +14,7 @@ from types import FrameType
 import click
 from click_default_group import DefaultGroup
 
+from blockmerge.cli.bake import bake
 from blockmerge.cli.check import check
 from blockmerge.cli.convert import convert
 from blockmerge.cli.demo import demo
@@ -69,7 +70,7 @@ def cli() -> None:
     """
 
 
-for command in (merge, convert, inspect, check, similarity, explain, presets, methods, demo):
+for command in (merge, bake, convert, inspect, check, similarity, explain, presets, methods, demo):
     cli.add_command(command)
 
 

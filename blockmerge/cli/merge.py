@@ -4,40 +4,23 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from blockmerge.cli.console import json_option, not_empty, progress_bar, stdout_console
 from blockmerge.cli.numbers import CommandWithNumbers
-from blockmerge.cli.opening import Command, opening_options
+from blockmerge.cli.opening import opening_options
+from blockmerge.cli.output_options import (
+    configs_option,
+    dtype_option,
+    naming_option,
+    partial_option,
+    threads_option,
+)
 
 if TYPE_CHECKING:
     from blockmerge.merging.planning.request import MergeRequest
-
-dtype_option = click.option(
-    "--dtype",
-    metavar="keep|fp16|bf16|fp32|fp8_…",
-    default="keep",
-    help="The output's dtype: keep (each tensor keeps its own), fp16, bf16, fp32, fp8_e4m3fn, fp8_e5m2, "
-    "or as torch calls them. "
-    "[default: keep]",
-)
-
-
-def naming_option(default: str) -> Callable[[Command], Command]:
-    """The option for the output's naming; `default` says what it is where nobody does."""
-    about = f"The output's naming: ldm (one file) or diffusers (a folder). [default: {default}]"
-    return click.option("--to", "naming", metavar="ldm|diffusers", help=about)
-
-
-configs_option = click.option(
-    "--configs",
-    metavar="FOLDER",
-    callback=not_empty,
-    help="Whose configs and tokenizers go into a new folder: a diffusers folder, or a tokenizer's alone.",
-)
 
 
 @click.command(cls=CommandWithNumbers, short_help="Merge models into a new file.")
@@ -114,6 +97,14 @@ configs_option = click.option(
 )
 @click.option("--clip", is_flag=True, help="Limit results to what lies between A and B.")
 @click.option(
+    "--lora",
+    "loras",
+    metavar="FILE[:STRENGTH[:BLOCKS]]",
+    multiple=True,
+    help="Add a LoRA to the merge: style.safetensors:0.8:OUTALL. Repeated, they add up.",
+)
+@partial_option
+@click.option(
     "--seed",
     metavar="N",
     type=int,
@@ -140,9 +131,7 @@ configs_option = click.option(
 @click.option(
     "--device", metavar="cpu|cuda[:N]|auto", default="cpu", show_default=True, help="Where the sums are done."
 )
-@click.option(
-    "--threads", metavar="N", type=int, help="How many workers. [default: twice the processors, at most 8]"
-)
+@threads_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--allow-nonfinite", is_flag=True, help="Write NaN and infinity instead of refusing them.")
 @click.option(

@@ -1,5 +1,6 @@
 """One merge from request to file: recipe → plan → execute, into any output; in memory; and live."""
 
+from blockmerge.merging.bake import bake
 from blockmerge.merging.convert import convert
 from blockmerge.merging.live import LiveMerge
 from blockmerge.merging.memory import merge_state_dicts
@@ -17,6 +18,7 @@ __all__ = [
     "MergeResult",
     "Plan",
     "Recipe",
+    "bake",
     "convert",
     "merge",
     "merge_state_dicts",

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 
+from blockmerge.adapters import LoraLike
 from blockmerge.checkpoints import CheckpointLike, Model, StateDict, state_dict_name
 from blockmerge.dtypes import FLOAT_DTYPES, torch_dtype
 from blockmerge.errors import CheckpointError, NonFiniteError, RecipeError, counted, listing, shown
 from blockmerge.expressions import Programs, leaves_of
+from blockmerge.merging.planning.adapting import Adapted
 from blockmerge.merging.planning.naming import OutputTensor
 from blockmerge.merging.planning.plan import to_gather
 from blockmerge.merging.planning.policies import decide
@@ -43,6 +45,8 @@ def merge_state_dicts(
     seed: int = 0,
     sdxl_map: str | None = None,
     vae: str = "auto",
+    loras: Sequence[LoraLike] = (),
+    partial: bool = False,
     check_finite: bool = False,
     **numbers: Any,
 ) -> dict[str, torch.Tensor]:
@@ -72,6 +76,8 @@ def merge_state_dicts(
         clip=clip,
         arguments=merge_state_dicts.__kwdefaults__,
         vae=vae,
+        loras=loras,
+        partial=partial,
     )
     request.check_model_count(len(state_dicts))
     for given in state_dicts:
@@ -84,7 +90,8 @@ def merge_state_dicts(
     ]
     family = models[0].anatomy.family.name
     resolved = request.resolve(family, len(models))
-    merged = _compute(models, decide(models, request, resolved).tensors)
+    adapted = Adapted.of(request, models)
+    merged = _compute(models, decide(models, request, resolved, adapted=adapted).tensors)
     if check_finite:
         _check_finite(merged)
     return _spelled_as(state_dicts[0], merged)

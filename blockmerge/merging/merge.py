@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from blockmerge.adapters import LoraLike
 from blockmerge.checkpoints import CheckpointLike
 from blockmerge.merging.planning.request import make_request
 from blockmerge.merging.recipe import Leaf, Recipe
@@ -42,6 +43,8 @@ def merge(
     ema: str = "drop",
     configs: str | os.PathLike[str] | None = None,
     variant: str | None = None,
+    loras: Sequence[LoraLike] = (),
+    partial: bool = False,
     progress: Progress | None = None,
     **numbers: Any,
 ) -> MergeResult:
@@ -66,6 +69,10 @@ def merge(
     (``"fp16"``), where they have it, the VAE's too, and `configs` is a diffusers folder whose configs and
     tokenizers go into a new one, or a tokenizer's folder alone. `progress(done, total)` is told the bytes.
 
+    `loras` are added to the merge before it is rounded: paths, ``(path, strength)``, ``(path, strength,
+    blocks)``, texts as ``"style.safetensors:0.8:OUTALL"``, or `Lora` objects. A module that meets no tensor is
+    an error, unless `partial` leaves it out.
+
     All checks that headers allow are made before a weight is read. The models are never changed. The output
     appears complete or not at all.
 
@@ -86,6 +93,8 @@ def merge(
         rules=rules,
         adjust=adjust,
         clip=clip,
+        loras=loras,
+        partial=partial,
         arguments=merge.__kwdefaults__,
     )
     return Recipe.of(models, request).run(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Union
 
+from blockmerge.adapters import LoraLike
 from blockmerge.checkpoints import (
     AtomicFile,
     Checkpoint,
@@ -92,6 +93,8 @@ class Recipe:
         prune: bool = False,
         configs: CheckpointLike | None = None,
         variant: str | None = None,
+        loras: Sequence[LoraLike] = (),
+        partial: bool = False,
         **numbers: Any,
     ) -> None:
         request = make_request(
@@ -110,6 +113,8 @@ class Recipe:
             prune=prune,
             configs=configs,
             variant=variant,
+            loras=loras,
+            partial=partial,
             arguments=Recipe.__init__.__kwdefaults__,
         )
         self._set(models, request)
@@ -138,9 +143,11 @@ class Recipe:
         return hash((len(self.models), self.request.method_name, self.request.dtype))
 
     def _compared(self) -> tuple[object, ...]:
-        leaves = (*self.models, self.request.vae, self.request.configs)
+        loras = self.request.loras
+        leaves = (*self.models, self.request.vae, self.request.configs, *(lora.file for lora in loras))
         told = [leaf if isinstance(leaf, (str, Recipe, type(None))) else id(leaf) for leaf in leaves]
-        return (*told, replace(self.request, vae="auto", configs=None))
+        asked = tuple(replace(lora, file="") for lora in loras)
+        return (*told, replace(self.request, vae="auto", configs=None, loras=asked))
 
     # -- as data ---------------------------------------------------------------------------------------------
 
@@ -167,6 +174,7 @@ class Recipe:
         models: Sequence[CheckpointLike] | None = None,
         vae: CheckpointLike | None = None,
         configs: CheckpointLike | None = None,
+        loras: Sequence[CheckpointLike] | None = None,
         methods: Mapping[str, object] | None = None,
     ) -> Self:
         """Return the recipe that `to_dict` has written, or that stands in a merged file's metadata.
@@ -175,7 +183,7 @@ class Recipe:
         ...     written = json.loads(file.metadata()["blockmerge.recipe"])
         >>> recipe = blockmerge.Recipe.from_dict(written, models=["a.safetensors", "b.safetensors"])
 
-        `models`, in order, `vae` and `configs` go in place of those that are written. Metadata knows names
+        `models` and the files of `loras`, in order, `vae` and `configs` go in place of those that are written. Metadata knows names
         only, so what it names must be given. The weights of the blocks are those that the file was made with,
         whatever has become of its preset. A method of one's own is given as `methods`, ``{"module:function":
         function}``: nothing is imported because a recipe names it.
@@ -185,7 +193,8 @@ class Recipe:
         if not isinstance(written, Mapping):
             raise RecipeError(f"a recipe is a table of options; {type(written).__name__} given")
         try:
-            return cls._read(written, models, vae, configs, methods)
+            given = {"vae": vae, "configs": configs, "loras": loras}
+            return cls._read(written, models, given, methods)
         except RecursionError:
             raise RecipeError("recipe: merges within merges, too deep") from None
 
@@ -194,8 +203,7 @@ class Recipe:
         cls,
         written: Mapping[str, Any],
         models: Sequence[CheckpointLike] | None,
-        vae: CheckpointLike | None,
-        configs: CheckpointLike | None,
+        given: Mapping[str, Any],
         methods: Mapping[str, object] | None,
     ) -> Self:
         if models is not None and (isinstance(models, (str, Mapping)) or not isinstance(models, Sequence)):
@@ -209,17 +217,16 @@ class Recipe:
         asked = {key: value for key, value in written.items() if key != "models"}
         if is_as_run(written):
             asked, places = asked_of_run(written, len(leaves))
-            given = {"vae": vae, "configs": configs}
             missing = [f"its {key}, {shown(name)}" for key, name in places.items() if given[key] is None]
             if models is None:
                 missing.insert(0, f"its models, {', '.join(map(shown, leaves))}")
             if missing:
                 raise RecipeError(f"this recipe has names only, no places: give {' and '.join(missing)}")
         read: Sequence[Leaf] = models or [
-            cls._read(leaf, None, None, None, methods) if isinstance(leaf, Mapping) else leaf
+            cls._read(leaf, None, dict.fromkeys(given), methods) if isinstance(leaf, Mapping) else leaf
             for leaf in leaves
         ]
-        return cls.of(read, from_asked(asked, methods, vae=vae, configs=configs))
+        return cls.of(read, from_asked(asked, methods, **given))
 
     def dump(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write `to_dict` as JSON. Raises RecipeError as it does, OutputError when it cannot be written."""
@@ -239,7 +246,8 @@ class Recipe:
 
     def _files(self) -> Iterator[Path]:
         """All files that the recipe names, or that are in folders it names; those of merges within it too."""
-        for leaf in (*self.models, self.request.vae, self.request.configs):
+        loras = (lora.file for lora in self.request.loras)
+        for leaf in (*self.models, self.request.vae, self.request.configs, *loras):
             if isinstance(leaf, Recipe):
                 yield from leaf._files()
             elif isinstance(leaf, Checkpoint):
@@ -382,6 +390,7 @@ class Plan:
             runs=sum(len(file.runs) for file in plan.files),
             recipe=plan.described,
             dry_run=dry,
+            loras=plan.loras,
         )
 
 

@@ -34,7 +34,8 @@ class MergeResult:
     `weights` is what each block took (None: left out of the merge); `bytes` is the output's size; `notes` are
     texts for the user about everything that was decided for them. `preset` is the preset's name, if one was
     asked for. `recipe` decides the output, given the models, as its metadata has it; models, a VAE file and
-    configs are there by name, without folders.
+    configs are there by name, without folders. `loras` say of each LoRA its name, kind, strength, blocks, and
+    how many of its modules met a tensor.
     """
 
     output: Path
@@ -53,6 +54,7 @@ class MergeResult:
     runs: int
     recipe: Mapping[str, Any]
     dry_run: bool = False
+    loras: tuple[Mapping[str, Any], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain data, ready for JSON, with the keys of `docs/json.md`."""

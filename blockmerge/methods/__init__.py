@@ -9,6 +9,16 @@ themselves load it when they first compute.
 from blockmerge.methods.define import merge_method
 from blockmerge.methods.method import Method, Number
 from blockmerge.methods.planning import key_of
-from blockmerge.methods.registry import IDENTITY, METHODS, find_method
+from blockmerge.methods.registry import BAKE, IDENTITIES, IDENTITY, METHODS, find_method
 
-__all__ = ["IDENTITY", "METHODS", "Method", "Number", "find_method", "key_of", "merge_method"]
+__all__ = [
+    "BAKE",
+    "IDENTITIES",
+    "IDENTITY",
+    "METHODS",
+    "Method",
+    "Number",
+    "find_method",
+    "key_of",
+    "merge_method",
+]

@@ -56,8 +56,10 @@ def _built_in(name: str, file: str) -> Method:
 
 METHODS: Mapping[str, Method] = _Methods()
 
-IDENTITY = _built_in("convert", "convert")
-"""The method that does nothing, to one model: what a conversion is a merge with. Not among METHODS."""
+IDENTITIES = {name: _built_in(name, "convert") for name in ("convert", "bake")}
+"""Methods that do nothing, to one model: what converting and baking are merges with. Not among METHODS."""
+
+IDENTITY, BAKE = IDENTITIES.values()
 
 
 def find_method(method: object) -> Method:
@@ -75,8 +77,8 @@ def find_method(method: object) -> Method:
             "a method is a name, a function decorated with @blockmerge.merge_method() "
             f"or a Method; {type(method).__name__} given"
         )
-    if method == IDENTITY.name:
-        return IDENTITY
+    if method in IDENTITIES:
+        return IDENTITIES[method]
     if method not in METHODS:
         raise RecipeError(
             f"unknown method '{shown(method)}'{did_you_mean(method, METHODS)} "

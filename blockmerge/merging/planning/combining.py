@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from blockmerge.adapters import Changes
 from blockmerge.anatomy import Family, plain_names_of_ema
 from blockmerge.dtypes import DTYPES, wide_dtype
 from blockmerge.expressions import (
@@ -42,6 +43,7 @@ class Combination:
     seed: int = 0
     clip: bool = False
     figures: Gathered | None = field(default=None, compare=False)
+    changes: Changes | None = field(default=None, compare=False)
 
     @classmethod
     def of(
@@ -120,7 +122,7 @@ class Combination:
         """
         widest = widest_input(name, [one.shape for one in tensors], self.family)
         if widest is None:
-            return adjusted(change, dtype, inputs, lambda dtype: make(inputs, dtype))
+            return self.finished(name, change, dtype, inputs, lambda dtype: make(inputs, dtype))
         wide, shared = tensors[widest], self.family.shared_channels
 
         def widened(dtype: str) -> Expression:
@@ -128,7 +130,28 @@ class Combination:
             rest = Cast(Part(wide, shared, wide.shape[1], axis=1), dtype)
             return Joined((make(narrow, dtype), rest), axis=1)
 
-        return adjusted(change, dtype, (*inputs, wide), widened)
+        return self.finished(name, change, dtype, (*inputs, wide), widened)
+
+    def is_changed(self, name: str) -> bool:
+        """Whether adapters change a tensor."""
+        return self.changes is not None and name in self.changes
+
+    def finished(
+        self,
+        name: str,
+        change: Change | None,
+        dtype: str,
+        inputs: Sequence[Expression],
+        make: Callable[[str], Expression],
+    ) -> Expression:
+        """What `make` gives for a dtype, changed by adapters, then adjusted, and rounded once to `dtype`;
+        `inputs` are what it is made from.
+        """
+        if self.changes is None or name not in self.changes:
+            return adjusted(change, dtype, inputs, make)
+        changes, wide = self.changes, wide_dtype(tuple(one.dtype for one in inputs), dtype)
+        merged = make(wide)
+        return adjusted(change, dtype, inputs, lambda dtype: changes.of(name, merged, dtype))
 
 
 @dataclass(frozen=True)

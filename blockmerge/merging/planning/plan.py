@@ -12,6 +12,7 @@ from blockmerge.checkpoints import Model, TensorInfo, encode_header
 from blockmerge.dtypes import size_of
 from blockmerge.expressions import Gathered, Stored, leaves_of
 from blockmerge.merging.outputs import Output, WeightFile
+from blockmerge.merging.planning.adapting import Adapted
 from blockmerge.merging.planning.decisions import Decisions
 from blockmerge.merging.planning.metadata import output_metadata
 from blockmerge.merging.planning.naming import OutputTensor
@@ -40,6 +41,7 @@ class PlannedOutput:
     files: tuple[PlannedFile, ...]
     small_files: Mapping[str, bytes]
     to_gather: tuple[Gathered, ...]
+    loras: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def size(self) -> int:
@@ -64,7 +66,10 @@ def make_plan(models: Sequence[Model], request: MergeRequest, output: Output) ->
     a = models[0]
     family = a.anatomy.family.name
     resolved = request.resolve(family, len(models))
-    decided = decide(models, request, resolved, output.naming, names_components=output.names_components)
+    adapted = Adapted.of(request, models)
+    decided = decide(
+        models, request, resolved, output.naming, adapted=adapted, names_components=output.names_components
+    )
     described = as_run(request, [model.source.name for model in models], resolved)
     metadata = output_metadata(a.source.metadata, json.dumps(described, ensure_ascii=False), family)
     anatomy = replace(a.anatomy, inputs=_inputs(a, decided.tensors), naming=output.naming)
@@ -80,6 +85,7 @@ def make_plan(models: Sequence[Model], request: MergeRequest, output: Output) ->
         tuple(planned_file(file, metadata) for file in laid_out.files),
         laid_out.small_files,
         tuple(to_gather(decided.tensors)),
+        adapted.said,
     )
 
 

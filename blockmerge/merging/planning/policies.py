@@ -35,7 +35,8 @@ from blockmerge.checkpoints import (
 from blockmerge.dtypes import FLOAT_DTYPES
 from blockmerge.errors import CheckpointError, IncompatibleModelsError, counted, listing, shown
 from blockmerge.expressions import Cast, Expression, Gathered, Known, simplify
-from blockmerge.merging.planning.combining import Combination, Weights, adjusted, kept_dtype, widest_input
+from blockmerge.merging.planning.adapting import Adapted, lost_in_rounding
+from blockmerge.merging.planning.combining import Combination, Weights, kept_dtype, widest_input
 from blockmerge.merging.planning.decisions import Decision, Decisions, Findings, VaeFile
 from blockmerge.merging.planning.describing import describe
 from blockmerge.merging.planning.naming import OutputTensor, folders_of, has_place, named, what_it_is
@@ -50,6 +51,7 @@ def decide(
     resolved: Resolved,
     naming: str | None = None,
     *,
+    adapted: Adapted,
     names_components: bool = False,
 ) -> Decisions:
     """Apply the policies; the output has the names of `naming`, by default A's, spelled as an `Output` of
@@ -66,6 +68,7 @@ def decide(
     combination = Combination.of(method, anatomy.family, resolved.numbers, clip=request.clip)
     if method.locality == "model":
         combination = replace(combination, figures=Gathered(method, tuple(looked_at(models))))
+    combination = replace(combination, changes=adapted.changes)
     policies = _Policies(models, request, resolved, combination, naming)
     request.opening.check(models, [one.source for one in policies.donors if isinstance(one, VaeFile)])
     decisions = policies.decide()
@@ -81,9 +84,9 @@ def decide(
     notes = describe(models, request, resolved, decisions, policies.found, naming)
     return Decisions(
         tuple(OutputTensor(one.name, one.ldm, simplify(one.expression)) for one in tensors),
-        tuple(dict.fromkeys(donor.source for donor in policies.donors)),
+        tuple(dict.fromkeys([*(donor.source for donor in policies.donors), *adapted.sources])),
         _counts(models, decisions, len(policies.found.left_out), len(tensors)),
-        (*notes, *lost),
+        (*notes, *lost, *adapted.notes, *lost_in_rounding(adapted.changes, decisions)),
     )
 
 
@@ -218,9 +221,9 @@ class _Policies:
         dtype = self.request.output_dtype or kept_dtype(tensors[0])
         change = self._change(name, dtype, shapes[widest or 0])
         made = self.combination.combine(name, tensors, weights, dtype, change)
-        return Decision(
-            name, made.expression, made.inputs, None if made.model is None else self.models[made.model]
-        )
+        copied = None if self.combination.is_changed(name) else made.model
+        donor = None if copied is None else self.models[copied]
+        return Decision(name, made.expression, made.inputs, donor)
 
     def _weights_of(self, name: str) -> tuple[str, Weights]:
         """The block of a tensor, and its weights."""
@@ -247,8 +250,10 @@ class _Policies:
             of_a = kept_dtype(self.models[0].tensors.get(name, tensor))
             dtype = self.request.output_dtype or (of_a if of_a in FLOAT_DTYPES else dtype)
         change = self._change(name, dtype, tensor.shape)
-        expression = adjusted(change, dtype, [tensor], lambda dtype: Cast(tensor, dtype))
-        return Decision(name, expression, (tensor,), donor)
+        expression = self.combination.finished(
+            name, change, dtype, [tensor], lambda dtype: Cast(tensor, dtype)
+        )
+        return Decision(name, expression, (tensor,), None if self.combination.is_changed(name) else donor)
 
     def _mixed(self, name: str, holders: Sequence[Model]) -> Decision | None:
         """A tensor that holds floats in one model and something else in another, which cannot be blended."""

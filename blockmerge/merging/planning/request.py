@@ -10,6 +10,7 @@ from numbers import Integral
 from string import ascii_lowercase
 from typing import Any
 
+from blockmerge.adapters import Lora, LoraLike
 from blockmerge.anatomy import FAMILIES
 from blockmerge.checkpoints import Checkpoint, CheckpointLike, Opening, name_of
 from blockmerge.dtypes import DTYPES, short_dtype
@@ -77,8 +78,9 @@ class MergeRequest:
     as `find_method` takes it, and is a Method then; one without weights converts. `naming` is the output's,
     ``"ldm"`` or ``"diffusers"``, or None for A's; `ema` and `variant` are those of an Opening; `prune` leaves
     out what no loader needs; `configs` is a folder whose configs and tokenizers go into a new one. `beta` and
-    `numbers` are for methods that have them; `rules` override the weights of single tensors; `clip` and
-    `adjust` are done to what the method gives, in this order. `found` are weights that go before those that
+    `numbers` are for methods that have them; `rules` override the weights of single tensors; `clip`,
+    `loras` and `adjust` are done to what the method gives, in this order; `partial` allows LoRAs with modules
+    that meet no tensor. `found` are weights that go before those that
     `weights` and `beta` ask for.
     """
 
@@ -98,6 +100,8 @@ class MergeRequest:
     clip: bool = False
     variant: str | None = None
     found: Found | None = None
+    loras: tuple[Lora, ...] = ()
+    partial: bool = False
 
     def __post_init__(self) -> None:
         plain = {
@@ -127,7 +131,11 @@ class MergeRequest:
         _ = self.opening  # which refuses what is no way to open a model
         if self.naming not in (None, *NAMINGS):
             raise RecipeError(f"unknown naming '{shown(self.naming)}': {' or '.join(NAMINGS)}")
-        for name in ("clip", "prune", "allow_nonfinite"):
+        if self.loras and self.ema == "keep":
+            raise RecipeError(
+                "EMA copies would lack the LoRAs: ema is drop or use (--ema), where LoRAs are baked in"
+            )
+        for name in ("clip", "prune", "allow_nonfinite", "partial"):
             check_flag(name, getattr(self, name))
 
     def _fit_to(self, method: Method) -> None:
@@ -316,10 +324,11 @@ def make_request(
     *,
     rules: RulesLike = "",
     adjust: AdjustLike = "",
+    loras: Sequence[LoraLike] = (),
     arguments: Iterable[str] | None = None,
     **options: Any,
 ) -> MergeRequest:
-    """Read rules and adjust. The seed of the weights is that of the method as well, where it has one.
+    """Read rules, adjust and LoRAs. The seed of the weights is that of the method as well, where it has one.
 
     Raises RecipeError, naming the argument, for what is none, and for a number that the method does not have:
     one of the caller's own `arguments` may have been meant.
@@ -335,8 +344,16 @@ def make_request(
         numbers=numbers,
         rules=ElementRules.of(rules),
         adjust=Adjust.of(adjust),
+        loras=loras_of(loras),
         **options,
     )
+
+
+def loras_of(loras: Sequence[LoraLike]) -> tuple[Lora, ...]:
+    """Read a list of LoRAs. Raises RecipeError for one that stands alone, and for what is none."""
+    if isinstance(loras, (str, os.PathLike, Mapping, Lora, Checkpoint)) or not isinstance(loras, Iterable):
+        raise RecipeError(f"loras are a list of LoRAs; {type(loras).__name__} given")
+    return tuple(map(Lora.of, loras))
 
 
 def as_plain(value: Any) -> Any:

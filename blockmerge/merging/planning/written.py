@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from blockmerge.adapters import Lora
 from blockmerge.checkpoints import Checkpoint, CheckpointLike, in_cache, name_of
-from blockmerge.errors import RecipeError, listing, shown
+from blockmerge.errors import RecipeError, counted, listing, shown
 from blockmerge.merging.planning.request import (
     Found,
     MergeRequest,
@@ -25,7 +26,7 @@ from blockmerge.merging.planning.request import (
     make_request,
     told_from_words,
 )
-from blockmerge.methods import IDENTITY, METHODS, Method, find_method
+from blockmerge.methods import IDENTITIES, METHODS, Method, find_method
 from blockmerge.version import __version__
 from blockmerge.weights import WeightsRequest
 from blockmerge.weights.grammar import finite_number
@@ -37,14 +38,14 @@ _ASKED = (*_OF_WEIGHTS, *(f"{key}_beta" for key in _OF_WEIGHTS))
 _TEXTS = (
     "method", "vae", "dtype", "to", "ema", "variant", "configs", "sdxl_map",
 )  # fmt: skip
-_FLAGS = ("clip", "prune", "allow_nonfinite")
-OPTIONS = (*_ASKED, *_TEXTS, *_FLAGS, "rules", "adjust", "seed", "numbers", "found")
+_FLAGS = ("clip", "prune", "allow_nonfinite", "partial")
+OPTIONS = (*_ASKED, *_TEXTS, *_FLAGS, "rules", "adjust", "seed", "numbers", "found", "loras")
 """The keys of a request that is written as asked; all others are numbers of its method."""
 
 _AS_RUN = frozenset((
     "version", "method", "models", "preset", "weights", "weights_beta", "numbers", "rules", "adjust",
     "clip", "vae", "vae_file", "dtype", "ema", "prune", "naming", "variant", "configs", "allow_nonfinite",
-    "asked",
+    "asked", "loras", "partial",
 ))  # fmt: skip
 
 _NOT_NUMBERS = (*OPTIONS, "models", "version")
@@ -74,6 +75,8 @@ def as_asked(request: MergeRequest) -> dict[str, Any]:
         "variant": request.variant,
         "configs": None if request.configs is None else path_of(request.configs, "configs"),
         "allow_nonfinite": request.allow_nonfinite or None,
+        "loras": [_lora_asked(lora) for lora in request.loras] or None,
+        "partial": request.partial or None,
         "found": found
         and {"of": found.of, "preset": found.preset, "weights": found.weights, "weights_beta": found.beta},
     }
@@ -97,8 +100,10 @@ def from_asked(
     *,
     vae: CheckpointLike | None = None,
     configs: CheckpointLike | None = None,
+    loras: Sequence[CheckpointLike] | None = None,
 ) -> MergeRequest:
-    """Return the request that `as_asked` has written, with another VAE or configs where they are given.
+    """Return the request that `as_asked` has written, with another VAE, configs or files of LoRAs where they
+    are given.
 
     A method of the user's own is taken from `methods` alone: no module is imported because a file names it.
     Raises RecipeError, naming the key, for what `as_asked` does not write.
@@ -114,6 +119,7 @@ def from_asked(
     _check(written, "adjust", (str, list, tuple), "a text or a list of numbers")
     for key in ("weights", "weights_beta"):
         _check(written, key, (str, int, float, list, tuple, Mapping), "a text, a number, a list or a table")
+    _check(written, "loras", (list, tuple), "a list")
     _check(written, "numbers", Mapping, "a table")
     _check(written, "found", Mapping, "a table")
     by_name = {key: value for key, value in written.items() if key not in OPTIONS}
@@ -132,6 +138,7 @@ def from_asked(
         adjust=written.get("adjust") or "",
         arguments=(*OPTIONS, "models"),
         configs=written.get("configs") if configs is None else configs,
+        loras=_loras(written.get("loras") or (), loras),
         found=_found(written.get("found"), written),
         **options,
         **flags,
@@ -166,6 +173,8 @@ def as_run(request: MergeRequest, models: Sequence[str], resolved: Resolved) -> 
         "variant": request.variant,
         "configs": None if request.configs is None else _name_of(request.configs),
         "allow_nonfinite": request.allow_nonfinite,
+        "loras": [_lora_run(lora) for lora in request.loras],
+        "partial": request.partial,
         "asked": _asked_of_a_run(request, resolved.preset),
     }
     return {key: _decodable(for_json(value, key)) for key, value in run.items()}
@@ -181,7 +190,7 @@ def asked_of_run(run: Mapping[str, Any], models: int) -> tuple[dict[str, Any], d
     it calls those of ``"vae"`` and ``"configs"`` that it does not say the place of.
     """
     same = ("method", "rules", "adjust", "clip", "dtype", "ema", "prune", "variant")
-    asked = {key: run.get(key) for key in (*same, "numbers", "allow_nonfinite", "vae")}
+    asked = {key: run.get(key) for key in (*same, "numbers", "allow_nonfinite", "vae", "loras", "partial")}
     asked["to"] = run.get("naming")
     for key in ("vae", "vae_file", "configs"):
         _check(run, key, str, "a text")
@@ -198,6 +207,11 @@ def asked_of_run(run: Mapping[str, Any], models: int) -> tuple[dict[str, Any], d
         asked |= run.get("asked") or weights
         asked["found"] = {"of": _looked_at(asked), "preset": run.get("preset"), **weights}
     places = {key: run[key] for key in ("configs",) if run.get(key) is not None}
+    if run.get("loras"):
+        _check(run, "loras", (list, tuple), "a list")
+        places["loras"] = ", ".join(
+            str(lora.get("name")) for lora in run["loras"] if isinstance(lora, Mapping)
+        )
     file = run.get("vae_file")
     if file is None and not is_vae_of_models(run.get("vae") or _VAE, models):
         file = run["vae"]
@@ -205,6 +219,40 @@ def asked_of_run(run: Mapping[str, Any], models: int) -> tuple[dict[str, Any], d
         places["vae"] = file
         del asked["vae"]
     return asked, places
+
+
+def _lora_asked(lora: Lora) -> str | dict[str, Any]:
+    """A LoRA as the command line has it, or a table where its blocks are no text."""
+    file = path_of(lora.file, "a LoRA")
+    said = {"strength": lora.strength, "blocks": as_plain(lora.blocks), "name": lora.name}
+    if isinstance(lora.blocks, (str, type(None))) and lora.name is None and ":" not in file:
+        blocks = "" if lora.blocks is None else f":{lora.blocks}"
+        return f"{file}:{lora.strength!r}{blocks}"
+    return {"file": file, **{key: value for key, value in said.items() if value is not None}}
+
+
+def _lora_run(lora: Lora) -> dict[str, Any]:
+    return {"name": lora.label, "strength": lora.strength, "blocks": as_plain(lora.blocks)}
+
+
+def _loras(written: Sequence[object], files: Sequence[CheckpointLike] | None) -> list[Lora]:
+    """The LoRAs that are written down, of other files where these are given."""
+    if files is not None and len(files) != len(written):
+        raise RecipeError(f"the recipe has {counted(len(written), 'LoRA')}; {len(files)} given")
+    return [_lora(one, None if files is None else files[number]) for number, one in enumerate(written)]
+
+
+def _lora(written: object, file: CheckpointLike | None) -> Lora:
+    if isinstance(written, str) and file is None:
+        return Lora.parse(written)
+    if not isinstance(written, Mapping) or written.keys() - {"file", "name", "strength", "blocks"}:
+        raise RecipeError(
+            "recipe: a LoRA is a text, FILE:STRENGTH:BLOCKS, or a table of file, strength and blocks"
+        )
+    file = written.get("file") if file is None else file
+    if file is None:
+        raise RecipeError(f"recipe: the LoRA {shown(written.get('name', ''))} has no file")
+    return Lora(file, written.get("strength", 1.0), written.get("blocks"), written.get("name"))
 
 
 def path_of(source: object, what: str) -> str:
@@ -303,7 +351,8 @@ def _found(written: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> Found
 
 def _method_written(method: Method) -> str:
     """A method's name, with a colon in all that are not blockmerge's."""
-    is_known = METHODS.get(method.name, IDENTITY) is method or ":" in method.name
+    own = (METHODS.get(method.name), IDENTITIES.get(method.name))
+    is_known = any(one is method for one in own) or ":" in method.name
     return method.name if is_known else f":{method.name}"
 
 

@@ -1,4 +1,4 @@
-"""The identity: a conversion is a merge of one model with the method that does nothing."""
+"""The identity: converting, and baking adapters in, are merges of one model with the method that does nothing."""
 
 from __future__ import annotations
 
@@ -11,4 +11,10 @@ from blockmerge.methods.late import torch
 @merge_method(formula="A", source="the identity", copies=planning.always_a)
 def convert(a: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
     """A in the dtype of `out`."""
+    return round_into(out, a)
+
+
+@merge_method(formula="A, and what adapters add", source="the identity", copies=planning.always_a)
+def bake(a: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+    """A in the dtype of `out`; adapters come after every method."""
     return round_into(out, a)

@@ -1,0 +1,68 @@
+"""`blockmerge bake`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from blockmerge.cli.console import progress_bar, stdout_console
+from blockmerge.cli.output_options import output_options, partial_option
+
+
+@click.command(short_help="Put LoRAs into a model for good.")
+@click.argument("model", metavar="MODEL")
+@click.argument("loras", metavar="FILE[:STRENGTH[:BLOCKS]]…", nargs=-1, required=True)
+@click.option("-o", "--output", metavar="PATH", required=True, help="Where the model goes.")
+@partial_option
+@click.option(
+    "--device", metavar="cpu|cuda[:N]|auto", default="cpu", show_default=True, help="Where the sums are done."
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Make all checks that need no weights, show the plan, and write nothing."
+)
+@output_options
+def bake(
+    model: str,
+    loras: tuple[str, ...],
+    output: str,
+    threads: int | None,
+    device: str,
+    overwrite: bool,
+    variant: str | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Put LoRAs into a model for good, as strongly as they would be at run time.
+
+    \b
+      blockmerge bake model.safetensors style.safetensors:0.8 -o styled.safetensors
+      blockmerge bake model.safetensors a.safetensors:0.7 b.safetensors:-0.5:"BASE=0,IN04-OUT05=1" -o c.safetensors
+
+    STRENGTH is 1 if nothing is said, and may be negative. BLOCKS multiplies it, block by block: any text of
+    weights, a list of numbers as for LoRA block weights, or NONE, ALL, INS, OUTALL and the like.
+    """
+    from blockmerge.merging.planning.request import make_request
+    from blockmerge.merging.recipe import Recipe
+    from blockmerge.weights import WeightsRequest
+
+    request = make_request(
+        "bake", {}, WeightsRequest(), WeightsRequest(beta=True), loras=loras, variant=variant, **options
+    )
+    recipe = Recipe.of((model,), request)
+    common: dict[str, Any] = {"device": device, "threads": threads, "overwrite": overwrite}
+    if dry_run:
+        result = recipe.plan(output, **common).summary()
+    else:
+        with progress_bar("baking", quiet=quiet or as_json) as progress:
+            result = recipe.run(output, **common, progress=progress)
+    if as_json:
+        from blockmerge.rendering.json_text import merge_json
+
+        click.echo(merge_json(result))
+    elif not quiet:
+        from blockmerge.rendering.terminal import print_merge
+
+        print_merge(stdout_console(), result)

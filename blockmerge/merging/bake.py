@@ -1,0 +1,78 @@
+"""`bake`: LoRAs put into a model for good.
+
+It is a merge of one model, with the method that does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from blockmerge.adapters import LoraLike
+from blockmerge.checkpoints import CheckpointLike
+from blockmerge.errors import RecipeError
+from blockmerge.merging.planning.request import make_request
+from blockmerge.merging.recipe import Recipe
+from blockmerge.merging.result import MergeResult
+from blockmerge.methods import BAKE
+from blockmerge.streaming import Progress
+from blockmerge.weights import WeightsRequest
+
+if TYPE_CHECKING:
+    import torch
+
+
+def bake(
+    model: CheckpointLike,
+    loras: Sequence[LoraLike],
+    *,
+    output: str | os.PathLike[str],
+    partial: bool = False,
+    naming: str | None = None,
+    vae: CheckpointLike = "auto",
+    dtype: str | torch.dtype = "keep",
+    ema: str = "drop",
+    prune: bool = False,
+    variant: str | None = None,
+    configs: str | os.PathLike[str] | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Put LoRAs into a model for good, as strongly as they would be at run time.
+
+    >>> blockmerge.bake("model.safetensors", [("style.safetensors", 0.8)], output="styled.safetensors")
+    ... # doctest: +SKIP
+
+    `loras` are paths, ``(path, strength)``, ``(path, strength, blocks)``, texts as on the command line
+    (``"style.safetensors:0.8:OUTALL"``), or `Lora` objects. All are added up in float32 (in float64 for an
+    output in fp32) and rounded once. A module that meets no tensor is an error that names it, unless
+    `partial` leaves it out. The other arguments are those of `convert`.
+
+    Raises a BlockmergeError, as `merge` does.
+    """
+    request = make_request(
+        BAKE,
+        {},
+        WeightsRequest(),
+        WeightsRequest(beta=True),
+        loras=loras,
+        partial=partial,
+        naming=naming,
+        vae=vae,
+        dtype=str(dtype),
+        ema=ema,
+        prune=prune,
+        variant=variant,
+        configs=configs,
+        allow_nonfinite=allow_nonfinite,
+    )
+    if not request.loras:
+        raise RecipeError(
+            "no LoRA to bake in: give at least one (convert() changes nothing but names and dtypes)"
+        )
+    recipe = Recipe.of((model,), request)
+    return recipe.run(output, device=device, threads=threads, overwrite=overwrite, progress=progress)
