@@ -195,7 +195,8 @@ class Family:
     `prefixes` are {naming: {prefix: component}}; `roots` {naming: first words of U-Net names that stand
     without prefix}; `other_prefixes` {what other programs write: what it stands for here}; `prediction`
     {variant: Unmarked}; `optional` and `harmless` patterns of names that may be
-    missing or be there beside the layout's; `configs` is what `anatomy.configs` reads.
+    missing or be there beside the layout's; `configs` is what `anatomy.configs` reads, and `adapters` what
+    that room reads.
     """
 
     name: str
@@ -220,6 +221,7 @@ class Family:
     prediction: Mapping[str, Unmarked] = field(default_factory=dict)
     attention: Attention = Attention({})
     configs: Mapping[str, Any] = field(default_factory=dict)
+    adapters: Mapping[str, Any] = field(default_factory=dict)
     unlisted: Mapping[str, Mapping[str, tuple[_Beginning, ...]]] = field(default_factory=dict, repr=False)
     folder: Traversable | None = field(default=None, repr=False)
 
@@ -260,6 +262,7 @@ class Family:
             },
             attention=Attention(**data.get("attention", {"layers": {}})),
             configs=data.get("configs", {}),
+            adapters=data.get("adapters", {}),
             unlisted={naming: _beginnings(data.get("unlisted", {}).get(naming, {})) for naming in NAMINGS},
             folder=folder,
         )
