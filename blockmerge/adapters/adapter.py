@@ -41,6 +41,12 @@ class Adapter:
         """{kind: how many modules are of it}, the most frequent first."""
         return dict(Counter(module.kind for module in self.modules).most_common())
 
+    @property
+    def blocks(self) -> dict[str, int]:
+        """{block: how many modules are in it}, in the family's order."""
+        counts = Counter(module.target.block for module in self.modules if module.target is not None)
+        return {block: counts[block] for block in self.family.blocks if block in counts}
+
     @classmethod
     def of(
         cls,

@@ -6,13 +6,14 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from blockmerge.checkpoints import Checkpoint, Readers
 from blockmerge.dtypes import DTYPES, FLOAT_DTYPES, precision_of
-from blockmerge.errors import CheckpointError, reason, shown
+from blockmerge.errors import CheckpointError, listing, reason, shown
 from blockmerge.expressions import Stored
 
 METADATA_KEY = "lora_adapter_metadata"
@@ -20,8 +21,12 @@ METADATA_KEY = "lora_adapter_metadata"
 
 _CONFIG_FILE = "adapter_config.json"
 _LARGEST_CONFIG = 1 << 20
+_LARGEST = 1e300
 _PEFT = "base_model.model."
+_ALPHA, _PATTERN, _KIND, _LORA = "lora_alpha", "alpha_pattern", "peft_type", "LORA"
 _PLAIN = re.compile(r"[\w.]+", re.ASCII)
+
+Settings = Mapping[str, Any]
 
 
 def numbers(tensors: Iterable[Stored]) -> Iterator[float]:
@@ -62,12 +67,12 @@ def number(data: bytes, dtype: str) -> float:
 
 @dataclass(frozen=True)
 class Configs:
-    """PEFT's configurations, {what the modules' names begin with: its configuration}, the longest first.
+    """PEFT's settings, {what the names of its modules begin with, without the dot: settings}.
 
-    `are_missing` says that PEFT itself has written the file, and its configuration is not beside it.
+    `are_missing` says that PEFT itself has written the file, and its settings are not beside it.
     """
 
-    each: Mapping[str, Mapping[str, Any]]
+    each: Mapping[str, Settings]
     are_missing: bool = False
 
     @classmethod
@@ -77,27 +82,37 @@ class Configs:
         Raises CheckpointError when they are there and cannot be understood.
         """
         text, where = checkpoint.metadata.get(METADATA_KEY), f"{METADATA_KEY} in its metadata"
-        peft = {name.partition(_PEFT)[0] + _PEFT for name in modules if _PEFT in name}
-        if text is None and peft and checkpoint.path is not None:
-            text, where = _beside(checkpoint.path), _CONFIG_FILE
+        if text is not None:
+            return cls(_checked(_by_prefix(_parsed(text, where, checkpoint.name)), where, checkpoint.name))
+        prefixes = {name.partition(_PEFT)[0] + _PEFT.removesuffix(".") for name in modules if _PEFT in name}
+        if not prefixes:
+            return cls({})
+        text = None if checkpoint.path is None else _beside(checkpoint.path)
         if text is None:
-            return cls({}, bool(peft))
-        said = _parsed(text, where, checkpoint.name)
-        found = dict.fromkeys(peft, said) if where == _CONFIG_FILE else _by_prefix(said)
-        for config in found.values():
-            _check(config, where, checkpoint.name)
-        return cls(dict(sorted(found.items(), key=lambda item: -len(item[0]))))
+            return cls({}, are_missing=True)
+        settings = _parsed(text, _CONFIG_FILE, checkpoint.name)
+        return cls(_checked(dict.fromkeys(prefixes, settings), _CONFIG_FILE, checkpoint.name))
 
     def alpha_of(self, module: str, rank: int) -> float | None:
-        """What a module's change is multiplied by, times its rank; None where nothing says so."""
-        for prefix, config in self.each.items():
-            if module.startswith(prefix):
-                inner = module.removeprefix(prefix)
-                pattern = config.get("alpha_pattern") or {}
-                key = next((key for key in pattern if inner == key or inner.endswith(f".{key}")), None)
-                alpha = float(config["lora_alpha"] if key is None else pattern[key])
-                return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+        """The factor of a module times its rank; None where nothing says so."""
+        words = module.split(".")
+        for count in range(len(words) - 1, -1, -1):
+            settings = self.each.get(".".join(words[:count]))
+            if settings is not None:
+                alpha = _alpha(settings, words[count:])
+                return alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
         return None
+
+
+def _alpha(settings: Settings, words: Sequence[str]) -> float:
+    """The alpha of a module by the words of its name: the usual one, or that of the first name in the pattern
+    with which it ends.
+    """
+    pattern = settings.get(_PATTERN) or {}
+    ends = {".".join(words[begin:]) for begin in range(len(words))} & pattern.keys()
+    if len(ends) > 1:
+        ends = {next(name for name in pattern if name in ends)}
+    return float(pattern[ends.pop()] if ends else settings[_ALPHA])
 
 
 def _beside(path: os.PathLike[str]) -> str | None:
@@ -112,7 +127,7 @@ def _beside(path: os.PathLike[str]) -> str | None:
         raise CheckpointError(f"cannot read {shown(place)}: {reason(error)}") from error
 
 
-def _parsed(text: str, where: str, whose: str) -> Mapping[str, Any]:
+def _parsed(text: str, where: str, whose: str) -> Settings:
     try:
         said = json.loads(text)
     except (ValueError, RecursionError):
@@ -122,31 +137,31 @@ def _parsed(text: str, where: str, whose: str) -> Mapping[str, Any]:
     return said
 
 
-def _by_prefix(said: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """{prefix: its settings} of settings such as ``unet.lora_alpha``; without one the prefix is empty."""
-    prefixes = [key.removesuffix("lora_alpha") for key in said if re.fullmatch(r"([\w.]+\.)?lora_alpha", key)]
-    return {
-        prefix: {key.removeprefix(prefix): value for key, value in said.items() if key.startswith(prefix)}
-        for prefix in prefixes
-    }
+def _by_prefix(said: Settings) -> dict[str, Settings]:
+    """{prefix: its settings} of settings such as ``unet.lora_alpha``; without a prefix it is empty."""
+    found: dict[str, dict[str, Any]] = defaultdict(dict)
+    for key, value in said.items():
+        prefix, _, setting = key.rpartition(".")
+        found[prefix][setting] = value
+    return {prefix: settings for prefix, settings in found.items() if _ALPHA in settings or _KIND in settings}
 
 
-def _check(config: Mapping[str, Any], where: str, whose: str) -> None:
-    """Raise CheckpointError for a configuration that means what is not computed here."""
-    pattern = config.get("alpha_pattern") or {}
-    values = [config.get("lora_alpha"), *(pattern.values() if isinstance(pattern, dict) else [None])]
-    if not all(_is_number(value) for value in values):
-        raise CheckpointError(f"{shown(whose)}: {where} has an alpha that is not a number")
-    if odd := [key for key in pattern if not _PLAIN.fullmatch(key)]:
-        raise CheckpointError(
-            f"{shown(whose)}: {where} has an alpha for '{shown(odd[0])}', which is not the name of a module"
-        )
-    kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise CheckpointError(
-            f"{shown(whose)}: {where} says that it is of PEFT's kind '{shown(kind)}', not LORA"
-        )
+def _checked(found: dict[str, Settings], where: str, whose: str) -> dict[str, Settings]:
+    """The same. Raises CheckpointError for settings that mean what is not computed here."""
+    for settings in found.values():
+        kind = settings.get(_KIND, _LORA)
+        if kind != _LORA:
+            raise CheckpointError(f"{shown(whose)}: {where} says PEFT's {shown(kind)}: only {_LORA} is read")
+        pattern = settings.get(_PATTERN) or {}
+        values = [settings.get(_ALPHA), *(pattern.values() if isinstance(pattern, dict) else [None])]
+        if not all(map(_is_number, values)):
+            raise CheckpointError(f"{shown(whose)}: {where} has an alpha that is not a number")
+        if odd := [name for name in pattern if not _PLAIN.fullmatch(name)]:
+            raise CheckpointError(
+                f"{shown(whose)}: {where} has an alpha for {listing(odd)}: only names of modules are read"
+            )
+    return found
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST

@@ -10,7 +10,7 @@ from blockmerge.anatomy import FAMILIES, Family
 from blockmerge.errors import WeightsError, counted, did_you_mean, shown
 from blockmerge.weights import BlockWeights, WeightsLike, parse_weights
 from blockmerge.weights.block_lists import example, family_named, spans
-from blockmerge.weights.grammar import finite_number
+from blockmerge.weights.grammar import finite_number, names_blocks
 from blockmerge.weights.random_weights import is_random
 
 _WORD = re.compile(r"[^,;\s(]*\([^()]*\)|[^,;\s]+")
@@ -86,9 +86,10 @@ def _as_number(value: Any) -> Any:
 def _unknown_preset(text: str, family: Family) -> WeightsError:
     presets = lora_presets(family)
     have = f"has {', '.join(presets)}" if presets else "has none"
+    blocks = text.strip() if names_blocks(text.strip(), family.blocks) else example(family.blocks)
     return WeightsError(
         f"unknown LoRA preset '{shown(text.strip())}'{did_you_mean(text.strip(), presets)}: "
-        f"{family.title} {have}; or write weights, as in {example(family.blocks)}=0.5"
+        f"{family.title} {have}; or write weights, as in {blocks}=0.5"
     )
 
 
@@ -97,7 +98,7 @@ def _wrong_count(count: int, family: Family) -> WeightsError:
         f"{number} ({', '.join(spans(blocks))})" for number, blocks in lora_lists(family).items()
     )
     others = [other.title for other in FAMILIES.values() if count in lora_lists(other)]
-    theirs = f", as {' and '.join(others)} has them" if others else ""
+    theirs = f", which are {', '.join(others)}'s" if others else ""
     return WeightsError(
         f"{counted(count, 'number')} given for the blocks of a LoRA{theirs}: "
         f"{family.title} takes one number, or {wanted}"

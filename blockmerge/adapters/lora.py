@@ -33,7 +33,7 @@ class Lora:
     the weight that `blocks` have for a module's block: a text of weights (``"OUT03-OUT05=0.5"``), one number,
     numbers for those blocks that LoRAs of the family have (17 or 12) or for all, or the name of one of the
     family's LoRA presets (``"OUTALL"``). Blocks that are not named are 0; without `blocks` all are 1. `name`
-    is what messages call it, by default the file's name.
+    is what messages call it, by default the file's.
 
     Raises RecipeError for a strength that is not a finite number, and for a name that is no text.
     """
@@ -98,19 +98,19 @@ class Lora:
 
     @property
     def label(self) -> str:
-        """What messages and results call it: its name, or the file's."""
+        """What results call it: its name, or the file's without its ending."""
         if self.name is not None:
             return self.name
-        if isinstance(self.file, Checkpoint):
-            return self.file.name
-        return Path(self.file).name if isinstance(self.file, (str, os.PathLike)) else "state dict"
+        if isinstance(self.file, (str, os.PathLike)):
+            return Path(self.file).stem
+        return Path(self.file.name).stem if isinstance(self.file, Checkpoint) else "state dict"
 
     def open(self, family: Family | None = None, shapes: Mapping[str, Shape] | None = None) -> Adapter:
         """Open the file, and look at its names and shapes. `family` and `shapes` are those of `Adapter.of`.
 
         Raises CheckpointError, IncompatibleModelsError and UnknownFamilyError as `Adapter.of` does.
         """
-        return Adapter.of(open_source(self.file), family, self.label, shapes=shapes)
+        return Adapter.of(open_source(self.file), family, self.name, shapes=shapes)
 
     def weights(self, family: Family | str, seed: int = 0) -> BlockWeights:
         """Return the weight of every block of a family, which multiplies the strength: 1 without `blocks`.

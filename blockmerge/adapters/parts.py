@@ -65,7 +65,7 @@ NOT_READ: Mapping[str, str] = {
 }
 """What is known, and cannot be computed: what messages call it."""
 
-NOT_TELLING = frozenset(("alpha", "ia3_weight", "scale"))
+NOT_TELLING = frozenset(("ia3_weight", "scale"))
 """Parts that other files than adapters have as well."""
 
 

@@ -111,6 +111,8 @@ def _fault_of_parts(parts: Parts) -> str:
             return f"{shown(parts[part].name)} is {what}, which is not read"
     own = parts.keys() - BESIDE.keys()
     names = listing(one.name for one in parts.values())
+    if not own:
+        return f"{names} without anything that it belongs to"
     wanted = min(
         (form.parts.keys() - own for form in FORMS if own <= form.parts.keys()), key=len, default=None
     )
