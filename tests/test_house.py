@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "methods": set(),
     "expressions": {"methods"},
     "checkpoints": {"expressions", "anatomy"},
+    "adapters": {"checkpoints", "expressions", "weights", "anatomy"},
     "streaming": set(),
     "merging": {"streaming", "checkpoints", "expressions", "methods", "weights", "anatomy"},
     "comparing": {"streaming", "checkpoints", "expressions", "anatomy"},
@@ -65,7 +66,7 @@ LOADED_LATE = {
     "explaining/gram.py",
     "explaining/merging_again.py",
 }
-NO_TORCH = {"errors", "anatomy", "weights", "rendering", "cli"}
+NO_TORCH = {"errors", "anatomy", "weights", "adapters", "rendering", "cli"}
 
 
 CONTRACT_WORDS = {

@@ -1,0 +1,97 @@
+"""What a file holds, by the names of its tensors: parts of modules, embeddings, and what is neither."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from blockmerge.adapters.parts import EMBEDDINGS, NOT_TELLING, part_of
+from blockmerge.anatomy import canonical_name, has_signs_of_a_unet, lone_component
+from blockmerge.checkpoints import Checkpoint, other_kind_of
+from blockmerge.errors import CheckpointError, counted, listing, shown
+from blockmerge.expressions import Stored
+
+_READ = "LoRA, LoCon, LoHa, LoKr, full, norm, DoRA, GLoRA, IA3, OFT and BOFT are read"
+_NO_MORE = re.compile(r"[,:](?![^(]*\))")  # not within brackets
+
+
+@dataclass(frozen=True)
+class Found:
+    """{module: {part: tensor}}; embeddings that travel along; tensors that are nothing of an adapter's; and
+    those that are there a second time under another name.
+    """
+
+    modules: Mapping[str, Mapping[str, Stored]]
+    embeddings: tuple[str, ...]
+    strange: tuple[str, ...]
+    twice: tuple[str, ...]
+
+    @classmethod
+    def in_file(cls, checkpoint: Checkpoint) -> Found:
+        """Look at the names in a file."""
+        modules: dict[str, dict[str, Stored]] = defaultdict(dict)
+        embeddings: list[str] = []
+        strange: list[str] = []
+        twice: list[str] = []
+        for name in checkpoint.tensors:
+            if name.startswith(EMBEDDINGS):
+                embeddings.append(name)
+            elif (said := part_of(name)) is None:
+                strange.append(name)
+            elif said[1] in modules[said[0]]:
+                twice.append(name)
+            else:
+                modules[said[0]][said[1]] = Stored.of(checkpoint, name)
+        for module in [one for one, parts in modules.items() if parts.keys() <= NOT_TELLING]:
+            strange += [one.name for one in modules.pop(module).values()]
+        return cls(dict(modules), tuple(embeddings), tuple(strange), tuple(twice))
+
+    def check(self, checkpoint: Checkpoint, name: str) -> None:
+        """Raise CheckpointError for a file that is no adapter, or holds what is nothing of one.
+
+        Messages call it `name`.
+        """
+        if not self.modules:
+            raise CheckpointError(f"{shown(name)} {_what_it_is(checkpoint, self)}, not a LoRA")
+        if self.strange:
+            raise CheckpointError(
+                f"{shown(name)} {_what_else(checkpoint)}holds {counted(len(self.strange), 'tensor')} that no "
+                f"LoRA has ({listing(self.strange)}): {_READ}"
+            )
+        if self.twice:
+            raise CheckpointError(
+                f"{shown(name)} holds {counted(len(self.twice), 'tensor')} of modules a second time, under "
+                f"other names ({listing(self.twice)}): take one of each out"
+            )
+
+
+def _what_it_is(checkpoint: Checkpoint, found: Found) -> str:
+    """What a file is that has no module: ``"is a VAE alone"``."""
+    if _is_model(checkpoint):
+        return "is a model (a checkpoint)"
+    kind = other_kind_of(checkpoint)
+    if kind is not None and kind.startswith("is "):
+        return _NO_MORE.split(kind)[0]
+    alone = lone_component(checkpoint.tensors)
+    if alone is not None and alone[0] == "vae":
+        return "is a VAE alone"
+    if found.embeddings:
+        return "holds embeddings alone"
+    return (
+        f"holds nothing by which LoRAs are known ({listing(found.strange) or 'no tensor at all'}), so it is"
+    )
+
+
+def _what_else(checkpoint: Checkpoint) -> str:
+    """What a file is that has modules and more: ``"is a Control-LoRA and "``."""
+    kind = other_kind_of(checkpoint)
+    if _is_model(checkpoint):
+        return "is a model (a checkpoint) and "
+    is_another = kind is not None and kind.startswith("is ") and not kind.startswith("is a LoRA")
+    return f"{_NO_MORE.split(kind)[0]} and " if is_another and kind else ""
+
+
+def _is_model(checkpoint: Checkpoint) -> bool:
+    return has_signs_of_a_unet({canonical_name(one): info.shape for one, info in checkpoint.tensors.items()})

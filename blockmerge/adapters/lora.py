@@ -1,0 +1,139 @@
+"""`Lora`: an adapter as a user asks for it: a file, how strongly, and how much of that in each block."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union
+
+from blockmerge.adapters.adapter import Adapter
+from blockmerge.adapters.block_texts import LoraBlocks, read_blocks
+from blockmerge.adapters.targets import Shape
+from blockmerge.anatomy import Family
+from blockmerge.checkpoints import Checkpoint, CheckpointLike, open_source
+from blockmerge.errors import RecipeError, shown
+from blockmerge.weights import BlockWeights
+from blockmerge.weights.grammar import finite_number
+
+_FORM = "FILE[:STRENGTH[:BLOCKS]], as in style.safetensors:0.8 or style.safetensors:0.5:OUTALL"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA, or one of its relatives, with its strength and block weights.
+
+    >>> Lora("style.safetensors", 0.8)
+    Lora(file='style.safetensors', strength=0.8, blocks=None, name=None)
+    >>> Lora.parse("detail.safetensors:-0.5:BASE=0,IN04-OUT05=1").strength
+    -0.5
+
+    `file` is a path, an opened checkpoint or a state dict. `strength` may be negative; it is multiplied by
+    the weight that `blocks` have for a module's block: a text of weights (``"OUT03-OUT05=0.5"``), one number,
+    numbers for those blocks that LoRAs of the family have (17 or 12) or for all, or the name of one of the
+    family's LoRA presets (``"OUTALL"``). Blocks that are not named are 0; without `blocks` all are 1. `name`
+    is what messages call it, by default the file's.
+
+    Raises RecipeError for a strength that is not a finite number, and for a name that is no text.
+    """
+
+    file: CheckpointLike
+    strength: float = 1.0
+    blocks: LoraBlocks | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        strength = self.strength
+        number = None if isinstance(strength, (bool, str)) else finite_number(str(strength))
+        if number is None:
+            raise RecipeError(f"the strength of a LoRA is a finite number; {shown(repr(strength))} given")
+        object.__setattr__(self, "strength", number + 0.0)
+        if self.name is not None and (not isinstance(self.name, str) or not self.name):
+            raise RecipeError(f"the name of a LoRA is a text; {shown(repr(self.name))} given")
+
+    @classmethod
+    def parse(cls, text: str, *, windows: bool = os.name == "nt") -> Lora:
+        """Read ``FILE[:STRENGTH[:BLOCKS]]``; an empty strength is 1.
+
+        FILE is the longest beginning that is a file. Where there is none, it ends at the first colon after
+        the last separator of folders (on `windows`, also ``\\`` and the colon of a drive).
+
+        Raises RecipeError for an empty FILE, and for a STRENGTH that is not a number.
+        """
+        file, rest = _split(text, windows)
+        if not file:
+            raise RecipeError(f"no file in '{shown(text)}': a LoRA is given as {_FORM}")
+        strength, _, blocks = rest.partition(":")
+        number = finite_number(strength.strip()) if strength.strip() else 1.0
+        if number is None:
+            missing = "" if os.path.isfile(file) else f" (and there is no file {shown(file)})"
+            raise RecipeError(
+                f"'{shown(strength)}' in '{shown(text)}' is not a strength{missing}: "
+                f"a LoRA is given as {_FORM}"
+            )
+        return cls(file, number, blocks.strip() or None)
+
+    @classmethod
+    def of(cls, lora: LoraLike) -> Lora:
+        """Return what is taken for a LoRA as one: a text as `parse` reads it, a path, (file, strength) or
+        (file, strength, blocks), an opened checkpoint, a state dict, or a Lora.
+
+        Raises RecipeError for anything else, and as `parse` does.
+        """
+        if isinstance(lora, Lora):
+            return lora
+        if isinstance(lora, str):
+            return cls.parse(lora)
+        if isinstance(lora, (os.PathLike, Checkpoint, Mapping)):
+            return cls(lora)
+        if isinstance(lora, (tuple, list)) and 1 <= len(lora) <= 4:
+            file, *others = lora
+            if isinstance(file, (str, os.PathLike, Checkpoint, Mapping)):
+                return cls(file, *others)
+        raise RecipeError(
+            f"a {type(lora).__name__} is no LoRA: give a path, (path, strength), (path, strength, blocks), "
+            "or a Lora"
+        )
+
+    @property
+    def label(self) -> str:
+        """What results call it: its name, or the file's without its ending."""
+        if self.name is not None:
+            return self.name
+        if isinstance(self.file, (str, os.PathLike)):
+            return Path(self.file).stem
+        return Path(self.file.name).stem if isinstance(self.file, Checkpoint) else "state dict"
+
+    def open(self, family: Family | None = None, shapes: Mapping[str, Shape] | None = None) -> Adapter:
+        """Open the file, and look at its names and shapes. `family` and `shapes` are those of `Adapter.of`.
+
+        Raises CheckpointError, IncompatibleModelsError and UnknownFamilyError as `Adapter.of` does.
+        """
+        return Adapter.of(open_source(self.file), family, self.name, shapes=shapes)
+
+    def weights(self, family: Family | str, seed: int = 0) -> BlockWeights:
+        """Return the weight of every block of a family, which multiplies the strength: 1 without `blocks`.
+
+        Raises WeightsError for blocks, counts of numbers and presets that the family does not have.
+        """
+        return read_blocks(self.blocks, family, seed)
+
+
+LoraLike = Union[str, "os.PathLike[str]", Checkpoint, Mapping[str, Any], Sequence[Any], Lora]
+"""What is taken for a LoRA: a text FILE[:STRENGTH[:BLOCKS]], a path, (file, strength[, blocks]), an opened
+checkpoint, a state dict, or a Lora.
+"""
+
+
+def _split(text: str, windows: bool) -> tuple[str, str]:
+    """A file, and what is said of it."""
+    colons = [place for place, char in enumerate(text) if char == ":"]
+    for end in (len(text), *reversed(colons)):
+        if end and os.path.isfile(text[:end]):
+            return text[:end], text[end + 1 :]
+    begin = max(text.rfind("/"), text.rfind("\\") if windows else -1) + 1
+    if windows and begin == 0 and text[1:2] == ":" and text[:1].isalpha():
+        begin = 2
+    file, _, rest = text[begin:].partition(":")
+    return text[:begin] + file, rest
