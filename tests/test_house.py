@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "checkpoints": {"expressions", "anatomy"},
     "adapters": {"checkpoints", "expressions", "weights", "anatomy"},
     "streaming": set(),
-    "merging": {"streaming", "checkpoints", "expressions", "methods", "weights", "anatomy"},
+    "merging": {"adapters", "streaming", "checkpoints", "expressions", "methods", "weights", "anatomy"},
     "comparing": {"streaming", "checkpoints", "expressions", "anatomy"},
     "explaining": {"comparing", "streaming", "checkpoints", "expressions", "weights", "anatomy"},
     "inspecting": {"merging", "streaming", "checkpoints", "expressions", "anatomy"},

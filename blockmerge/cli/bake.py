@@ -39,7 +39,7 @@ def bake(
 
     \b
       blockmerge bake model.safetensors style.safetensors:0.8 -o styled.safetensors
-      blockmerge bake model.safetensors a.safetensors:0.7 b.safetensors:-0.5:"BASE=0,IN04-OUT05=1" -o c.safetensors
+      blockmerge bake model.safetensors a.safetensors:0.7 b.safetensors:-0.5:"BASE=0,IN04=1" -o c.safetensors
 
     STRENGTH is 1 if nothing is said, and may be negative. BLOCKS multiplies it, block by block: any text of
     weights, a list of numbers as for LoRA block weights, or NONE, ALL, INS, OUTALL and the like.

@@ -71,8 +71,6 @@ def bake(
         allow_nonfinite=allow_nonfinite,
     )
     if not request.loras:
-        raise RecipeError(
-            "no LoRA to bake in: give at least one (convert() changes nothing but names and dtypes)"
-        )
+        raise RecipeError("no LoRA to bake in: give at least one")
     recipe = Recipe.of((model,), request)
     return recipe.run(output, device=device, threads=threads, overwrite=overwrite, progress=progress)

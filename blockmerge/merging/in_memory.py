@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from blockmerge.checkpoints import Checkpoint, StateDict, read
 from blockmerge.dtypes import has_float64, torch_dtype
 from blockmerge.errors import RecipeError, shown
 from blockmerge.expressions import (
@@ -203,6 +204,8 @@ def tensor_of(expression: Expression) -> torch.Tensor:
         flat = torch.frombuffer(bytearray(expression.data), dtype=torch_dtype(expression.dtype))
         return flat.view(expression.shape)
     if isinstance(expression, Stored):
+        if isinstance(expression.source, Checkpoint) and not isinstance(expression.source, StateDict):
+            return _from_file(expression)
         holder: Holder = expression.source  # type: ignore[assignment]
         found = _as_stored(holder.tensor(expression.name), expression.dtype)
         if found.numel() == expression.elements:
@@ -216,6 +219,14 @@ def tensor_of(expression: Expression) -> torch.Tensor:
     out = torch.empty(expression.shape, dtype=inputs[0].dtype, device=inputs[0].device)
     expression.fill(inputs, out)
     return out
+
+
+def _from_file(tensor: Stored) -> torch.Tensor:
+    """A LoRA's tensor, whose file may lie on a disk though the models do not."""
+    if not tensor.elements:
+        return torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype))
+    flat = torch.frombuffer(bytearray(read(tensor)), dtype=torch_dtype(tensor.dtype))
+    return flat.view(tensor.shape)
 
 
 def _computed(expression: Expression) -> torch.Tensor:

@@ -70,8 +70,8 @@ def merge(
     tokenizers go into a new one, or a tokenizer's folder alone. `progress(done, total)` is told the bytes.
 
     `loras` are added to the merge before it is rounded: paths, ``(path, strength)``, ``(path, strength,
-    blocks)``, texts as ``"style.safetensors:0.8:OUTALL"``, or `Lora` objects. A module that meets no tensor is
-    an error, unless `partial` leaves it out.
+    blocks)``, texts as ``"style.safetensors:0.8:OUTALL"``, or `Lora` objects. A module that meets no tensor
+    is an error, unless `partial` leaves it out.
 
     All checks that headers allow are made before a weight is read. The models are never changed. The output
     appears complete or not at all.

@@ -183,10 +183,10 @@ class Recipe:
         ...     written = json.loads(file.metadata()["blockmerge.recipe"])
         >>> recipe = blockmerge.Recipe.from_dict(written, models=["a.safetensors", "b.safetensors"])
 
-        `models` and the files of `loras`, in order, `vae` and `configs` go in place of those that are written. Metadata knows names
-        only, so what it names must be given. The weights of the blocks are those that the file was made with,
-        whatever has become of its preset. A method of one's own is given as `methods`, ``{"module:function":
-        function}``: nothing is imported because a recipe names it.
+        `models` and the files of `loras`, in order, `vae` and `configs` go in place of those that are
+        written. Metadata knows names only, so what it names must be given. The weights of the blocks are
+        those that the file was made with, whatever has become of its preset. A method of one's own is given
+        as `methods`, ``{"module:function": function}``: nothing is imported because a recipe names it.
 
         Raises RecipeError for what cannot be read, and names what is missing.
         """

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from blockmerge.adapters import Adapter, Applied, Changes, Lora
+from blockmerge.adapters import Adapter, Applied, Changes, Lora, Module
 from blockmerge.checkpoints import Checkpoint, Model, names_of, open_source
 from blockmerge.dtypes import FLOAT_DTYPES, precision_of
 from blockmerge.errors import IncompatibleModelsError, counted, listing, shown
@@ -43,14 +43,16 @@ class Adapted:
         for lora in request.loras:
             adapter = Adapter.of(open_source(lora.file, lora.label), family, lora.name, shapes=shapes)
             weights = lora.weights(family, request.weights.seed)
-            unmet = [
-                one.name for one in adapter.modules if one.target is None or one.target.ldm not in shapes
-            ]
+            unmet = [one.name for one in adapter.modules if not _is_met(one, shapes)]
             _check_met(adapter, unmet, models, partial=request.partial)
             applied.append(Applied(adapter, lora.strength, weights))
             said.append(_said(lora, adapter, unmet, weights))
             notes += [*adapter.notes, *_notes(adapter, unmet)]
         return cls(tuple(applied), Changes(applied, family), tuple(said), tuple(notes))
+
+
+def _is_met(module: Module, shapes: Mapping[str, object]) -> bool:
+    return module.target is not None and module.target.ldm in shapes
 
 
 def _check_met(adapter: Adapter, unmet: Sequence[str], models: Sequence[Model], *, partial: bool) -> None:
@@ -96,6 +98,6 @@ def lost_in_rounding(changes: Changes, decisions: Sequence[Decision]) -> Iterato
     )
     if coarse:
         yield (
-            f"{' and '.join(coarse)} keep at most half of changes as small as 0.1 % of a weight, so what is baked "
-            "in may be weaker than the LoRA is at run time: dtype fp32 (--dtype fp32) keeps all of it"
+            f"{' and '.join(coarse)} keep half at most of changes as small as 0.1 % of a weight, so what is "
+            "baked in may be weaker than the LoRA at run time: dtype fp32 (--dtype fp32) keeps all of it"
         )

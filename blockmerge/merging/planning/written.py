@@ -246,9 +246,7 @@ def _lora(written: object, file: CheckpointLike | None) -> Lora:
     if isinstance(written, str) and file is None:
         return Lora.parse(written)
     if not isinstance(written, Mapping) or written.keys() - {"file", "name", "strength", "blocks"}:
-        raise RecipeError(
-            "recipe: a LoRA is a text, FILE:STRENGTH:BLOCKS, or a table of file, strength and blocks"
-        )
+        raise RecipeError("recipe: a LoRA is a text FILE:STRENGTH:BLOCKS, or a table of these and a name")
     file = written.get("file") if file is None else file
     if file is None:
         raise RecipeError(f"recipe: the LoRA {shown(written.get('name', ''))} has no file")

@@ -1,4 +1,4 @@
-"""The identity: converting, and baking adapters in, are merges of one model with the method that does nothing."""
+"""The identity: converting, and baking, are merges of one model with a method that does nothing."""
 
 from __future__ import annotations
 

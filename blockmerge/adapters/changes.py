@@ -1,0 +1,220 @@
+"""What modules do to a model's tensors: each kind's formula, as an expression.
+
+Every kind is W' = W + s·(W(1) − W), W(1) being the weight at strength 1. The formulas are LoRA's (arXiv
+2106.09685) and LyCORIS' (arXiv 2309.14859).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from blockmerge.adapters.adapter import Adapter
+from blockmerge.adapters.module import Module
+from blockmerge.adapters.targets import Whereabouts
+from blockmerge.anatomy import Family
+from blockmerge.checkpoints import made
+from blockmerge.dtypes import size_of
+from blockmerge.expressions import (
+    Cast,
+    Changed,
+    Contracted,
+    Expression,
+    Hadamard,
+    Joined,
+    Kronecker,
+    LowRank,
+    Part,
+    Reshaped,
+    Transposed,
+    simplify,
+)
+from blockmerge.weights import BlockWeights
+
+Scaled = tuple[float, Module]
+"""A module, and how much of its change is added."""
+
+Terms = list[tuple[float, Expression]]
+"""What is added to a weight, each with its factor."""
+
+
+@dataclass(frozen=True, eq=False)
+class Applied:
+    """An adapter with its strength, and the factor of that for each block."""
+
+    adapter: Adapter
+    strength: float
+    weights: BlockWeights
+
+    def scaled(self) -> Iterable[Scaled]:
+        """Its modules that meet a tensor and change something."""
+        for module in self.adapter.modules:
+            if module.target is not None:
+                scale = self.strength * (self.weights[module.target.block] or 0.0)
+                if scale != 0:
+                    yield scale, module
+
+
+class Changes:
+    """What adapters do to a model's tensors, by their LDM names, in the order in which they are given."""
+
+    def __init__(self, applied: Sequence[Applied], family: Family) -> None:
+        self._family = family
+        self._weights: dict[str, dict[str | None, list[Scaled]]] = defaultdict(lambda: defaultdict(list))
+        self._biases: dict[str, dict[str | None, list[Scaled]]] = defaultdict(lambda: defaultdict(list))
+        for scale, module in (scaled for one in applied for scaled in one.scaled()):
+            target = module.target
+            assert target is not None, module
+            if module.kind in _WEIGHT_TERMS and not module.parts.keys() <= _OF_BIASES.keys():
+                self._weights[target.ldm][target.place].append((scale, module))
+            if _OF_BIASES.keys() & module.parts.keys() and target.bias is not None:
+                place: Whereabouts = target.bias
+                self._biases[place.ldm][place.place].append((scale, module))
+
+    def __bool__(self) -> bool:
+        return bool(self._weights or self._biases)
+
+    def __contains__(self, ldm: object) -> bool:
+        return ldm in self._weights or ldm in self._biases
+
+    def of(self, ldm: str, tensor: Expression, dtype: str) -> Expression:
+        """The tensor with all that is done to it, rounded once to `dtype`."""
+        if ldm in self._biases:
+            return self._changed(ldm, tensor, self._biases[ldm], _bias_terms, dtype)
+        return self._changed(ldm, tensor, self._weights[ldm], _weight_terms, dtype)
+
+    def _changed(
+        self,
+        ldm: str,
+        tensor: Expression,
+        modules: Mapping[str | None, Sequence[Scaled]],
+        terms: _MakeTerms,
+        dtype: str,
+    ) -> Expression:
+        parts = {place: found for place, found in modules.items() if place is not None}
+        wide = "F64" if size_of(dtype) >= size_of("F32") else "F32"
+        if None in modules:
+            tensor = _with(tensor, modules[None], terms, wide if parts else dtype, wide)
+        if not parts:
+            return tensor
+        # A module's own weight is a part of the tensor, or stands another way in it.
+        relation = self._family.relation_of(ldm)
+        own: dict[str, Expression] = {}
+        for place, origin in relation.origins_in_diffusers(ldm).items():
+            one = simplify(made(origin, {ldm: tensor}, ldm))
+            own[place] = _with(one, parts.get(place, ()), terms, dtype, wide)
+        return simplify(made(relation.origin_in_ldm(), own, ldm))
+
+
+def _with(
+    tensor: Expression, modules: Sequence[Scaled], terms: _MakeTerms, dtype: str, wide: str
+) -> Expression:
+    if not modules:
+        return Cast(tensor, dtype)
+    inputs = min(module.inputs_of(tensor.shape) for _, module in modules)
+    if len(tensor.shape) > 1 and inputs < tensor.shape[1]:
+        # A first convolution that takes more channels than the module's: the others stay.
+        changed = _with(Part(tensor, 0, inputs, axis=1), modules, terms, dtype, wide)
+        rest = Cast(Part(tensor, inputs, tensor.shape[1], axis=1), dtype)
+        return Joined((changed, rest), axis=1)
+    found = terms(modules, tensor, wide)
+    return Changed(tensor, tuple(term for _, term in found), tuple(scale for scale, _ in found), dtype)
+
+
+_MakeTerms = Callable[[Sequence[Scaled], Expression, str], Terms]
+
+_OF_BIASES = {"up_bias": True, "diff_b": False, "b_norm": False}
+"""{part that is added to a bias: whether the module's factor counts}."""
+
+
+def _bias_terms(modules: Sequence[Scaled], tensor: Expression, wide: str) -> Terms:
+    return [
+        (scale * (module.factor if with_factor else 1.0), _as(tensor, module.parts[part]))
+        for scale, module in modules
+        for part, with_factor in _OF_BIASES.items()
+        if part in module.parts
+    ]
+
+
+def _weight_terms(modules: Sequence[Scaled], tensor: Expression, wide: str) -> Terms:
+    """All products of two factors are one, and come first."""
+    products = [one for one in modules if "up" in one[1].parts]
+    others = [one for one in modules if "up" not in one[1].parts]
+    found: Terms = []
+    if products:
+        ups = tuple(module.parts["up"] for _, module in products)
+        downs = tuple(_down(module, wide) for _, module in products)
+        scales = tuple(scale * module.factor for scale, module in products)
+        found.append((1.0, LowRank(tensor.shape, wide, ups=ups, downs=downs, scales=scales)))
+    return found + [_WEIGHT_TERMS[module.kind](scale, module, tensor, wide) for scale, module in others]
+
+
+def _down(module: Module, wide: str) -> Expression:
+    """The second factor, [rank, …]; that of a convolution with a core in the middle is made of both."""
+    down = module.parts["down"]
+    if "mid" not in module.parts:
+        return down
+    mid = module.parts["mid"]
+    rank, _, *kernel = mid.shape
+    shape = (rank, down.shape[1], *kernel)
+    return Contracted("nm...,mi->ni...", (mid, _matrix(down)), shape, wide)
+
+
+def _loha(scale: float, module: Module, tensor: Expression, wide: str) -> tuple[float, Expression]:
+    parts = module.parts
+    factors: list[Expression] = []
+    for number in (1, 2):
+        first, second = parts[f"hada_w{number}_a"], parts[f"hada_w{number}_b"]
+        if (core := parts.get(f"hada_t{number}")) is None:
+            factors += [first, second]
+        else:  # Σ t[i, j, …]·a[i, rows]·b[j, columns]
+            rank, _, *kernel = core.shape
+            shape = (rank, second.shape[1], *kernel)
+            factors += [Transposed(first), Contracted("ij...,jn->in...", (core, second), shape, wide)]
+    change = Hadamard(tensor.shape, wide, factors=tuple(factors), scale=scale * module.factor)
+    return 1.0, change
+
+
+def _lokr(scale: float, module: Module, tensor: Expression, wide: str) -> tuple[float, Expression]:
+    first, second = (_lokr_factor(module, which, wide) for which in ("lokr_w1", "lokr_w2"))
+    change = Kronecker(tensor.shape, wide, factors=(first, second), scale=scale * module.factor)
+    return 1.0, change
+
+
+def _lokr_factor(module: Module, which: str, wide: str) -> Expression:
+    parts = module.parts
+    if which in parts:
+        return parts[which]
+    a, b = parts[f"{which}_a"], parts[f"{which}_b"]
+    if which == "lokr_w2" and "lokr_t2" in parts:
+        core = parts["lokr_t2"]
+        shape = (a.shape[1], b.shape[1], *core.shape[2:])
+        return Contracted("ij...,ip,jq->pq...", (core, a, b), shape, wide)
+    return Contracted("ij,j...->i...", (a, b), (a.shape[0], *b.shape[1:]), wide)
+
+
+def _full(scale: float, module: Module, tensor: Expression, wide: str) -> tuple[float, Expression]:
+    return scale, _as(tensor, module.parts["diff" if "diff" in module.parts else "w_norm"])
+
+
+_WEIGHT_TERMS: Mapping[str, Callable[[float, Module, Expression, str], tuple[float, Expression]]] = {
+    "lora": _full,  # products are joined before
+    "locon": _full,
+    "loha": _loha,
+    "lokr": _lokr,
+    "full": _full,
+    "norm": _full,
+}
+
+
+def _matrix(tensor: Expression) -> Expression:
+    return _reshaped(tensor, tensor.shape[:2])
+
+
+def _as(weight: Expression, tensor: Expression) -> Expression:
+    return _reshaped(tensor, weight.shape)
+
+
+def _reshaped(tensor: Expression, shape: tuple[int, ...]) -> Expression:
+    return simplify(Reshaped(tensor, shape))
