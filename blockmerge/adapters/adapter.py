@@ -59,7 +59,7 @@ class Adapter:
         """Look at a file's names and shapes. Of its values, only alphas are read.
 
         `family` is the one that it has to be of, by default the one that it fits; `shapes` are those of the
-        model that it is for, by LDM names, in place of the layout's.
+        model of that family that it is for, by LDM names, in place of the layout's.
 
         Raises CheckpointError for what is no adapter or cannot be read as one, IncompatibleModelsError when
         it is not of `family`, and UnknownFamilyError when it is of none.
