@@ -25,6 +25,7 @@ from blockmerge.checkpoints.hub import name_of, shown_path
 from blockmerge.errors import CheckpointError, counted, listing, reason, shown
 
 MODEL_INDEX = "model_index.json"
+SCHEDULER = "scheduler/scheduler_config.json"
 _MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
 # Found even without a model_index.json; it may name more.
 _PARTS = (
