@@ -6,7 +6,7 @@ And what of it a single file cannot say.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from blockmerge.anatomy import TITLES, Anatomy, is_position_ids, is_prediction_marker
@@ -21,6 +21,7 @@ from blockmerge.checkpoints import (
     prediction_of_scheduler,
     told_prediction,
 )
+from blockmerge.dtypes import FLOAT_DTYPES
 from blockmerge.errors import CheckpointError, IncompatibleModelsError, UnknownFamilyError, listing, shown
 from blockmerge.merging.outputs.configs_folder import (
     ConfigsFolder,
@@ -31,6 +32,7 @@ from blockmerge.merging.outputs.configs_folder import (
 )
 from blockmerge.merging.outputs.output import NamedTensor
 
+_QUANTISATION = "quantization_config"  # by which diffusers and transformers unpack weights
 _SETTINGS = ("epsilon", "v_prediction", "sample")
 """What any scheduler can be set to."""
 _TEXT = ("hidden_size", "num_hidden_layers")
@@ -109,6 +111,7 @@ def folder_files(
             what = f"{scheduler['prediction_type']}, as {shown(models[0].name)} is marked"
             notes.append(f"scheduler_config.json says {what}; that of {shown(source.name)} says otherwise")
     notes += _otherwise(models[0], files[SCHEDULER])
+    notes += _without_quantisation(files, tensors)
     files["model_index.json"] = _json(index)
     return files, [*_without_tokenizers(files, tokenizers), *notes]
 
@@ -212,6 +215,21 @@ def unsaid_in_a_file(a: Model) -> list[str]:
         f"warning: {shown(a.name)} predicts {shown(told.prediction)}, as its {shown(told.where)} says and "
         "the single file does not: set that prediction type in the program that loads it"
     ]
+
+
+def _without_quantisation(files: dict[str, bytes], tensors: Sequence[NamedTensor]) -> Iterator[str]:
+    """Take out of configs that weights are quantised which are written as plain ones, and say so."""
+    packed = {
+        one.name.partition("/")[0]
+        for one in tensors
+        if one.dtype not in FLOAT_DTYPES and not is_position_ids(one.name)
+    }
+    for component in sorted({one.name.partition("/")[0] for one in tensors} - packed):
+        path = f"{component}/config.json"
+        config = _parsed(files.get(path, b""))
+        if config is not None and config.pop(_QUANTISATION, None) is not None:
+            files[path] = _json(config)
+            yield f"{path}: {_QUANTISATION} is left out, since the weights written are plain numbers"
 
 
 def _otherwise(a: Model, scheduler: bytes) -> list[str]:
