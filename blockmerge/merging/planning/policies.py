@@ -235,9 +235,12 @@ class _Policies:
             self.found.only_of_shape.setdefault(donor, []).append(name)
             return self._taken(name, donor)
         shapes = dict.fromkeys(str(list(model.tensors[name].shape)) for model in self.models)
-        self.found.faults.append(
-            f"{shown(name)} (shapes differ: {shown(', '.join(shapes))}; {block}=skip leaves its block out)"
-        )
+        way_out = ""
+        if component_of(name) == "vae":
+            way_out = "; vae='a' (--vae a) takes the VAE of the first model as it is"
+        elif "alpha" in self.request.merge_method.weights:
+            way_out = f"; {block}=skip leaves its block out"
+        self.found.faults.append(f"{shown(name)} (shapes differ: {shown(', '.join(shapes))}{way_out})")
         return None
 
     def _taken(self, name: str, donor: Model | VaeFile, *, keeps_dtype: bool = False) -> Decision:
