@@ -26,7 +26,7 @@ from blockmerge.checkpoints.model import (
     other_kind_of,
     vae_tensors,
 )
-from blockmerge.checkpoints.open import CheckpointLike, open_checkpoint, open_source, told_apart
+from blockmerge.checkpoints.open import CheckpointLike, located, open_checkpoint, open_source, told_apart
 from blockmerge.checkpoints.opening import Opening, names_of
 from blockmerge.checkpoints.position_ids import embedding_of, fault_of_position_ids, positions_beside
 from blockmerge.checkpoints.prediction import ToldPrediction, prediction_of_scheduler, told_prediction
@@ -79,6 +79,7 @@ __all__ = [
     "hash_file",
     "in_cache",
     "is_diffusers_folder",
+    "located",
     "made",
     "model_files",
     "name_of",

@@ -21,7 +21,7 @@ from typing import Any
 from blockmerge.checkpoints.checkpoint import Checkpoint, Checksummed, Reader, TensorInfo
 from blockmerge.checkpoints.formats.any_file import SUFFIXES, open_file
 from blockmerge.checkpoints.formats.safetensors_file import LARGEST_HEADER
-from blockmerge.checkpoints.hub import name_of, shown_path
+from blockmerge.checkpoints.hub import is_snapshot, name_of, shown_path
 from blockmerge.errors import CheckpointError, counted, listing, reason, shown
 
 MODEL_INDEX = "model_index.json"
@@ -168,13 +168,25 @@ def model_files(folder: str | os.PathLike[str]) -> list[Path]:
     return sorted(entry for entry in Path(folder).iterdir() if entry.suffix.lower() in SUFFIXES)
 
 
+def files_of_snapshot(path: str | os.PathLike[str]) -> list[Path]:
+    """Return the files called like models that were downloaded of a repository, in order; none for any other
+    path. Shards are none.
+    """
+    files = sorted(Path(path).rglob("*")) if is_snapshot(path) else []
+    return [
+        file for file in files if file.suffix.lower() in SUFFIXES and not _ONE_OF_SHARDS.fullmatch(file.name)
+    ]
+
+
 def _files_instead(folder: Path) -> str:
     """What a folder without a model has instead, and which of it to give."""
-    files = model_files(folder)
-    if not files:
+    if files := files_of_snapshot(folder):
+        which = f"the path of one of these ({listing(Path(*file.parts[-3:]) for file in files)})"
+    elif files := model_files(folder):
+        which = f"one of these, such as {shown(files[0])}"
+    else:
         return ": give a .safetensors file"
-    what = counted(len(files), "model file")
-    return f" of its own, but with {what} in it: give one of these, such as {shown(files[0])}"
+    return f" of its own, but with {counted(len(files), 'model file')} in it: give {which}"
 
 
 def carried_without_weights(folder: Path) -> tuple[str, ...]:
