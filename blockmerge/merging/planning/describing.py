@@ -11,7 +11,7 @@ from blockmerge.checkpoints import DiffusersFolder, Model, in_cache, read, state
 from blockmerge.errors import counted, listing, shown
 from blockmerge.expressions import Expression, dequantised_in
 from blockmerge.merging.planning.decisions import Decision, Findings, VaeFile
-from blockmerge.merging.planning.naming import what_it_is
+from blockmerge.merging.planning.naming import OutputTensor, what_it_is
 from blockmerge.merging.planning.request import MergeRequest, Resolved
 from blockmerge.weights import BlockWeights
 
@@ -25,6 +25,7 @@ def describe(
     decisions: Sequence[Decision],
     found: Findings,
     naming: str,
+    written: Sequence[OutputTensor],
 ) -> list[str]:
     """Return notes, a sentence each, on models, components, tensors, weights and dtypes, in this order."""
     notes = [
@@ -38,7 +39,7 @@ def describe(
         *_tensors(models, found, naming),
         *differing_predictions(models),
         *_weights(resolved.weights, resolved.beta),
-        *_casts(decisions),
+        *_casts(decisions, written),
     ]
     return list(dict.fromkeys(notes))
 
@@ -195,8 +196,9 @@ def _weights(weights: BlockWeights, beta: BlockWeights) -> Iterator[str]:
             yield f"{which} outside 0 to 1 go beyond the models: {listing(outside)}"
 
 
-def _casts(decisions: Sequence[Decision]) -> Iterator[str]:
-    dtypes = Counter((_stored_as(given), one.expression.dtype) for one in decisions for given in one.inputs)
+def _casts(decisions: Sequence[Decision], written: Sequence[OutputTensor]) -> Iterator[str]:
+    stored_as = {one.ldm: sorted(set(map(_stored_as, one.inputs))) for one in decisions}
+    dtypes = Counter((given, one.dtype) for one in written for given in stored_as[one.ldm])
     casts = {pair: count for pair, count in dtypes.items() if pair[0] != pair[1]}
     for (given, wanted), count in sorted(casts.items()):
         yield f"{_tensors_are(count)} converted from {given} to {wanted}"

@@ -78,7 +78,7 @@ def decide(
             f"{names_of(models)} cannot be merged: two tensors of the output would be called {listing(twice)}"
         )
     _check_components(models, tensors, output_naming=naming)
-    notes = describe(models, request, resolved, decisions, policies.found, naming)
+    notes = describe(models, request, resolved, decisions, policies.found, naming, tensors)
     return Decisions(
         tuple(OutputTensor(one.name, one.ldm, simplify(one.expression)) for one in tensors),
         tuple(dict.fromkeys(donor.source for donor in policies.donors)),
@@ -433,7 +433,7 @@ def _open_vae(vae: CheckpointLike, models: Sequence[Model], request: MergeReques
         raise CheckpointError(f"{shown(checkpoint.name)} {kind}; {_vae_takes(models, request)}")
     if gaps.missing:
         raise IncompatibleModelsError(
-            f"{shown(checkpoint.name)} is no complete VAE: it lacks {listing(gaps.missing)}"
+            f"{shown(checkpoint.name)} is not a complete VAE: it lacks {listing(gaps.missing)}"
         )
     of_models = {name: tensor.shape for model in reversed(models) for name, tensor in model.tensors.items()}
     wrong = [
