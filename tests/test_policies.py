@@ -176,7 +176,7 @@ def test_a_vae_that_does_not_fit_is_refused(models, pairs, tmp_path, capsys):
     save_file(vae, tmp_path / "part.safetensors")
     save_file(wide, tmp_path / "wide.safetensors")
     assert_refused(
-        capsys, tmp_path, a, b, "-w", "0.5", "--vae", "part.safetensors", says=["no complete VAE", VAE]
+        capsys, tmp_path, a, b, "-w", "0.5", "--vae", "part.safetensors", says=["not a complete VAE", VAE]
     )
     assert_refused(
         capsys, tmp_path, a, b, "-w", "0.5", "--vae", "wide.safetensors", says=["another shape", VAE]

@@ -68,10 +68,10 @@ def open_source(
         return StateDict(source, name)
     if not isinstance(source, (str, os.PathLike)):
         raise CheckpointError(
-            f"a {type(source).__name__} is no model: give a path, an opened checkpoint or a state dict"
+            f"a {type(source).__name__} is not a model: give a path, an opened checkpoint or a state dict"
         )
     if not os.fspath(source):
-        raise CheckpointError("an empty path is no model: give the path of a .safetensors or .ckpt file")
+        raise CheckpointError("an empty path is not a model: give the path of a .safetensors or .ckpt file")
     path = located(source)
     return DiffusersFolder(path, variant, any_variant=any_variant) if os.path.isdir(path) else open_file(path)
 

@@ -377,7 +377,7 @@ def _read_index(path: Path) -> dict[str, list[str]]:
     strange = [shard for shard in shards if not re.fullmatch(r"[^/\\:\0]+\.(safetensors|bin)", shard)]
     if strange:
         raise CheckpointError(
-            f"{shown_path(path)} names files that are no weights in its own folder: {listing(strange)}"
+            f"{shown_path(path)} names files that are not weights in its own folder: {listing(strange)}"
         )
     missing = [shard for shard in shards if not os.path.exists(path.parent / shard)]
     if missing:
@@ -395,11 +395,11 @@ def _read_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"it has more than {LARGEST_HEADER} bytes")
         found = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
         if not isinstance(found, dict):
-            raise ValueError("it is no object")
+            raise ValueError("it is not an object")
     except OSError as error:
         raise CheckpointError(f"cannot open {shown_path(path)}: {reason(error)}") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{shown_path(path)} is no valid JSON: {shown(error)}") from error
+        raise CheckpointError(f"{shown_path(path)} is not valid JSON: {shown(error)}") from error
     return found
 
 
