@@ -193,7 +193,7 @@ def merge(
     )
     if len(models) == 1:
         _check_single(models[0], request)
-    request.check_weights()
+    _check_weights(models, request)
     recipe = Recipe.of(models, request)
     target = output if output is not None else default_output(recipe)
     common: dict[str, Any] = {"device": device, "threads": threads, "overwrite": overwrite}
@@ -225,6 +225,18 @@ def _check_command(model: str) -> None:
     if group is not None and getattr(group, "arg0", None) == model and is_word(model):
         commands = ", ".join(getattr(group.command, "commands", ()))
         raise CheckpointError(f"{shown(model)}: no such file or command (commands are {commands})")
+
+
+def _check_weights(models: tuple[str, ...], request: MergeRequest) -> None:
+    """Refuse a merge without weights, or, before that, one of models that cannot be opened."""
+    from blockmerge.errors import WeightsError
+
+    try:
+        request.check_weights()
+    except WeightsError:
+        for model in models:
+            request.opening.checkpoint(model)
+        raise
 
 
 def _check_single(model: str, request: MergeRequest) -> None:

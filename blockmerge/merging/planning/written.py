@@ -337,7 +337,9 @@ def _found(written: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> Found
         raise RecipeError("recipe: found has no weights")
     for block, weight in {**written["weights"], **(written.get("weights_beta") or {})}.items():
         if isinstance(weight, (bool, str)):
-            raise RecipeError(f"recipe: {shown(block)} was found to be {shown(weight)}, which is no number")
+            raise RecipeError(
+                f"recipe: {shown(block)} was found to be {shown(weight)}, which is not a number"
+            )
     of = as_plain(written.get("of") or {})
     if of != as_plain(_looked_at(asked)):
         raise RecipeError(
