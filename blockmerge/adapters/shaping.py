@@ -82,13 +82,19 @@ def shaped(parts: Parts) -> list[Shaped] | str:
     parts = _with_magnitude(parts)
     if odd := [one for part, one in parts.items() if _is_odd(part, one.dtype)]:
         return f"{shown(odd[0].name)} is {odd[0].dtype}, expected floats"
-    forms = [form for form in FORMS if form.holds(parts)]
+    forms = sorted((form for form in FORMS if form.holds(parts)), key=lambda form: _other_axes(form, parts))
     if not forms:
         return _fault_of_parts(parts)
     found = [_bound(form, parts) for form in forms]
     fitting = [one for one in found if isinstance(one, Shaped)]
     faults = [one for one in found if isinstance(one, str)]
     return fitting or faults[0]
+
+
+def _other_axes(form: Form, parts: Parts) -> int:
+    """How many parts have another number of axes than the words of their shape."""
+    shapes = ((words.split(), parts[part].shape) for part, words in form.parts.items())
+    return sum(len(words) != len(shape) for words, shape in shapes)
 
 
 def _is_odd(part: str, dtype: str) -> bool:
@@ -136,9 +142,22 @@ def _bound(form: Form, parts: Parts) -> Shaped | str:
             return f"{_described(tensor)}: {'rank 0' if form.rank else 'it is empty'}"
         for word, size in _each(words, tensor.shape):
             known, other = sizes.setdefault(word, (size, tensor))
+            if known != size and other is tensor:
+                return f"{_described(tensor)}, whose sizes do not go together"
             if known != size:
                 return f"{_described(other)}, which does not go with {_described(tensor)}"
+    if form.kind == "boft" and (fault := _fault_of_stages(parts["oft_blocks"])) is not None:
+        return fault
     return Shaped(form, {form.renamed.get(part, part): one for part, one in parts.items()}, sizes)
+
+
+def _fault_of_stages(blocks: Stored) -> str | None:
+    """Say what is wrong with BOFT's stages, each of which takes rows from twice as far as the one before."""
+    stages, count, size = blocks.shape[:3]
+    most = count.bit_length()
+    if stages > most or count % (1 << (stages - 1)):
+        return f"{_described(blocks)}: {count} blocks of {size} rows cannot be shuffled in {stages} stages"
+    return None
 
 
 def _each(words: list[str], shape: Shape) -> Iterator[tuple[str, int]]:
