@@ -193,6 +193,8 @@ def test_ia3_says_which_side_it_scales(on_input, size, dtype):
     }
     (module,) = narrow(tensors).modules
     assert module.on_input is on_input
+    with pytest.raises(IncompatibleModelsError, match=rf"weight is \[1, {size}\], expected"):
+        narrow(tensors | {f"{LINEAR}.on_input": torch.tensor(not on_input).to(dtype)})
 
 
 def test_of_oft_alpha_is_a_limit():

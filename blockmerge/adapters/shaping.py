@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -17,6 +17,7 @@ Parts = Mapping[str, Stored]
 
 _NUMBERS = ("alpha", "on_input")
 _NO_NUMBERS = ("C64", "F8_E8M0")
+_SCALED = "ia3_weight"
 _OF_BIASES = ("up_bias", "diff_b", "b_norm")
 
 
@@ -37,6 +38,11 @@ class Shaped:
     def columns(self) -> int | None:
         """The columns of the weight that it changes; None where its parts do not tell."""
         return self._size(self.form.columns)
+
+    @property
+    def is_on_input(self) -> bool:
+        """Whether it is IA3 that scales columns in place of rows, by the form that was chosen."""
+        return self.form.parts.get(_SCALED) == "inputs"
 
     @property
     def axes(self) -> int:
@@ -74,10 +80,11 @@ class Shaped:
         return " and ".join(map(_described, tensors or self.parts.values()))
 
 
-def shaped(parts: Parts) -> list[Shaped] | str:
+def shaped(parts: Parts, on_input: Callable[[Stored], bool]) -> list[Shaped] | str:
     """Return a module's parts as each of the forms that they have, or say what is wrong with them.
 
-    There are several only where the weight that is changed has to tell.
+    There are several only where the weight that is changed has to tell. `on_input` reads which side IA3
+    scales.
     """
     parts = _with_magnitude(parts)
     if odd := [one for part, one in parts.items() if _is_odd(part, one.dtype)]:
@@ -88,6 +95,9 @@ def shaped(parts: Parts) -> list[Shaped] | str:
     found = [_bound(form, parts) for form in forms]
     fitting = [one for one in found if isinstance(one, Shaped)]
     faults = [one for one in found if isinstance(one, str)]
+    if fitting and "on_input" in parts:
+        side = on_input(parts["on_input"])
+        return [one for one in fitting if one.is_on_input == side]
     return fitting or faults[0]
 
 
@@ -173,4 +183,4 @@ def _words(form: Form, part: str, shape: Shape) -> list[str]:
 
 
 def _described(tensor: Stored) -> str:
-    return f"{shown(tensor.name)} is {list(tensor.shape)}"
+    return f"{shown(tensor.name)} is {shown(list(tensor.shape))}"
