@@ -207,6 +207,9 @@ _WEIGHT_TERMS: Mapping[str, Callable[[float, Module, Expression, str], tuple[flo
     "norm": _full,
 }
 
+COMPUTED = frozenset(_WEIGHT_TERMS)
+"""The kinds of modules that are computed here."""
+
 
 def _matrix(tensor: Expression) -> Expression:
     return _reshaped(tensor, tensor.shape[:2])
