@@ -112,12 +112,16 @@ def _with(
 ) -> Expression:
     if not modules:
         return Cast(tensor, dtype)
-    inputs = min(module.inputs_of(tensor.shape) for _, module in modules)
-    if len(tensor.shape) > 1 and inputs < tensor.shape[1]:
+    inputs = [module.inputs_of(tensor.shape) for _, module in modules]
+    least = min(inputs)
+    if len(tensor.shape) > 1 and least < tensor.shape[1]:
         # A first convolution that takes more channels than the module's: the others stay.
-        changed = _with(Part(tensor, 0, inputs, axis=1), modules, terms, dtype, wide)
-        rest = Cast(Part(tensor, inputs, tensor.shape[1], axis=1), dtype)
-        return Joined((changed, rest), axis=1)
+        narrow = [one for one, count in zip(modules, inputs, strict=True) if count == least]
+        others = [one for one, count in zip(modules, inputs, strict=True) if count > least]
+        held = wide if others else dtype
+        changed = _with(Part(tensor, 0, least, axis=1), narrow, terms, held, wide)
+        joined = Joined((changed, Cast(Part(tensor, least, tensor.shape[1], axis=1), held)), axis=1)
+        return _with(joined, others, terms, dtype, wide) if others else joined
     found = terms(modules, tensor, wide)
     return Changed(tensor, tuple(term for _, term in found), tuple(scale for scale, _ in found), dtype)
 
