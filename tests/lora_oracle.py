@@ -189,9 +189,7 @@ def weight_change(parts, shape):
         return (_factor(t) * halves[0].view(shape) * halves[1].view(shape)).view(shape)
     if "lokr_w1" in t or "lokr_w1_a" in t:
         first = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
-        second = _second_of_lokr(t).reshape(
-            shape[0] // len(first), shape[1] // first.shape[1], *shape[2:]
-        )
+        second = _second_of_lokr(t).reshape(shape[0] // len(first), shape[1] // first.shape[1], *shape[2:])
         first = first.view(*first.shape, *[1] * (second.dim() - 2))
         return _factor(t) * torch.kron(first, second.contiguous())
     if _down(t) is None:
@@ -251,7 +249,10 @@ def baked(model, loras):
         for where, parts in lora.items():
             by = strength[where.block] if isinstance(strength, dict) else strength
             size = {part: tensor.abs() for part, tensor in parts.items()}
-            for name, what in ((where.weight, weight_change), (where.bias, lambda parts, _: bias_change(parts))):
+            for name, what in (
+                (where.weight, weight_change),
+                (where.bias, lambda parts, _: bias_change(parts)),
+            ):
                 if name == NO_BIAS or by == 0:
                     continue
                 for found, signed, add in ((values, parts, by), (sizes, size, abs(by))):
@@ -286,7 +287,9 @@ def assert_baked(out, model, loras, dtype=None):
     assert out.keys() == model.keys()
     changed = set()
     for name, tensor in out.items():
-        before = model[name] if dtype is None or not model[name].is_floating_point() else model[name].to(dtype)
+        before = (
+            model[name] if dtype is None or not model[name].is_floating_point() else model[name].to(dtype)
+        )
         assert (tensor.dtype, tensor.shape) == (before.dtype, before.shape), name
         same = values[name] == model[name].double()
         assert torch.equal(tensor[same], before[same]), name
