@@ -35,10 +35,11 @@ class Adapted:
         """Open the LoRAs that are asked for. Of their values only alphas are read.
 
         Raises IncompatibleModelsError for a LoRA of another family, and for modules that meet no tensor
-        unless the request is `partial`; CheckpointError for what is no LoRA; WeightsError for its blocks.
+        unless the request is `partial`; CheckpointError for what is not a LoRA; WeightsError for its
+        blocks.
         """
         family = models[0].anatomy.family
-        shapes = {name: tensor.shape for model in reversed(models) for name, tensor in model.tensors.items()}
+        shapes = _shapes(models)
         applied, said, notes = [], [], []
         for lora in request.loras:
             adapter = Adapter.of(open_source(lora.file, lora.label), family, lora.name, shapes=shapes)
@@ -49,6 +50,15 @@ class Adapted:
             said.append(_said(lora, adapter, unmet, weights))
             notes += [*adapter.notes, *_notes(adapter, unmet)]
         return cls(tuple(applied), Changes(applied, family), tuple(said), tuple(notes))
+
+
+def _shapes(models: Sequence[Model]) -> dict[str, tuple[int, ...]]:
+    """Those of a merge's tensors: A's, but the widest of a first convolution."""
+    shapes = {name: tensor.shape for model in reversed(models) for name, tensor in model.tensors.items()}
+    first = models[0].anatomy.family.input_layer
+    if first in shapes:
+        shapes[first] = max(model.tensors[first].shape for model in models if first in model.tensors)
+    return shapes
 
 
 def _is_met(module: Module, shapes: Mapping[str, object]) -> bool:
