@@ -241,4 +241,6 @@ def _check_single(model: str, request: MergeRequest) -> None:
             f"{shown(model)} is a folder of {counted(len(files), 'model file')}; merging takes the files: "
             f"blockmerge {names} --preset high_res"
         )
+    if request.loras:
+        raise RecipeError("one model given; merging takes two: blockmerge bake A LORA puts LoRAs into one")
     raise RecipeError("one model given; merging takes two: blockmerge A B --preset high_res")
