@@ -82,7 +82,7 @@ def write_pair(
     exists or cannot be written.
     """
     if not 0 <= seed < 1 << 63:
-        raise RecipeError(f"{shown(seed)} is no seed: a whole number from 0 to 2^63 - 1")
+        raise RecipeError(f"{shown(seed)} is not a seed: a whole number from 0 to 2^63 - 1")
     shapes = demo_layout(family, full_size=full_size)
     order = _file_order(shapes)
     with ExitStack() as stack:

@@ -184,7 +184,7 @@ def test_what_is_no_file_is_refused(pairs, tmp_path, capsys):
     )
     assert_refused(capsys, tmp_path, good, "/dev/zero", "-w", "0.5", says="/dev/zero is not a regular file")
     assert_refused(capsys, tmp_path, good, "old.ckpt", "-w", "0.5", says="old.ckpt: no such file")
-    assert_refused(capsys, tmp_path, good, "", "-w", "0.5", says="an empty path is no model")
+    assert_refused(capsys, tmp_path, good, "", "-w", "0.5", says="an empty path is not a model")
     assert_refused(capsys, tmp_path, good, "a\0b", "-w", "0.5", says="null")
     assert_refused(capsys, tmp_path, good, "two\nlines", "-w", "0.5", says=r"two\nlines")
 
@@ -196,7 +196,7 @@ def test_what_is_no_state_dict_is_refused(pairs):
     for other, kind in ((None, "NoneType"), (str(pairs()[1]), "str")):
         with pytest.raises(
             CheckpointError,
-            match=rf"a {kind} is no state dict: give a dict of tensors \(merge\(\) takes files\)",
+            match=rf"a {kind} is not a state dict: give a dict of tensors \(merge\(\) takes files\)",
         ):
             blockmerge.merge_state_dicts(a, other, weights=0.5)
     with pytest.raises(

@@ -47,7 +47,7 @@ def parsed(path):
 
 
 def noted(result):
-    return [note for note in result.notes if "scheduler_config.json" in note]
+    return [note for note in result.notes if "scheduler_config.json" in note and "differ" not in note]
 
 
 def marked(home, tmp_path, family, markers=MARKERS):
@@ -200,3 +200,30 @@ def test_only_configs_and_tokenizers_are_carried(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(folder_files, "LARGEST_CARRIED", 1000)
     with pytest.raises(CheckpointError, match="its configs and tokenizers have more than 0 MB"):
         blockmerge.convert(folder, tmp_path / "other")
+
+
+def test_configs_do_not_say_that_plain_weights_are_quantised(home, folder, tmp_path):
+    """Loaders would unpack them, or refuse; what is still packed, in a component of others, stays so."""
+    said = {"quantization_config": {"quant_method": "fp8"}}
+    (folder / "prior").mkdir()
+    packed = {"layer.weight": torch.ones(4, dtype=torch.uint8)}
+    save_file(packed, folder / "prior" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    (folder / "prior" / "config.json").write_text("{}")
+    edit(folder / "model_index.json", prior=["diffusers", "PriorTransformer"])
+    parts = ("unet", "text_encoder", "prior")
+    for part in parts:
+        edit(folder / part / "config.json", **said)
+    a, b = folder, home / "sd1-b.safetensors"
+    for result, out in (
+        (blockmerge.convert(a, tmp_path / "same"), "same"),
+        (blockmerge.merge(a, b, weights=0.5, output=tmp_path / "merged"), "merged"),
+    ):
+        for part in parts:
+            expected = parsed(folder / part / "config.json")
+            if part != "prior":
+                del expected["quantization_config"]
+            assert parsed(tmp_path / out / part / "config.json") == expected, part
+        notes = [note for note in result.notes if "quantization_config" in note]
+        assert [note.partition(":")[0] for note in notes] == ["text_encoder/config.json", "unet/config.json"]
+    result = blockmerge.convert(b, tmp_path / "borrowed", naming="diffusers", configs=folder)
+    assert "quantization_config" not in parsed(tmp_path / "borrowed" / UNET)

@@ -195,7 +195,7 @@ def test_quiet_prints_nothing(pairs, here, capsys):
         (("-w", "0.5", "-m", "weighted_sun"), "did you mean 'weighted_sum'"),
         (("-w", "0.5", "--dtype", "fp17"), ["unknown dtype 'fp17'", "did you mean 'fp16'"]),
         (("-w", "0.5", "--sdxl-map", "size"), "unknown SDXL mapping"),
-        (("-w", "0.5", "--threads", "0"), "'0' is no number of threads"),
+        (("-w", "0.5", "--threads", "0"), "'0' is not a number of threads"),
         (("-w", "0.5", "--device", "toaster"), "unknown device 'toaster'"),
         (("-w", "0.5", "--device", "meta"), "unknown device 'meta'"),
         (
@@ -324,7 +324,12 @@ def test_presets_tell_of_files_that_cannot_be_read(here, capsys):
     assert len(json.loads(out)) == 40
     assert re.fullmatch(r"Left out: preset file .*broken\.toml is not TOML: .*\n", err)
     assert_refused(
-        capsys, here, "presets", "show", "broken", says=["unknown preset 'broken'", "broken.toml is not TOML"]
+        capsys,
+        here,
+        "presets",
+        "show",
+        "broken",
+        says=["your own preset 'broken' cannot be read: ", "broken.toml is not TOML"],
     )
 
 

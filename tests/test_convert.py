@@ -232,8 +232,8 @@ def test_vaes_that_do_not_fit_are_refused(states, tmp_path, capsys):
     vae = {name.removeprefix(VAE): tensor for name, tensor in states(1).items() if name.startswith(VAE)}
     name = "decoder.mid.attn_1.q.weight"
     bad = {
-        "lacking": ({n: t for n, t in vae.items() if n != name}, f"no complete VAE: it lacks {VAE}{name}"),
-        "empty": ({"x": torch.zeros(1)}, "no complete VAE: it lacks"),
+        "lacking": ({n: t for n, t in vae.items() if n != name}, f"not a complete VAE: it lacks {VAE}{name}"),
+        "empty": ({"x": torch.zeros(1)}, "not a complete VAE: it lacks"),
         "misshapen": ({**vae, name: vae[name][:-1]}, f"a VAE of another shape: {VAE}{name}"),
         "wider": ({n: t.repeat(2, *[1] * (t.dim() - 1)) for n, t in vae.items()}, "a VAE of another shape"),
     }
@@ -513,7 +513,7 @@ def test_sources_in_memory_and_opened(small, tmp_path):
         for source in (path, str(path), blockmerge.open_checkpoint(path), small()):
             out, _ = converted(source, tmp_path)
             assert_same(out, small())
-    with pytest.raises(BlockmergeError, match="is no model"):
+    with pytest.raises(BlockmergeError, match="is not a model"):
         blockmerge.convert(3, tmp_path / "o.safetensors")
     with pytest.raises(IncompatibleModelsError, match="no EMA copies to use in state dict A"):
         blockmerge.convert(small(), tmp_path / "o.safetensors", ema="use")

@@ -161,8 +161,8 @@ REFUSED = {
     "above/in/unet": "is, holds or lies in the input",
     "single.safetensors/out": "is, holds or lies in the input",
     "cat": "holds no diffusers model but cat.png",
-    "mixed": "holds what is no part of a model: README.md, notes, unet/deep and 2 more",
-    "broken": "broken is not replaced: .*model_index.json is no valid JSON",
+    "mixed": "holds what is not part of a model: README.md, notes, unet/deep and 2 more",
+    "broken": "broken is not replaced: .*model_index.json is not valid JSON",
     "x" * 300: "name too long",
     "nul\0": "null",
 }
@@ -229,7 +229,7 @@ def test_an_input_whose_files_are_links_into_the_output(places):
 @pytest.mark.parametrize("name", ["../a", "/etc/a", "a/../../b", "", ".", "a\\..\\b", "c:a", "nul\0"])
 def test_files_outside_the_folder_are_refused(system, name):
     with (
-        pytest.raises(OutputError, match="is no name for a file in a folder"),
+        pytest.raises(OutputError, match="is not a name for a file in a folder"),
         AtomicFolder(system / "out", {"a": b"", name: b"x"}),
     ):
         pass
@@ -256,7 +256,7 @@ def test_what_gets_other_files_meanwhile_is_not_replaced(system, old):
     with AtomicFolder(old, {"a": 10}, overwrite=True) as folder:
         (old / "notes.txt").write_text("mine")
         before = found(old)
-        with pytest.raises(OutputError, match=r"no part of a model: notes\.txt"):
+        with pytest.raises(OutputError, match=r"not part of a model: notes\.txt"):
             folder.commit()
     assert found(old) == before
     assert [path.name for path in system.iterdir()] == ["out"]

@@ -392,25 +392,25 @@ def test_bad_weights_are_refused_by_name(pipeline, what):
 
 
 BAD_INDEXES = {
-    "no JSON": (b"{nope", "index.json is no valid JSON"),
-    "empty": (b"", "is no valid JSON"),
-    "no UTF-8": (b'{"\xff": 1}', "is no valid JSON"),
-    "a list": ([], "it is no object"),
+    "no JSON": (b"{nope", "index.json is not valid JSON"),
+    "empty": (b"", "is not valid JSON"),
+    "no UTF-8": (b'{"\xff": 1}', "is not valid JSON"),
+    "a list": ([], "it is not an object"),
     "no map": ({"metadata": {}}, "has no weight_map"),
     "an empty map": ({"weight_map": {}}, "has no weight_map"),
     "a map to numbers": ({"weight_map": {"a": 1}}, "has no weight_map"),
     "a map that is a list": ({"weight_map": ["a"]}, "has no weight_map"),
     "a name twice": (b'{"weight_map": {"a": "x.bin", "a": "y.bin"}}', "it holds a twice"),
-    "nested too deeply": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "is no valid JSON"),
-    "another folder": ({"weight_map": {"a": "../vae/model.safetensors"}}, "no weights in its own folder: ../vae"),
-    "another folder on Windows": ({"weight_map": {"a": "..\\vae\\model.safetensors"}}, "no weights in its own folder"),
-    "an absolute path": ({"weight_map": {"a": "/etc/model.safetensors"}}, "no weights in its own folder"),
-    "a drive": ({"weight_map": {"a": "c:model.safetensors"}}, "no weights in its own folder"),
-    "no weights": ({"weight_map": {"a": "config.json"}}, "no weights in its own folder: config.json"),
-    "the folder above": ({"weight_map": {"a": ".."}}, "no weights in its own folder"),
+    "nested too deeply": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "is not valid JSON"),
+    "another folder": ({"weight_map": {"a": "../vae/model.safetensors"}}, "not weights in its own folder: ../vae"),
+    "another folder on Windows": ({"weight_map": {"a": "..\\vae\\model.safetensors"}}, "not weights in its own folder"),
+    "an absolute path": ({"weight_map": {"a": "/etc/model.safetensors"}}, "not weights in its own folder"),
+    "a drive": ({"weight_map": {"a": "c:model.safetensors"}}, "not weights in its own folder"),
+    "no weights": ({"weight_map": {"a": "config.json"}}, "not weights in its own folder: config.json"),
+    "the folder above": ({"weight_map": {"a": ".."}}, "not weights in its own folder"),
     "an overlong name": ({"weight_map": {"a": "x" * 5000 + ".safetensors"}}, "lists shards that are missing: xxx"),
     "half a surrogate pair": (b'{"weight_map": {"a": "\\ud800.safetensors"}}', "lists shards that are missing"),
-    "a null character": ({"weight_map": {"a": "a\0.safetensors"}}, "no weights in its own folder"),
+    "a null character": ({"weight_map": {"a": "a\0.safetensors"}}, "not weights in its own folder"),
     "a missing shard": ({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}, "lists shards that are missing: one"),
 }  # fmt: skip
 
@@ -472,7 +472,7 @@ def test_folders_that_are_no_model(tmp_path, pipeline):
     refused(configs, "is a folder without a model")
     assert is_diffusers_folder(configs)
     write(pipeline / "model_index.json", b"{nope")
-    refused(pipeline, "model_index.json is no valid JSON")
+    refused(pipeline, "model_index.json is not valid JSON")
 
 
 def test_what_is_a_diffusers_folder(pipeline, tmp_path):

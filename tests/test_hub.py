@@ -282,3 +282,62 @@ def test_candidates_of_a_repository_of_files(hub, whole, capsys):
     found = blockmerge.explain(whole / "b.safetensors", home)
     assert found.candidates == ("org/files/a.safetensors", "org/files/b.safetensors")
     assert (found.base, found.method) == ("org/files/b.safetensors", "copy")
+
+
+@pytest.mark.parametrize("inside", [".", "checkpoints"])
+def test_a_repository_of_one_file_is_that_file(hub, whole, here, capsys, inside):
+    a, b = whole / "a.safetensors", whole / "b.safetensors"
+    home = cached(hub, "org/one", a)
+    snapshot_of_a = home / "snapshots" / REVISION
+    (snapshot_of_a / inside).mkdir(exist_ok=True)
+    (snapshot_of_a / "a.safetensors").rename(snapshot_of_a / inside / "a.safetensors")
+    (snapshot_of_a / inside / "a.safetensors").unlink()
+    (snapshot_of_a / inside / "a.safetensors").symlink_to(next((home / "blobs").iterdir()))
+    (snapshot_of_a / "README.md").write_text("about")
+    (snapshot_of_a / "config.json").write_text("{}")
+    called = "org/one/a.safetensors" if inside == "." else "org/one/checkpoints/a.safetensors"
+    for given in (home, home / "snapshots", snapshot_of_a):
+        assert open_checkpoint(given).name == called
+    expected = blockmerge.merge(a, b, weights=0.5, vae="b", output="expected.safetensors")
+    for number, (models, vae) in enumerate([((home, b), "b"), ((a, b), "b"), ((b, home), "a")]):
+        result = blockmerge.merge(*models, weights=0.5, vae=vae, output=f"{number}.safetensors")
+        with safe_open(result.output, "pt") as file, safe_open(expected.output, "pt") as other:
+            assert all(torch.equal(file.get_tensor(name), other.get_tensor(name)) for name in other.keys())  # noqa: SIM118
+    blockmerge.merge(a, b, weights=0.5, vae=home, output="vae.safetensors")
+    said = {
+        "inspect": ok(capsys, "inspect", home),
+        "similarity": ok(capsys, "similarity", home, b),
+        "explain": ok(capsys, "explain", b, home, "--json"),
+        "merge": ok(capsys, home, b, "-w", "0.5"),
+        "convert": ok(capsys, "convert", home, "c.safetensors"),
+    }
+    blockmerge.cli.main.run(["check", str(home)])
+    said["check"] = "".join(capsys.readouterr())
+    for command, text in said.items():
+        assert called in text, command
+        assert REVISION not in text, command
+
+
+def test_a_repository_of_several_files_lists_them(hub, whole, tmp_path, capsys):
+    home = cached(hub, "org/two", whole / "a.safetensors")
+    cached(hub, "org/two", whole / "b.safetensors")
+    for command in (
+        ["inspect", home],
+        ["check", home],
+        ["convert", home, "o.safetensors"],
+        [home, home, "-w", "1"],
+    ):
+        line = assert_refused(
+            capsys, tmp_path, *command, says="with 2 model files in it: give the path of one "
+        )
+        for name in "ab":
+            assert f"{REVISION}/{name}.safetensors" in line
+
+
+def test_no_output_is_the_repository_of_the_input(hub, whole, tmp_path):
+    home = cached(hub, "org/one", whole / "a.safetensors")
+    before = snapshot(tmp_path)
+    for output in (home, home / "snapshots" / REVISION, home / "snapshots" / REVISION / "a.safetensors"):
+        with pytest.raises(OutputError):
+            blockmerge.convert(home, output, naming=None if output.suffix else "diffusers", overwrite=True)
+        assert snapshot(tmp_path) == before

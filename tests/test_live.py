@@ -563,7 +563,7 @@ def test_what_is_refused_and_how(dicts, tmp_path):
     refusals = [
         ((a,), {}, "RecipeError", "weighted_sum merges 2 models; 1 given"),
         ((a, b, b), {}, "RecipeError", "weighted_sum merges 2 models; 3 given"),
-        ((a, None, b), {"method": "add_difference"}, "CheckpointError", "a NoneType is no model"),
+        ((a, None, b), {"method": "add_difference"}, "CheckpointError", "a NoneType is not a model"),
         (
             (a, b, b, "D.CKPT"),
             {},
@@ -634,7 +634,7 @@ def test_what_is_refused_and_how(dicts, tmp_path):
         assert {name: tensor.data_ptr() for name, tensor in values(module).items()} == before
     with pytest.raises(
         blockmerge.RecipeError,
-        match=r"a dict is no torch module: give the U-Net itself, as in LiveMerge\(pipe\.unet",
+        match=r"a dict is not a torch module: give the U-Net itself, as in LiveMerge\(pipe\.unet",
     ):
         LiveMerge(a, a, b)
     with pytest.raises(blockmerge.UnknownFamilyError, match="the module holds no Stable Diffusion U-Net"):

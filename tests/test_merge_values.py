@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import blockmerge
 from blockmerge.checkpoints import Model
+from blockmerge.inspecting import repair
 from blockmerge.merging.execute import Pace, execute
 from blockmerge.merging.outputs import choose_output
 from blockmerge.merging.planning.plan import make_plan
@@ -354,6 +355,50 @@ def test_the_recipe_is_in_the_metadata_and_what_would_lie_is_not(pairs, tmp_path
     assert recipe["dtype"] == "keep"
     assert recipe["vae"] == "auto"
     assert str(tmp_path) not in json.dumps(recipe)
+
+
+def test_whose_model_it_is_stays_true_where_nothing_but_the_form_changes(pairs, tmp_path):
+    """As what is no hash does; and what is lost is told, by converting, repairing and merging."""
+    a, b = pairs()
+    own = {"modelspec.author": "me", "modelspec.title": "Mine", "modelspec.date": "2024-01-01",
+           "sd_merge_recipe": "{}", "modelspec.license": "CC0", "format": "pt"}  # fmt: skip
+    hashes = {"modelspec.hash_sha256": "0x0", "sshs_model_hash": "0"}
+    lost = {"prompt": "a secret", "note": "in /home/me/models"}
+    path = tmp_path / "mine.safetensors"
+    save_file(load_file(a), path, metadata={**own, **hashes, **lost})
+    said = "left out of the metadata of mine.safetensors: "
+    converted = blockmerge.convert(path, tmp_path / "converted.safetensors", dtype="bf16")
+    repaired = repair(path, tmp_path / "repaired.safetensors")
+    for result in (converted, repaired):
+        metadata = blockmerge.inspect(result.output).metadata
+        assert {key: metadata[key] for key in metadata if key != "blockmerge.recipe"} == own
+        (note,) = [note for note in result.notes if note.startswith(said)]
+        assert set(note.removeprefix(said).split(", ")) == lost.keys()
+    merged = blockmerge.merge(path, b, weights=0.5, output=tmp_path / "merged.safetensors")
+    assert blockmerge.inspect(merged.output).metadata.keys() == {
+        "modelspec.license",
+        "format",
+        "blockmerge.recipe",
+    }
+    (note,) = [note for note in merged.notes if note.startswith(said)]
+    assert all(key in note for key in own.keys() - {"modelspec.license", "format"})
+    assert not any(key in note for key in hashes)
+    plain = blockmerge.convert(a, tmp_path / "plain.safetensors")
+    assert not any("metadata" in note for note in plain.notes)
+
+
+def test_a_converted_merge_still_tells_its_recipe(pairs, tmp_path):
+    a, b = pairs()
+    merged = blockmerge.merge(a, b, weights=0.5, output=tmp_path / "merged.safetensors")
+    recipe = blockmerge.inspect(merged.output).metadata["blockmerge.recipe"]
+    path = merged.output
+    for name in ("once", "twice"):
+        path = blockmerge.convert(path, tmp_path / f"{name}.safetensors", dtype="bf16").output
+        metadata = blockmerge.inspect(path).metadata
+        assert metadata["blockmerge.source_recipe"] == recipe
+        assert json.loads(metadata["blockmerge.recipe"])["dtype"] == "bf16"
+    again = blockmerge.merge(path, b, weights=0.5, output=tmp_path / "again.safetensors")
+    assert "blockmerge.source_recipe" not in blockmerge.inspect(again.output).metadata
 
 
 def test_how_a_was_made_is_not_copied_into_the_output(pairs, tmp_path):

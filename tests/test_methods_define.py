@@ -109,7 +109,7 @@ def test_all_definitions_are_registered():
                 value, "blockmerge_method"
             ):
                 defined[name] = module.name
-    assert defined == {**registry.BUILT_IN, "convert": "convert"}
+    assert defined == {**registry.BUILT_IN, "convert": "convert", "bake": "convert"}
     for name, method in METHODS.items():
         assert (method.name, method.own) == (name, None)
         assert find_method(method.function) is method
@@ -424,7 +424,7 @@ PASSES = (torch.sub, most)
         (nothing, {"locality": "row", "rows": 3}, ": rows wants a function"),
         (nothing, {"copies": 0}, ": copies wants a function"),
         (nothing, {"numbers": ["count"]}, ": numbers wants Numbers"),
-        (nothing, {"numbers": [Number("count", 1)]}, ": the number count is no keyword of it"),
+        (nothing, {"numbers": [Number("count", 1)]}, ": the number count is not one of its keywords"),
         (counted, {"numbers": [Number("count", 2)]}, ": the number count has two defaults"),
         (counted, {"numbers": [Number("count", low=2)]}, " needs a whole number of at least 2 as count: found 1"),
     ],

@@ -130,10 +130,10 @@ def test_merging_with_it(module, pairs, tmp_path):
         ("mine.py:f", "method mine.py:f: before the colon goes a module's name, not a path: mine:f"),
         ("{}:sofen", "method {0}:sofen: {0} has no 'sofen'; did you mean 'soften'?"),
         ("{}:unlike", "method {0}:unlike: {0} has no 'unlike'"),
-        ("{}:plain", "{}:plain is no merge method: decorate it with @blockmerge.merge_method()"),
+        ("{}:plain", "{}:plain is not a merge method: decorate it with @blockmerge.merge_method()"),
         (":f", "method :f: a method of your own is written MODULE:FUNCTION"),
         ("{}:", "method {0}:: a method of your own is written MODULE:FUNCTION"),
-        ("{}:number", "{}:number is no function: a method is one, decorated with @blockmerge.merge_method()"),
+        ("{}:number", "{}:number is not a function: a method is one, decorated with @blockmerge.merge_method()"),
     ],
 )  # fmt: skip
 def test_methods_that_are_not_there(module, method, message):
@@ -314,7 +314,7 @@ def test_things_that_are_no_functions(thing):
     for decorate in (blockmerge.merge_method, blockmerge.merge_method()):
         with pytest.raises(RecipeError) as caught:
             decorate(thing)
-        assert str(caught.value) == f"{thing} is no Python function: a method is f(a, b, *, alpha)"
+        assert str(caught.value) == f"{thing} is not a Python function: a method is f(a, b, *, alpha)"
 
 
 def test_a_method_of_an_object_is_told_apart():
@@ -331,7 +331,9 @@ def test_a_method_of_an_object_is_told_apart():
         def __call__(self, a, b, *, alpha):
             return a
 
-    with pytest.raises(RecipeError, match=r":Slotted is no plain function: decorate a function of its own$"):
+    with pytest.raises(
+        RecipeError, match=r":Slotted is not a plain function: decorate a function of its own$"
+    ):
         blockmerge.merge_method(Slotted())
 
 

@@ -124,6 +124,21 @@ def test_a_vae_that_not_all_have_is_copied_though_a_blend_is_asked_for(models, t
     assert not any("--vae blend" in note for note in result.notes)  # it would not
 
 
+def test_vaes_of_other_shapes_do_not_blend_and_the_way_out_works(models, merged):
+    a, b = models
+    name = next(name for name in b if name.startswith("first_stage_model.decoder.conv_in.weight"))
+    other = {**b, name: b[name][:, :2].contiguous()}
+    with pytest.raises(IncompatibleModelsError, match=r"shapes differ: .*--vae a\)") as caught:
+        merged(a, other, vae="blend")
+    assert "skip" not in str(caught.value)
+    with pytest.raises(IncompatibleModelsError, match=r"shapes differ: .*vae='a'"):
+        blockmerge.merge_state_dicts(a, other, weights=0.5, vae="blend")
+    for out in (merged(a, other, vae="a")[0], blockmerge.merge_state_dicts(a, other, weights=0.5, vae="a")):
+        assert torch.equal(out[name], a[name])
+    blended = "model.diffusion_model.out.2.weight"
+    assert torch.equal(merged(a, other, vae="a")[0][blended], half(a, b, blended))
+
+
 @pytest.mark.parametrize("word", ["blend", "a", "b"])
 def test_converting_takes_words_for_files(models, here, word):
     a, b = models
@@ -161,7 +176,7 @@ def test_a_vae_that_does_not_fit_is_refused(models, pairs, tmp_path, capsys):
     save_file(vae, tmp_path / "part.safetensors")
     save_file(wide, tmp_path / "wide.safetensors")
     assert_refused(
-        capsys, tmp_path, a, b, "-w", "0.5", "--vae", "part.safetensors", says=["no complete VAE", VAE]
+        capsys, tmp_path, a, b, "-w", "0.5", "--vae", "part.safetensors", says=["not a complete VAE", VAE]
     )
     assert_refused(
         capsys, tmp_path, a, b, "-w", "0.5", "--vae", "wide.safetensors", says=["another shape", VAE]

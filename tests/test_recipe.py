@@ -233,7 +233,7 @@ def test_files_that_hold_no_recipe(here):
     (here / "long.json").write_text(" " * (1 << 20) + "{}")
     (here / "binary.json").write_bytes(b"\xff\xfe\x00")
     for name, says in {
-        "list": "is no recipe: it is not JSON",
+        "list": "is not a recipe: it is not JSON",
         "long": "is too large",
         "binary": "is not JSON",
     }.items():
@@ -430,7 +430,7 @@ def test_what_was_found_is_for_what_was_asked(folders, here):
             broken.run("2.safetensors")
     for weight in ("random", "0.5", True):
         with pytest.raises(
-            RecipeError, match=rf"^recipe: {last} was found to be {weight}, which is no number"
+            RecipeError, match=rf"^recipe: {last} was found to be {weight}, which is not a number"
         ):
             Recipe.from_dict({**written, "weights": {**written["weights"], last: weight}}, models=models)
     with pytest.raises(RecipeError, match=r"^recipe: unknown key later, written by version 9\.9; this is "):
@@ -448,7 +448,7 @@ def test_what_was_found_for_a_family_is_not_for_another(pairs, here, family, oth
 @pytest.mark.parametrize("vae", [0, 1, 2, -1, True, False, 1.5, b"a", ["a"]])
 def test_a_vae_that_is_no_model(folders, here, vae):
     models = [folders / f"{letter}.safetensors" for letter in "ab"]
-    says = rf"vae \(--vae\) is a {type(vae).__name__}, which is no model"
+    says = rf"vae \(--vae\) is a {type(vae).__name__}, which is not a model"
     with pytest.raises(RecipeError, match=says):
         blockmerge.merge(*models, weights=0.5, vae=vae, output="out.safetensors")
     with pytest.raises(RecipeError, match=says):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 
 import pytest
+import torch
 
 import blockmerge
 from blockmerge.checkpoints.writing.disk import check_space
 from tests.commands import ok
+from tests.forms import read
 from tests.refusals import assert_refused
 
 ENDINGS = [".txt", ".json", ".csv", ".html"]
@@ -148,3 +150,37 @@ def test_what_cannot_be_repaired_is_not_called_right(here, capsys):
     assert run(["check", "a.safetensors", "--fix", "b.safetensors", "--overwrite"]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"wrote {here / 'b.safetensors'}: fixed leftovers; still wrong: nan_or_infinity"
+
+
+# -- what is missing -----------------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_not_there_is_told_before_missing_weights(models, capsys):
+    for asked in (("no.safetensors", "b.safetensors"), ("a.safetensors", "no.safetensors")):
+        for options in ((), ("-w", "0.5"), ("--dry-run",)):
+            line = assert_refused(
+                capsys, models, *asked, *options, says="cannot open no.safetensors: no such file"
+            )
+            assert "how much" not in line
+    assert_refused(capsys, models, "a.safetensors", "b.safetensors", says="how much of B?")
+
+
+# -- counts --------------------------------------------------------------------------------------------------
+
+
+def dtypes_of(path):
+    return {name: tensor.dtype for name, tensor in read(path).items()}
+
+
+@pytest.mark.parametrize("naming", ["ldm", "diffusers"])
+def test_tensors_that_are_converted_are_those_of_the_output(tmp_path, pairs, naming):
+    """Each once, however many models it is made of and however many it becomes in the other naming."""
+    a, b = pairs("sd2", ("F32", "F32"))
+    output = tmp_path / ("out" if naming == "diffusers" else "out.safetensors")
+    for result in (
+        blockmerge.merge(a, b, weights=0.5, dtype="fp16", naming=naming, output=output),
+        blockmerge.convert(a, output, dtype="fp16", naming=naming, overwrite=True),
+    ):
+        floats = [dtype for dtype in dtypes_of(result.output).values() if dtype == torch.float16]
+        (note,) = [note for note in result.notes if "converted from" in note]
+        assert note == f"{len(floats)} tensors are converted from F32 to F16"

@@ -366,7 +366,7 @@ WRONG = {
     "a tensor": (lambda: torch.ones(2), ["a tensor", "state_dict()"]),
     "a list": (lambda: [torch.ones(2)], ["a list"]),
     "no state dict": (lambda: {"model": {"a": torch.ones(2)}, "step": 3}, ["it holds no state dict, but: model, a dict"]),
-    "a list in the state dict": (lambda: {"a": torch.ones(2), "b": [torch.ones(2)]}, ["its state dict holds what is no tensor: b, a list"]),
+    "a list in the state dict": (lambda: {"a": torch.ones(2), "b": [torch.ones(2)]}, ["its state dict holds something other than tensors: b, a list"]),
     "an object in the state dict": (
         lambda: {"state_dict": {"a": torch.ones(2), "b": argparse.Namespace(c=1)}},
         ["b, an argparse.Namespace"],
@@ -380,7 +380,7 @@ WRONG = {
     "a conjugate view": (lambda: {"a": torch.ones(3, dtype=torch.complex64).conj()}, ["tensor a is a conjugate"]),
     "a meta tensor": (lambda: {"a": torch.empty(3, device="meta")}, ["a, a torch._utils._rebuild_meta_tensor_no_storage"]),
     "a number as name": (lambda: {3: torch.ones(2)}, ["names a tensor by an int"]),
-    "a pair as name": (lambda: {("a", 1): torch.ones(2)}, ["names a tensor by a key that is no text"]),
+    "a pair as name": (lambda: {("a", 1): torch.ones(2)}, ["names a tensor by a key that is not text"]),
     "expanded without end": (lambda: {"a": torch.ones(1).expand(1 << 50)}, ["tensor a would be expanded"]),
 }  # fmt: skip
 

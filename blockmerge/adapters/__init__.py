@@ -3,14 +3,13 @@ how much of each goes to which block. No torch.
 """
 
 from blockmerge.adapters.adapter import Adapter
-from blockmerge.adapters.changes import COMPUTED, Applied, Changes
+from blockmerge.adapters.changes import Applied, Changes
 from blockmerge.adapters.forms import KINDS
 from blockmerge.adapters.lora import Lora, LoraLike
 from blockmerge.adapters.module import Module
 from blockmerge.adapters.targets import Target, Whereabouts, targets_of
 
 __all__ = [
-    "COMPUTED",
     "KINDS",
     "Adapter",
     "Applied",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from blockmerge.adapters.adapter import Adapter
 from blockmerge.adapters.module import Module
@@ -20,13 +21,17 @@ from blockmerge.expressions import (
     Cast,
     Changed,
     Contracted,
+    Decomposed,
     Expression,
+    Generalised,
     Hadamard,
     Joined,
     Kronecker,
     LowRank,
     Part,
+    Rescaled,
     Reshaped,
+    Rotated,
     Transposed,
     simplify,
 )
@@ -66,7 +71,7 @@ class Changes:
         for scale, module in (scaled for one in applied for scaled in one.scaled()):
             target = module.target
             assert target is not None, module
-            if module.kind in _WEIGHT_TERMS and not module.parts.keys() <= _OF_BIASES.keys():
+            if not module.parts.keys() <= {*_OF_BIASES, "alpha"}:
                 self._weights[target.ldm][target.place].append((scale, module))
             if _OF_BIASES.keys() & module.parts.keys() and target.bias is not None:
                 place: Whereabouts = target.bias
@@ -110,18 +115,30 @@ class Changes:
 def _with(
     tensor: Expression, modules: Sequence[Scaled], terms: _MakeTerms, dtype: str, wide: str
 ) -> Expression:
+    """A module's own weight with all changes; those that look at it, at what the ones before have left."""
     if not modules:
         return Cast(tensor, dtype)
-    inputs = [module.inputs_of(tensor.shape) for _, module in modules]
-    least = min(inputs)
-    if len(tensor.shape) > 1 and least < tensor.shape[1]:
+    together = [list(group) for _, group in groupby(modules, lambda one: _alike(one[1], tensor))]
+    for number, group in enumerate(together):
+        is_last = number == len(together) - 1
+        tensor = _step(tensor, group, terms, dtype if is_last else wide, wide)
+    return tensor
+
+
+def _alike(module: Module, tensor: Expression) -> tuple[int, str | None]:
+    """What is the same of modules whose changes are added at once."""
+    return module.inputs_of(tensor.shape), module.name if module.kind in _OF_WEIGHT else None
+
+
+def _step(
+    tensor: Expression, modules: Sequence[Scaled], terms: _MakeTerms, dtype: str, wide: str
+) -> Expression:
+    inputs = modules[0][1].inputs_of(tensor.shape)
+    if len(tensor.shape) > 1 and inputs < tensor.shape[1]:
         # A first convolution that takes more channels than the module's: the others stay.
-        narrow = [one for one, count in zip(modules, inputs, strict=True) if count == least]
-        others = [one for one, count in zip(modules, inputs, strict=True) if count > least]
-        held = wide if others else dtype
-        changed = _with(Part(tensor, 0, least, axis=1), narrow, terms, held, wide)
-        joined = Joined((changed, Cast(Part(tensor, least, tensor.shape[1], axis=1), held)), axis=1)
-        return _with(joined, others, terms, dtype, wide) if others else joined
+        changed = _step(Part(tensor, 0, inputs, axis=1), modules, terms, dtype, wide)
+        rest = Cast(Part(tensor, inputs, tensor.shape[1], axis=1), dtype)
+        return Joined((changed, rest), axis=1)
     found = terms(modules, tensor, wide)
     return Changed(tensor, tuple(term for _, term in found), tuple(scale for scale, _ in found), dtype)
 
@@ -143,15 +160,25 @@ def _bias_terms(modules: Sequence[Scaled], tensor: Expression, wide: str) -> Ter
 
 def _weight_terms(modules: Sequence[Scaled], tensor: Expression, wide: str) -> Terms:
     """All products of two factors are one, and come first."""
-    products = [one for one in modules if "up" in one[1].parts]
-    others = [one for one in modules if "up" not in one[1].parts]
-    found: Terms = []
-    if products:
-        ups = tuple(module.parts["up"] for _, module in products)
-        downs = tuple(_down(module, wide) for _, module in products)
-        scales = tuple(scale * module.factor for scale, module in products)
-        found.append((1.0, LowRank(tensor.shape, wide, ups=ups, downs=downs, scales=scales)))
-    return found + [_WEIGHT_TERMS[module.kind](scale, module, tensor, wide) for scale, module in others]
+    products = [one for one in modules if one[1].kind in _PRODUCTS]
+    others = [one for one in modules if one[1].kind not in _PRODUCTS]
+    found: Terms = [(1.0, _product(products, tensor, wide))] if products else []
+    for scale, module in others:
+        if module.kind in _OF_WEIGHT:
+            found.append((scale, _OF_WEIGHT[module.kind](module, tensor, wide)))
+        else:
+            found.append(_LYCORIS[module.kind](scale, module, tensor, wide))
+    return found
+
+
+_PRODUCTS = ("lora", "locon")
+
+
+def _product(modules: Sequence[Scaled], tensor: Expression, wide: str) -> Expression:
+    ups = tuple(module.parts["up"] for _, module in modules)
+    downs = tuple(_down(module, wide) for _, module in modules)
+    scales = tuple(scale * module.factor for scale, module in modules)
+    return LowRank(tensor.shape, wide, ups=ups, downs=downs, scales=scales)
 
 
 def _down(module: Module, wide: str) -> Expression:
@@ -202,17 +229,49 @@ def _full(scale: float, module: Module, tensor: Expression, wide: str) -> tuple[
     return scale, _as(tensor, module.parts["diff" if "diff" in module.parts else "w_norm"])
 
 
-_WEIGHT_TERMS: Mapping[str, Callable[[float, Module, Expression, str], tuple[float, Expression]]] = {
-    "lora": _full,  # products are joined before
-    "locon": _full,
+_LYCORIS: Mapping[str, Callable[[float, Module, Expression, str], tuple[float, Expression]]] = {
     "loha": _loha,
     "lokr": _lokr,
     "full": _full,
     "norm": _full,
 }
+"""{kind: what it adds, whatever the weight is, with its factor}."""
 
-COMPUTED = frozenset(_WEIGHT_TERMS)
-"""The kinds of modules that are computed here."""
+
+def _dora(module: Module, tensor: Expression, wide: str) -> Expression:
+    under = [(1.0, module)]
+    if module.form in _PRODUCTS:
+        change = _product(under, tensor, wide)
+    else:
+        _, change = _LYCORIS[module.form](1.0, module, tensor, wide)
+    return Decomposed(tensor, (change, module.parts["dora_scale"]), wide)
+
+
+def _glora(module: Module, tensor: Expression, wide: str) -> Expression:
+    factors = tuple(module.parts[part] for part in ("a1", "a2", "b1", "b2"))
+    return Generalised(tensor, factors, wide, module.factor)
+
+
+def _ia3(module: Module, tensor: Expression, wide: str) -> Expression:
+    return Rescaled(tensor, (module.parts["ia3_weight"],), wide, module.on_input)
+
+
+def _oft(module: Module, tensor: Expression, wide: str) -> Expression:
+    is_rotation = "oft_diag" in module.parts
+    blocks = module.parts["oft_diag" if is_rotation else "oft_blocks"]
+    limit = None if module.alpha is None else module.alpha * tensor.shape[0]
+    scales = (module.parts["rescale"],) if "rescale" in module.parts else ()
+    return Rotated(tensor, (blocks, *scales), wide, limit, is_rotation)
+
+
+_OF_WEIGHT: Mapping[str, Callable[[Module, Expression, str], Expression]] = {
+    "dora": _dora,
+    "glora": _glora,
+    "ia3": _ia3,
+    "oft": _oft,
+    "boft": _oft,
+}
+"""{kind: what it adds to a weight that it looks at, at strength 1}."""
 
 
 def _matrix(tensor: Expression) -> Expression:

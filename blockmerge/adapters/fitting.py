@@ -82,12 +82,14 @@ def fitting(
 ) -> tuple[Standing, tuple[str, ...]]:
     """Return how an adapter stands to its family, or to `family`, and notes on how sure that is.
 
+    The `shapes` are those of a model of `family`.
+
     Raises IncompatibleModelsError when it is not of `family`, and UnknownFamilyError when it is of none.
     """
     standings = [Standing.of(modules, one, shapes if one is family else None) for one in FAMILIES.values()]
     fits = [one for one in standings if one.known and not one.misfits]
-    if not fits and shapes is None:
-        fits = [one for one in standings if one.known and one.is_narrower]
+    if not fits and shapes is None and all(one.is_narrower for one in standings if one.known):
+        fits = [one for one in standings if one.known]
     most = max((len(one.known) for one in fits), default=0)
     best = [one for one in fits if len(one.known) == most]
     own = next((one for one in standings if one.family is family), None)
@@ -124,8 +126,9 @@ def _of_another(own: Standing, best: Sequence[Standing], name: str) -> Incompati
     wanted = own.family.title
     if best:
         titles = " or ".join(one.family.title for one in best)
-        why = f": {_first(own)}" if own.misfits else ""
-        return IncompatibleModelsError(f"{shown(name)} is a LoRA for {titles}, not for {wanted}{why}")
+        lacking = listing((module for module in best[0].known if module not in own.known), 1)
+        why = _first(own) if own.misfits else f"that has no {lacking}"
+        return IncompatibleModelsError(f"{shown(name)} is a LoRA for {titles}, not for {wanted}: {why}")
     if own.misfits:
         return IncompatibleModelsError(f"{shown(name)} does not fit this {wanted} model: {_first(own)}")
     return IncompatibleModelsError(f"{shown(name)} has no module that {wanted} has")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from blockmerge.adapters.parts import EMBEDDINGS, NOT_TELLING, part_of
-from blockmerge.anatomy import canonical_name, has_signs_of_a_unet, lone_component
+from blockmerge.anatomy import TITLES, canonical_name, has_signs_of_a_unet, lone_component
 from blockmerge.checkpoints import Checkpoint, other_kind_of
 from blockmerge.errors import CheckpointError, counted, listing, shown
 from blockmerge.expressions import Stored
@@ -54,7 +54,7 @@ class Found:
         Messages call it `name`.
         """
         if not self.modules:
-            raise CheckpointError(f"{shown(name)} {_what_it_is(checkpoint, self)}, not a LoRA")
+            raise CheckpointError(f"{shown(name)} {_instead(checkpoint, self)}")
         if self.strange:
             raise CheckpointError(
                 f"{shown(name)} {_what_else(checkpoint)}holds {counted(len(self.strange), 'tensor')} that no "
@@ -67,30 +67,33 @@ class Found:
             )
 
 
-def _what_it_is(checkpoint: Checkpoint, found: Found) -> str:
-    """What a file is that has no module: ``"is a VAE alone"``."""
+def _instead(checkpoint: Checkpoint, found: Found) -> str:
+    """What a file is that has no module."""
     if _is_model(checkpoint):
-        return "is a model (a checkpoint)"
-    kind = other_kind_of(checkpoint)
-    if kind is not None and kind.startswith("is "):
-        return _NO_MORE.split(kind)[0]
+        return "is a model (a checkpoint), not a LoRA: give it as the model"
+    if (kind := _other_kind(checkpoint)) is not None:
+        return f"{kind}, which is not read: {_READ}" if _is_lora(kind) else f"{kind}, not a LoRA"
     alone = lone_component(checkpoint.tensors)
-    if alone is not None and alone[0] == "vae":
-        return "is a VAE alone"
-    if found.embeddings:
-        return "holds embeddings alone"
-    return (
-        f"holds nothing by which LoRAs are known ({listing(found.strange) or 'no tensor at all'}), so it is"
-    )
+    if alone is not None:
+        return f"is a {TITLES[alone[0]]} alone, not a LoRA"
+    held = listing((*found.strange, *found.embeddings)) or "no tensor at all"
+    return f"is not a LoRA: it holds none of their tensors (it has {held})"
 
 
 def _what_else(checkpoint: Checkpoint) -> str:
-    """What a file is that has modules and more: ``"is a Control-LoRA and "``."""
+    """What a file is that has modules and more: ``"is a Control-LoRA and "``; nothing where it is a LoRA."""
+    kind = "is a model (a checkpoint)" if _is_model(checkpoint) else _other_kind(checkpoint)
+    return "" if kind is None or _is_lora(kind) else f"{kind} and "
+
+
+def _other_kind(checkpoint: Checkpoint) -> str | None:
+    """What messages call a file that is no model, without what they say then."""
     kind = other_kind_of(checkpoint)
-    if _is_model(checkpoint):
-        return "is a model (a checkpoint) and "
-    is_another = kind is not None and kind.startswith("is ") and not kind.startswith("is a LoRA")
-    return f"{_NO_MORE.split(kind)[0]} and " if is_another and kind else ""
+    return None if kind is None or not kind.startswith("is ") else _NO_MORE.split(kind)[0]
+
+
+def _is_lora(kind: str) -> bool:
+    return kind.startswith("is a LoRA")
 
 
 def _is_model(checkpoint: Checkpoint) -> bool:

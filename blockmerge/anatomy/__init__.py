@@ -18,6 +18,7 @@ from blockmerge.anatomy.identify import Anatomy, has_signs_of_a_unet, identify
 from blockmerge.anatomy.names import (
     COMPONENTS,
     DIFFUSERS_UNET_PREFIX,
+    EMA_PREFIX,
     TITLES,
     UNET_PREFIX,
     VAE_PARTS,
@@ -39,6 +40,7 @@ __all__ = [
     "COMPONENTS",
     "DEFAULT_FAMILY",
     "DIFFUSERS_UNET_PREFIX",
+    "EMA_PREFIX",
     "FAMILIES",
     "NAMINGS",
     "OUTSIDE",

@@ -6,6 +6,7 @@ from blockmerge.checkpoints.formats.any_file import SUFFIXES
 from blockmerge.checkpoints.formats.file import FileReader
 from blockmerge.checkpoints.formats.folder import (
     LARGEST_CARRIED,
+    SCHEDULER,
     DiffusersFolder,
     carried_without_weights,
     is_diffusers_folder,
@@ -25,9 +26,10 @@ from blockmerge.checkpoints.model import (
     other_kind_of,
     vae_tensors,
 )
-from blockmerge.checkpoints.open import CheckpointLike, open_checkpoint, open_source, told_apart
+from blockmerge.checkpoints.open import CheckpointLike, located, open_checkpoint, open_source, told_apart
 from blockmerge.checkpoints.opening import Opening, names_of
 from blockmerge.checkpoints.position_ids import embedding_of, fault_of_position_ids, positions_beside
+from blockmerge.checkpoints.prediction import ToldPrediction, prediction_of_scheduler, told_prediction
 from blockmerge.checkpoints.quantised import QUANTISATION_KEY, SCALED_FP8, Quantised, quantised
 from blockmerge.checkpoints.reading import Readers, read
 from blockmerge.checkpoints.state_dict import StateDict, state_dict_name
@@ -40,6 +42,7 @@ __all__ = [
     "LARGEST_CARRIED",
     "QUANTISATION_KEY",
     "SCALED_FP8",
+    "SCHEDULER",
     "SUFFIXES",
     "VAE_PREFIX",
     "Assembled",
@@ -61,6 +64,7 @@ __all__ = [
     "SafetensorsFile",
     "StateDict",
     "TensorInfo",
+    "ToldPrediction",
     "TorchFile",
     "anatomy_of",
     "carried_without_weights",
@@ -75,6 +79,7 @@ __all__ = [
     "hash_file",
     "in_cache",
     "is_diffusers_folder",
+    "located",
     "made",
     "model_files",
     "name_of",
@@ -84,9 +89,11 @@ __all__ = [
     "open_source",
     "other_kind_of",
     "positions_beside",
+    "prediction_of_scheduler",
     "quantised",
     "read",
     "state_dict_name",
     "told_apart",
+    "told_prediction",
     "vae_tensors",
 ]

@@ -109,6 +109,12 @@ class _Place:
         return "/".join((*self.name, *self.rest))
 
 
+def is_snapshot(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is that of a revision in the cache, with all that was downloaded of it."""
+    place = _Place.of(path)
+    return place is not None and bool(place.revision) and not place.rest
+
+
 def in_cache(path: str | os.PathLike[str]) -> bool:
     """Whether a path lies in the cache, and so is called by its repository's name."""
     return _Place.of(path) is not None

@@ -29,7 +29,7 @@ from blockmerge.anatomy import (
     plain_names_of_ema,
     unwrapped_name,
 )
-from blockmerge.checkpoints.checkpoint import Checkpoint
+from blockmerge.checkpoints.checkpoint import Checkpoint, TensorInfo
 from blockmerge.checkpoints.quantised import Quantised, quantised
 from blockmerge.dtypes import FLOAT_DTYPES
 from blockmerge.errors import CheckpointError, UnknownFamilyError, counted, listing, shown
@@ -71,7 +71,7 @@ class Model:
         quantised weights that cannot be read, unless nothing is `to_compute` with them.
         """
         name = checkpoint.name if name is None else name
-        how = quantised(checkpoint)
+        how = quantised(checkpoint, _looked_at(checkpoint, ema))
         shapes = {own: how.shape_of(info) for own, info in checkpoint.tensors.items()}
         if to_compute and how.fault is not None:
             if not has_signs_of_a_unet(shapes) and (kind := other_kind_of(checkpoint)):
@@ -101,7 +101,9 @@ class Model:
                 if (plain := unwrapped_name(own))
             ),
             ema_tensors=tuple(
-                own for own in checkpoint.tensors if component_of(own) == "ema" and own not in used
+                own
+                for own in checkpoint.tensors
+                if component_of(own) == "ema" and own not in used | how.aside
             ),
             notes=(*_doubles(twice, name), *notes),
             name=name,
@@ -211,6 +213,13 @@ def _refuse_integers(tensors: Mapping[str, Expression], family: Family, label: s
             f"({listing(odd)}): of quantised weights only fp8 can be read, plain or scaled; "
             "take the model in fp16 or bf16"
         )
+
+
+def _looked_at(checkpoint: Checkpoint, ema: str) -> Mapping[str, TensorInfo]:
+    """A checkpoint's tensors without EMA copies that are dropped: they may be quantised in any way."""
+    others = {name: info for name, info in checkpoint.tensors.items() if component_of(name) != "ema"}
+    is_dropped = ema == "drop" and any(component_of(name) == "unet" for name in others)
+    return others if is_dropped else checkpoint.tensors
 
 
 def _matched_names(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Union
 
 from blockmerge.checkpoints.checkpoint import Checkpoint
 from blockmerge.checkpoints.formats.any_file import open_file
-from blockmerge.checkpoints.formats.folder import DiffusersFolder
+from blockmerge.checkpoints.formats.folder import DiffusersFolder, files_of_snapshot, is_diffusers_folder
 from blockmerge.checkpoints.hub import followed, long_name
 from blockmerge.checkpoints.state_dict import StateDict
 from blockmerge.errors import CheckpointError, did_you_mean, listing, shown
@@ -19,6 +19,17 @@ if TYPE_CHECKING:
 
 CheckpointLike = Union[str, "os.PathLike[str]", Checkpoint, "Mapping[str, torch.Tensor]"]
 """What is taken for a model: a path, an opened checkpoint, or a state dict."""
+
+
+def located(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """Return where a model lies: for a repository in Hugging Face's cache its snapshot, or the file in it
+    where that is the only checkpoint; any other path as it is.
+
+    Raises CheckpointError as `followed` does.
+    """
+    place = followed(path)
+    files = [] if is_diffusers_folder(place) else files_of_snapshot(place)
+    return files[0] if len(files) == 1 else place
 
 
 def open_checkpoint(
@@ -31,9 +42,10 @@ def open_checkpoint(
     ('org/name', ('has no variant fp16 of vae: the plain weights are used',))
 
     What kind of file it is, is seen by what is in it, whatever its name. A repository's folder in Hugging
-    Face's cache is followed to its snapshot. An opened checkpoint is returned as it is, and a state dict
-    (tensors on any device) is wrapped under `name`. `variant` is for a diffusers folder that has several
-    kinds of weights: ``"fp16"``. Raises CheckpointError when there is none, or none that can be read.
+    Face's cache is followed to its snapshot, or the only checkpoint in that. An opened checkpoint is returned
+    as it is, and a state dict (tensors on any device) is wrapped under `name`. `variant` is for a diffusers
+    folder that has several kinds of weights: ``"fp16"``. Raises CheckpointError when there is none, or none
+    that can be read.
     """
     checkpoint = open_source(source, name, variant)
     check_variant([checkpoint], variant)
@@ -56,11 +68,11 @@ def open_source(
         return StateDict(source, name)
     if not isinstance(source, (str, os.PathLike)):
         raise CheckpointError(
-            f"a {type(source).__name__} is no model: give a path, an opened checkpoint or a state dict"
+            f"a {type(source).__name__} is not a model: give a path, an opened checkpoint or a state dict"
         )
     if not os.fspath(source):
-        raise CheckpointError("an empty path is no model: give the path of a .safetensors or .ckpt file")
-    path = followed(source)
+        raise CheckpointError("an empty path is not a model: give the path of a .safetensors or .ckpt file")
+    path = located(source)
     return DiffusersFolder(path, variant, any_variant=any_variant) if os.path.isdir(path) else open_file(path)
 
 

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from blockmerge.anatomy import EMA_PREFIX
 from blockmerge.checkpoints.checkpoint import Checkpoint, TensorInfo
 from blockmerge.dtypes import FLOAT_DTYPES
 from blockmerge.errors import CheckpointError, counted, listing, shown
@@ -63,6 +64,19 @@ _OTHER_SCALES = frozenset({"scale", "scales", "weight_scales"})
 _WORDS = frozenset(
     {*_SCALES, *_OTHER_SCALES, *_SCALES_OF_INPUTS, _FORMAT, _MARKER}.union(*_OTHER_KINDS.values())
 )
+_IN_EMA = sorted(
+    (
+        "weight",
+        *_SCALES,
+        *(word for word in _WORDS if word.startswith("weight_")),
+        *_SCALES_OF_INPUTS,
+        _FORMAT,
+        _MARKER,
+    ),
+    key=len,
+    reverse=True,
+)
+"""With what the names of EMA copies end, which have lost the dot before it; longest first."""
 
 
 @dataclass(frozen=True)
@@ -114,20 +128,21 @@ class Quantised:
         return f"{self.kind} ({counted(len(self.weights), 'weight')}, {' and '.join(dtypes) or 'none'})"
 
 
-def quantised(checkpoint: Checkpoint) -> Quantised:
-    """Tell how a checkpoint's weights are quantised.
+def quantised(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo] | None = None) -> Quantised:
+    """Tell how a checkpoint's weights are quantised, all or those among `tensors`.
 
     Of the data only scales and formats are read. Raises CheckpointError when they cannot be.
     """
-    words = _words(checkpoint.tensors)
+    tensors = checkpoint.tensors if tensors is None else tensors
+    words = _words(tensors)
     said = checkpoint.metadata.get(QUANTISATION_KEY)
     if not words and said is None:
         return Quantised()
-    formats = _Formats.of(checkpoint, words.get(_FORMAT, ()), said)
-    for kind, signs in _other_kinds(checkpoint, words, formats):
+    formats = _Formats.of(checkpoint, tensors, words.get(_FORMAT, ()), said)
+    for kind, signs in _other_kinds(tensors, words, formats):
         if signs:
             return Quantised(kind, signs=tuple(signs), aside=frozenset().union(*words.values()))
-    return _Scaled(checkpoint, words, formats).found()
+    return _Scaled(checkpoint, tensors, words, formats).found()
 
 
 def _words(names: Mapping[str, TensorInfo]) -> dict[str, list[str]]:
@@ -141,8 +156,10 @@ def _words(names: Mapping[str, TensorInfo]) -> dict[str, list[str]]:
 
 
 def _layer(name: str) -> str:
-    """A name without its last word: that of a layer, with the dot behind it."""
-    return name[: max(name.rfind("."), name.rfind("/")) + 1]
+    """A name without its last word: that of a layer, with the dot behind it, but in EMA copies."""
+    layer = name[: max(name.rfind("."), name.rfind("/")) + 1]
+    word = next((one for one in _IN_EMA if name.endswith(one)), "") if layer.endswith(EMA_PREFIX) else ""
+    return name.removesuffix(word) if word else layer
 
 
 @dataclass(frozen=True)
@@ -153,14 +170,21 @@ class _Formats:
     faults: Sequence[str]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, names: Sequence[str], metadata: str | None) -> _Formats:
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        tensors: Mapping[str, TensorInfo],
+        names: Sequence[str],
+        metadata: str | None,
+    ) -> _Formats:
         layers: dict[str, Mapping[str, Any]] = {}
         faults = []
         for layer, one in _in_metadata(metadata).items():
-            if f"{layer}.weight" in checkpoint.tensors:  # what a tool has left of another file says nothing
-                layers[f"{layer}."] = one if isinstance(one, dict) else {}
+            for dotted in (f"{layer}.", layer):  # what a tool has left of another file says nothing
+                if f"{dotted}weight" in tensors:
+                    layers[dotted] = one if isinstance(one, dict) else {}
         for name in names:
-            found = _json(checkpoint.read(name)) if _is_short(checkpoint.tensors[name]) else None
+            found = _json(checkpoint.read(name)) if _is_short(tensors[name]) else None
             if isinstance(found, dict):
                 layers[_layer(name)] = found
             else:
@@ -205,7 +229,7 @@ def _json(data: bytes) -> Any:
 
 
 def _other_kinds(
-    checkpoint: Checkpoint, words: Mapping[str, Sequence[str]], formats: _Formats
+    tensors: Mapping[str, TensorInfo], words: Mapping[str, Sequence[str]], formats: _Formats
 ) -> Iterator[tuple[str, Sequence[str]]]:
     """Yield kinds that are not read, with the names that show them, what tells most first."""
     yield from formats.other_kinds().items()
@@ -216,12 +240,12 @@ def _other_kinds(
         name
         for word in sorted(_OTHER_SCALES)
         for name in words.get(word, ())
-        if (weight := checkpoint.tensors.get(f"{_layer(name)}weight")) and weight.dtype not in _NUMBERS
+        if (weight := tensors.get(f"{_layer(name)}weight")) and weight.dtype not in _NUMBERS
     ]
     yield "fp8 or integers with scales of their own (as SDNQ writes)", others
     for name in (name for word in _SCALES for name in words.get(word, ())):
-        weight = checkpoint.tensors.get(f"{_layer(name)}weight")
-        told = _kind_by_dtypes(checkpoint.tensors[name].dtype, weight.dtype if weight else "", formats, name)
+        weight = tensors.get(f"{_layer(name)}weight")
+        told = _kind_by_dtypes(tensors[name].dtype, weight.dtype if weight else "", formats, name)
         if told is not None:
             by_dtype.setdefault(told, []).append(name)
     yield from by_dtype.items()
@@ -241,8 +265,14 @@ def _kind_by_dtypes(scale: str, weight: str, formats: _Formats, name: str) -> st
 class _Scaled:
     """Reads scaled fp8: finds the scale of each weight, and what is wrong."""
 
-    def __init__(self, checkpoint: Checkpoint, words: Mapping[str, Sequence[str]], formats: _Formats) -> None:
-        self._checkpoint, self._tensors, self._formats = checkpoint, checkpoint.tensors, formats
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tensors: Mapping[str, TensorInfo],
+        words: Mapping[str, Sequence[str]],
+        formats: _Formats,
+    ) -> None:
+        self._checkpoint, self._tensors, self._formats = checkpoint, tensors, formats
         self._faults = list(formats.faults)
         self._weights: dict[str, Expression] = {}
         self._scales: dict[str, str] = {}  # layer → the name of its scale
@@ -285,9 +315,7 @@ class _Scaled:
 
     def _is_marked(self, layer: str) -> bool:
         """Whether a marker stands for all of the file, or for something that the layer is in."""
-        while layer and layer not in self._marked:
-            layer = _layer(layer[:-1])
-        return layer in self._marked
+        return any(layer.startswith(marked) for marked in self._marked)
 
     def _lacks_its_scale(self, name: str, info: TensorInfo) -> bool:
         layer = _layer(name)

@@ -193,7 +193,7 @@ def merge(
     )
     if len(models) == 1:
         _check_single(models[0], request)
-    request.check_weights()
+    _check_weights(models, request)
     recipe = Recipe.of(models, request)
     target = output if output is not None else default_output(recipe)
     common: dict[str, Any] = {"device": device, "threads": threads, "overwrite": overwrite}
@@ -227,6 +227,18 @@ def _check_command(model: str) -> None:
         raise CheckpointError(f"{shown(model)}: no such file or command (commands are {commands})")
 
 
+def _check_weights(models: tuple[str, ...], request: MergeRequest) -> None:
+    """Refuse a merge without weights, or, before that, one of models that cannot be opened."""
+    from blockmerge.errors import WeightsError
+
+    try:
+        request.check_weights()
+    except WeightsError:
+        for model in models:
+            request.opening.checkpoint(model)
+        raise
+
+
 def _check_single(model: str, request: MergeRequest) -> None:
     from blockmerge.checkpoints import is_diffusers_folder, model_files
     from blockmerge.errors import CheckpointError, RecipeError, counted, shown
@@ -242,5 +254,8 @@ def _check_single(model: str, request: MergeRequest) -> None:
             f"blockmerge {names} --preset high_res"
         )
     if request.loras:
-        raise RecipeError("one model given; merging takes two: blockmerge bake A LORA puts LoRAs into one")
+        raise RecipeError(
+            "one model given; LoRAs are put into one model by bake: "
+            f"blockmerge bake {shown(model)} {shown(str(request.loras[0].file))} -o OUT"
+        )
     raise RecipeError("one model given; merging takes two: blockmerge A B --preset high_res")

@@ -14,8 +14,8 @@ from blockmerge.checkpoints import (
     CheckpointLike,
     Model,
     Opening,
-    followed,
     is_diffusers_folder,
+    located,
     model_files,
     name_of,
 )
@@ -64,7 +64,7 @@ def _expand(model: CheckpointLike) -> Iterator[CheckpointLike | Source]:
         yield model
         return
     try:
-        path = os.fspath(followed(model))
+        path = os.fspath(located(model))
     except CheckpointError as error:
         yield Source(name_of(model), None, str(error).replace(shown(model), shown(name_of(model))))
         return

@@ -24,6 +24,7 @@ from blockmerge.expressions.program import (
     methods_of,
     operands_of,
 )
+from blockmerge.expressions.weight_changes import Decomposed, Generalised, Rescaled, Rotated
 
 __all__ = [
     "Arrangement",
@@ -32,10 +33,12 @@ __all__ = [
     "Changed",
     "Clipped",
     "Contracted",
+    "Decomposed",
     "Dequantised",
     "Expression",
     "Figures",
     "Gathered",
+    "Generalised",
     "Hadamard",
     "Joined",
     "Known",
@@ -46,7 +49,9 @@ __all__ = [
     "Part",
     "Program",
     "Programs",
+    "Rescaled",
     "Reshaped",
+    "Rotated",
     "Scaled",
     "Source",
     "Stored",

@@ -40,7 +40,7 @@ def check_file(file: SafetensorsFile) -> Iterator[Problem]:
         if askew:
             what = f"{counted(len(askew), 'tensor')} lie at offsets unfit for their dtype ({where})"
         else:
-            what = f"{where}, which is no multiple of {_ALIGNMENT}"
+            what = f"{where}, which is not a multiple of {_ALIGNMENT}"
         yield Problem.of("unaligned_data", f"{what}: some readers are slow on that", askew)
     if "format" not in file.metadata:
         yield Problem.of(

@@ -9,6 +9,7 @@ from blockmerge.checkpoints import CheckpointLike
 from blockmerge.inspecting.check import check
 from blockmerge.inspecting.problems import CheckResult
 from blockmerge.merging import convert
+from blockmerge.merging.planning.metadata import LOST_METADATA
 from blockmerge.streaming import Progress
 
 
@@ -41,13 +42,18 @@ def repair(
         variant=variant,
         allow_nonfinite=True,
         progress=progress,
-    ).output
+    )
     before = check(path, progress, threads, variant=variant)
     after = check(output, progress, threads)
     remaining = {problem.code for problem in after.problems}
+    lost = [note for note in written.notes if note.startswith(LOST_METADATA)]
     known = {problem.code for problem in before.problems}
     fixed = [problem.code for problem in before.problems if problem.code not in remaining]
     new = [problem for problem in after.problems if problem.code not in known]
     return replace(
-        before, problems=(*before.problems, *new), fixed=tuple(dict.fromkeys(fixed)), output=str(written)
+        before,
+        problems=(*before.problems, *new),
+        fixed=tuple(dict.fromkeys(fixed)),
+        output=str(written.output),
+        notes=(*before.notes, *lost),
     )

@@ -225,7 +225,7 @@ class FlatUNet:
 def _unet_parameters(module: Any) -> dict[str, torch.nn.Parameter]:
     if not isinstance(module, torch.nn.Module):
         raise RecipeError(
-            f"a {type(module).__name__} is no torch module: "
+            f"a {type(module).__name__} is not a torch module: "
             "give the U-Net itself, as in LiveMerge(pipe.unet, a, b)"
         )
     named = {
@@ -251,7 +251,7 @@ def _check_parameters(parameters: Mapping[str, torch.nn.Parameter]) -> None:
     ]:
         names, kind = [name for name, _ in special], type(special[0][1]).__name__
         raise RecipeError(
-            f"the module's weights are no plain tensors ({kind}: "
+            f"the module's weights are not plain tensors ({kind}: "
             f"{listing(names)}): load it without quantisation to merge it live"
         )
 

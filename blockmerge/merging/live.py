@@ -11,6 +11,7 @@ from weakref import WeakSet
 from blockmerge.checkpoints import SUFFIXES, CheckpointLike, Opening
 from blockmerge.errors import RecipeError, counted, listing, shown
 from blockmerge.merging.planning.combining import Combination
+from blockmerge.merging.planning.describing import differing_predictions
 from blockmerge.merging.planning.request import check_flag, missing_beta
 from blockmerge.methods import Method, find_method
 from blockmerge.weights import BlockWeights, WeightsLike, WeightsRequest
@@ -80,7 +81,8 @@ class LiveMerge:
             for source, letter in zip(sources, "ABC", strict=False)
         ]
         opening.check(models)
-        self._opening_notes = tuple(note for model in models for note in model.notes)
+        opening_notes = (note for model in models for note in model.notes)
+        self._opening_notes = (*opening_notes, *differing_predictions(models))
         # Tensors that are made in inference mode could not be written to outside it.
         with torch.inference_mode(False), torch.no_grad():
             self._unet: FlatUNet = FlatUNet.of(module, models)

@@ -83,7 +83,7 @@ def merge_state_dicts(
     for given in state_dicts:
         if not isinstance(given, Mapping):
             raise CheckpointError(
-                f"a {type(given).__name__} is no state dict: give a dict of tensors (merge() takes files)"
+                f"a {type(given).__name__} is not a state dict: give a dict of tensors (merge() takes files)"
             )
     models = [
         Model.of(StateDict(tensors, state_dict_name(number))) for number, tensors in enumerate(state_dicts)

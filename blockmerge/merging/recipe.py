@@ -274,7 +274,7 @@ class Recipe:
         try:
             written = json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise RecipeError(f"{shown(path)} is no recipe: it is not JSON") from error
+            raise RecipeError(f"{shown(path)} is not a recipe: it is not JSON") from error
         try:
             return cls.from_dict(written, methods=methods)
         except RecipeError as error:

@@ -105,7 +105,7 @@ def merge_method(
         try:
             function.blockmerge_method = method  # type: ignore[attr-defined]
         except AttributeError:
-            what = "is a method of an object" if inspect.ismethod(function) else "is no plain function"
+            what = "is a method of an object" if inspect.ismethod(function) else "is not a plain function"
             raise RecipeError(f"{shown(method.name)} {what}: decorate a function of its own") from None
         return function
 
@@ -140,7 +140,7 @@ class _Definition:
             parameters = inspect.signature(self.function).parameters.values()
         except (TypeError, ValueError):  # it cannot be called, or is a builtin that does not tell
             raise RecipeError(
-                f"{shown(self.function)} is no Python function: a method is f(a, b, *, alpha)"
+                f"{shown(self.function)} is not a Python function: a method is f(a, b, *, alpha)"
             ) from None
         self._check_options()
         models, others = self._models(parameters)
@@ -232,7 +232,7 @@ class _Definition:
         described = {number.name: number for number in self.numbers}
         for name in described:
             if name not in keywords:
-                raise RecipeError(f"{shown(self.name)}: the number {shown(name)} is no keyword of it")
+                raise RecipeError(f"{shown(self.name)}: the number {shown(name)} is not one of its keywords")
         numbers = [self._number(one, described.get(one.name, Number(one.name))) for one in keywords.values()]
         return (*numbers, _SEED) if self.chance else tuple(numbers)
 

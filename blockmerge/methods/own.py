@@ -34,14 +34,14 @@ def own_method(wanted: object) -> Method | None:
         wanted = getattr(module, name)
         if not (callable(wanted) or isinstance(wanted, Method)):
             raise RecipeError(
-                f"{shown(f'{module_name}:{name}')} is no function: "
+                f"{shown(f'{module_name}:{name}')} is not a function: "
                 "a method is one, decorated with @blockmerge.merge_method()"
             )
     if callable(wanted):
         found = getattr(wanted, "blockmerge_method", None)
         if found is None:
             raise RecipeError(
-                f"{shown(name_of(wanted))} is no merge method: decorate it with @blockmerge.merge_method()"
+                f"{shown(name_of(wanted))} is not a merge method: decorate it with @blockmerge.merge_method()"
             )
         wanted = found
     return wanted if isinstance(wanted, Method) else None

@@ -31,7 +31,7 @@ def thread_count(threads: int | None) -> int:
     if threads is None:
         return default_threads()
     if isinstance(threads, bool) or not isinstance(threads, Integral) or threads < 1:
-        raise RecipeError(f"'{shown(threads)}' is no number of threads: a whole number from 1 up")
+        raise RecipeError(f"'{shown(threads)}' is not a number of threads: a whole number from 1 up")
     return min(int(threads), _MOST_THREADS)
 
 

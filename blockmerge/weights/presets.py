@@ -156,10 +156,13 @@ def _shipped(name: str) -> Preset | None:
 
 
 def _unknown(name: str) -> PresetError:
+    faults = _faults()
+    if why := next((why for called, why in faults if _fold(called) == _fold(name)), None):
+        return PresetError(f"your own preset '{shown(name)}' cannot be read: {why}")
+    unread = f", and says why it cannot read {len(faults)} of your own" if faults else ""
     names = [name for preset in presets() for name in (preset.name, *preset.aliases)]
     return PresetError(
-        f"unknown preset '{shown(name)}'{did_you_mean(name, names)} "
-        f"('blockmerge presets' lists them){_unreadable(name)}"
+        f"unknown preset '{shown(name)}'{did_you_mean(name, names)} ('blockmerge presets' lists them{unread})"
     )
 
 
@@ -212,16 +215,6 @@ def _by_own_name(presets: Iterable[Preset]) -> dict[str, Preset]:
 
 def _names(preset: Preset) -> list[str]:
     return [_fold(name) for name in (preset.name, *preset.aliases)]
-
-
-def _unreadable(name: str) -> str:
-    """What an unknown preset's message says of what cannot be read: of that name, if there is one, or of the
-    first.
-    """
-    faults = sorted(_faults(), key=lambda fault: _fold(fault[0]) != _fold(name))
-    return (
-        f"; {faults[0][1]}" + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else "") if faults else ""
-    )
 
 
 def _fold(name: str) -> str:

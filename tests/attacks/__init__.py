@@ -328,7 +328,7 @@ def a_long_number(canary):
     return proto(b"\x8b" + struct.pack("<I", 1_000_000) + b"\x7f" * 1_000_000)
 
 
-@pickle("names a tensor by a key that is no text")
+@pickle("names a tensor by a key that is not text")
 def keys_of_one_hash(canary):
     """-1 and -2 have one hash, and so have all tuples of them: a dict of these takes quadratic time."""
     keys = (
@@ -381,17 +381,17 @@ def self_referencing_list(canary):
     return proto(b"]q\x01h\x01a")
 
 
-@pickle("no storage")
+@pickle("not a storage")
 def persistent_id_of_nothing(canary):
     return proto(b"NQ")
 
 
-@pickle("no storage")
+@pickle("not a storage")
 def persistent_id_of_odd_shape(canary):
     return proto(b"(", text("storage"), text("Float"), b"}tQ")
 
 
-@pickle("no storage")
+@pickle("not a storage")
 def persistent_id_of_negative_size(canary):
     return state_dict(a=tensor(stored=storage(elements=-4)))
 
@@ -411,17 +411,17 @@ def no_utf_8(canary):
     return proto(b"X\x01\0\0\0\xff")
 
 
-@pickle("appends to what is no list")
+@pickle("appends to something that is not a list")
 def append_to_a_number(canary):
     return proto(b"K\x01Na")
 
 
-@pickle("sets items of what is no dict")
+@pickle("sets items of something that is not a dict")
 def half_an_item(canary):
     return proto(b"}(K\x01u")
 
 
-@pickle("calls what is no name")
+@pickle("calls something that is not a name")
 def call_of_a_number(canary):
     return proto(b"K\x01)R")
 

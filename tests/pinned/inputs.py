@@ -36,7 +36,7 @@ _SPELLED = {getattr(torch, one.torch): name for name, one in SPELLINGS.items() i
 DIFFERENCES = {"a": 0.0, "b": 0.05, "c": 0.2, "d": 0.1}
 METADATA = {
     "ss_steps": "100", "modelspec.usage_hint": "is kept", "format": "pt", "note": "/home/me/is-dropped",
-    "modelspec.title": "is dropped", "sshs_legacy_hash": "is dropped", "sd_merge_recipe": "{}",
+    "modelspec.title": "is dropped by merges", "sshs_legacy_hash": "is dropped", "sd_merge_recipe": "{}",
     "modelspec.architecture": "stable-diffusion-v1",
 }  # fmt: skip
 

@@ -21,10 +21,11 @@ from typing import Any
 from blockmerge.checkpoints.checkpoint import Checkpoint, Checksummed, Reader, TensorInfo
 from blockmerge.checkpoints.formats.any_file import SUFFIXES, open_file
 from blockmerge.checkpoints.formats.safetensors_file import LARGEST_HEADER
-from blockmerge.checkpoints.hub import name_of, shown_path
+from blockmerge.checkpoints.hub import is_snapshot, name_of, shown_path
 from blockmerge.errors import CheckpointError, counted, listing, reason, shown
 
 MODEL_INDEX = "model_index.json"
+SCHEDULER = "scheduler/scheduler_config.json"
 _MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
 # Found even without a model_index.json; it may name more.
 _PARTS = (
@@ -167,13 +168,25 @@ def model_files(folder: str | os.PathLike[str]) -> list[Path]:
     return sorted(entry for entry in Path(folder).iterdir() if entry.suffix.lower() in SUFFIXES)
 
 
+def files_of_snapshot(path: str | os.PathLike[str]) -> list[Path]:
+    """Return the files called like models that were downloaded of a repository, in order; none for any other
+    path. Shards are none.
+    """
+    files = sorted(Path(path).rglob("*")) if is_snapshot(path) else []
+    return [
+        file for file in files if file.suffix.lower() in SUFFIXES and not _ONE_OF_SHARDS.fullmatch(file.name)
+    ]
+
+
 def _files_instead(folder: Path) -> str:
     """What a folder without a model has instead, and which of it to give."""
-    files = model_files(folder)
-    if not files:
+    if files := files_of_snapshot(folder):
+        which = f"the path of one of these ({listing(Path(*file.parts[-3:]) for file in files)})"
+    elif files := model_files(folder):
+        which = f"one of these, such as {shown(files[0])}"
+    else:
         return ": give a .safetensors file"
-    what = counted(len(files), "model file")
-    return f" of its own, but with {what} in it: give one of these, such as {shown(files[0])}"
+    return f" of its own, but with {counted(len(files), 'model file')} in it: give {which}"
 
 
 def carried_without_weights(folder: Path) -> tuple[str, ...]:
@@ -364,7 +377,7 @@ def _read_index(path: Path) -> dict[str, list[str]]:
     strange = [shard for shard in shards if not re.fullmatch(r"[^/\\:\0]+\.(safetensors|bin)", shard)]
     if strange:
         raise CheckpointError(
-            f"{shown_path(path)} names files that are no weights in its own folder: {listing(strange)}"
+            f"{shown_path(path)} names files that are not weights in its own folder: {listing(strange)}"
         )
     missing = [shard for shard in shards if not os.path.exists(path.parent / shard)]
     if missing:
@@ -382,11 +395,11 @@ def _read_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"it has more than {LARGEST_HEADER} bytes")
         found = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
         if not isinstance(found, dict):
-            raise ValueError("it is no object")
+            raise ValueError("it is not an object")
     except OSError as error:
         raise CheckpointError(f"cannot open {shown_path(path)}: {reason(error)}") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{shown_path(path)} is no valid JSON: {shown(error)}") from error
+        raise CheckpointError(f"{shown_path(path)} is not valid JSON: {shown(error)}") from error
     return found
 
 

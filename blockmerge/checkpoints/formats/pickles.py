@@ -183,12 +183,12 @@ class _Machine:
         if isinstance(target, list):
             target.extend(items)
         elif not isinstance(target, Unbuilt):
-            raise ValueError("its pickle appends to what is no list")
+            raise ValueError("its pickle appends to something that is not a list")
 
     def set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if len(items) % 2 or not isinstance(target, (dict, Unbuilt)):
-            raise ValueError("its pickle sets items of what is no dict")
+            raise ValueError("its pickle sets items of something that is not a dict")
         if isinstance(target, dict):
             target.update(zip(map(_key, items[::2]), items[1::2], strict=True))
 
@@ -211,7 +211,7 @@ class _Machine:
     def stack_global(self) -> None:
         name, module = self.stack.pop(), self.stack.pop()
         if not (isinstance(name, str) and isinstance(module, str)):
-            raise ValueError("its pickle names something by what is no name")
+            raise ValueError("its pickle names something by a value that is not a name")
         self.push(_named(module, name))
 
     def call(self, arguments: object) -> None:
@@ -224,7 +224,7 @@ class _Machine:
             except TypeError:  # too many or too few
                 raise ValueError("its pickle builds a tensor or a dict from something else") from None
         else:
-            raise ValueError("its pickle calls what is no name")
+            raise ValueError("its pickle calls something that is not a name")
 
     def build(self) -> None:
         # The state of a dict (its attributes, such as `_metadata`) and of what is not built anyway is left
@@ -250,7 +250,7 @@ class _Machine:
             case ("module", Unbuilt() as module, *_):
                 self.push(module)
             case _:
-                raise ValueError("its pickle refers to something outside it that is no storage")
+                raise ValueError("its pickle refers to something outside it that is not a storage")
 
 
 def _refused_opcode(code: bytes) -> str:
@@ -269,7 +269,7 @@ def _key(key: object) -> object:
     # Only what no file can make collide: of tuples and long numbers, thousands with one hash are easily made.
     if isinstance(key, (str, bytes, float)) or (isinstance(key, int) and key.bit_length() <= 64):
         return key
-    return Unbuilt("key that is no text")
+    return Unbuilt("key that is not text")
 
 
 def _named(module: str, name: str) -> object:

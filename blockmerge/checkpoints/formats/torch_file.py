@@ -264,7 +264,9 @@ def _plain_state_dict(content: object) -> dict[str, StoredTensor]:
         elif value is not None and not isinstance(value, (str, bytes, int, float)):
             others.append(f"{shown(name) if isinstance(name, str) else _kind(name)}, {_kind(value)}")
     if others:
-        what = "its state dict holds what is no tensor" if tensors else "it holds no state dict, but"
+        what = (
+            "its state dict holds something other than tensors" if tensors else "it holds no state dict, but"
+        )
         raise ValueError(f"{what}: {listing(others, 2, 400)}")
     return tensors
 

@@ -77,7 +77,7 @@ def _check_replaceable(folder: Path) -> None:
         )
     if foreign:
         raise OutputError(
-            f"{shown(folder)} holds what is no part of a model: "
+            f"{shown(folder)} holds what is not part of a model: "
             f"{listing(foreign)}: move that elsewhere, or give another name"
         )
 
@@ -181,7 +181,7 @@ class AtomicFolder:
             or any(mark in name for mark in "\\:\0")
         ):
             raise OutputError(
-                f"cannot write {shown(self.target)}: '{shown(name)}' is no name for a file in a folder"
+                f"cannot write {shown(self.target)}: '{shown(name)}' is not a name for a file in a folder"
             )
         path = self.path_of(name)
         path.parent.mkdir(parents=True, exist_ok=True)

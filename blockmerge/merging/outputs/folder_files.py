@@ -6,13 +6,22 @@ And what of it a single file cannot say.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from blockmerge.anatomy import TITLES, Anatomy, is_position_ids, is_prediction_marker
 from blockmerge.anatomy.configs import folder_configs, prediction_settings
 from blockmerge.anatomy.structure import names_in_config
-from blockmerge.checkpoints import LARGEST_CARRIED, CheckpointLike, Model
+from blockmerge.checkpoints import (
+    LARGEST_CARRIED,
+    SCHEDULER,
+    CheckpointLike,
+    DiffusersFolder,
+    Model,
+    prediction_of_scheduler,
+    told_prediction,
+)
+from blockmerge.dtypes import FLOAT_DTYPES
 from blockmerge.errors import CheckpointError, IncompatibleModelsError, UnknownFamilyError, listing, shown
 from blockmerge.merging.outputs.configs_folder import (
     ConfigsFolder,
@@ -23,7 +32,9 @@ from blockmerge.merging.outputs.configs_folder import (
 )
 from blockmerge.merging.outputs.output import NamedTensor
 
-_SCHEDULER = "scheduler/scheduler_config.json"
+_QUANTISATION = "quantization_config"  # by which diffusers and transformers unpack weights
+_SETTINGS = ("epsilon", "v_prediction", "sample")
+"""What any scheduler can be set to."""
 _TEXT = ("hidden_size", "num_hidden_layers")
 _STRUCTURE = {
     "unet": ("in_channels", "block_out_channels", "cross_attention_dim", "addition_embed_type"),
@@ -45,7 +56,7 @@ def folder_files(
     is of another kind of model.
     """
     _check_has_configs(models[0], anatomy)
-    known = _known_prediction(models[0], anatomy)
+    known = _known_prediction(models[0])
     guessed = None if known else anatomy.family.prediction.get(anatomy.inputs)
     guess = [] if guessed is None else [guessed.note]
     try:
@@ -63,7 +74,7 @@ def folder_files(
     tokenizers = needed_tokenizers(anatomy.family.configs, components)
     source = _folder_of_configs(models, configs, tokenizers, anatomy.family.title)
     if source is None:
-        _check_markers(models[0], made[_SCHEDULER])
+        _check_markers(models[0], made[SCHEDULER])
         _check_made(models[0], made, in_folder)
         files = {path: _json(content) for path, content in made.items()}
         return files, [*_without_tokenizers(files, tokenizers), *guess]
@@ -85,20 +96,22 @@ def folder_files(
     fitting = {path: data for path, data in carried.items() if path not in {unfit for unfit, _ in differing}}
     _check_made(models[0], {path: made[path] for path in made.keys() - fitting.keys()}, in_folder)
     files = {path: _json(content) for path, content in made.items()} | fitting
-    _check_markers(models[0], _parsed(files[_SCHEDULER]) or {})
-    notes = [] if _SCHEDULER in carried else guess
+    _check_markers(models[0], _parsed(files[SCHEDULER]) or {})
+    notes = [] if SCHEDULER in carried else guess
     index = _index(files, made["model_index.json"], components, source)
     if known and source.path != models[0].source.path:
-        scheduler = _scheduler(files[_SCHEDULER], made[_SCHEDULER], prediction_settings(**known))
-        if scheduler != _parsed(files[_SCHEDULER]):
-            files[_SCHEDULER] = _json(scheduler)
+        scheduler = _scheduler(files[SCHEDULER], made[SCHEDULER], prediction_settings(**known))
+        if scheduler != _parsed(files[SCHEDULER]):
+            files[SCHEDULER] = _json(scheduler)
             index["scheduler"] = (
                 ["diffusers", scheduler["_class_name"]]
-                if scheduler is made[_SCHEDULER]
+                if scheduler is made[SCHEDULER]
                 else index["scheduler"]
             )
             what = f"{scheduler['prediction_type']}, as {shown(models[0].name)} is marked"
             notes.append(f"scheduler_config.json says {what}; that of {shown(source.name)} says otherwise")
+    notes += _otherwise(models[0], files[SCHEDULER])
+    notes += _without_quantisation(files, tensors)
     files["model_index.json"] = _json(index)
     return files, [*_without_tokenizers(files, tokenizers), *notes]
 
@@ -165,16 +178,29 @@ def _not_as_in(config: Mapping[str, Any], names: set[str] | None) -> str:
 
 
 def _check_markers(a: Model, scheduler: Mapping[str, Any]) -> None:
-    """Raise IncompatibleModelsError for markers of a prediction that the folder's scheduler does not have."""
+    """Raise IncompatibleModelsError for markers, and what metadata say, of a prediction that the folder's
+    scheduler does not have.
+    """
     said = str(scheduler.get("_class_name", ""))
-    for marker in sorted(name for name in a.tensors if is_prediction_marker(name)):
-        wanted = a.anatomy.family.scheduler_of(marker)
-        if wanted is not None and (not wanted or not said.startswith(wanted)):
-            raise IncompatibleModelsError(
-                f"{shown(a.name)} is marked {shown(marker)}, which the configs of a diffusers folder would "
-                "not say, so that its pictures would be wrong: give a folder of such a model as configs "
-                "(--configs)"
-            )
+    unsaid = [
+        marker
+        for marker in _markers_of(a)
+        if (wanted := a.anatomy.family.scheduler_of(marker)) is not None
+        and (not wanted or not said.startswith(wanted))
+    ]
+    told = None if isinstance(a.source, DiffusersFolder) or _markers_of(a) else told_prediction(a)
+    if told and told.prediction not in {*_SETTINGS, prediction_of_scheduler(scheduler)}:
+        unsaid.append(f"{told.prediction} by its {told.where}")
+    if unsaid:
+        raise IncompatibleModelsError(
+            f"{shown(a.name)} is marked {shown(unsaid[0])}, which the configs of a diffusers folder would "
+            "not say, so that its pictures would be wrong: give a folder of such a model as configs "
+            "(--configs)"
+        )
+
+
+def _markers_of(a: Model) -> list[str]:
+    return sorted(name for name in a.tensors if is_prediction_marker(name))
 
 
 def unsaid_in_a_file(a: Model) -> list[str]:
@@ -182,38 +208,64 @@ def unsaid_in_a_file(a: Model) -> list[str]:
 
     Raises CheckpointError when A's configs cannot be read.
     """
-    if not (is_pipeline(a.source) and _SCHEDULER in a.source.carried):
-        return []
-    prediction = (_parsed(read_small(a.source.path / _SCHEDULER)) or {}).get("prediction_type", "epsilon")
-    if prediction == "epsilon":
+    told = told_prediction(a)
+    if told is None or told.prediction == "epsilon" or not is_pipeline(a.source) or _markers_of(a):
         return []
     return [
-        f"warning: {shown(a.name)} predicts {shown(prediction)}, as its scheduler_config.json says, "
-        "which a single file has no place for: set that in the program that loads it"
+        f"warning: {shown(a.name)} predicts {shown(told.prediction)}, as its {shown(told.where)} says and "
+        "the single file does not: set that prediction type in the program that loads it"
     ]
 
 
-def _known_prediction(a: Model, anatomy: Anatomy) -> dict[str, Any]:
-    """What the U-Net predicts, as markers and metadata of a file tell it: arguments of `prediction_settings`,
-    or none.
+def _without_quantisation(files: dict[str, bytes], tensors: Sequence[NamedTensor]) -> Iterator[str]:
+    """Take out of configs that weights are quantised which are written as plain ones, and say so."""
+    packed = {
+        one.name.partition("/")[0]
+        for one in tensors
+        if one.dtype not in FLOAT_DTYPES and not is_position_ids(one.name)
+    }
+    for component in sorted({one.name.partition("/")[0] for one in tensors} - packed):
+        path = f"{component}/config.json"
+        config = _parsed(files.get(path, b""))
+        if config is not None and config.pop(_QUANTISATION, None) is not None:
+            files[path] = _json(config)
+            yield f"{path}: {_QUANTISATION} is left out, since the weights written are plain numbers"
+
+
+def _otherwise(a: Model, scheduler: bytes) -> list[str]:
+    """Warn of a scheduler of another folder that says otherwise than A's own."""
+    says = prediction_of_scheduler(_parsed(scheduler) or {})
+    told = told_prediction(a) if isinstance(a.source, DiffusersFolder) else None
+    if told is None or told.prediction == says:
+        return []
+    return [
+        f"warning: scheduler_config.json says {shown(says)}, as that of the given configs does; "
+        f"{shown(a.name)} predicts {shown(told.prediction)} by its {shown(told.where)}"
+    ]
+
+
+def _known_prediction(a: Model) -> dict[str, Any]:
+    """What the U-Net predicts, as markers and metadata of a file tell it, where any scheduler can be set to
+    it: arguments of `prediction_settings`, or none.
     """
-    markers = {name for name in a.tensors if is_prediction_marker(name)}
+    markers = _markers_of(a)
+    if any(a.anatomy.family.scheduler_of(marker) is not None for marker in markers):
+        return {}  # a setting is not enough
     if "v_pred" in markers:
         return {"prediction": "v_prediction", "zero_snr": "ztsnr" in markers}
-    architecture = a.source.metadata.get("modelspec.architecture", "")
-    unmarked = anatomy.family.prediction.get(anatomy.inputs)
-    told = {} if unmarked is None else unmarked.architectures
-    return next(({"prediction": found} for part, found in told.items() if part in architecture), {})
+    told = None if isinstance(a.source, DiffusersFolder) else told_prediction(a)
+    return {"prediction": told.prediction} if told and told.prediction in _SETTINGS else {}
 
 
 def _scheduler(carried: bytes, made: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """A carried scheduler with what the model decides, or the one that is made where that cannot be had of
     it.
     """
-    config = _parsed(carried) or made
-    if "rescale_betas_zero_snr" in settings and config.get("_class_name") == "PNDMScheduler":
+    config = (_parsed(carried) or made) | settings
+    is_unfit = prediction_of_scheduler(config) != settings["prediction_type"]
+    if is_unfit or ("rescale_betas_zero_snr" in settings and config.get("_class_name") == "PNDMScheduler"):
         return made
-    return config | settings
+    return config
 
 
 def _folder_of_configs(

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from blockmerge.adapters import COMPUTED, Adapter, Applied, Changes, Lora, Module
+from blockmerge.adapters import Adapter, Applied, Changes, Lora, Module
 from blockmerge.checkpoints import Checkpoint, Model, names_of, open_source
 from blockmerge.dtypes import FLOAT_DTYPES, precision_of
-from blockmerge.errors import CheckpointError, IncompatibleModelsError, counted, listing, shown
+from blockmerge.errors import IncompatibleModelsError, counted, listing, shown
 from blockmerge.merging.planning.decisions import Decision
 from blockmerge.merging.planning.request import MergeRequest
 
@@ -35,8 +35,8 @@ class Adapted:
         """Open the LoRAs that are asked for. Of their values only alphas are read.
 
         Raises IncompatibleModelsError for a LoRA of another family, and for modules that meet no tensor
-        unless the request is `partial`; CheckpointError for what is no LoRA, or of a kind that is not
-        computed; WeightsError for its blocks.
+        unless the request is `partial`; CheckpointError for what is not a LoRA; WeightsError for its
+        blocks.
         """
         family = models[0].anatomy.family
         shapes = _shapes(models)
@@ -46,7 +46,6 @@ class Adapted:
             weights = lora.weights(family, request.weights.seed)
             unmet = [one.name for one in adapter.modules if not _is_met(one, shapes)]
             _check_met(adapter, unmet, models, partial=request.partial)
-            _check_computed(adapter, unmet)
             applied.append(Applied(adapter, lora.strength, weights))
             said.append(_said(lora, adapter, unmet, weights))
             notes += [*adapter.notes, *_notes(applied[-1], unmet)]
@@ -78,16 +77,6 @@ def _check_met(adapter: Adapter, unmet: Sequence[str], models: Sequence[Model], 
             f"no tensor of {names_of(models)} is met by {counted(len(unmet), 'module')} of {count} of "
             f"{shown(adapter.name)} ({listing(unmet)}): "
             "partial (--partial, of merge and bake) leaves those out"
-        )
-
-
-def _check_computed(adapter: Adapter, unmet: Sequence[str]) -> None:
-    left_out = set(unmet)
-    odd = [one for one in adapter.modules if one.kind not in COMPUTED and one.name not in left_out]
-    if odd:
-        raise CheckpointError(
-            f"{shown(adapter.name)} has {counted(len(odd), 'module')} of a kind that cannot be baked in yet "
-            f"({listing([f'{one.name} is {one.kind}' for one in odd])}): {', '.join(sorted(COMPUTED))} can"
         )
 
 

@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from blockmerge.anatomy import TITLES, component_of, is_prediction_marker, layout_gaps
-from blockmerge.checkpoints import DiffusersFolder, Model, in_cache, read, state_dict_name
+from blockmerge.checkpoints import DiffusersFolder, Model, in_cache, read, state_dict_name, told_prediction
 from blockmerge.errors import counted, listing, shown
 from blockmerge.expressions import Expression, dequantised_in
 from blockmerge.merging.planning.decisions import Decision, Findings, VaeFile
-from blockmerge.merging.planning.naming import what_it_is
+from blockmerge.merging.planning.naming import OutputTensor, what_it_is
 from blockmerge.merging.planning.request import MergeRequest, Resolved
 from blockmerge.weights import BlockWeights
 
@@ -25,6 +25,7 @@ def describe(
     decisions: Sequence[Decision],
     found: Findings,
     naming: str,
+    written: Sequence[OutputTensor],
 ) -> list[str]:
     """Return notes, a sentence each, on models, components, tensors, weights and dtypes, in this order."""
     notes = [
@@ -36,9 +37,9 @@ def describe(
         *_components(models, request, found.vae),
         *_ema(models, request),
         *_tensors(models, found, naming),
-        *_markers(models),
+        *differing_predictions(models),
         *_weights(resolved.weights, resolved.beta),
-        *_casts(decisions),
+        *_casts(decisions, written),
     ]
     return list(dict.fromkeys(notes))
 
@@ -156,16 +157,26 @@ def _tensors(models: Sequence[Model], found: Findings, naming: str) -> Iterator[
         yield f"{rules} without effect, since no merged tensor fits: {listing(idle)}"
 
 
-def _markers(models: Sequence[Model]) -> Iterator[str]:
+def differing_predictions(models: Sequence[Model]) -> Iterator[str]:
+    """Warn of models whose markers differ, or whose metadata or schedulers say that they predict different
+    things.
+    """
     markers = [_markers_of(model) for model in models]
-    if all(found == markers[0] for found in markers):
+    told = list(map(told_prediction, models))
+    predicts = ["" if one is None else shown(f"predicts {one.prediction} by its {one.where}") for one in told]
+    if any(found != markers[0] for found in markers):
+        what = "markers"
+        values = "" if any(found.keys() != markers[0].keys() for found in markers) else " of other values"
+        said = [
+            f"has {listing(found)}{values}" if found else f"has none{more and ' and ' + more}"
+            for found, more in zip(markers, predicts, strict=True)
+        ]
+    elif len({one.prediction for one in told if one is not None}) > 1:
+        what, said = "types", [one or "does not say" for one in predicts]
+    else:
         return
-    values = "" if any(found.keys() != markers[0].keys() for found in markers) else " of other values"
-    said = [
-        f"{shown(model.name)} {'has ' + listing(found) + values if found else 'has none'}"
-        for model, found in zip(models, markers, strict=True)
-    ]
-    differ = f"warning: prediction markers differ ({'; '.join(said)})"
+    named = [f"{shown(model.name)} {one}" for model, one in zip(models, said, strict=True)]
+    differ = f"warning: prediction {what} differ ({'; '.join(named)})"
     yield f"{differ}: U-Nets of different prediction types do not blend"
 
 
@@ -185,8 +196,9 @@ def _weights(weights: BlockWeights, beta: BlockWeights) -> Iterator[str]:
             yield f"{which} outside 0 to 1 go beyond the models: {listing(outside)}"
 
 
-def _casts(decisions: Sequence[Decision]) -> Iterator[str]:
-    dtypes = Counter((_stored_as(given), one.expression.dtype) for one in decisions for given in one.inputs)
+def _casts(decisions: Sequence[Decision], written: Sequence[OutputTensor]) -> Iterator[str]:
+    stored_as = {one.ldm: sorted(set(map(_stored_as, one.inputs))) for one in decisions}
+    dtypes = Counter((given, one.dtype) for one in written for given in stored_as[one.ldm])
     casts = {pair: count for pair, count in dtypes.items() if pair[0] != pair[1]}
     for (given, wanted), count in sorted(casts.items()):
         yield f"{_tensors_are(count)} converted from {given} to {wanted}"

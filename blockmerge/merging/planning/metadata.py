@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 
 from blockmerge.checkpoints import QUANTISATION_KEY, faulty_metadata
+from blockmerge.errors import listing, shown
+from blockmerge.methods import IDENTITY
 
 RECIPE_KEY = "blockmerge.recipe"
+SOURCE_RECIPE_KEY = "blockmerge.source_recipe"
+"""The recipe that a converted model was merged by."""
 
-_NO_LONGER_TRUE = ("sshs_", "sd_merge_", "blockmerge.")
-_NO_LONGER_TRUE_KEYS = frozenset(
-    f"modelspec.{key}"
-    for key in ("title", "date", "hash_sha256", "author", "description", "thumbnail", "merged_from")
-) | {QUANTISATION_KEY}  # no output is quantised so
+LOST_METADATA = "left out of the metadata of"
+"""How the note on it begins."""
+
+_OF_THE_FILE = ("sshs_", "modelspec.hash_sha256", "blockmerge.", QUANTISATION_KEY)
+"""How keys begin that are true of one file only: hashes, how it came to be, how its weights are packed."""
+_OF_THE_MODEL = ("sd_merge_", *(
+    f"modelspec.{key}" for key in ("title", "date", "author", "description", "thumbnail", "merged_from")
+))  # fmt: skip
+"""How keys begin that are true as long as the weights are those of A."""
 _HOW_A_WAS_MADE = frozenset((
     "workflow", "prompt", "extra_pnginfo",  # ComfyUI: the whole graph, with every prompt in it
     "parameters",  # the web UI and its relatives
@@ -21,17 +30,37 @@ _HOW_A_WAS_MADE = frozenset((
 """What programs leave of the work in which a file was saved."""
 
 
-def output_metadata(of_a: Mapping[str, str], recipe: str, family: str) -> dict[str, str]:
+def output_metadata(
+    of_a: Mapping[str, str], recipe: str, family: str, *, changes_values: bool
+) -> dict[str, str]:
     """Return A's metadata without what would now lie, tells how A was made, or never should have been there,
-    and the recipe.
+    and the recipe. Whose model it is, and by what recipe, stays true where nothing `changes_values`.
 
     All values are strings, as loaders demand.
     """
     faulty = {key for keys in faulty_metadata(of_a, family).values() for key in keys}
-    dropped = faulty | _NO_LONGER_TRUE_KEYS | _HOW_A_WAS_MADE
+    untrue = (*_OF_THE_FILE, *_OF_THE_MODEL) if changes_values else _OF_THE_FILE
     kept = {
         key: value
         for key, value in of_a.items()
-        if not key.startswith(_NO_LONGER_TRUE) and key not in dropped
+        if not key.startswith(untrue) and key not in faulty | _HOW_A_WAS_MADE
     }
+    own = next((key for key in (SOURCE_RECIPE_KEY, RECIPE_KEY) if key in of_a.keys() - faulty), None)
+    if own is not None and not changes_values and _is_of_a_merge(of_a[own]):
+        kept[SOURCE_RECIPE_KEY] = of_a[own]
     return {**kept, "format": "pt", RECIPE_KEY: recipe}
+
+
+def _is_of_a_merge(recipe: str) -> bool:
+    try:
+        said = json.loads(recipe)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(said, dict) and said.get("method") != IDENTITY.name
+
+
+def lost_metadata(of_a: Mapping[str, str], output: Mapping[str, str], name: str) -> Iterator[str]:
+    """Say what of the metadata of A, called `name`, the output lacks, but for what is of its file only."""
+    lost = [key for key in of_a if key not in output and not key.startswith(_OF_THE_FILE)]
+    if lost:
+        yield f"{LOST_METADATA} {shown(name)}: {listing(lost, 6)}"

@@ -14,7 +14,7 @@ from blockmerge.expressions import Gathered, Stored, leaves_of
 from blockmerge.merging.outputs import Output, WeightFile
 from blockmerge.merging.planning.adapting import Adapted
 from blockmerge.merging.planning.decisions import Decisions
-from blockmerge.merging.planning.metadata import output_metadata
+from blockmerge.merging.planning.metadata import lost_metadata, output_metadata
 from blockmerge.merging.planning.naming import OutputTensor
 from blockmerge.merging.planning.policies import decide
 from blockmerge.merging.planning.request import MergeRequest, Resolved
@@ -71,7 +71,9 @@ def make_plan(models: Sequence[Model], request: MergeRequest, output: Output) ->
         models, request, resolved, output.naming, adapted=adapted, names_components=output.names_components
     )
     described = as_run(request, [model.source.name for model in models], resolved)
-    metadata = output_metadata(a.source.metadata, json.dumps(described, ensure_ascii=False), family)
+    recipe = json.dumps(described, ensure_ascii=False)
+    metadata = output_metadata(a.source.metadata, recipe, family, changes_values=request.changes_values)
+    lost = lost_metadata(a.source.metadata, metadata, a.name)
     anatomy = replace(a.anatomy, inputs=_inputs(a, decided.tensors), naming=output.naming)
     laid_out = output.lay_out(decided.tensors, models, anatomy)
     return PlannedOutput(
@@ -80,7 +82,7 @@ def make_plan(models: Sequence[Model], request: MergeRequest, output: Output) ->
         resolved,
         described,
         tuple(model.source.name for model in models),
-        replace(decided, notes=(*decided.notes, *resolved.notes, *laid_out.notes)),
+        replace(decided, notes=(*decided.notes, *resolved.notes, *laid_out.notes, *lost)),
         output,
         tuple(planned_file(file, metadata) for file in laid_out.files),
         laid_out.small_files,

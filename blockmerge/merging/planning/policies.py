@@ -81,7 +81,7 @@ def decide(
             f"{names_of(models)} cannot be merged: two tensors of the output would be called {listing(twice)}"
         )
     _check_components(models, tensors, output_naming=naming)
-    notes = describe(models, request, resolved, decisions, policies.found, naming)
+    notes = describe(models, request, resolved, decisions, policies.found, naming, tensors)
     return Decisions(
         tuple(OutputTensor(one.name, one.ldm, simplify(one.expression)) for one in tensors),
         tuple(dict.fromkeys([*(donor.source for donor in policies.donors), *adapted.sources])),
@@ -239,9 +239,12 @@ class _Policies:
             self.found.only_of_shape.setdefault(donor, []).append(name)
             return self._taken(name, donor)
         shapes = dict.fromkeys(str(list(model.tensors[name].shape)) for model in self.models)
-        self.found.faults.append(
-            f"{shown(name)} (shapes differ: {shown(', '.join(shapes))}; {block}=skip leaves its block out)"
-        )
+        way_out = ""
+        if component_of(name) == "vae":
+            way_out = "; vae='a' (--vae a) takes the VAE of the first model as it is"
+        elif "alpha" in self.request.merge_method.weights:
+            way_out = f"; {block}=skip leaves its block out"
+        self.found.faults.append(f"{shown(name)} (shapes differ: {shown(', '.join(shapes))}{way_out})")
         return None
 
     def _taken(self, name: str, donor: Model | VaeFile, *, keeps_dtype: bool = False) -> Decision:
@@ -436,7 +439,7 @@ def _open_vae(vae: CheckpointLike, models: Sequence[Model], request: MergeReques
         raise CheckpointError(f"{shown(checkpoint.name)} {kind}; {_vae_takes(models, request)}")
     if gaps.missing:
         raise IncompatibleModelsError(
-            f"{shown(checkpoint.name)} is no complete VAE: it lacks {listing(gaps.missing)}"
+            f"{shown(checkpoint.name)} is not a complete VAE: it lacks {listing(gaps.missing)}"
         )
     of_models = {name: tensor.shape for model in reversed(models) for name, tensor in model.tensors.items()}
     wrong = [

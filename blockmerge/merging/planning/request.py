@@ -400,6 +400,6 @@ def told_from_words(path: str) -> str:
 def _check_source(name: str, source: object) -> None:
     if not isinstance(source, (str, os.PathLike, Checkpoint, Mapping, type(None))):
         raise RecipeError(
-            f"{name} (--{name}) is a {type(source).__name__}, which is no model: "
+            f"{name} (--{name}) is a {type(source).__name__}, which is not a model: "
             "give a path, an opened checkpoint or a state dict"
         )

@@ -173,10 +173,10 @@ def as_run(request: MergeRequest, models: Sequence[str], resolved: Resolved) -> 
         "variant": request.variant,
         "configs": None if request.configs is None else _name_of(request.configs),
         "allow_nonfinite": request.allow_nonfinite,
-        "loras": [_lora_run(lora) for lora in request.loras],
-        "partial": request.partial,
         "asked": _asked_of_a_run(request, resolved.preset),
     }
+    if request.loras:
+        run |= {"loras": [_lora_run(lora) for lora in request.loras], "partial": request.partial}
     return {key: _decodable(for_json(value, key)) for key, value in run.items()}
 
 
@@ -337,7 +337,9 @@ def _found(written: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> Found
         raise RecipeError("recipe: found has no weights")
     for block, weight in {**written["weights"], **(written.get("weights_beta") or {})}.items():
         if isinstance(weight, (bool, str)):
-            raise RecipeError(f"recipe: {shown(block)} was found to be {shown(weight)}, which is no number")
+            raise RecipeError(
+                f"recipe: {shown(block)} was found to be {shown(weight)}, which is not a number"
+            )
     of = as_plain(written.get("of") or {})
     if of != as_plain(_looked_at(asked)):
         raise RecipeError(
