@@ -7,7 +7,7 @@ Every kind is W' = W + s·(W(1) − W), W(1) being the weight at strength 1. The
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -159,10 +159,10 @@ def _bias_terms(modules: Sequence[Scaled], tensor: Expression, wide: str) -> Ter
 
 
 def _weight_terms(modules: Sequence[Scaled], tensor: Expression, wide: str) -> Terms:
-    """All products of two factors are one, and come first."""
+    """Products of two factors are joined, and come first."""
     products = [one for one in modules if one[1].kind in _PRODUCTS]
     others = [one for one in modules if one[1].kind not in _PRODUCTS]
-    found: Terms = [(1.0, _product(products, tensor, wide))] if products else []
+    found: Terms = [(1.0, _product(some, tensor, wide)) for some in _by_rank(products)]
     for scale, module in others:
         if module.kind in _OF_WEIGHT:
             found.append((scale, _OF_WEIGHT[module.kind](module, tensor, wide)))
@@ -172,6 +172,22 @@ def _weight_terms(modules: Sequence[Scaled], tensor: Expression, wide: str) -> T
 
 
 _PRODUCTS = ("lora", "locon")
+_MOST_RANK = 512  # of one product
+
+
+def _by_rank(modules: Sequence[Scaled]) -> Iterator[Sequence[Scaled]]:
+    """Modules in groups whose joined factors stay small."""
+    some: list[Scaled] = []
+    rank = 0
+    for one in modules:
+        more = one[1].rank or 0
+        if some and rank + more > _MOST_RANK:
+            yield some
+            some, rank = [], 0
+        some.append(one)
+        rank += more
+    if some:
+        yield some
 
 
 def _product(modules: Sequence[Scaled], tensor: Expression, wide: str) -> Expression:
