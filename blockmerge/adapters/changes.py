@@ -125,9 +125,9 @@ def _with(
     return tensor
 
 
-def _alike(module: Module, tensor: Expression) -> tuple[int, str | None]:
-    """What is the same of modules whose changes are added at once."""
-    return module.inputs_of(tensor.shape), module.name if module.kind in _OF_WEIGHT else None
+def _alike(module: Module, tensor: Expression) -> tuple[int, int | None]:
+    """What is the same of modules whose changes are added at once; one that looks at the weight is alone."""
+    return module.inputs_of(tensor.shape), id(module) if module.kind in _OF_WEIGHT else None
 
 
 def _step(
