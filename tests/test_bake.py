@@ -229,8 +229,12 @@ def test_what_looks_at_the_weight_sees_what_the_ones_before_have_left(sdxl, tmp_
     )
 
 
-def test_a_hundred_at_once(sdxl, tmp_path):
-    loras = [(lora_for([SDXL["3x3"], SDXL["v"]], sdxl, seed=10 * n), (n - 50) / 50) for n in range(100)]
+@pytest.mark.parametrize("kinds", [["lora"], ["lora", "dora"]])
+def test_a_hundred_at_once(sdxl, tmp_path, kinds):
+    loras = [
+        (lora_for([SDXL["3x3"], SDXL["v"]], sdxl, kinds[n % len(kinds)], seed=10 * n), (n - 50) / 50)
+        for n in range(100)
+    ]
     assert_baked(bake(sdxl, loras, tmp_path), sdxl, loras)
 
 
