@@ -32,7 +32,9 @@ from blockmerge.expressions import (
     Rescaled,
     Reshaped,
     Rotated,
+    Stepped,
     Transposed,
+    WeightChange,
     simplify,
 )
 from blockmerge.weights import BlockWeights
@@ -125,9 +127,9 @@ def _with(
     return tensor
 
 
-def _alike(module: Module, tensor: Expression) -> tuple[int, str | None]:
-    """What is the same of modules whose changes are added at once."""
-    return module.inputs_of(tensor.shape), module.name if module.kind in _OF_WEIGHT else None
+def _alike(module: Module, tensor: Expression) -> tuple[int, int | None]:
+    """What is the same of modules whose changes are added at once; one that looks at the weight is alone."""
+    return module.inputs_of(tensor.shape), id(module) if module.kind in _OF_WEIGHT else None
 
 
 def _step(
@@ -139,6 +141,9 @@ def _step(
         changed = _step(Part(tensor, 0, inputs, axis=1), modules, terms, dtype, wide)
         rest = Cast(Part(tensor, inputs, tensor.shape[1], axis=1), dtype)
         return Joined((changed, rest), axis=1)
+    if (look := _OF_WEIGHT.get(modules[0][1].kind)) and terms is _weight_terms:
+        [(scale, module)] = modules
+        return Stepped(look(module, tensor, wide), scale, dtype)
     found = terms(modules, tensor, wide)
     return Changed(tensor, tuple(term for _, term in found), tuple(scale for scale, _ in found), dtype)
 
@@ -163,12 +168,7 @@ def _weight_terms(modules: Sequence[Scaled], tensor: Expression, wide: str) -> T
     products = [one for one in modules if one[1].kind in _PRODUCTS]
     others = [one for one in modules if one[1].kind not in _PRODUCTS]
     found: Terms = [(1.0, _product(some, tensor, wide)) for some in _by_rank(products)]
-    for scale, module in others:
-        if module.kind in _OF_WEIGHT:
-            found.append((scale, _OF_WEIGHT[module.kind](module, tensor, wide)))
-        else:
-            found.append(_LYCORIS[module.kind](scale, module, tensor, wide))
-    return found
+    return found + [_LYCORIS[module.kind](scale, module, tensor, wide) for scale, module in others]
 
 
 _PRODUCTS = ("lora", "locon")
@@ -254,7 +254,7 @@ _LYCORIS: Mapping[str, Callable[[float, Module, Expression, str], tuple[float, E
 """{kind: what it adds, whatever the weight is, with its factor}."""
 
 
-def _dora(module: Module, tensor: Expression, wide: str) -> Expression:
+def _dora(module: Module, tensor: Expression, wide: str) -> WeightChange:
     under = [(1.0, module)]
     if module.form in _PRODUCTS:
         change = _product(under, tensor, wide)
@@ -263,16 +263,16 @@ def _dora(module: Module, tensor: Expression, wide: str) -> Expression:
     return Decomposed(tensor, (change, module.parts["dora_scale"]), wide)
 
 
-def _glora(module: Module, tensor: Expression, wide: str) -> Expression:
+def _glora(module: Module, tensor: Expression, wide: str) -> WeightChange:
     factors = tuple(module.parts[part] for part in ("a1", "a2", "b1", "b2"))
     return Generalised(tensor, factors, wide, module.factor)
 
 
-def _ia3(module: Module, tensor: Expression, wide: str) -> Expression:
+def _ia3(module: Module, tensor: Expression, wide: str) -> WeightChange:
     return Rescaled(tensor, (module.parts["ia3_weight"],), wide, module.on_input)
 
 
-def _oft(module: Module, tensor: Expression, wide: str) -> Expression:
+def _oft(module: Module, tensor: Expression, wide: str) -> WeightChange:
     is_rotation = "oft_diag" in module.parts
     blocks = module.parts["oft_diag" if is_rotation else "oft_blocks"]
     limit = None if module.alpha is None else module.alpha * tensor.shape[0]
@@ -280,7 +280,7 @@ def _oft(module: Module, tensor: Expression, wide: str) -> Expression:
     return Rotated(tensor, (blocks, *scales), wide, limit, is_rotation)
 
 
-_OF_WEIGHT: Mapping[str, Callable[[Module, Expression, str], Expression]] = {
+_OF_WEIGHT: Mapping[str, Callable[[Module, Expression, str], WeightChange]] = {
     "dora": _dora,
     "glora": _glora,
     "ia3": _ia3,
