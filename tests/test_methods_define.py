@@ -109,7 +109,7 @@ def test_all_definitions_are_registered():
                 value, "blockmerge_method"
             ):
                 defined[name] = module.name
-    assert defined == {**registry.BUILT_IN, "convert": "convert"}
+    assert defined == {**registry.BUILT_IN, "convert": "convert", "bake": "convert"}
     for name, method in METHODS.items():
         assert (method.name, method.own) == (name, None)
         assert find_method(method.function) is method

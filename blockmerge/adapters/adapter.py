@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from blockmerge.adapters.alphas import numbers
 from blockmerge.adapters.fitting import Modules, fitting
 from blockmerge.adapters.found import Found
 from blockmerge.adapters.module import Module, modules_of
@@ -14,6 +15,7 @@ from blockmerge.adapters.targets import Shape, Target
 from blockmerge.anatomy import FAMILIES, Family
 from blockmerge.checkpoints import Checkpoint
 from blockmerge.errors import CheckpointError, RecipeError, counted, listing, shown
+from blockmerge.expressions import Stored
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +103,7 @@ def _shaped(found: Found, name: str) -> Modules:
     forms: dict[str, Sequence[Shaped]] = {}
     faults: list[str] = []
     for module, parts in found.modules.items():
-        one = shaped(parts)
+        one = shaped(parts, _is_set)
         if isinstance(one, str):
             faults.append(one)
         else:
@@ -112,6 +114,10 @@ def _shaped(found: Found, name: str) -> Modules:
             f"{len(found.modules)} cannot be used: {listing(faults, 2, 400)}"
         )
     return forms
+
+
+def _is_set(flag: Stored) -> bool:
+    return next(numbers([flag])) != 0
 
 
 def _smallest(forms: Sequence[Shaped]) -> Shaped:

@@ -98,7 +98,7 @@ def _wrong_count(count: int, family: Family) -> WeightsError:
         f"{number} ({', '.join(spans(blocks))})" for number, blocks in lora_lists(family).items()
     )
     others = [other.title for other in FAMILIES.values() if count in lora_lists(other)]
-    theirs = f", which are {', '.join(others)}'s" if others else ""
+    theirs = f", which are for {' and '.join(others)}" if others else ""
     return WeightsError(
         f"{counted(count, 'number')} given for the blocks of a LoRA{theirs}: "
         f"{family.title} takes one number, or {wanted}"

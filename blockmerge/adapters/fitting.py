@@ -88,8 +88,8 @@ def fitting(
     """
     standings = [Standing.of(modules, one, shapes if one is family else None) for one in FAMILIES.values()]
     fits = [one for one in standings if one.known and not one.misfits]
-    if not fits and shapes is None:
-        fits = [one for one in standings if one.known and one.is_narrower]
+    if not fits and shapes is None and all(one.is_narrower for one in standings if one.known):
+        fits = [one for one in standings if one.known]
     most = max((len(one.known) for one in fits), default=0)
     best = [one for one in fits if len(one.known) == most]
     own = next((one for one in standings if one.family is family), None)

@@ -95,6 +95,7 @@ FORMS: tuple[Form, ...] = (
     ),
     *_lokr(),
     Form("full", {"diff": "rows columns"}, frozenset(("diff_b",))),
+    Form("full", {"diff": "rows"}, frozenset(("diff_b",)), columns=""),
     Form("full", {"diff_b": "rows"}),
     Form("norm", {"w_norm": "rows"}, frozenset(("b_norm",)), columns=""),
     Form("norm", {"b_norm": "rows"}),

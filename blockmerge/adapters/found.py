@@ -72,7 +72,7 @@ def _instead(checkpoint: Checkpoint, found: Found) -> str:
     if _is_model(checkpoint):
         return "is a model (a checkpoint), not a LoRA: give it as the model"
     if (kind := _other_kind(checkpoint)) is not None:
-        return f"{kind}, not a LoRA"
+        return f"{kind}, which is not read: {_READ}" if _is_lora(kind) else f"{kind}, not a LoRA"
     alone = lone_component(checkpoint.tensors)
     if alone is not None:
         return f"is a {TITLES[alone[0]]} alone, not a LoRA"
@@ -83,13 +83,17 @@ def _instead(checkpoint: Checkpoint, found: Found) -> str:
 def _what_else(checkpoint: Checkpoint) -> str:
     """What a file is that has modules and more: ``"is a Control-LoRA and "``; nothing where it is a LoRA."""
     kind = "is a model (a checkpoint)" if _is_model(checkpoint) else _other_kind(checkpoint)
-    return "" if kind is None or kind.startswith("is a LoRA") else f"{kind} and "
+    return "" if kind is None or _is_lora(kind) else f"{kind} and "
 
 
 def _other_kind(checkpoint: Checkpoint) -> str | None:
     """What messages call a file that is no model, without what they say then."""
     kind = other_kind_of(checkpoint)
     return None if kind is None or not kind.startswith("is ") else _NO_MORE.split(kind)[0]
+
+
+def _is_lora(kind: str) -> bool:
+    return kind.startswith("is a LoRA")
 
 
 def _is_model(checkpoint: Checkpoint) -> bool:

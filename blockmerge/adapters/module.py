@@ -66,29 +66,18 @@ def modules_of(
     Raises CheckpointError, calling the file `name`, for an alpha that is not a finite number and for settings
     that cannot be read.
     """
-    alphas = _numbers_of("alpha", chosen)
+    tensors = {module: one.parts["alpha"] for module, (one, _) in chosen.items() if "alpha" in one.parts}
+    alphas = dict(zip(tensors, numbers(tensors.values()), strict=True))
     if odd := [f"{module} has alpha {value}" for module, value in alphas.items() if not math.isfinite(value)]:
         raise CheckpointError(
             f"{shown(name)}: {listing(odd)}: no number to scale {counted(len(odd), 'module')} by"
         )
-    on_input = _numbers_of("on_input", chosen)
     configs = Configs.of(checkpoint, chosen)
-    modules = tuple(
-        _module(module, *one, alphas.get(module), bool(on_input.get(module)), configs)
-        for module, one in chosen.items()
-    )
+    modules = tuple(_module(module, *one, alphas.get(module), configs) for module, one in chosen.items())
     return modules, tuple(_notes(modules, alphas, configs, name))
 
 
-def _numbers_of(part: str, chosen: Chosen) -> dict[str, float]:
-    """{module: the number that is a part of it}."""
-    tensors = {module: one.parts[part] for module, (one, _) in chosen.items() if part in one.parts}
-    return dict(zip(tensors, numbers(tensors.values()), strict=True))
-
-
-def _module(
-    name: str, form: Shaped, target: Target | None, alpha: float | None, on_input: bool, configs: Configs
-) -> Module:
+def _module(name: str, form: Shaped, target: Target | None, alpha: float | None, configs: Configs) -> Module:
     own, rank = form.form.kind, form.rank
     factor = 1.0
     if rank is not None:
@@ -111,7 +100,7 @@ def _module(
         rank=rank,
         alpha=alpha if own != "lokr" or rank is not None else None,
         factor=factor,
-        on_input=on_input,
+        on_input=form.is_on_input,
         columns=form.columns,
     )
 

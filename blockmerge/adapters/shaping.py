@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -17,6 +17,7 @@ Parts = Mapping[str, Stored]
 
 _NUMBERS = ("alpha", "on_input")
 _NO_NUMBERS = ("C64", "F8_E8M0")
+_SCALED = "ia3_weight"
 _OF_BIASES = ("up_bias", "diff_b", "b_norm")
 
 
@@ -37,6 +38,11 @@ class Shaped:
     def columns(self) -> int | None:
         """The columns of the weight that it changes; None where its parts do not tell."""
         return self._size(self.form.columns)
+
+    @property
+    def is_on_input(self) -> bool:
+        """Whether it is IA3 that scales columns in place of rows, by the form that was chosen."""
+        return self.form.parts.get(_SCALED) == "inputs"
 
     @property
     def axes(self) -> int:
@@ -74,21 +80,31 @@ class Shaped:
         return " and ".join(map(_described, tensors or self.parts.values()))
 
 
-def shaped(parts: Parts) -> list[Shaped] | str:
+def shaped(parts: Parts, on_input: Callable[[Stored], bool]) -> list[Shaped] | str:
     """Return a module's parts as each of the forms that they have, or say what is wrong with them.
 
-    There are several only where the weight that is changed has to tell.
+    There are several only where the weight that is changed has to tell. `on_input` reads which side IA3
+    scales.
     """
     parts = _with_magnitude(parts)
     if odd := [one for part, one in parts.items() if _is_odd(part, one.dtype)]:
         return f"{shown(odd[0].name)} is {odd[0].dtype}, expected floats"
-    forms = [form for form in FORMS if form.holds(parts)]
+    forms = sorted((form for form in FORMS if form.holds(parts)), key=lambda form: _other_axes(form, parts))
     if not forms:
         return _fault_of_parts(parts)
     found = [_bound(form, parts) for form in forms]
     fitting = [one for one in found if isinstance(one, Shaped)]
     faults = [one for one in found if isinstance(one, str)]
+    if fitting and "on_input" in parts:
+        side = on_input(parts["on_input"])
+        return [one for one in fitting if one.is_on_input == side]
     return fitting or faults[0]
+
+
+def _other_axes(form: Form, parts: Parts) -> int:
+    """How many parts have another number of axes than the words of their shape."""
+    shapes = ((words.split(), parts[part].shape) for part, words in form.parts.items())
+    return sum(len(words) != len(shape) for words, shape in shapes)
 
 
 def _is_odd(part: str, dtype: str) -> bool:
@@ -136,9 +152,22 @@ def _bound(form: Form, parts: Parts) -> Shaped | str:
             return f"{_described(tensor)}: {'rank 0' if form.rank else 'it is empty'}"
         for word, size in _each(words, tensor.shape):
             known, other = sizes.setdefault(word, (size, tensor))
+            if known != size and other is tensor:
+                return f"{_described(tensor)}, whose sizes do not go together"
             if known != size:
                 return f"{_described(other)}, which does not go with {_described(tensor)}"
+    if form.kind == "boft" and (fault := _fault_of_stages(parts["oft_blocks"])) is not None:
+        return fault
     return Shaped(form, {form.renamed.get(part, part): one for part, one in parts.items()}, sizes)
+
+
+def _fault_of_stages(blocks: Stored) -> str | None:
+    """Say what is wrong with BOFT's stages, each of which takes rows from twice as far as the one before."""
+    stages, count, size = blocks.shape[:3]
+    most = count.bit_length()
+    if stages > most or count % (1 << (stages - 1)):
+        return f"{_described(blocks)}: {count} blocks of {size} rows cannot be shuffled in {stages} stages"
+    return None
 
 
 def _each(words: list[str], shape: Shape) -> Iterator[tuple[str, int]]:
@@ -154,4 +183,4 @@ def _words(form: Form, part: str, shape: Shape) -> list[str]:
 
 
 def _described(tensor: Stored) -> str:
-    return f"{shown(tensor.name)} is {list(tensor.shape)}"
+    return f"{shown(tensor.name)} is {shown(list(tensor.shape))}"

@@ -20,7 +20,7 @@ from blockmerge.cli.convert import convert
 from blockmerge.cli.demo import demo
 from blockmerge.cli.explain import explain
 from blockmerge.cli.inspect import inspect
-from blockmerge.cli.lora import lora
+from blockmerge.cli.lora.group import lora
 from blockmerge.cli.merge import is_word, merge
 from blockmerge.cli.methods import methods
 from blockmerge.cli.presets import presets

@@ -253,4 +253,9 @@ def _check_single(model: str, request: MergeRequest) -> None:
             f"{shown(model)} is a folder of {counted(len(files), 'model file')}; merging takes the files: "
             f"blockmerge {names} --preset high_res"
         )
+    if request.loras:
+        raise RecipeError(
+            "one model given; LoRAs are put into one model by bake: "
+            f"blockmerge bake {shown(model)} {shown(str(request.loras[0].file))} -o OUT"
+        )
     raise RecipeError("one model given; merging takes two: blockmerge A B --preset high_res")

@@ -107,6 +107,9 @@ def opened(asked: Sequence[Lora]) -> tuple[list[Applied], Family]:
     """Open LoRAs, which have to be of one family. Raises IncompatibleModelsError when they are not, and as
     `Adapter.of` does.
     """
+    for lora in asked:
+        if isinstance(lora.file, (str, os.PathLike)) and os.path.isdir(lora.file):
+            raise CheckpointError(f"{shown(lora.file)} is a folder, not a LoRA: give the file in it")
     adapters = [lora.open() for lora in asked]
     failure: BlockmergeError | None = None
     for family in dict.fromkeys(adapter.family for adapter in adapters):

@@ -59,6 +59,7 @@ def _words(request: MergeRequest, models: int) -> Iterator[str]:
             else _last(request.vae_name(models)).removesuffix(".safetensors"),
         ),
         ("ema", None if request.ema == MergeRequest.ema else request.ema),
+        ("lora", "+".join(f"{Path(lora.label).stem}_{lora.strength:g}" for lora in request.loras)),
     ]
     yield from (_portable(_plain(f"{name}_{said}"), _WORD, name) for name, said in asked_for if said)
     if request.dtype != MergeRequest.dtype:

@@ -173,10 +173,10 @@ def as_run(request: MergeRequest, models: Sequence[str], resolved: Resolved) -> 
         "variant": request.variant,
         "configs": None if request.configs is None else _name_of(request.configs),
         "allow_nonfinite": request.allow_nonfinite,
-        "loras": [_lora_run(lora) for lora in request.loras],
-        "partial": request.partial,
         "asked": _asked_of_a_run(request, resolved.preset),
     }
+    if request.loras:
+        run |= {"loras": [_lora_run(lora) for lora in request.loras], "partial": request.partial}
     return {key: _decodable(for_json(value, key)) for key, value in run.items()}
 
 
