@@ -4,10 +4,11 @@ how much of each goes to which block. No torch.
 
 from blockmerge.adapters.adapter import Adapter
 from blockmerge.adapters.changes import Applied, Changes
+from blockmerge.adapters.factors import matrix_of, product_of
 from blockmerge.adapters.forms import KINDS
 from blockmerge.adapters.lora import Lora, LoraLike
 from blockmerge.adapters.module import Module
-from blockmerge.adapters.targets import Target, Whereabouts, targets_of
+from blockmerge.adapters.targets import Target, Whereabouts, targets_of, written_names
 
 __all__ = [
     "KINDS",
@@ -19,5 +20,8 @@ __all__ = [
     "Module",
     "Target",
     "Whereabouts",
+    "matrix_of",
+    "product_of",
     "targets_of",
+    "written_names",
 ]

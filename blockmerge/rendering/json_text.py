@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from blockmerge.comparing import SimilarityMatrix, SimilarityResult
     from blockmerge.explaining import Explanation
     from blockmerge.inspecting import CheckResult, Inspection
+    from blockmerge.lora_making import LoraResult
     from blockmerge.merging import MergeResult
     from blockmerge.methods import Method
     from blockmerge.weights import Preset
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
 
 def merge_json(result: MergeResult) -> str:
     """A merge; `output` is the only path, all other names are without folders."""
+    return _dumps(result.to_dict())
+
+
+def lora_json(result: LoraResult) -> str:
+    """A new LoRA; `held` only of an extracted one."""
     return _dumps(result.to_dict())
 
 

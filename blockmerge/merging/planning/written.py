@@ -153,9 +153,9 @@ def as_run(
 ) -> dict[str, Any]:
     """Return what has decided the values, for results and the output's metadata, ready for JSON.
 
-    `models` are names, `lora_blocks` the weights of every block of each LoRA. No folder is in it, whosever computer it was. `asked` holds what the weights of the
-    blocks do not tell, presets and chance; without these it is empty, so that a merge is the same file in
-    whatever form its weights were given.
+    `models` are names, `lora_blocks` the weights of every block of each LoRA. No folder is in it, whosever
+    computer it was. `asked` holds what the weights of the blocks do not tell, presets and chance; without
+    these it is empty, so that a merge is the same file in whatever form its weights were given.
     """
     has = request.merge_method.weights
     run: dict[str, Any] = {
@@ -181,7 +181,7 @@ def as_run(
         "asked": _asked_of_a_run(request, resolved.preset),
     }
     if request.loras:
-        run |= {"loras": [_lora_run(lora) for lora in request.loras], "partial": request.partial}
+        run |= {"loras": list(map(_lora_run, request.loras, lora_blocks)), "partial": request.partial}
     return {key: _decodable(for_json(value, key)) for key, value in run.items()}
 
 

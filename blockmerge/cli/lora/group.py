@@ -1,0 +1,26 @@
+"""`blockmerge lora`: the group of the commands that are about LoRAs themselves."""
+
+from __future__ import annotations
+
+import click
+
+from blockmerge.cli.lora.extract import extract
+from blockmerge.cli.lora.merge import merge
+from blockmerge.cli.lora.resize import resize
+
+
+@click.group(short_help="Look at LoRAs, and make new ones.")
+def lora() -> None:
+    """Look at LoRAs and their relatives, and make new ones.
+
+    \b
+      blockmerge lora merge a.safetensors:0.7 b.safetensors:0.4 -o ab.safetensors
+      blockmerge lora resize big.safetensors -o small.safetensors --energy 0.99
+      blockmerge lora extract tuned.safetensors base.safetensors -o style.safetensors --rank 32
+
+    `blockmerge bake` puts them into a model.
+    """
+
+
+for command in (merge, resize, extract):
+    lora.add_command(command)
