@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from blockmerge.anatomy import block_of as block_of
     from blockmerge.checkpoints import Checkpoint as Checkpoint
     from blockmerge.checkpoints import open_checkpoint as open_checkpoint
+    from blockmerge.comparing import LoraSimilarity as LoraSimilarity
     from blockmerge.comparing import SimilarityMatrix as SimilarityMatrix
     from blockmerge.comparing import SimilarityResult as SimilarityResult
+    from blockmerge.comparing import lora_similarity as lora_similarity
     from blockmerge.comparing import similarity as similarity
     from blockmerge.comparing import similarity_matrix as similarity_matrix
     from blockmerge.errors import BlockmergeError as BlockmergeError
@@ -36,8 +38,10 @@ if TYPE_CHECKING:
     from blockmerge.explaining import explain as explain
     from blockmerge.inspecting import CheckResult as CheckResult
     from blockmerge.inspecting import Inspection as Inspection
+    from blockmerge.inspecting import LoraInspection as LoraInspection
     from blockmerge.inspecting import check as check
     from blockmerge.inspecting import inspect as inspect
+    from blockmerge.inspecting import inspect_lora as inspect_lora
     from blockmerge.merging import LiveMerge as LiveMerge
     from blockmerge.merging import Merge as Merge
     from blockmerge.merging import MergeResult as MergeResult
@@ -63,6 +67,8 @@ _HOMES = {
     "Inspection": "inspecting",
     "LiveMerge": "merging",
     "Lora": "adapters",
+    "LoraInspection": "inspecting",
+    "LoraSimilarity": "comparing",
     "Merge": "merging",
     "MergeResult": "merging",
     "NonFiniteError": "errors",
@@ -81,7 +87,9 @@ _HOMES = {
     "convert": "merging",
     "explain": "explaining",
     "inspect": "inspecting",
+    "inspect_lora": "inspecting",
     "load_preset": "weights",
+    "lora_similarity": "comparing",
     "merge": "merging",
     "merge_method": "methods",
     "merge_state_dicts": "merging",

@@ -100,10 +100,17 @@ def _run_time_imports(path):
                     yield file
 
 
+def home_of(command):
+    """The file of a command: one for each, or a folder for a group of several."""
+    first, *rest = command.split()
+    folder = PACKAGE / "cli" / first
+    return folder / f"{rest[0] if rest else 'group'}.py" if folder.is_dir() else folder.with_suffix(".py")
+
+
 @cache
 def reached_by(command):
     """The files that a command runs, by its imports."""
-    found, new = set(), [PACKAGE / "cli" / f"{command.split()[0]}.py"]
+    found, new = set(), [home_of(command)]
     while new:
         path = new.pop()
         if path not in found:
@@ -130,6 +137,11 @@ NEVER_SAID = {
         "--configs",
     ): "the notes of a repair's conversion are not told",
     ("check", "merging/execute.py", "--allow-nonfinite"): "a repair allows them",
+    **{
+        (command, f"checkpoints/{place}.py", "--variant"): "they take a folder's weights of any variant"
+        for command in ("lora", "lora inspect", "lora similarity")
+        for place in ("open", "formats/folder")
+    },
     ("check", "checkpoints/opening.py", "--ema"): "a repair asks for no EMA copies",
     ("convert", "cli/merge.py", "--preset"): "it shares other options with `merge`",
     ("convert", "cli/numbers.py", "--number"): "it shares other options with `merge`",
@@ -166,7 +178,7 @@ def test_every_option_that_the_source_names_is_one_of_the_commands_that_say_it()
                     # A demo merges two good files of its own; what it says then is tested below.
                     elif command != "demo" or place.startswith("cli/"):
                         wrong.append(f"{command} lacks {name}, which {place} names: {text}")
-    assert wrong == []
+    assert wrong == [], "\n".join(wrong)
     assert needed == NEVER_SAID.keys()
 
 
@@ -202,8 +214,10 @@ def test_the_help_of_a_command_names_its_own_options(command):
     own = OPTIONS[command]
     helps = [COMMANDS[command].help, *(getattr(one, "help", None) or "" for one in COMMANDS[command].params)]
     for line in "\n".join(helps).splitlines():
-        named = re.search(r"blockmerge (\w+)", line)
-        theirs = OPTIONS.get(named[1], OPTIONS["merge"]) if named else own
+        named = re.search(r"blockmerge (\w+)( \w+)?", line)
+        theirs = own
+        if named:
+            theirs = OPTIONS.get(named[1] + (named[2] or ""), OPTIONS.get(named[1], OPTIONS["merge"]))
         for option, _ in options_said(line):
             assert option in own | theirs, line
 

@@ -7,6 +7,7 @@ from blockmerge.adapters.changes import Applied, Changes
 from blockmerge.adapters.forms import KINDS
 from blockmerge.adapters.lora import Lora, LoraLike
 from blockmerge.adapters.module import Module
+from blockmerge.adapters.own_changes import looks_at_weights, own_bias, own_change
 from blockmerge.adapters.targets import Target, Whereabouts, targets_of
 
 __all__ = [
@@ -19,5 +20,8 @@ __all__ = [
     "Module",
     "Target",
     "Whereabouts",
+    "looks_at_weights",
+    "own_bias",
+    "own_change",
     "targets_of",
 ]

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
-_LORA = ", not a model: blockmerge cannot merge LoRAs into models yet"
+_LORA = ", not a model: blockmerge lora inspect shows what is in it, and blockmerge bake puts it into a model"
 _BESIDE = ", not a model: it is used beside one, so give the model itself"
 _YET = ", which blockmerge cannot merge yet"
 _PART = ", only a part of a model: give a model with a U-Net"

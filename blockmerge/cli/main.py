@@ -20,6 +20,7 @@ from blockmerge.cli.convert import convert
 from blockmerge.cli.demo import demo
 from blockmerge.cli.explain import explain
 from blockmerge.cli.inspect import inspect
+from blockmerge.cli.lora.group import lora
 from blockmerge.cli.merge import is_word, merge
 from blockmerge.cli.methods import methods
 from blockmerge.cli.presets import presets
@@ -70,7 +71,7 @@ def cli() -> None:
     """
 
 
-for command in (merge, bake, convert, inspect, check, similarity, explain, presets, methods, demo):
+for command in (merge, bake, lora, convert, inspect, check, similarity, explain, presets, methods, demo):
     cli.add_command(command)
 
 

@@ -338,7 +338,7 @@ class Contracted(Expression):
         """Contract."""
         import torch
 
-        out.copy_(torch.einsum(self.formula, *(one.to(out.dtype) for one in inputs)).view(out.shape))
+        out.copy_(torch.einsum(self.formula, *(one.to(out.dtype) for one in inputs)).reshape(out.shape))
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blockmerge.comparing import SimilarityMatrix, SimilarityResult
+    from blockmerge.comparing import LoraSimilarity, SimilarityMatrix, SimilarityResult
     from blockmerge.explaining import Explanation
-    from blockmerge.inspecting import CheckResult, Inspection
+    from blockmerge.inspecting import CheckResult, Inspection, LoraInspection
     from blockmerge.merging import MergeResult
     from blockmerge.methods import Method
     from blockmerge.weights import Preset
@@ -22,6 +22,16 @@ def merge_json(result: MergeResult) -> str:
 
 def inspection_json(found: Inspection) -> str:
     """An inspection; `hashes` only where they were asked for."""
+    return _dumps(found.to_dict())
+
+
+def lora_json(found: LoraInspection) -> str:
+    """What is in a LoRA; ranks and alphas are keys, as texts."""
+    return _dumps(found.to_dict())
+
+
+def lora_similarity_json(found: LoraSimilarity) -> str:
+    """How alike two LoRAs are: cosines; `parts` only where the blocks were asked for."""
     return _dumps(found.to_dict())
 
 

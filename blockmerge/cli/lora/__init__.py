@@ -1,0 +1,1 @@
+"""One file per command of `blockmerge lora`, and the group that they are in."""
