@@ -42,6 +42,10 @@ if TYPE_CHECKING:
     from blockmerge.inspecting import check as check
     from blockmerge.inspecting import inspect as inspect
     from blockmerge.inspecting import inspect_lora as inspect_lora
+    from blockmerge.lora_making import LoraResult as LoraResult
+    from blockmerge.lora_making import extract_lora as extract_lora
+    from blockmerge.lora_making import merge_loras as merge_loras
+    from blockmerge.lora_making import resize_lora as resize_lora
     from blockmerge.merging import LiveMerge as LiveMerge
     from blockmerge.merging import Merge as Merge
     from blockmerge.merging import MergeResult as MergeResult
@@ -68,6 +72,7 @@ _HOMES = {
     "LiveMerge": "merging",
     "Lora": "adapters",
     "LoraInspection": "inspecting",
+    "LoraResult": "lora_making",
     "LoraSimilarity": "comparing",
     "Merge": "merging",
     "MergeResult": "merging",
@@ -86,15 +91,18 @@ _HOMES = {
     "check": "inspecting",
     "convert": "merging",
     "explain": "explaining",
+    "extract_lora": "lora_making",
     "inspect": "inspecting",
     "inspect_lora": "inspecting",
     "load_preset": "weights",
     "lora_similarity": "comparing",
     "merge": "merging",
+    "merge_loras": "lora_making",
     "merge_method": "methods",
     "merge_state_dicts": "merging",
     "open_checkpoint": "checkpoints",
     "preset_names": "weights",
+    "resize_lora": "lora_making",
     "similarity": "comparing",
     "similarity_matrix": "comparing",
 }

@@ -469,7 +469,7 @@ def places(states, tmp_path_factory):
 @pytest.mark.parametrize(("line", "says"), [
     ("m.ckpt o.ckpt", "o.ckpt: the output is a .safetensors file; end its name so"),
     ("m.ckpt o", "o: the output is a .safetensors file"),
-    ("m.ckpt o/", "o/ is a folder: give the output a file name, or naming='diffusers' (--to diffusers, of merge and convert)"),
+    ("m.ckpt o/", "o/ is a folder: give the output a file name, or naming='diffusers' (--to diffusers, of merge, bake and convert)"),
     ("folder o --to ldm", "o: the output is a .safetensors file"),
     ("m.ckpt o.safetensors --to diffusers", "a whole model under diffusers' names is a folder"),
     ("m.ckpt o.safetensors --to sgm", "unknown naming 'sgm': ldm or diffusers"),

@@ -4,11 +4,12 @@ how much of each goes to which block. No torch.
 
 from blockmerge.adapters.adapter import Adapter
 from blockmerge.adapters.changes import Applied, Changes
+from blockmerge.adapters.factors import matrix_of, product_of
 from blockmerge.adapters.forms import KINDS
 from blockmerge.adapters.lora import Lora, LoraLike
 from blockmerge.adapters.module import Module
 from blockmerge.adapters.own_changes import looks_at_weights, own_bias, own_change
-from blockmerge.adapters.targets import Target, Whereabouts, targets_of
+from blockmerge.adapters.targets import Target, Whereabouts, targets_of, written_names
 
 __all__ = [
     "KINDS",
@@ -21,7 +22,10 @@ __all__ = [
     "Target",
     "Whereabouts",
     "looks_at_weights",
+    "matrix_of",
     "own_bias",
     "own_change",
+    "product_of",
     "targets_of",
+    "written_names",
 ]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from blockmerge.adapters.adapter import Adapter
+from blockmerge.adapters.factors import down_of, loha_factors, lokr_factor
 from blockmerge.adapters.module import Module
 from blockmerge.adapters.targets import Whereabouts
 from blockmerge.anatomy import Family
@@ -20,7 +21,6 @@ from blockmerge.dtypes import size_of
 from blockmerge.expressions import (
     Cast,
     Changed,
-    Contracted,
     Decomposed,
     Expression,
     Generalised,
@@ -32,7 +32,6 @@ from blockmerge.expressions import (
     Rescaled,
     Reshaped,
     Rotated,
-    Transposed,
     simplify,
 )
 from blockmerge.weights import BlockWeights
@@ -176,53 +175,20 @@ _PRODUCTS = ("lora", "locon")
 
 def _product(modules: Sequence[Scaled], tensor: Expression, wide: str) -> Expression:
     ups = tuple(module.parts["up"] for _, module in modules)
-    downs = tuple(_down(module, wide) for _, module in modules)
+    downs = tuple(down_of(module, wide) for _, module in modules)
     scales = tuple(scale * module.factor for scale, module in modules)
     return LowRank(tensor.shape, wide, ups=ups, downs=downs, scales=scales)
 
 
-def _down(module: Module, wide: str) -> Expression:
-    """The second factor, [rank, …]; that of a convolution with a core in the middle is made of both."""
-    down = module.parts["down"]
-    if "mid" not in module.parts:
-        return down
-    mid = module.parts["mid"]
-    rank, _, *kernel = mid.shape
-    shape = (rank, down.shape[1], *kernel)
-    return Contracted("nm...,mi->ni...", (mid, _matrix(down)), shape, wide)
-
-
 def _loha(scale: float, module: Module, tensor: Expression, wide: str) -> tuple[float, Expression]:
-    parts = module.parts
-    factors: list[Expression] = []
-    for number in (1, 2):
-        first, second = parts[f"hada_w{number}_a"], parts[f"hada_w{number}_b"]
-        if (core := parts.get(f"hada_t{number}")) is None:
-            factors += [first, second]
-        else:  # Σ t[i, j, …]·a[i, rows]·b[j, columns]
-            rank, _, *kernel = core.shape
-            shape = (rank, second.shape[1], *kernel)
-            factors += [Transposed(first), Contracted("ij...,jn->in...", (core, second), shape, wide)]
-    change = Hadamard(tensor.shape, wide, factors=tuple(factors), scale=scale * module.factor)
-    return 1.0, change
+    factors = loha_factors(module, wide)
+    return 1.0, Hadamard(tensor.shape, wide, factors=factors, scale=scale * module.factor)
 
 
 def _lokr(scale: float, module: Module, tensor: Expression, wide: str) -> tuple[float, Expression]:
-    first, second = (_lokr_factor(module, which, wide) for which in ("lokr_w1", "lokr_w2"))
+    first, second = (lokr_factor(module, which, wide) for which in ("lokr_w1", "lokr_w2"))
     change = Kronecker(tensor.shape, wide, factors=(first, second), scale=scale * module.factor)
     return 1.0, change
-
-
-def _lokr_factor(module: Module, which: str, wide: str) -> Expression:
-    parts = module.parts
-    if which in parts:
-        return parts[which]
-    a, b = parts[f"{which}_a"], parts[f"{which}_b"]
-    if which == "lokr_w2" and "lokr_t2" in parts:
-        core = parts["lokr_t2"]
-        shape = (a.shape[1], b.shape[1], *core.shape[2:])
-        return Contracted("ij...,ip,jq->pq...", (core, a, b), shape, wide)
-    return Contracted("ij,j...->i...", (a, b), (a.shape[0], *b.shape[1:]), wide)
 
 
 def _full(scale: float, module: Module, tensor: Expression, wide: str) -> tuple[float, Expression]:
@@ -272,10 +238,6 @@ _OF_WEIGHT: Mapping[str, Callable[[Module, Expression, str], Expression]] = {
     "boft": _oft,
 }
 """{kind: what it adds to a weight that it looks at, at strength 1}."""
-
-
-def _matrix(tensor: Expression) -> Expression:
-    return _reshaped(tensor, tensor.shape[:2])
 
 
 def _as(weight: Expression, tensor: Expression) -> Expression:

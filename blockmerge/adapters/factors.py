@@ -59,7 +59,7 @@ def down_of(module: Module, wide: str) -> Expression:
 
 
 def loha_factors(module: Module, wide: str) -> tuple[Expression, ...]:
-    """w1_a [rows, rank], w1_b [rank, …], w2_a and w2_b of a LoHa; of a convolution, with the cores in them."""
+    """w1_a [rows, rank], w1_b [rank, …], w2_a and w2_b of a LoHa, with the cores that convolutions have."""
     parts = module.parts
     factors: list[Expression] = []
     for number in (1, 2):

@@ -81,6 +81,27 @@ def targets_of(family: Family) -> Mapping[str, Target]:
     return dict(spellings_of(family))
 
 
+@remembered(None)
+def written_names(family: Family) -> Mapping[Whereabouts, str]:
+    """Return {a tensor, or a part of it: what new files call the module}, sd-scripts' names of a family.
+
+    >>> written_names(FAMILIES["sdxl"])[Whereabouts("model.diffusion_model.time_embed.0.weight")]
+    'lora_unet_time_embed_0'
+
+    What the usual naming of a component has no name for is called as the other naming calls it. It is empty
+    for a family of which nothing says how that is done.
+    """
+    said = family.adapters.get("written", {}).get("names", {})
+    found: dict[Whereabouts, str] = {}
+    others: dict[Whereabouts, str] = {}
+    for component, naming, stem, target in _modules(family):
+        if component in said:
+            names = found if naming == said[component]["naming"] else others
+            place = Whereabouts(target.ldm, target.place)
+            names.setdefault(place, said[component]["prefix"] + stem.replace(".", "_"))
+    return {**others, **found}
+
+
 def spellings_of(family: Family) -> Iterator[tuple[str, Target]]:
     """Yield every spelling of every module, with its target."""
     names = family.adapters.get("names", {})

@@ -130,7 +130,7 @@ def _instead_of_a_unet(shapes: Mapping[str, Shape]) -> str:
         case "vae", naming, count:
             return (
                 f"is a VAE alone, {counted(count, 'tensor')} in {naming} names: "
-                "give it as vae (--vae, of merge and convert)"
+                "give it as vae (--vae, of merge, bake and convert)"
             )
         case _, naming, count:
             return (

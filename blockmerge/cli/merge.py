@@ -256,6 +256,6 @@ def _check_single(model: str, request: MergeRequest) -> None:
     if request.loras:
         raise RecipeError(
             "one model given; LoRAs are put into one model by bake: "
-            f"blockmerge bake {shown(model)} {shown(request.loras[0].label)} -o OUT"
+            f"blockmerge bake {shown(model)} {shown(str(request.loras[0].file))} -o OUT"
         )
     raise RecipeError("one model given; merging takes two: blockmerge A B --preset high_res")

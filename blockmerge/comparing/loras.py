@@ -228,7 +228,7 @@ def _refuse_those_that_look(adapter: Adapter) -> None:
         kinds = sorted({one.kind for one in looking})
         raise IncompatibleModelsError(
             f"{shown(adapter.name)} has {counted(len(looking), 'module')} of {' and '.join(kinds)}, whose "
-            "change depends on the model: bake each into it, and compare what comes out (blockmerge similarity)"
+            "change depends on the model: bake each into it, and compare the results (blockmerge similarity)"
         )
 
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from blockmerge.comparing import LoraSimilarity, SimilarityMatrix, SimilarityResult
     from blockmerge.explaining import Explanation
     from blockmerge.inspecting import CheckResult, Inspection, LoraInspection
+    from blockmerge.lora_making import LoraResult
     from blockmerge.merging import MergeResult
     from blockmerge.methods import Method
     from blockmerge.weights import Preset
@@ -20,12 +21,17 @@ def merge_json(result: MergeResult) -> str:
     return _dumps(result.to_dict())
 
 
+def lora_json(result: LoraResult) -> str:
+    """A new LoRA; `held` only of an extracted one."""
+    return _dumps(result.to_dict())
+
+
 def inspection_json(found: Inspection) -> str:
     """An inspection; `hashes` only where they were asked for."""
     return _dumps(found.to_dict())
 
 
-def lora_json(found: LoraInspection) -> str:
+def lora_inspection_json(found: LoraInspection) -> str:
     """What is in a LoRA; ranks and alphas are keys, as texts."""
     return _dumps(found.to_dict())
 

@@ -1,4 +1,4 @@
-"""What is in LoRAs and how alike they are, drawn for a terminal with rich."""
+"""LoRAs drawn for a terminal with rich."""
 
 from __future__ import annotations
 
@@ -6,98 +6,43 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from blockmerge.anatomy import FAMILIES
-from blockmerge.errors import counted, listing, shown
-from blockmerge.rendering.tables import print_table
-from blockmerge.rendering.u_net import SharesU
+from blockmerge.errors import bytes_text, counted, shown
 
 if TYPE_CHECKING:
-    from blockmerge.comparing import LoraSimilarity
-    from blockmerge.inspecting import LoraInspection
+    from blockmerge.lora_making import LoraResult
 
-_MOST = 8
-"""Different ranks or alphas that are shown."""
+_LEAST = 0.0005  # of all: what is shown as more than nothing
 
 
-def print_lora(console: Console, found: LoraInspection) -> None:
-    """Print what is in a LoRA, the share of each block along the U, and what people look for."""
-    family = FAMILIES[found.family]
-    said = f"  a LoRA for {family.title}, {counted(found.modules, 'module')}"
-    _line(console, Text.assemble((shown(found.name), "bold"), said))
-    facts = [
-        ("kind", _listed(found.kinds)),
-        ("rank", _listed({_short(rank): count for rank, count in found.ranks.items()})),
-        ("alpha", _listed({_short(alpha): count for alpha, count in found.alphas.items()})),
-        ("dtype", _listed(found.dtypes)),
-        ("‖ΔW‖", "" if found.norm is None else f"{found.norm:.4g} at strength 1"),
-    ]
-    for name, fact in facts:
-        if fact:
-            _line(console, Text.assemble((f"{name:<6} ", "dim"), fact))
-    for note in found.notes:
+def print_lora(console: Console, result: LoraResult) -> None:
+    """Print what a new LoRA is, how much it holds of what was to be in it, the notes, and the file."""
+    ranks = [*result.ranks]
+    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else ""
+    what = f"{counted(result.modules, 'module')} ({result.kind}, {result.dtype})"
+    title = FAMILIES[result.family].title
+    _line(console, Text.assemble(("LoRA", "bold"), f" of {title}: {', '.join(filter(None, (what, rank)))}"))
+    for line in _shares(result):
+        _line(console, Text(line))
+    for note in result.notes:
         _line(console, Text(f"- {note}"))
-    if found.blocks:
-        console.print()
-        _line(console, Text("the blocks' shares of ‖ΔW‖²"))
-        console.print(SharesU(_shares(found)))
-    if found.metadata:
-        console.print()
-    for key, value in found.metadata.items():
-        _line(console, Text.assemble((f"{shown(key)}: ", "bold"), _value(value)))
+    size = f"{bytes_text(result.bytes)} in {result.seconds:.2f} s"
+    _line(console, Text.assemble((shown(result.output), "bold"), f"  {size}"))
 
 
-def print_lora_similarity(console: Console, found: LoraSimilarity) -> None:
-    """Print the cosine of two LoRAs, and of each block where these were asked for."""
-    a, b = map(shown, found.names)
-    _line(console, Text.assemble((f"{_cosine(found.similarity)}  ", "bold"), f"{a} and {b}"))
-    for note in found.notes:
-        _line(console, Text(f"- {note}"))
-    if found.parts:
-        table = Table(box=None, pad_edge=False)
-        table.add_column("block", style="bold", no_wrap=True)
-        table.add_column("cosine", justify="right", no_wrap=True)
-        for block, cosine in found.parts.items():
-            table.add_row(block, _cosine(cosine))
-        console.print()
-        print_table(console, table)
+def _shares(result: LoraResult) -> Iterator[str]:
+    if result.held is not None:
+        yield f"holds of the difference: {_each(result.held)}"
+    elif any(share >= _LEAST for share in result.lost.values()):
+        yield f"lost: {_each({block: share for block, share in result.lost.items() if share >= _LEAST})}"
 
 
-def _shares(found: LoraInspection) -> dict[str, float | None]:
-    """The share of every block of the family; those that are not known have no part in the whole."""
-    squares = {block: None if one.norm is None else one.norm**2 for block, one in found.blocks.items()}
-    whole = sum(square for square in squares.values() if square is not None) or 1.0
-    shares: dict[str, float | None] = dict.fromkeys(FAMILIES[found.family].blocks, 0.0)
-    return {**shares, **{block: square and square / whole for block, square in squares.items()}}
-
-
-def _listed(counts: Mapping[str, int]) -> str:
-    """What there is, the most frequent first, with how often where there are several."""
-    ordered = sorted(counts.items(), key=lambda one: -one[1])
-    return listing((name if len(counts) == 1 else f"{name} ({count})" for name, count in ordered), _MOST)
-
-
-def _value(value: object) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(_tags(value))
-    return shown(value, 400)
-
-
-def _tags(tags: Mapping[str, int]) -> Iterator[str]:
-    for tag, count in tags.items():
-        yield f"{shown(tag)} ({count})"
-
-
-def _short(number: float) -> str:
-    return f"{number:g}"
-
-
-def _cosine(value: float) -> str:
-    return f"{round(value, 6) + 0.0:.6f}"  # -0.0 + 0.0 is 0.0
+def _each(shares: Mapping[str, float]) -> str:
+    return ", ".join(f"{block} {100 * share:.1f} %" for block, share in shares.items())
 
 
 def _line(console: Console, text: Text) -> None:
-    # Names and notes are copied from the screen, so they are never broken.
+    # Paths and notes are copied from the screen, so they are never broken.
     console.print(text, soft_wrap=True)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import click
 
+from blockmerge.cli.lora.extract import extract
 from blockmerge.cli.lora.inspect import inspect
+from blockmerge.cli.lora.merge import merge
+from blockmerge.cli.lora.resize import resize
 from blockmerge.cli.lora.similarity import similarity
 
 
@@ -15,10 +18,13 @@ def lora() -> None:
     \b
       blockmerge lora inspect style.safetensors
       blockmerge lora similarity a.safetensors b.safetensors --blocks
+      blockmerge lora merge a.safetensors:0.7 b.safetensors:0.4 -o ab.safetensors
+      blockmerge lora resize big.safetensors -o small.safetensors --energy 0.99
+      blockmerge lora extract tuned.safetensors base.safetensors -o style.safetensors --rank 32
 
     `blockmerge bake` puts them into a model.
     """
 
 
-for command in (inspect, similarity):
+for command in (inspect, similarity, merge, resize, extract):
     lora.add_command(command)

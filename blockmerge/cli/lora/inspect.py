@@ -21,10 +21,10 @@ def inspect(file: str, as_json: bool) -> None:
     with progress_bar("reading", quiet=as_json) as progress:
         found = inspect_lora(file, progress=progress)
     if as_json:
-        from blockmerge.rendering.json_text import lora_json
+        from blockmerge.rendering.json_text import lora_inspection_json
 
-        click.echo(lora_json(found))
+        click.echo(lora_inspection_json(found))
     else:
-        from blockmerge.rendering.loras import print_lora
+        from blockmerge.rendering.lora_files import print_lora_inspection
 
-        print_lora(stdout_console(), found)
+        print_lora_inspection(stdout_console(), found)

@@ -31,6 +31,6 @@ def similarity(a: str, b: str, blocks: bool, as_json: bool) -> None:
 
         click.echo(lora_similarity_json(found))
     else:
-        from blockmerge.rendering.loras import print_lora_similarity
+        from blockmerge.rendering.lora_files import print_lora_similarity
 
         print_lora_similarity(stdout_console(), found)

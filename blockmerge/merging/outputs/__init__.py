@@ -54,12 +54,12 @@ def choose_output(
     if kind is None and wish.is_folder:
         raise OutputError(
             f"{shown(wish.path)} is a folder: "
-            "give the output a file name, or naming='diffusers' (--to diffusers, of merge and convert)"
+            "give the output a file name, or naming='diffusers' (--to diffusers, of merge, bake and convert)"
         )
     if kind is None:
         raise OutputError(
             f"{shown(wish.path)}: the output is a .safetensors file; end its name so, or, "
-            "for a diffusers folder, give naming='diffusers' (--to diffusers, of merge and convert)"
+            "for a diffusers folder, give naming='diffusers' (--to diffusers, of merge, bake and convert)"
         )
     if configs is not None and not kind.has_configs:
         raise RecipeError(

@@ -31,7 +31,7 @@ class SingleFile(Output):
         if naming == "diffusers" and wish.is_whole:
             raise OutputError(
                 f"{shown(wish.path)}: a whole model under diffusers' names is a folder; "
-                "give a folder, or naming='ldm' (--to ldm, of merge and convert)"
+                "give a folder, or naming='ldm' (--to ldm, of merge, bake and convert)"
             )
         return naming
 

@@ -35,10 +35,11 @@ class Adapted:
         """Open the LoRAs that are asked for. Of their values only alphas are read.
 
         Raises IncompatibleModelsError for a LoRA of another family, and for modules that meet no tensor
-        unless the request is `partial`; CheckpointError for what is no LoRA; WeightsError for its blocks.
+        unless the request is `partial`; CheckpointError for what is not a LoRA; WeightsError for its
+        blocks.
         """
         family = models[0].anatomy.family
-        shapes = {name: tensor.shape for model in reversed(models) for name, tensor in model.tensors.items()}
+        shapes = _shapes(models)
         applied, said, notes = [], [], []
         for lora in request.loras:
             adapter = Adapter.of(open_source(lora.file, lora.label), family, lora.name, shapes=shapes)
@@ -47,8 +48,17 @@ class Adapted:
             _check_met(adapter, unmet, models, partial=request.partial)
             applied.append(Applied(adapter, lora.strength, weights))
             said.append(_said(lora, adapter, unmet, weights))
-            notes += [*adapter.notes, *_notes(adapter, unmet)]
+            notes += [*adapter.notes, *_notes(applied[-1], unmet)]
         return cls(tuple(applied), Changes(applied, family), tuple(said), tuple(notes))
+
+
+def _shapes(models: Sequence[Model]) -> dict[str, tuple[int, ...]]:
+    """Those of a merge's tensors: A's, but the widest of a first convolution."""
+    shapes = {name: tensor.shape for model in reversed(models) for name, tensor in model.tensors.items()}
+    first = models[0].anatomy.family.input_layer
+    if first in shapes:
+        shapes[first] = max(model.tensors[first].shape for model in models if first in model.tensors)
+    return shapes
 
 
 def _is_met(module: Module, shapes: Mapping[str, object]) -> bool:
@@ -64,8 +74,9 @@ def _check_met(adapter: Adapter, unmet: Sequence[str], models: Sequence[Model], 
         )
     if unmet and not partial:
         raise IncompatibleModelsError(
-            f"{shown(adapter.name)} has {counted(len(unmet), 'module')} of {count} that meet no tensor of "
-            f"{names_of(models)} ({listing(unmet)}): partial (--partial) leaves them out"
+            f"no tensor of {names_of(models)} is met by {counted(len(unmet), 'module')} of {count} of "
+            f"{shown(adapter.name)} ({listing(unmet)}): "
+            "partial (--partial, of merge and bake) leaves those out"
         )
 
 
@@ -82,12 +93,13 @@ def _said(lora: Lora, adapter: Adapter, unmet: Sequence[str], weights: Mapping[s
     }
 
 
-def _notes(adapter: Adapter, unmet: Sequence[str]) -> Iterator[str]:
-    met = len(adapter.modules) - len(unmet)
-    yield f"{shown(adapter.name)}: {counted(met, 'module')} met a tensor"
+def _notes(one: Applied, unmet: Sequence[str]) -> Iterator[str]:
+    name, met = shown(one.adapter.name), len(one.adapter.modules) - len(unmet)
+    yield f"{name}: {counted(met, 'module')} met a tensor"
     if unmet:
-        left_out = counted(len(unmet), "module")
-        yield f"{shown(adapter.name)}: {left_out} left out, which meet no tensor ({listing(unmet)})"
+        yield f"{name}: {counted(len(unmet), 'module')} without a tensor left out ({listing(unmet)})"
+    if not any(True for _ in one.scaled()):
+        yield f"{name} changes nothing: its strength, or the weight of each block that it is for, is 0"
 
 
 def lost_in_rounding(changes: Changes, decisions: Sequence[Decision]) -> Iterator[str]:
@@ -98,6 +110,7 @@ def lost_in_rounding(changes: Changes, decisions: Sequence[Decision]) -> Iterato
     )
     if coarse:
         yield (
-            f"{' and '.join(coarse)} keep half at most of changes as small as 0.1 % of a weight, so what is "
-            "baked in may be weaker than the LoRA at run time: dtype fp32 (--dtype fp32) keeps all of it"
+            f"rounding to {' and '.join(coarse)} takes half or more of changes as small as 0.1 % of a "
+            "weight, so what is baked in may be weaker than the LoRA at run time: "
+            "dtype fp32 (--dtype, of merge and bake) keeps all"
         )

@@ -99,7 +99,8 @@ def _check_components(models: Sequence[Model], tensors: Sequence[OutputTensor], 
         names = [name for name in whose.tensors if component_of(name) == lost[0]]
         raise IncompatibleModelsError(
             f"the {TITLES[lost[0]]} of {shown(whose.name)} has names ({listing(names)}) that "
-            f"{what_it_is(output_naming)} has no place for: give another naming (--to, of merge and convert)"
+            f"{what_it_is(output_naming)} has no place for: give another naming "
+            "(--to, of merge, bake and convert)"
         )
 
 

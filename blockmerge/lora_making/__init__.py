@@ -1,0 +1,9 @@
+"""New LoRAs, made of others (merged, resized) or of the difference of two models (extracted)."""
+
+from blockmerge.lora_making.extract import extract_lora
+from blockmerge.lora_making.merge import merge_loras
+from blockmerge.lora_making.resize import resize_lora
+from blockmerge.lora_making.result import LoraResult
+from blockmerge.lora_making.size import Size
+
+__all__ = ["LoraResult", "Size", "extract_lora", "merge_loras", "resize_lora"]

@@ -1,0 +1,179 @@
+"""`Job`: what making a LoRA is the same in, whatever it is made of: checks, writing, and the result."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from blockmerge.anatomy import Family
+from blockmerge.checkpoints import Checkpoint, Readers, check_output
+from blockmerge.dtypes import DTYPES, short_dtype
+from blockmerge.errors import OutputError, RecipeError, shown
+from blockmerge.lora_making.metadata import of_ranks
+from blockmerge.lora_making.result import LoraResult
+from blockmerge.lora_making.size import Size
+from blockmerge.lora_making.tasks import Layer, Made, Shape
+from blockmerge.lora_making.writing import LoraFile, compute_all, sizes_of
+from blockmerge.streaming import Progress, thread_count
+
+ENDING = ".safetensors"
+DTYPES_OF_LORAS = ("fp16", "bf16", "fp32")
+
+Task = TypeVar("Task")
+
+
+@dataclass(frozen=True)
+class LoraTarget:
+    """Where a LoRA goes and how it is made; checked before anything is read.
+
+    Raises OutputError for a place that cannot be written, RecipeError for `dtype` and `threads`.
+    """
+
+    output: str | os.PathLike[str]
+    dtype: str | None
+    threads: int | None
+    overwrite: bool
+    progress: Progress | None
+    started: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.output, (str, os.PathLike)):
+            raise OutputError(f"the output is a path; {type(self.output).__name__} given")
+        if not os.fspath(self.output).endswith(ENDING):
+            raise OutputError(f"{shown(self.output)}: a LoRA is a {ENDING} file; end its name so")
+        if self.dtype is not None and self.dtype not in DTYPES_OF_LORAS:
+            raise RecipeError(
+                f"'{shown(self.dtype)}' is no dtype (--dtype) of a LoRA: {', '.join(DTYPES_OF_LORAS)}"
+            )
+        if self.threads is not None:
+            thread_count(self.threads)
+
+    @classmethod
+    def of(
+        cls,
+        output: str | os.PathLike[str],
+        dtype: object,
+        threads: int | None,
+        overwrite: bool,
+        progress: Progress | None,
+    ) -> LoraTarget:
+        """The target for what a caller says; `dtype` by any of its names, or None."""
+        known = None if dtype is None else short_dtype(str(dtype)) or str(dtype)
+        return cls(output, known, threads, overwrite, progress)
+
+    def dtype_for(self, widest: str) -> str:
+        """The dtype of the output, in safetensors' spelling: the one asked for, or that of the `widest`
+        input, or the next that LoRAs have.
+        """
+        if self.dtype is not None:
+            return next(name for name, one in DTYPES.items() if one.short == self.dtype)
+        if DTYPES[widest].short in DTYPES_OF_LORAS:
+            return widest
+        return "F32" if DTYPES[widest].size > 2 else "F16"
+
+
+@dataclass(frozen=True)
+class Written:
+    """A LoRA that has been written: what became of each task, how many bytes it has, and notes."""
+
+    made: Sequence[Made]
+    bytes: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A LoRA to be made from `sources`, and what its metadata say."""
+
+    target: LoraTarget
+    family: Family
+    sources: tuple[Checkpoint, ...]
+    dtype: str
+    metadata: Mapping[str, str]
+
+    def write(
+        self,
+        tasks: Sequence[Task],
+        slots: Sequence[tuple[Layer, Mapping[str, Shape]]],
+        work: Callable[[Task, Readers], Made],
+        nbytes: Callable[[Task], int],
+        size: Size,
+    ) -> Written:
+        """Do all tasks, of which the first are the file's `slots`: layers, and the largest shapes of their
+        tensors. Raises OutputError, and RecipeError when there is nothing to write.
+        """
+        files = [file for one in self.sources for file in one.files]
+        place = check_output(self.target.output, files, overwrite=self.target.overwrite)
+        most = {layer.name: parts for layer, parts in slots}
+        # What a share of the energy takes is known in the end.
+        reserved = 0 if size.energy is not None else sizes_of(most, self.dtype)
+        with LoraFile(
+            place, most, self.metadata, self.dtype, size=reserved, overwrite=self.target.overwrite
+        ) as file:
+            made = compute_all(
+                tasks,
+                work,
+                file,
+                in_file=len(slots),
+                nbytes=nbytes,
+                threads=self.target.threads,
+                progress=self.target.progress,
+            )
+            for source in self.sources:
+                source.check_unchanged()
+            if not file.tensors:
+                raise RecipeError("nothing would be in the LoRA: it would change no weight")
+            ranks: dict[bool, list[int]] = {False: [], True: []}
+            for (layer, _), one in zip(slots, made, strict=False):
+                if one.rank:
+                    ranks[layer.has_kernel].append(one.rank)
+            count = file.finish(of_ranks(ranks[False], ranks[True], size))
+            return Written(made, count, file.swept)
+
+    def result(
+        self,
+        written: Written,
+        layers: Sequence[Layer],
+        notes: Sequence[str],
+        *,
+        is_exact: bool = False,
+        held: Mapping[str, float] | None = None,
+    ) -> LoraResult:
+        """Describe what was written; `layers` are those of the first of what was made."""
+        pairs = list(zip(layers, written.made, strict=False))
+        kinds = dict.fromkeys("locon" if layer.has_kernel else "lora" for layer, one in pairs if one.rank)
+        ranks = Counter(one.rank for _, one in pairs if one.rank)
+        kept = shares(((layer.block, one) for layer, one in pairs if one.rank or one.total), self.family)
+        return LoraResult(
+            output=Path(self.target.output),
+            family=self.family.name,
+            kind="+".join(sorted(kinds, reverse=True)) or "norm",
+            rank=max(ranks, default=0),
+            ranks=dict(sorted(ranks.items())),
+            modules=sum(ranks.values()) + sum(not one.rank and bool(one.parts) for _, one in pairs),
+            lost={block: 0.0 if is_exact else 1 - share for block, share in kept.items()},
+            dtype=self.dtype,
+            bytes=written.bytes,
+            seconds=time.perf_counter() - self.target.started,
+            notes=tuple(dict.fromkeys((*notes, *written.notes))),
+            held=held,
+        )
+
+
+def shares(made: Iterable[tuple[str | None, Made]], family: Family) -> dict[str, float]:
+    """{block: which share of its energy is kept}, in the family's order."""
+    total: dict[str | None, float] = defaultdict(float)
+    kept: dict[str | None, float] = defaultdict(float)
+    for block, one in made:
+        total[block] += one.total
+        kept[block] += one.kept
+    return {
+        block: min(1.0, kept[block] / total[block]) if total[block] else 1.0
+        for block in family.blocks
+        if block in total
+    }

@@ -1,0 +1,47 @@
+"""`resize_lora`: a LoRA at another rank."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from blockmerge.adapters import Lora, LoraLike
+from blockmerge.lora_making.making import LoraTarget
+from blockmerge.lora_making.merge import added_up, opened, written
+from blockmerge.lora_making.metadata import new_metadata, of_family, still_true
+from blockmerge.lora_making.result import LoraResult
+from blockmerge.lora_making.size import Size
+from blockmerge.streaming import Progress
+
+if TYPE_CHECKING:
+    import torch
+
+
+def resize_lora(
+    lora: LoraLike,
+    *,
+    output: str | os.PathLike[str],
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: str | torch.dtype | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> LoraResult:
+    """Write a LoRA at a lower rank, by the best approximation there is.
+
+    >>> blockmerge.resize_lora("big.safetensors", output="small.safetensors", energy=0.99)  # doctest: +SKIP
+
+    Either `rank`, which each module gets at most, or `energy`, the share of each one's squared norm that is
+    to stay. What its metadata say of its training stays. The other arguments, and errors, are those of
+    `merge_loras`.
+    """
+    size = Size(rank, energy)
+    size.check_given()
+    target = LoraTarget.of(output, dtype, threads, overwrite, progress)
+    asked = Lora.of(lora)
+    applied, family = opened([asked])
+    of_source = applied[0].adapter.source.metadata
+    recipe = {"method": "lora resize", "loras": written(applied), "rank": rank, "energy": energy}
+    made = new_metadata(of_family(family, [of_source]), recipe, asked.label)
+    return added_up(target, family, applied, size, {**made, **still_true(of_source, family)})
