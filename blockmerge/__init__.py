@@ -42,7 +42,9 @@ if TYPE_CHECKING:
     from blockmerge.inspecting import check as check
     from blockmerge.inspecting import inspect as inspect
     from blockmerge.inspecting import inspect_lora as inspect_lora
+    from blockmerge.lora_making import LoraConversion as LoraConversion
     from blockmerge.lora_making import LoraResult as LoraResult
+    from blockmerge.lora_making import convert_lora as convert_lora
     from blockmerge.lora_making import extract_lora as extract_lora
     from blockmerge.lora_making import merge_loras as merge_loras
     from blockmerge.lora_making import resize_lora as resize_lora
@@ -71,6 +73,7 @@ _HOMES = {
     "Inspection": "inspecting",
     "LiveMerge": "merging",
     "Lora": "adapters",
+    "LoraConversion": "lora_making",
     "LoraInspection": "inspecting",
     "LoraResult": "lora_making",
     "LoraSimilarity": "comparing",
@@ -90,6 +93,7 @@ _HOMES = {
     "block_of": "anatomy",
     "check": "inspecting",
     "convert": "merging",
+    "convert_lora": "lora_making",
     "explain": "explaining",
     "extract_lora": "lora_making",
     "inspect": "inspecting",

@@ -9,7 +9,13 @@ from blockmerge.adapters.forms import KINDS
 from blockmerge.adapters.lora import Lora, LoraLike
 from blockmerge.adapters.module import Module
 from blockmerge.adapters.own_changes import looks_at_weights, own_bias, own_change
-from blockmerge.adapters.targets import Target, Whereabouts, targets_of, written_names
+from blockmerge.adapters.targets import (
+    Target,
+    Whereabouts,
+    diffusers_names,
+    targets_of,
+    written_names,
+)
 
 __all__ = [
     "KINDS",
@@ -21,6 +27,7 @@ __all__ = [
     "Module",
     "Target",
     "Whereabouts",
+    "diffusers_names",
     "looks_at_weights",
     "matrix_of",
     "own_bias",

@@ -10,13 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from blockmerge.anatomy import FAMILIES
-from blockmerge.errors import counted, listing, shown
+from blockmerge.errors import bytes_text, counted, listing, shown
 from blockmerge.rendering.tables import print_table
 from blockmerge.rendering.u_net import SharesU
 
 if TYPE_CHECKING:
     from blockmerge.comparing import LoraSimilarity
     from blockmerge.inspecting import LoraInspection
+    from blockmerge.lora_making import LoraConversion
 
 _MOST = 8
 """Different ranks or alphas that are shown."""
@@ -47,6 +48,16 @@ def print_lora_inspection(console: Console, found: LoraInspection) -> None:
         console.print()
     for key, value in found.metadata.items():
         _line(console, Text.assemble((f"{shown(key)}: ", "bold"), _value(value)))
+
+
+def print_lora_conversion(console: Console, found: LoraConversion) -> None:
+    """Print what was converted, the notes, and the file."""
+    what = f"LoRA of {FAMILIES[found.family].title}: {counted(found.modules, 'module')}, {found.form} form"
+    _line(console, Text(what))
+    for note in found.notes:
+        _line(console, Text(f"- {note}"))
+    size = f"  {bytes_text(found.bytes)} in {found.seconds:.2f} s"
+    _line(console, Text.assemble((shown(found.output), "bold"), size))
 
 
 def print_lora_similarity(console: Console, found: LoraSimilarity) -> None:

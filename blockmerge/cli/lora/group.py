@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from blockmerge.cli.lora.convert import convert
 from blockmerge.cli.lora.extract import extract
 from blockmerge.cli.lora.inspect import inspect
 from blockmerge.cli.lora.merge import merge
@@ -21,10 +22,11 @@ def lora() -> None:
       blockmerge lora merge a.safetensors:0.7 b.safetensors:0.4 -o ab.safetensors
       blockmerge lora resize big.safetensors -o small.safetensors --energy 0.99
       blockmerge lora extract tuned.safetensors base.safetensors -o style.safetensors --rank 32
+      blockmerge lora convert style.safetensors -o style-peft.safetensors --to diffusers
 
     `blockmerge bake` puts them into a model.
     """
 
 
-for command in (inspect, similarity, merge, resize, extract):
+for command in (inspect, similarity, merge, resize, extract, convert):
     lora.add_command(command)
