@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from blockmerge.anatomy import block_of as block_of
     from blockmerge.checkpoints import Checkpoint as Checkpoint
     from blockmerge.checkpoints import open_checkpoint as open_checkpoint
+    from blockmerge.comparing import LoraSimilarity as LoraSimilarity
     from blockmerge.comparing import SimilarityMatrix as SimilarityMatrix
     from blockmerge.comparing import SimilarityResult as SimilarityResult
+    from blockmerge.comparing import lora_similarity as lora_similarity
     from blockmerge.comparing import similarity as similarity
     from blockmerge.comparing import similarity_matrix as similarity_matrix
     from blockmerge.errors import BlockmergeError as BlockmergeError
@@ -36,9 +38,13 @@ if TYPE_CHECKING:
     from blockmerge.explaining import explain as explain
     from blockmerge.inspecting import CheckResult as CheckResult
     from blockmerge.inspecting import Inspection as Inspection
+    from blockmerge.inspecting import LoraInspection as LoraInspection
     from blockmerge.inspecting import check as check
     from blockmerge.inspecting import inspect as inspect
+    from blockmerge.inspecting import inspect_lora as inspect_lora
+    from blockmerge.lora_making import LoraConversion as LoraConversion
     from blockmerge.lora_making import LoraResult as LoraResult
+    from blockmerge.lora_making import convert_lora as convert_lora
     from blockmerge.lora_making import extract_lora as extract_lora
     from blockmerge.lora_making import merge_loras as merge_loras
     from blockmerge.lora_making import resize_lora as resize_lora
@@ -67,7 +73,10 @@ _HOMES = {
     "Inspection": "inspecting",
     "LiveMerge": "merging",
     "Lora": "adapters",
+    "LoraConversion": "lora_making",
+    "LoraInspection": "inspecting",
     "LoraResult": "lora_making",
+    "LoraSimilarity": "comparing",
     "Merge": "merging",
     "MergeResult": "merging",
     "NonFiniteError": "errors",
@@ -84,10 +93,13 @@ _HOMES = {
     "block_of": "anatomy",
     "check": "inspecting",
     "convert": "merging",
+    "convert_lora": "lora_making",
     "explain": "explaining",
     "extract_lora": "lora_making",
     "inspect": "inspecting",
+    "inspect_lora": "inspecting",
     "load_preset": "weights",
+    "lora_similarity": "comparing",
     "merge": "merging",
     "merge_loras": "lora_making",
     "merge_method": "methods",

@@ -137,6 +137,11 @@ NEVER_SAID = {
         "--configs",
     ): "the notes of a repair's conversion are not told",
     ("check", "merging/execute.py", "--allow-nonfinite"): "a repair allows them",
+    **{
+        (command, f"checkpoints/{place}.py", "--variant"): "they take a folder's weights of any variant"
+        for command in ("lora inspect", "lora similarity", "lora merge", "lora resize")
+        for place in ("open", "formats/folder")
+    },
     ("check", "checkpoints/opening.py", "--ema"): "a repair asks for no EMA copies",
     ("convert", "cli/merge.py", "--preset"): "it shares other options with `merge`",
     ("convert", "cli/numbers.py", "--number"): "it shares other options with `merge`",
@@ -151,11 +156,6 @@ NEVER_SAID = {
         (command, "merging/planning/request.py", option): "they have no second weights"
         for command in ("check", "convert")
         for option in ("--weights-beta", "--preset-beta")
-    },
-    **{
-        (command, f"checkpoints/{place}.py", "--variant"): "they take no folders"
-        for command in ("lora merge", "lora resize")
-        for place in ("open", "formats/folder")
     },
 }
 """Commands that import a file and lack an option that a text in it names, and why they never say that text."""
@@ -180,7 +180,7 @@ def test_every_option_that_the_source_names_is_one_of_the_commands_that_say_it()
                     # A demo merges two good files of its own; what it says then is tested below.
                     elif command != "demo" or place.startswith("cli/"):
                         wrong.append(f"{command} lacks {name}, which {place} names: {text}")
-    assert wrong == []
+    assert wrong == [], "\n".join(wrong)
     assert needed == NEVER_SAID.keys()
 
 

@@ -8,7 +8,14 @@ from blockmerge.adapters.factors import matrix_of, product_of
 from blockmerge.adapters.forms import KINDS
 from blockmerge.adapters.lora import Lora, LoraLike
 from blockmerge.adapters.module import Module
-from blockmerge.adapters.targets import Target, Whereabouts, targets_of, written_names
+from blockmerge.adapters.own_changes import looks_at_weights, own_bias, own_change
+from blockmerge.adapters.targets import (
+    Target,
+    Whereabouts,
+    diffusers_names,
+    targets_of,
+    written_names,
+)
 
 __all__ = [
     "KINDS",
@@ -20,7 +27,11 @@ __all__ = [
     "Module",
     "Target",
     "Whereabouts",
+    "diffusers_names",
+    "looks_at_weights",
     "matrix_of",
+    "own_bias",
+    "own_change",
     "product_of",
     "targets_of",
     "written_names",

@@ -110,7 +110,8 @@ class Lora:
 
         Raises CheckpointError, IncompatibleModelsError and UnknownFamilyError as `Adapter.of` does.
         """
-        return Adapter.of(open_source(self.file), family, self.name, shapes=shapes)
+        source = open_source(self.file, any_variant=True)  # a folder is none, whichever weights are taken
+        return Adapter.of(source, family, self.name, shapes=shapes)
 
     def weights(self, family: Family | str, seed: int = 0) -> BlockWeights:
         """Return the weight of every block of a family, which multiplies the strength: 1 without `blocks`.

@@ -102,6 +102,20 @@ def written_names(family: Family) -> Mapping[Whereabouts, str]:
     return {**others, **found}
 
 
+@remembered(None)
+def diffusers_names(family: Family) -> Mapping[Whereabouts, str]:
+    """Return {a tensor, or a part of it: what diffusers calls the module, with its component}.
+
+    >>> diffusers_names(FAMILIES["sdxl"])[Whereabouts("model.diffusion_model.time_embed.0.weight")]
+    'unet.time_embedding.linear_1'
+    """
+    found: dict[Whereabouts, str] = {}
+    for component, naming, stem, target in _modules(family):
+        if naming == "diffusers":
+            found.setdefault(Whereabouts(target.ldm, target.place), f"{component}.{stem}")
+    return found
+
+
 def spellings_of(family: Family) -> Iterator[tuple[str, Target]]:
     """Yield every spelling of every module, with its target."""
     names = family.adapters.get("names", {})

@@ -15,7 +15,10 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
-_LORA = ", not a model: bake puts it into one (blockmerge bake MODEL LORA -o OUT)"
+_LORA = (
+    ", not a model: bake puts it into one (blockmerge bake MODEL LORA -o OUT), and lora inspect shows what "
+    "is in it (blockmerge lora inspect LORA)"
+)
 _BESIDE = ", not a model: it is used beside one, so give the model itself"
 _YET = ", which blockmerge cannot merge yet"
 _PART = ", only a part of a model: give a model with a U-Net"

@@ -10,6 +10,7 @@ import torch
 
 from blockmerge.checkpoints import Model, Readers
 from blockmerge.dtypes import size_of
+from blockmerge.expressions import Expression
 from blockmerge.streaming import Progress, TorchThreads, aligned_buffer, for_each, thread_count
 from blockmerge.streaming.tensors import tensor_view
 
@@ -34,12 +35,17 @@ class TensorReader:
     def read(
         self, model: Model, name: str, start: int, count: int, *, dtype: str = "F32", buffer: str | int = ""
     ) -> torch.Tensor:
+        """Return `count` elements of a model's tensor from element `start` on, as `read_tensor` does."""
+        return self.read_tensor(model.tensors[name], start, count, dtype=dtype, buffer=buffer)
+
+    def read_tensor(
+        self, tensor: Expression, start: int, count: int, *, dtype: str = "F32", buffer: str | int = ""
+    ) -> torch.Tensor:
         """Return `count` elements of a tensor from element `start` on, as a flat tensor of `dtype`.
 
         `dtype` is ``"F32"`` or ``"F64"``. The result lies in the `buffer` of that name, and is valid until
         something else is read into it. Raises CheckpointError when the file cannot be read.
         """
-        tensor = model.tensors[name]
         width, stored_width = size_of(dtype), size_of(tensor.dtype)
         if len(self._floats.get(buffer, b"")) < count * width:
             self._floats[buffer] = aligned_buffer(count * width)

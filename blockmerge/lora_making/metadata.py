@@ -7,6 +7,7 @@ https://github.com/Stability-AI/ModelSpec; their values for a family are data of
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from typing import Any
@@ -17,6 +18,11 @@ from blockmerge.lora_making.size import Size
 from blockmerge.version import __version__
 
 RECIPE_KEY = "blockmerge.recipe"
+
+_ALPHAS_KEY = "blockmerge.alphas"
+_LARGEST_ALPHA = 1e9
+_OF_TRAINING = ("ss_network_module", "ss_network_args", "ss_network_dropout", "modelspec.date")
+"""How keys begin that stay true of a file in another form."""
 
 _VERSION, _PREDICTION = "ss_base_model_version", "modelspec.prediction_type"
 _OF_THE_FILE = (
@@ -67,11 +73,75 @@ def new_metadata(
 
 def still_true(metadata: Mapping[str, str], family: Family) -> dict[str, str]:
     """Return what a LoRA's metadata say that is true of it at another rank, too."""
+    return {key: metadata[key] for key in _sound(metadata, family) if not key.startswith(_OF_THE_FILE)}
+
+
+def _sound(metadata: Mapping[str, str], family: Family) -> list[str]:
+    """The keys of what misleads nobody, and tells nothing that its maker would not have published."""
     faulty = {key for keys in faulty_metadata(metadata, family.name).values() for key in keys}
+    return [key for key in metadata if key not in faulty]
+
+
+def converted(
+    metadata: Mapping[str, str], family: Family, recipe: Mapping[str, Any], network: str | None
+) -> dict[str, str]:
+    """Return the metadata of a LoRA in another form, but for its alphas and hashes: all that stays true, and
+    what programs look for that read kohya's form, where there is a `network`.
+    """
+    kept = {key: metadata[key] for key in _sound(metadata, family) if key.startswith(_OF_TRAINING)}
+    usual = {} if network is None else {**of_family(family, [metadata]), "ss_network_module": network}
+    said = {RECIPE_KEY: json.dumps({"version": __version__, **recipe}, ensure_ascii=False)}
+    return {**usual, **kept, **still_true(metadata, family), "format": "pt", **said}
+
+
+def of_alphas(
+    metadata: Mapping[str, str], numbers: Iterable[tuple[bool, int, float]], *, always: bool
+) -> dict[str, str]:
+    """Return what is said of ranks and alphas, as sd-scripts says it, for (has it a kernel, rank, alpha) of
+    all modules; what else was said beside stays. Nothing where nothing was, unless `always`.
+    """
+    if not always and "ss_network_dim" not in metadata:
+        return {}
+    each: dict[bool, list[tuple[int, float]]] = {False: [], True: []}
+    for has_kernel, rank, alpha in numbers:
+        each[has_kernel].append((rank, alpha))
+    if not each[False] and not each[True]:
+        return {}
+    first = each[False] or each[True]
+    said = {
+        "ss_network_dim": _same(rank for rank, _ in first),
+        "ss_network_alpha": _same(a for _, a in first),
+    }
+    args = _arguments(metadata.get("ss_network_args", ""))
+    if each[True]:
+        args["conv_dim"] = _same(rank for rank, _ in each[True])
+        args["conv_alpha"] = _same(alpha for _, alpha in each[True])
+    return {**said, **({"ss_network_args": json.dumps(args)} if args else {})}
+
+
+def with_alphas(alphas: Mapping[str, float]) -> dict[str, str]:
+    """Return what is said of alphas, {module: alpha}, that were put into factors and can be taken out
+    again.
+    """
+    if not alphas:
+        return {}
+    usual, _ = Counter(alphas.values()).most_common(1)[0]
+    others = {module: alpha for module, alpha in alphas.items() if alpha != usual}
+    return {_ALPHAS_KEY: json.dumps({"alpha": usual, "modules": others})}
+
+
+def alphas_of(metadata: Mapping[str, str], modules: Iterable[str]) -> dict[str, float]:
+    """Return {module: alpha} of what `with_alphas` has written; nothing where that cannot be understood."""
+    try:
+        said = json.loads(metadata.get(_ALPHAS_KEY, "{}"))
+        others = said.get("modules", {})
+        found = {module: others.get(module, said.get("alpha")) for module in modules}
+    except (ValueError, RecursionError, AttributeError):
+        return {}
     return {
-        key: value
-        for key, value in metadata.items()
-        if not key.startswith(_OF_THE_FILE) and key not in faulty
+        module: float(alpha)
+        for module, alpha in found.items()
+        if isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and 0 < alpha < _LARGEST_ALPHA
     }
 
 
@@ -83,6 +153,21 @@ def of_ranks(linear: Sequence[int], convolutions: Sequence[int], size: Size) -> 
         args = {"conv_dim": conv_dim, "conv_alpha": _alpha(conv_dim)}
         said["ss_network_args"] = json.dumps(args)
     return said
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    """The network's arguments; none where they cannot be read."""
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _same(numbers: Iterable[float]) -> str:
+    """The number that all are, as sd-scripts writes it."""
+    found = set(numbers)
+    return str(found.pop()) if len(found) == 1 else "Dynamic"
 
 
 def _one(ranks: Sequence[int], size: Size) -> str | None:

@@ -37,3 +37,23 @@ class LoraResult:
         if self.held is None:
             del found["held"]
         return found
+
+
+@dataclass(frozen=True)
+class LoraConversion:
+    """A LoRA that has been written in another form, ``"kohya"`` or ``"diffusers"``.
+
+    `modules` counts them, `notes` are texts for the user.
+    """
+
+    output: Path
+    form: str
+    family: str
+    modules: int
+    bytes: int
+    seconds: float
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain data, ready for JSON, with the keys of `docs/json.md`."""
+        return {**asdict(self), "output": str(self.output)}

@@ -37,7 +37,8 @@ class LoraFile:
     `finish` nothing remains of it.
 
     `most` are {module: {part: shape}} in the order in which they will stand, at their largest; `size` is what
-    they take at least, to be reserved. Raises OutputError.
+    they take at least, to be reserved. All tensors are of the one `dtype`, but those of other `dtypes`, by
+    their names. Raises OutputError.
     """
 
     def __init__(
@@ -47,14 +48,16 @@ class LoraFile:
         metadata: Mapping[str, str],
         dtype: str,
         *,
+        dtypes: Mapping[str, str] | None = None,
         size: int = 0,
         overwrite: bool = False,
     ) -> None:
         self.dtype = dtype
+        self.dtypes = dtypes or {}
         self.tensors: dict[str, TensorInfo] = {}
         self._metadata = dict(metadata)
         largest = {
-            f"{module}.{part}": TensorInfo(dtype, shape, _LARGEST_OFFSET)
+            f"{module}.{part}": TensorInfo(self.dtypes.get(f"{module}.{part}", dtype), shape, _LARGEST_OFFSET)
             for module, parts in most.items()
             for part, shape in parts.items()
         }
@@ -130,7 +133,8 @@ class LoraFile:
     def _append(self, module: str, parts: Parts) -> None:
         assert self._handle is not None
         for part, (shape, data) in sorted(parts.items()):
-            self.tensors[f"{module}.{part}"] = TensorInfo(self.dtype, shape, self._length)
+            name = f"{module}.{part}"
+            self.tensors[name] = TensorInfo(self.dtypes.get(name, self.dtype), shape, self._length)
             self._hash.update(data)
             self._length += len(data)
             with self._failing():

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blockmerge.comparing import SimilarityMatrix, SimilarityResult
+    from blockmerge.comparing import LoraSimilarity, SimilarityMatrix, SimilarityResult
     from blockmerge.explaining import Explanation
-    from blockmerge.inspecting import CheckResult, Inspection
-    from blockmerge.lora_making import LoraResult
+    from blockmerge.inspecting import CheckResult, Inspection, LoraInspection
+    from blockmerge.lora_making import LoraConversion, LoraResult
     from blockmerge.merging import MergeResult
     from blockmerge.methods import Method
     from blockmerge.weights import Preset
@@ -28,6 +28,21 @@ def lora_json(result: LoraResult) -> str:
 
 def inspection_json(found: Inspection) -> str:
     """An inspection; `hashes` only where they were asked for."""
+    return _dumps(found.to_dict())
+
+
+def lora_conversion_json(found: LoraConversion) -> str:
+    """A LoRA in another form; `output` is the only path."""
+    return _dumps(found.to_dict())
+
+
+def lora_inspection_json(found: LoraInspection) -> str:
+    """What is in a LoRA; ranks and alphas are keys, as texts."""
+    return _dumps(found.to_dict())
+
+
+def lora_similarity_json(found: LoraSimilarity) -> str:
+    """How alike two LoRAs are: cosines; `parts` only where the blocks were asked for."""
     return _dumps(found.to_dict())
 
 

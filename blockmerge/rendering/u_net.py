@@ -52,10 +52,25 @@ class WeightsU:
         style = "dim" if weight == 0 else "cyan" if 0 < weight <= 1 else "yellow"
         return Text.assemble(
             (f"{block:<5} ", "bold"),
-            (f"{number(weight):>6} ", style),
+            (f"{self._said(block, weight):>6} ", style),
             (full * filled, style),
             (empty * (_BAR - filled), "dim"),
         )
+
+    def _said(self, block: str, weight: float) -> str:
+        return number(weight)
+
+
+class SharesU(WeightsU):
+    """Draws the shares of blocks in something, in percent, with bars beside the largest; None is unknown."""
+
+    def __init__(self, shares: Mapping[str, float | None]) -> None:
+        largest = max((share for share in shares.values() if share is not None), default=0.0) or 1.0
+        super().__init__({block: share and share / largest for block, share in shares.items()}, unknown="?")
+        self.shares = shares
+
+    def _said(self, block: str, weight: float) -> str:
+        return f"{self.shares[block] or 0.0:.1%}"
 
 
 def arms_of(blocks: Iterable[str]) -> Arms | None:

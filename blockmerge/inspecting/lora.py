@@ -1,0 +1,165 @@
+"""`inspect_lora`: what is in a LoRA or one of its relatives, and how much of its change each block takes."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from blockmerge.adapters import Adapter, Lora, Module, looks_at_weights
+from blockmerge.checkpoints import CheckpointLike
+from blockmerge.comparing import squares_of
+from blockmerge.errors import counted, listing, shown
+from blockmerge.inspecting.lora_metadata import looked_for
+from blockmerge.streaming import Progress
+
+
+@dataclass(frozen=True)
+class LoraBlock:
+    """How many modules a LoRA has in a block, and ‖ΔW‖ of what they add to it at strength 1.
+
+    `norm` is None where that depends on the model, or where it is not a number.
+    """
+
+    modules: int
+    norm: float | None
+
+
+@dataclass(frozen=True)
+class LoraInspection:
+    """What `inspect_lora` found.
+
+    `kinds`, `ranks`, `alphas` and `dtypes` count the modules of each, the dtypes the tensors; modules without
+    a rank have no alpha that counts. `blocks` are those that it changes, in the family's order. `norm` is
+    that of all blocks, None where one of theirs is. `unmet` are modules that no table knows, `embeddings`
+    tensors that travel along. `metadata` is what people look for first, under the file's own keys, and
+    ``"trigger_words"``, the most frequent tags of what it was trained on: {tag: how often}. `notes` are texts
+    for the user.
+    """
+
+    name: str
+    family: str
+    kinds: Mapping[str, int]
+    ranks: Mapping[int, int]
+    alphas: Mapping[float, int]
+    dtypes: Mapping[str, int]
+    blocks: Mapping[str, LoraBlock]
+    norm: float | None
+    unmet: tuple[str, ...]
+    embeddings: tuple[str, ...]
+    metadata: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def modules(self) -> int:
+        """How many modules it has."""
+        return sum(self.kinds.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain data, ready for JSON, with the keys of `docs/json.md`."""
+        fields = asdict(self)
+        for key in ("ranks", "alphas"):
+            fields[key] = {number_text(number): count for number, count in fields[key].items()}
+        return fields
+
+
+def inspect_lora(
+    lora: CheckpointLike | Lora, *, threads: int | None = None, progress: Progress | None = None
+) -> LoraInspection:
+    """Look at a LoRA: its kind, family, ranks and alphas, and the share of its change in every block.
+
+    >>> found = blockmerge.inspect_lora("style.safetensors")  # doctest: +SKIP
+    >>> found.kinds, found.ranks, found.blocks["IN04"].norm  # doctest: +SKIP
+    ({'lora': 722}, {32: 722}, 1.742)
+
+    `lora` is a path, an opened checkpoint, a state dict, or a Lora, of which the file counts. The share is
+    ‖ΔW‖ at strength 1, summed in float64 from the factors alone. That of modules that look at the weights
+    (DoRA, GLoRA, IA3, OFT, BOFT) depends on the model: their blocks' is None. `progress(done, total)` is told
+    the bytes.
+
+    Raises CheckpointError for what is no LoRA or cannot be read, and UnknownFamilyError for one of no family
+    that is known.
+    """
+    adapter = (lora if isinstance(lora, Lora) else Lora(lora)).open()
+    said, fault = looked_for(adapter.source.metadata)
+    blocks, notes = _blocks(adapter, threads, progress)
+    norms = [one.norm for one in blocks.values()]
+    ranked = [one for one in adapter.modules if one.rank is not None]
+    return LoraInspection(
+        name=adapter.name,
+        family=adapter.family.name,
+        kinds=adapter.kinds,
+        ranks=_counted(one.rank for one in ranked if one.rank is not None),
+        alphas=_counted(one.alpha for one in ranked if one.alpha is not None),
+        dtypes=dict(Counter(info.dtype for info in adapter.source.tensors.values()).most_common()),
+        blocks=blocks,
+        norm=None if None in norms else math.hypot(*(norm for norm in norms if norm is not None)),
+        unmet=adapter.unmet,
+        embeddings=adapter.embeddings,
+        metadata=said,
+        notes=(
+            *adapter.notes,
+            *([f"{shown(adapter.name)}: {fault}"] if fault else ()),
+            *_of_unmet(adapter),
+            *notes,
+        ),
+    )
+
+
+def number_text(number: float) -> str:
+    """A rank or an alpha as keys of JSON have it: ``"16"``, ``"0.5"``."""
+    return str(int(number)) if float(number).is_integer() else repr(float(number))
+
+
+def _counted(numbers: Iterator[Any]) -> dict[Any, int]:
+    """{number: how often it is there}, from the least to the largest."""
+    return dict(sorted(Counter(numbers).items()))
+
+
+def _blocks(
+    adapter: Adapter, threads: int | None, progress: Progress | None
+) -> tuple[dict[str, LoraBlock], list[str]]:
+    """Every block that is changed, and notes on those whose share is not known."""
+    met = [one for one in adapter.modules if one.target is not None]
+    looking = [one for one in met if looks_at_weights(one)]
+    others = [one for one in met if not looks_at_weights(one)]
+    squares = squares_of(others, threads, progress)
+    odd = [one for one, square in zip(others, squares, strict=True) if not math.isfinite(square)]
+    each: dict[str, list[float]] = defaultdict(list)
+    for module, square in zip(others, squares, strict=True):
+        each[_block_of(module)].append(square)
+    unknown = {*map(_block_of, looking), *map(_block_of, odd)}
+    blocks = {
+        block: LoraBlock(count, None if block in unknown else math.sqrt(math.fsum(each[block])))
+        for block, count in adapter.blocks.items()
+    }
+    return blocks, list(_notes(adapter, looking, odd))
+
+
+def _block_of(module: Module) -> str:
+    assert module.target is not None, module
+    return module.target.block
+
+
+def _notes(adapter: Adapter, looking: Sequence[Module], odd: Sequence[Module]) -> Iterator[str]:
+    if looking:
+        kinds = " and ".join(sorted({one.kind for one in looking}))
+        yield (
+            f"{shown(adapter.name)}: how much {counted(len(looking), 'module')} of {kinds} change depends on "
+            "the model, so that their blocks have no share here: bake says it for a model"
+        )
+    if odd:
+        yield (
+            f"{shown(adapter.name)} holds NaN or infinity in {counted(len(odd), 'module')} "
+            f"({listing(one.name for one in odd)})"
+        )
+
+
+def _of_unmet(adapter: Adapter) -> Iterator[str]:
+    if adapter.unmet:
+        yield (
+            f"{shown(adapter.name)}: {counted(len(adapter.unmet), 'module')} of {len(adapter.modules)} are "
+            f"none that {adapter.family.title} has ({listing(adapter.unmet)})"
+        )

@@ -1,0 +1,179 @@
+"""`convert_lora`: a LoRA under the names of other programs."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from blockmerge.adapters import Adapter, Lora
+from blockmerge.checkpoints import CheckpointLike, Readers, TensorInfo, check_output
+from blockmerge.errors import CheckpointError, counted, listing, shown
+from blockmerge.expressions import Stored
+from blockmerge.lora_making import metadata
+from blockmerge.lora_making.making import LoraTarget
+from blockmerge.lora_making.renaming import Piece, Renamed, check_form, is_power_of_two, renamed
+from blockmerge.lora_making.result import LoraConversion
+from blockmerge.lora_making.tasks import Made
+from blockmerge.lora_making.writing import LoraFile, compute_all
+from blockmerge.streaming import Progress
+
+if TYPE_CHECKING:
+    import torch
+
+
+def convert_lora(
+    lora: CheckpointLike | Lora,
+    *,
+    output: str | os.PathLike[str],
+    to: str,
+    dtype: str | torch.dtype | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> LoraConversion:
+    """Write a LoRA under kohya's names or diffusers', whichever it has.
+
+    >>> blockmerge.convert_lora("style.safetensors", output="style-peft.safetensors", to="diffusers")
+    ... # doctest: +SKIP
+
+    ``"kohya"`` are sd-scripts' names (``lora_unet_….lora_down.weight``), which most programs read;
+    ``"diffusers"`` PEFT's with the component (``unet.….lora_A.weight``). Only the names change, but that
+    diffusers' form has no alphas: alpha / rank goes into ``lora_B``. For powers of two that is exact, and
+    taken out again on the way back; else it is one rounding, which the notes tell. What diffusers has no
+    place for (LoHa and other kinds, norms) is refused. What the metadata say of the training stays where it
+    stays true. `lora` is a path, an opened checkpoint, a state dict or a Lora, of which the file counts;
+    `dtype` is ``"fp16"``, ``"bf16"`` or ``"fp32"``, by default each tensor's own. `progress(done, total)` is
+    told the bytes that were read.
+
+    Raises a BlockmergeError: CheckpointError and UnknownFamilyError for files, and for what the form has no
+    place for, RecipeError for what is asked for, NonFiniteError for values, OutputError for the output.
+    """
+    check_form(to)
+    target = LoraTarget.of(output, dtype, threads, overwrite, progress)
+    asked = lora if isinstance(lora, Lora) else Lora(lora)
+    if isinstance(asked.file, (str, os.PathLike)) and os.path.isdir(asked.file):
+        raise CheckpointError(f"{shown(asked.file)} is a folder, not a LoRA: give the file in it")
+    return _Conversion(asked.open(), to, target).run()
+
+
+class _Conversion:
+    """One conversion, from what is in the file to the result."""
+
+    def __init__(self, adapter: Adapter, to: str, target: LoraTarget) -> None:
+        self.adapter, self.to, self.target = adapter, to, target
+        said = adapter.source.metadata
+        recorded = metadata.alphas_of(said, (one.name for one in adapter.modules))
+        asked = None if target.dtype is None else target.dtype_for("F32")
+        self.tasks = renamed(adapter, to, asked, recorded)
+        self.beside = _embeddings(adapter) if to == "kohya" else []
+        self.alphas: dict[str, float] = {}
+        self.rounded: list[str] = []
+
+    def run(self) -> LoraConversion:
+        """Write the file."""
+        adapter, target = self.adapter, self.target
+        tasks = [*self.tasks, *self.beside]
+        place = check_output(target.output, adapter.source.files, overwrite=target.overwrite)
+        dtypes = {name: dtype for task in tasks for name, dtype in task.dtypes.items()}
+        recipe = {"method": "lora convert", "loras": [{"name": adapter.name}], "to": self.to}
+        is_kohya = self.to == "kohya"
+        is_plain = adapter.kinds.keys() <= {"lora", "locon", "dora"}
+        network = ("networks.lora" if is_plain else "lycoris.kohya") if is_kohya else None
+        said = metadata.converted(adapter.source.metadata, adapter.family, recipe, network)
+        room = {task.name: task.shapes for task in tasks}
+        with LoraFile(
+            place,
+            room,
+            {**said, **self._about_alphas()},  # of about the length that it will have
+            "F32",
+            dtypes=dtypes,
+            size=_size_of(tasks),
+            overwrite=target.overwrite,
+        ) as file:
+            compute_all(
+                tasks,
+                self._work,
+                file,
+                in_file=len(tasks),
+                nbytes=lambda task: task.nbytes,
+                threads=target.threads,
+                progress=target.progress,
+            )
+            adapter.source.check_unchanged()
+            count = file.finish(self._about_alphas())
+            swept = file.swept
+        return LoraConversion(
+            output=Path(target.output),
+            form=self.to,
+            family=adapter.family.name,
+            modules=len(self.tasks),
+            bytes=count,
+            seconds=time.perf_counter() - target.started,
+            notes=(*adapter.notes, *self._notes(), *swept),
+        )
+
+    def _work(self, task: Renamed, readers: Readers) -> Made:
+        from blockmerge.lora_making.rewriting import rewritten
+
+        parts, alpha, is_rounded = rewritten(task, self.adapter.name, readers)
+        if alpha is not None:
+            self.alphas[task.old] = alpha
+        if is_rounded:
+            self.rounded.append(task.old)
+        return Made(parts, task.rank or 0, 0.0, 0.0)
+
+    def _about_alphas(self) -> dict[str, str]:
+        """What the metadata say of ranks and alphas, as far as these are known."""
+        is_kohya = self.to == "kohya"
+        numbers = [
+            (task.has_kernel, task.rank, self.alphas.get(task.old, float(task.rank)))
+            for task in self.tasks
+            if task.rank is not None
+        ]
+        said = metadata.of_alphas(self.adapter.source.metadata, numbers, always=is_kohya)
+        if is_kohya:
+            return said
+        names = {task.old: task.name for task in self.tasks}
+        before = {
+            names[one.name]: one.alpha
+            for one in self.adapter.modules
+            if one.alpha is not None and one.factor != 1 and is_power_of_two(one.factor)
+        }
+        return {**said, **metadata.with_alphas(before)}
+
+    def _notes(self) -> list[str]:
+        name, rounded = shown(self.adapter.name), sorted(self.rounded)
+        notes = []
+        if rounded:
+            notes.append(
+                f"{name}: alpha / rank is put into a factor, which rounds it once more in "
+                f"{counted(len(rounded), 'module')} ({listing(rounded)})"
+            )
+        if self.adapter.embeddings and self.to != "kohya":
+            notes.append(
+                f"{name}: {counted(len(self.adapter.embeddings), 'tensor')} of embeddings are left out, for "
+                f"which diffusers' form has no place ({listing(self.adapter.embeddings)})"
+            )
+        return notes
+
+
+def _embeddings(adapter: Adapter) -> list[Renamed]:
+    """Embeddings that travel along, as they are."""
+    pieces: dict[str, tuple[Piece, ...]] = {}
+    for name in adapter.embeddings:
+        module, _, part = name.rpartition(".")
+        tensor = Stored.of(adapter.source, name)
+        pieces[module] = (*pieces.get(module, ()), Piece(part, tensor, tensor.shape, tensor.dtype))
+    return [Renamed(module, module, None, False, some) for module, some in pieces.items()]
+
+
+def _size_of(tasks: Sequence[Renamed]) -> int:
+    """How many bytes the tensors take."""
+    return sum(
+        TensorInfo(task.dtypes[f"{task.name}.{part}"], shape, 0).nbytes
+        for task in tasks
+        for part, shape in task.shapes.items()
+    )
