@@ -139,22 +139,27 @@ NEVER_SAID = {
     ("check", "merging/execute.py", "--allow-nonfinite"): "a repair allows them",
     **{
         (command, f"checkpoints/{place}.py", "--variant"): "they take a folder's weights of any variant"
-        for command in ("lora inspect", "lora similarity", "lora merge", "lora resize")
+        for command in ("lora inspect", "lora similarity", "lora merge", "lora resize", "lora convert")
         for place in ("open", "formats/folder")
     },
     ("check", "checkpoints/opening.py", "--ema"): "a repair asks for no EMA copies",
-    ("convert", "cli/merge.py", "--preset"): "it shares other options with `merge`",
-    ("convert", "cli/numbers.py", "--number"): "it shares other options with `merge`",
-    ("convert", "merging/planning/request.py", "--seed"): "a conversion has none",
-    ("convert", "merging/planning/request.py", "--sdxl-map"): "likewise",
+    **{
+        (command, "merging/planning/request.py", option): "they leave nothing to chance, and have no weights"
+        for command in ("convert", "bake")
+        for option in ("--seed", "--sdxl-map")
+    },
+    **{
+        ("lora convert", "lora_making/size.py", option): "it changes no ranks"
+        for option in ("--rank", "--energy")
+    },
     **{
         (command, "weights/request.py", option): "they ask for no weights"
-        for command in ("check", "convert")
+        for command in ("check", "convert", "bake")
         for option in ("--preset", "--weights", "--set")
     },
     **{
         (command, "merging/planning/request.py", option): "they have no second weights"
-        for command in ("check", "convert")
+        for command in ("check", "convert", "bake")
         for option in ("--weights-beta", "--preset-beta")
     },
 }

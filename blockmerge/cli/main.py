@@ -71,7 +71,7 @@ def cli() -> None:
     """
 
 
-for command in (merge, bake, lora, convert, inspect, check, similarity, explain, presets, methods, demo):
+for command in (merge, convert, bake, lora, inspect, check, similarity, explain, presets, methods, demo):
     cli.add_command(command)
 
 
