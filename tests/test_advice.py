@@ -139,9 +139,11 @@ NEVER_SAID = {
     ("check", "merging/execute.py", "--allow-nonfinite"): "a repair allows them",
     **{
         (command, f"checkpoints/{place}.py", "--variant"): "they take a folder's weights of any variant"
-        for command in ("lora inspect", "lora similarity", "lora merge", "lora resize")
+        for command in ("lora inspect", "lora similarity", "lora merge", "lora resize", "lora convert")
         for place in ("open", "formats/folder")
     },
+    ("lora convert", "lora_making/size.py", "--rank"): "a conversion changes no ranks",
+    ("lora convert", "lora_making/size.py", "--energy"): "likewise",
     ("check", "checkpoints/opening.py", "--ema"): "a repair asks for no EMA copies",
     ("convert", "cli/merge.py", "--preset"): "it shares other options with `merge`",
     ("convert", "cli/numbers.py", "--number"): "it shares other options with `merge`",
