@@ -137,6 +137,44 @@ class Factors:
     def full_biased(self):
         return {**self.full(), "diff_b": self.new(self.rows)}
 
+    def dora(self, kind="lora", by="rows"):
+        """Any low-rank kind with magnitudes for each row, or for each input."""
+        count = self.rows if by == "rows" else self.inputs
+        shape = (count, 1, *self.ones) if by == "rows" else (1, count, *self.ones)
+        return {**KINDS[kind](self), "dora_scale": self.new(*shape).abs() + 0.5}
+
+    def pefts_dora(self):
+        parts = self.lora()
+        return {
+            "lora_A.weight": parts["lora_down.weight"],
+            "lora_B.weight": parts["lora_up.weight"],
+            "lora_magnitude_vector": self.new(self.rows).abs() + 0.5,
+        }
+
+    def glora(self):
+        return {
+            "a1.weight": self.new(self.inputs, RANK),
+            "a2.weight": self.new(RANK, self.inputs),
+            "b1.weight": self.new(self.rows, RANK),
+            "b2.weight": self.new(RANK, self.columns),
+        }
+
+    def ia3(self, on_input):
+        count = self.inputs if on_input else self.rows
+        return {"weight": self.new(count), "on_input": torch.tensor(on_input)}
+
+    def oft(self, stages=None, limit=None, rescaled=False):
+        """Blocks of four rows."""
+        blocks = self.new(*([] if stages is None else [stages]), self.rows // 4, 4, 4)
+        parts = {"oft_blocks": blocks}
+        if limit is not None:
+            parts["alpha"] = torch.tensor(limit)
+        return {**parts, "rescale": self.new(self.rows, 1, *self.ones)} if rescaled else parts
+
+    def old_oft(self):
+        turned, _ = torch.linalg.qr(self.new(self.rows // 4, 4, 4).float())
+        return {"oft_diag": turned.to(self.dtype)}
+
 
 KINDS = {
     "lora": Factors.lora,
@@ -152,6 +190,19 @@ KINDS = {
     },
     "full": Factors.full,
     "full with a bias": Factors.full_biased,
+    "dora": Factors.dora,
+    "dora by inputs": lambda factors: factors.dora(by="inputs"),
+    "dora of loha": lambda factors: factors.dora("loha"),
+    "dora of lokr": lambda factors: factors.dora("lokr whole, product", by="inputs"),
+    "dora of tucker": lambda factors: factors.dora("tucker"),
+    "dora by peft": Factors.pefts_dora,
+    "glora": Factors.glora,
+    "ia3": lambda factors: factors.ia3(on_input=False),
+    "ia3 on input": lambda factors: factors.ia3(on_input=True),
+    "oft": Factors.oft,
+    "oft with a limit": lambda factors: factors.oft(limit=0.03, rescaled=True),
+    "oft, old": Factors.old_oft,
+    "boft": lambda factors: factors.oft(stages=2),
 }
 
 
@@ -166,7 +217,8 @@ def fits(kind, place, shape):
 def parts_of(kind, shape, alpha=None, **options):
     """Parts of a module of that kind for a weight of a shape; `alpha` is a tensor, for kinds that have one."""
     parts = KINDS[kind](Factors(shape, **options))
-    return parts if alpha is None or "diff" in parts else {**parts, "alpha": alpha}
+    has_none = kind.startswith(("full", "ia3", "oft", "boft"))
+    return parts if alpha is None or has_none else {**parts, "alpha": alpha}
 
 
 def written(lora):
@@ -179,8 +231,56 @@ def written(lora):
 # -- what they change ----------------------------------------------------------------------------------------
 
 
-def weight_change(parts, shape):
-    """W(1) − W for a weight W of that shape, in float64; None where the parts say nothing of it."""
+def change_of(parts, weight):
+    """W(1) − W for a weight W, in float64; None where the parts say nothing of it."""
+    t = {name: tensor.double() for name, tensor in parts.items()}
+    if "dora_scale" in t or "lora_magnitude_vector" in t:
+        whole = weight + added(parts, weight.shape)
+        is_by_input = "dora_scale" in t and t["dora_scale"].shape[0] == 1
+        magnitude = t["dora_scale"] if "dora_scale" in t else t["lora_magnitude_vector"]
+        norms = whole.transpose(0, 1).flatten(1).norm(dim=1) if is_by_input else whole.flatten(1).norm(dim=1)
+        sides = [1, -1] if is_by_input else [-1, 1]
+        scales = (magnitude.flatten() / norms).view(*sides, *[1] * (whole.dim() - 2))
+        return whole * scales - weight
+    if "a1.weight" in t:
+        mixed = torch.einsum("oi...,ij->oj...", weight, t["a1.weight"] @ t["a2.weight"])
+        return _factor(t) * (mixed + (t["b1.weight"] @ t["b2.weight"]).view(weight.shape))
+    if "on_input" in t:
+        sides = [1, -1] if t["on_input"] else [-1, 1]
+        return weight * t["weight"].view(*sides, *[1] * (weight.dim() - 2))
+    if "oft_blocks" in t or "oft_diag" in t:
+        return _turned(t, weight.flatten(1)).view(weight.shape) - weight
+    return added(parts, weight.shape)
+
+
+def _turned(t, rows):
+    if "oft_diag" in t:
+        return _by_blocks(t["oft_diag"].transpose(1, 2), rows)
+    skew = t["oft_blocks"] - t["oft_blocks"].transpose(-1, -2)
+    if "alpha" in t and skew.norm() > t["alpha"] * len(rows):
+        skew = skew / skew.norm() * t["alpha"] * len(rows)
+    size = skew.shape[-1]
+    unit = torch.eye(size).double()
+    rotations = (unit + skew) @ (unit - skew).inverse()
+    if rotations.dim() == 3:
+        rows = _by_blocks(rotations.transpose(1, 2), rows)
+    else:
+        for stage, rotation in enumerate(rotations):
+            # Rows 2^stage·b/2 apart are next to each other, are turned, and go back.
+            apart = 2**stage * size // 2
+            order = torch.arange(len(rows)).view(-1, 2, apart).transpose(1, 2).flatten()
+            rows = _by_blocks(rotation, rows[order])[order.argsort()]
+    return rows * t["rescale"].view(-1, 1) if "rescale" in t else rows
+
+
+def _by_blocks(rotations, rows):
+    return torch.cat(
+        [one @ part for one, part in zip(rotations, rows.split(rotations.shape[-1]), strict=True)]
+    )
+
+
+def added(parts, shape):
+    """What is added at strength 1 whatever the weight is, in float64."""
     t = {name: tensor.double() for name, tensor in parts.items()}
     if "diff" in t or "w_norm" in t:
         return (t["diff"] if "diff" in t else t["w_norm"]).view(shape)
@@ -200,7 +300,7 @@ def weight_change(parts, shape):
     return _factor(t) * (up @ down.flatten(1)).view(shape)
 
 
-def bias_change(parts):
+def bias_change(parts, bias):
     """What is added to a bias at strength 1, in float64, or None."""
     t = {name: tensor.double() for name, tensor in parts.items()}
     if "lora_B.bias" in t:
@@ -214,7 +314,7 @@ def _factor(t):
     return 1.0 if alpha is None or rank is None or alpha == 0 else (alpha / rank).item()
 
 
-_RANKS = ("lora_down.weight", "lora_A.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
+_RANKS = ("lora_down.weight", "lora_A.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b", "b2.weight")
 
 
 def _up(t):
@@ -248,20 +348,28 @@ def baked(model, loras):
     for lora, strength in loras:
         for where, parts in lora.items():
             by = strength[where.block] if isinstance(strength, dict) else strength
-            size = {part: tensor.abs() for part, tensor in parts.items()}
-            for name, what in (
-                (where.weight, weight_change),
-                (where.bias, lambda parts, _: bias_change(parts)),
-            ):
+            for name, what in ((where.weight, change_of), (where.bias, bias_change)):
                 if name == NO_BIAS or by == 0:
                     continue
-                for found, signed, add in ((values, parts, by), (sizes, size, abs(by))):
-                    own = where.of(found[name])
-                    own = own[:, : _inputs(parts, own)] if own.dim() > 1 else own
-                    change = what(signed, own.shape)
-                    if change is not None:
-                        own += add * change
+                own, size = (where.of(one[name]) for one in (values, sizes))
+                if own.dim() > 1:
+                    own, size = (one[:, : _inputs(parts, own)] for one in (own, size))
+                if (change := what(parts, own)) is not None:
+                    size += abs(by) * _size(parts, own, change)
+                    own += by * change
     return values, sizes
+
+
+def _size(parts, own, change):
+    """The size of what is summed for a change."""
+    if _OF_WEIGHT & parts.keys():
+        return 16 * (own.abs().max() + change.abs().max())
+    if own.dim() == 1:
+        return change.abs()
+    return added({part: tensor.abs() for part, tensor in parts.items()}, own.shape).abs()
+
+
+_OF_WEIGHT = {"dora_scale", "lora_magnitude_vector", "a1.weight", "on_input", "oft_blocks", "oft_diag"}
 
 
 def _inputs(parts, own):

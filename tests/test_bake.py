@@ -204,8 +204,37 @@ def test_several_at_once(sdxl, tmp_path):
         assert_baked(bake(sdxl, loras, tmp_path, dtype=dtype), sdxl, loras, DTYPES[dtype])
 
 
-def test_a_hundred_at_once(sdxl, tmp_path):
-    loras = [(lora_for([SDXL["3x3"], SDXL["v"]], sdxl, seed=10 * n), (n - 50) / 50) for n in range(100)]
+def test_what_looks_at_the_weight_sees_what_the_ones_before_have_left(sdxl, tmp_path):
+    places = [SDXL[name] for name in EVERYWHERE]
+    kinds = (
+        "lora",
+        "dora",
+        "dora",
+        "loha",
+        "glora",
+        "glora",
+        "ia3",
+        "ia3",
+        "oft",
+        "oft",
+        "full",
+        "dora by inputs",
+        "boft",
+    )
+    loras = [(lora_for(places, sdxl, kind, seed=10 * n), 0.5 - n / 7) for n, kind in enumerate(kinds)]
+    out = bake(sdxl, loras, tmp_path, dtype="fp32")
+    assert_baked(out, sdxl, loras, torch.float32)
+    assert not torch.equal(
+        out[places[0].weight], bake(sdxl, loras[::-1], tmp_path, dtype="fp32")[places[0].weight]
+    )
+
+
+@pytest.mark.parametrize("kinds", [["lora"], ["lora", "dora"]])
+def test_a_hundred_at_once(sdxl, tmp_path, kinds):
+    loras = [
+        (lora_for([SDXL["3x3"], SDXL["v"]], sdxl, kinds[n % len(kinds)], seed=10 * n), (n - 50) / 50)
+        for n in range(100)
+    ]
     assert_baked(bake(sdxl, loras, tmp_path), sdxl, loras)
 
 
@@ -325,11 +354,12 @@ def whole():
 
 @pytest.fixture(scope="module")
 def loras(whole):
-    """Two LoRAs with modules of all sorts."""
+    """Three LoRAs with modules of all sorts."""
     places = list(SDXL.values())
     return [
         (lora_for(places, whole), 0.8),
         (lora_for(places[:3], whole, "loha") | lora_for(places[3:], whole, "lokr whole, product"), -0.5),
+        (lora_for(places[:3], whole, "oft") | lora_for(places[3:], whole, "dora"), 0.3),
     ]
 
 

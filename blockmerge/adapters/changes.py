@@ -7,7 +7,7 @@ Every kind is W' = W + s·(W(1) − W), W(1) being the weight at strength 1. The
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -32,6 +32,8 @@ from blockmerge.expressions import (
     Rescaled,
     Reshaped,
     Rotated,
+    Stepped,
+    WeightChange,
     simplify,
 )
 from blockmerge.weights import BlockWeights
@@ -124,9 +126,9 @@ def _with(
     return tensor
 
 
-def _alike(module: Module, tensor: Expression) -> tuple[int, str | None]:
-    """What is the same of modules whose changes are added at once."""
-    return module.inputs_of(tensor.shape), module.name if module.kind in _OF_WEIGHT else None
+def _alike(module: Module, tensor: Expression) -> tuple[int, int | None]:
+    """What is the same of modules whose changes are added at once; one that looks at the weight is alone."""
+    return module.inputs_of(tensor.shape), id(module) if module.kind in _OF_WEIGHT else None
 
 
 def _step(
@@ -138,6 +140,9 @@ def _step(
         changed = _step(Part(tensor, 0, inputs, axis=1), modules, terms, dtype, wide)
         rest = Cast(Part(tensor, inputs, tensor.shape[1], axis=1), dtype)
         return Joined((changed, rest), axis=1)
+    if (look := _OF_WEIGHT.get(modules[0][1].kind)) and terms is _weight_terms:
+        [(scale, module)] = modules
+        return Stepped(look(module, tensor, wide), scale, dtype)
     found = terms(modules, tensor, wide)
     return Changed(tensor, tuple(term for _, term in found), tuple(scale for scale, _ in found), dtype)
 
@@ -158,19 +163,30 @@ def _bias_terms(modules: Sequence[Scaled], tensor: Expression, wide: str) -> Ter
 
 
 def _weight_terms(modules: Sequence[Scaled], tensor: Expression, wide: str) -> Terms:
-    """All products of two factors are one, and come first."""
+    """Products of two factors are joined, and come first."""
     products = [one for one in modules if one[1].kind in _PRODUCTS]
     others = [one for one in modules if one[1].kind not in _PRODUCTS]
-    found: Terms = [(1.0, _product(products, tensor, wide))] if products else []
-    for scale, module in others:
-        if module.kind in _OF_WEIGHT:
-            found.append((scale, _OF_WEIGHT[module.kind](module, tensor, wide)))
-        else:
-            found.append(_LYCORIS[module.kind](scale, module, tensor, wide))
-    return found
+    found: Terms = [(1.0, _product(some, tensor, wide)) for some in _by_rank(products)]
+    return found + [_LYCORIS[module.kind](scale, module, tensor, wide) for scale, module in others]
 
 
 _PRODUCTS = ("lora", "locon")
+_MOST_RANK = 512  # of one product
+
+
+def _by_rank(modules: Sequence[Scaled]) -> Iterator[Sequence[Scaled]]:
+    """Modules in groups whose joined factors stay small."""
+    some: list[Scaled] = []
+    rank = 0
+    for one in modules:
+        more = one[1].rank or 0
+        if some and rank + more > _MOST_RANK:
+            yield some
+            some, rank = [], 0
+        some.append(one)
+        rank += more
+    if some:
+        yield some
 
 
 def _product(modules: Sequence[Scaled], tensor: Expression, wide: str) -> Expression:
@@ -204,7 +220,7 @@ _LYCORIS: Mapping[str, Callable[[float, Module, Expression, str], tuple[float, E
 """{kind: what it adds, whatever the weight is, with its factor}."""
 
 
-def _dora(module: Module, tensor: Expression, wide: str) -> Expression:
+def _dora(module: Module, tensor: Expression, wide: str) -> WeightChange:
     under = [(1.0, module)]
     if module.form in _PRODUCTS:
         change = _product(under, tensor, wide)
@@ -213,16 +229,16 @@ def _dora(module: Module, tensor: Expression, wide: str) -> Expression:
     return Decomposed(tensor, (change, module.parts["dora_scale"]), wide)
 
 
-def _glora(module: Module, tensor: Expression, wide: str) -> Expression:
+def _glora(module: Module, tensor: Expression, wide: str) -> WeightChange:
     factors = tuple(module.parts[part] for part in ("a1", "a2", "b1", "b2"))
     return Generalised(tensor, factors, wide, module.factor)
 
 
-def _ia3(module: Module, tensor: Expression, wide: str) -> Expression:
+def _ia3(module: Module, tensor: Expression, wide: str) -> WeightChange:
     return Rescaled(tensor, (module.parts["ia3_weight"],), wide, module.on_input)
 
 
-def _oft(module: Module, tensor: Expression, wide: str) -> Expression:
+def _oft(module: Module, tensor: Expression, wide: str) -> WeightChange:
     is_rotation = "oft_diag" in module.parts
     blocks = module.parts["oft_diag" if is_rotation else "oft_blocks"]
     limit = None if module.alpha is None else module.alpha * tensor.shape[0]
@@ -230,7 +246,7 @@ def _oft(module: Module, tensor: Expression, wide: str) -> Expression:
     return Rotated(tensor, (blocks, *scales), wide, limit, is_rotation)
 
 
-_OF_WEIGHT: Mapping[str, Callable[[Module, Expression, str], Expression]] = {
+_OF_WEIGHT: Mapping[str, Callable[[Module, Expression, str], WeightChange]] = {
     "dora": _dora,
     "glora": _glora,
     "ia3": _ia3,

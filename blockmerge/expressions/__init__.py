@@ -24,7 +24,14 @@ from blockmerge.expressions.program import (
     methods_of,
     operands_of,
 )
-from blockmerge.expressions.weight_changes import Decomposed, Generalised, Rescaled, Rotated
+from blockmerge.expressions.weight_changes import (
+    Decomposed,
+    Generalised,
+    Rescaled,
+    Rotated,
+    Stepped,
+    WeightChange,
+)
 
 __all__ = [
     "Arrangement",
@@ -54,8 +61,10 @@ __all__ = [
     "Rotated",
     "Scaled",
     "Source",
+    "Stepped",
     "Stored",
     "Transposed",
+    "WeightChange",
     "dequantised_in",
     "is_arranged",
     "leaves_of",

@@ -174,12 +174,16 @@ class LowRank(Change):
         self, inputs: Sequence[torch.Tensor], out: torch.Tensor
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """All ups side by side, each with its scale, and all downs one below the other."""
-        import torch
-
-        count = len(self.ups)
-        factors = [_matrix(one, out.dtype) for one in inputs]
-        ups = [one * scale for one, scale in zip(factors[:count], self.scales, strict=True)]
-        return [torch.cat(ups, 1) if count > 1 else ups[0]], [torch.cat(factors[count:])]
+        ups, downs = inputs[: len(self.ups)], inputs[len(self.ups) :]
+        rank = sum(map(len, downs))
+        up, down = out.new_empty(len(ups[0]), rank), out.new_empty(rank, self.width)
+        begin = 0
+        for scale, left, right in zip(self.scales, ups, downs, strict=True):
+            place = slice(begin, begin + len(right))
+            up[:, place].copy_(left.reshape(len(left), -1)).mul_(scale)
+            down[place].copy_(right.reshape(len(right), -1))
+            begin = place.stop
+        return [up], [down]
 
     def fill_rows(
         self,

@@ -56,6 +56,11 @@ class Program:
     def _hash(self) -> int:
         return hash((self.root, self.locality))
 
+    @cached_property
+    def factor_bytes(self) -> int:
+        """The size of all that is read whole for a stretch, however small that is."""
+        return sum(self.placeholders[number].nbytes for number in self._factors)
+
     @property
     def is_copy(self) -> bool:
         """Whether the result is the operand's bytes."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 
+from blockmerge.adapters import Lora
 from blockmerge.checkpoints import name_of
 from blockmerge.merging.outputs import default_ending
 from blockmerge.merging.planning.request import MergeRequest
@@ -59,13 +60,18 @@ def _words(request: MergeRequest, models: int) -> Iterator[str]:
             else _last(request.vae_name(models)).removesuffix(".safetensors"),
         ),
         ("ema", None if request.ema == MergeRequest.ema else request.ema),
-        ("lora", "+".join(f"{Path(lora.label).stem}_{lora.strength:g}" for lora in request.loras)),
+        ("lora", "+".join(map(_lora, request.loras))),
     ]
     yield from (_portable(_plain(f"{name}_{said}"), _WORD, name) for name, said in asked_for if said)
     if request.dtype != MergeRequest.dtype:
         yield request.dtype
     if request.clip:
         yield "clip"
+
+
+def _lora(lora: Lora) -> str:
+    blocks = "" if lora.blocks is None else f"_{lora.blocks}"
+    return f"{lora.label}_{lora.strength:g}{blocks}"
 
 
 def _last(name: str) -> str:

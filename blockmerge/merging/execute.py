@@ -46,6 +46,9 @@ much, of 8-bit floats twenty times.
 """
 
 
+FACTORS_MEMORY = 64 << 20
+"""What all workers may hold together of what is read whole: the factors of a hundred LoRAs."""
+
 Piece = tuple[int, int]
 """A stretch (start, stop) of the output's bytes that one worker fills and writes at once."""
 
@@ -111,10 +114,12 @@ def _threads(file: PlannedFile, pace: Pace) -> int:
     """How many workers: no more than can compute at once where most is computed by rows or whole tensors.
 
     Such methods compute more than they read, so that more workers would only push each other's numbers out of
-    the caches, or wait for each other's desks.
+    the caches, or wait for each other's desks. And no more than the factors of many LoRAs leave memory for.
     """
     by_more_than_elements = sum(run.stop - run.start for run in file.runs if run.grain > 1)
-    return min(pace.threads, processors()) if 2 * by_more_than_elements > file.size else pace.threads
+    threads = min(pace.threads, processors()) if 2 * by_more_than_elements > file.size else pace.threads
+    factors = max((run.program.factor_bytes for run in file.runs), default=0)
+    return max(1, min(threads, FACTORS_MEMORY // max(1, factors)))
 
 
 def _part_of(progress: Progress | None, before: int, total: int) -> Progress | None:

@@ -70,7 +70,8 @@ def make_plan(models: Sequence[Model], request: MergeRequest, output: Output) ->
     decided = decide(
         models, request, resolved, output.naming, adapted=adapted, names_components=output.names_components
     )
-    described = as_run(request, [model.source.name for model in models], resolved)
+    names = [model.source.name for model in models]
+    described = as_run(request, names, resolved, [one["blocks"] for one in adapted.said])
     recipe = json.dumps(described, ensure_ascii=False)
     metadata = output_metadata(a.source.metadata, recipe, family, changes_values=request.changes_values)
     lost = lost_metadata(a.source.metadata, metadata, a.name)
@@ -81,7 +82,7 @@ def make_plan(models: Sequence[Model], request: MergeRequest, output: Output) ->
         anatomy,
         resolved,
         described,
-        tuple(model.source.name for model in models),
+        tuple(names),
         replace(decided, notes=(*decided.notes, *resolved.notes, *laid_out.notes, *lost)),
         output,
         tuple(planned_file(file, metadata) for file in laid_out.files),

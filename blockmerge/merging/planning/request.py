@@ -133,7 +133,8 @@ class MergeRequest:
             raise RecipeError(f"unknown naming '{shown(self.naming)}': {' or '.join(NAMINGS)}")
         if self.loras and self.ema == "keep":
             raise RecipeError(
-                "EMA copies would lack the LoRAs: ema is drop or use (--ema), where LoRAs are baked in"
+                "EMA copies would lack the LoRAs: ema is drop or use (--ema, of merge and bake), "
+                "where LoRAs are baked in"
             )
         for name in ("clip", "prune", "allow_nonfinite", "partial"):
             check_flag(name, getattr(self, name))

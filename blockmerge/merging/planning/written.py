@@ -145,12 +145,17 @@ def from_asked(
     )
 
 
-def as_run(request: MergeRequest, models: Sequence[str], resolved: Resolved) -> dict[str, Any]:
+def as_run(
+    request: MergeRequest,
+    models: Sequence[str],
+    resolved: Resolved,
+    lora_blocks: Sequence[Mapping[str, float]] = (),
+) -> dict[str, Any]:
     """Return what has decided the values, for results and the output's metadata, ready for JSON.
 
-    `models` are names. No folder is in it, whosever computer it was. `asked` holds what the weights of the
-    blocks do not tell, presets and chance; without these it is empty, so that a merge is the same file in
-    whatever form its weights were given.
+    `models` are names, `lora_blocks` the weights of every block of each LoRA. No folder is in it, whosever
+    computer it was. `asked` holds what the weights of the blocks do not tell, presets and chance; without
+    these it is empty, so that a merge is the same file in whatever form its weights were given.
     """
     has = request.merge_method.weights
     run: dict[str, Any] = {
@@ -176,7 +181,7 @@ def as_run(request: MergeRequest, models: Sequence[str], resolved: Resolved) -> 
         "asked": _asked_of_a_run(request, resolved.preset),
     }
     if request.loras:
-        run |= {"loras": [_lora_run(lora) for lora in request.loras], "partial": request.partial}
+        run |= {"loras": list(map(_lora_run, request.loras, lora_blocks)), "partial": request.partial}
     return {key: _decodable(for_json(value, key)) for key, value in run.items()}
 
 
@@ -231,8 +236,9 @@ def _lora_asked(lora: Lora) -> str | dict[str, Any]:
     return {"file": file, **{key: value for key, value in said.items() if value is not None}}
 
 
-def _lora_run(lora: Lora) -> dict[str, Any]:
-    return {"name": lora.label, "strength": lora.strength, "blocks": as_plain(lora.blocks)}
+def _lora_run(lora: Lora, blocks: Mapping[str, float]) -> dict[str, Any]:
+    weights = None if lora.blocks is None else dict(blocks)
+    return {"name": lora.label, "strength": lora.strength, "blocks": weights}
 
 
 def _loras(written: Sequence[object], files: Sequence[CheckpointLike] | None) -> list[Lora]:
