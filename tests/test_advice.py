@@ -142,6 +142,8 @@ NEVER_SAID = {
         for command in ("lora inspect", "lora similarity", "lora merge", "lora resize", "lora convert")
         for place in ("open", "formats/folder")
     },
+    ("lora convert", "lora_making/size.py", "--rank"): "a conversion changes no ranks",
+    ("lora convert", "lora_making/size.py", "--energy"): "likewise",
     ("check", "checkpoints/opening.py", "--ema"): "a repair asks for no EMA copies",
     **{
         (command, "merging/planning/request.py", option): "they leave nothing to chance, and have no weights"

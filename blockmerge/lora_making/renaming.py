@@ -35,7 +35,7 @@ _DIFFUSERS = {
     "up": "lora_B.weight",
     "up_bias": "lora_B.bias",
     "diff_b": "lora_B.bias",
-    "dora_scale": "lora_magnitude_vector",
+    "dora_scale": "lora_magnitude_vector.weight",
 }
 _PLAIN = ("lora", "locon")
 _BIASES = ("up_bias", "diff_b")
