@@ -25,7 +25,6 @@ Values are computed by the processor, so they are not a GPU's: a sum has another
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from unittest import mock
@@ -71,19 +70,21 @@ class EmulatedGpu:
 
     `kind` is what they are called; ``"mps"`` has no float64. `lacks_float8` names operations that have no
     float8 there, as in torch 2.4: ``cat`` and others. `fails` are {what is asked for: the message of its
-    failure}: ``"stream"``, ``"page-locked memory"``, ``"memory"``, the last for more than `most` bytes at once.
+    failure}: ``"stream"``, ``"page-locked memory"``, ``"copy"``, ``"a value"``, ``"an empty cache"``, ``"memory"``, the last
+    for more than `most` bytes at once.
     """
 
     def __init__(self, devices=1, *, kind="cuda", lacks_float8=(), fails=None, most=None):
         self.devices, self.kind, self.most = devices, kind, most
-        self.lacks_float8, self.fails = set(lacks_float8), fails or {}
+        self.lacks_float8, self.fails = set(lacks_float8), {} if fails is None else fails
         self.waits: list[str] = []
         self.launches: list[str] = []
-        self.launched_bytes = Counter()
+        self.launched_most: dict[torch.dtype, int] = {}
         self.used: set[torch.device] = set()
         self.emptied: list[tuple[int, int]] = []
         self.emptied_locked = 0
         self.lock = threading.RLock()
+        self.locked_at_once: list[int] = []
         self._locked: list[tuple[int, int, StorageWeakRef]] = []
         self._local = threading.local()
         self.streams: list[Stream] = []
@@ -153,6 +154,10 @@ class EmulatedGpu:
     def stream(self, device):
         return getattr(self._local, "streams", {}).get(device.index) or self._defaults[device.index]
 
+    def fail(self, what):
+        if what in self.fails:
+            raise RuntimeError(self.fails[what])
+
     def finish(self):
         """Let all that was asked of it be done: a test's own way to wait."""
         for stream in self.streams:
@@ -168,7 +173,8 @@ class EmulatedGpu:
         """A function is started on a device."""
         self.launches.append(name)
         self.used.add(device)
-        self.launched_bytes[name] += sum(one.nbytes for one in _tensors(result))
+        for one in _tensors(result):
+            self.launched_most[one.dtype] = max(one.numel(), self.launched_most.get(one.dtype, 0))
 
     def waited(self, why, stream):
         """The processor waits for a stream."""
@@ -188,8 +194,7 @@ class EmulatedGpu:
             self._local.device = before
 
     def _new_stream(self, device=None):
-        if "stream" in self.fails:
-            raise RuntimeError(self.fails["stream"])
+        self.fail("stream")
         return Stream(self, self.device(self.kind if device is None else device).index)
 
     @contextmanager
@@ -203,13 +208,13 @@ class EmulatedGpu:
             streams[stream.device.index], self._local.device = before, device
 
     def _empty_cache(self):
-        if "cache" in self.fails:
-            raise RuntimeError(self.fails["cache"])
+        self.fail("an empty cache")
         self.waits.append("empty_cache")
         self.emptied.append((self.device_bytes, self.locked_bytes))
 
     def _empty_host_cache(self):
         self.emptied_locked += 1
+        self.fail("an empty cache")
 
     # -- what is where --------------------------------------------------------------------------------------
 
@@ -233,8 +238,8 @@ class EmulatedGpu:
         return tensor
 
     def lock_pages(self, tensor):
-        if "page-locked memory" in self.fails:
-            raise RuntimeError(self.fails["page-locked memory"])
+        self.fail("page-locked memory")
+        self.locked_at_once.append(tensor.nbytes)
         begin = tensor.data_ptr()
         reference = StorageWeakRef(tensor.untyped_storage())
         with self.lock:
@@ -299,6 +304,7 @@ class EmulatedGpu:
             return target
 
     def _send(self, target, there, source, non_blocking):
+        self.fail("copy")
         stream, locked = self.stream(there.device), self.locked(source)
         stream.use(there)
         target.copy_(source)
@@ -309,6 +315,7 @@ class EmulatedGpu:
             self.waited("a copy to the device", stream)
 
     def _fetch(self, target, source, here, non_blocking):
+        self.fail("a value")
         stream, locked = self.stream(here.device), self.locked(target)
         stream.use(here)
         if non_blocking and locked and target.is_contiguous():
@@ -431,6 +438,7 @@ class _Operations(TorchDispatchMode):
         for place in there:
             stream.use(place)
         if name in _WAITING or (name in ("index", "index_put_") and _waits_for_indices(args[1], gpu)):
+            gpu.fail("a value")
             gpu.waited(name, stream)
         result = function(*args, **kwargs)
         for one in _written(function, args, kwargs):
