@@ -121,6 +121,18 @@ def test_models_of_several_dtypes_and_devices(name):
     assert_same_bits(merged, wanted)
 
 
+def test_page_locked_models_may_be_changed_once_they_are_merged():
+    """Also those of which tensors are only copied, as at weight 1."""
+    a, b = u_nets()
+    with EmulatedGpu() as gpu:
+        locked = {name: tensor.pin_memory() for name, tensor in b.items()}
+        merged = blockmerge.merge_state_dicts(on_gpu(a), locked, weights=1)
+        for tensor in locked.values():
+            tensor.zero_()
+        gpu.finish()
+    assert_same_bits(merged, b)
+
+
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_position_ids_are_waited_for_once_and_put_right_without(family):
     models = [small_model(family, seed=seed) for seed in range(2)]

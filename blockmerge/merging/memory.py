@@ -56,9 +56,12 @@ def merge_state_dicts(
     The dicts are U-Nets or whole models, in LDM or diffusers names (`unet.…`, `vae.…` and so on for whole
     models), all on one device or several; the result has A's names, and every tensor of it is a new one on
     the device of A's (of B's, where only B has it), with A's dtype (bfloat16, where A has it in scaled fp8).
-    The values are those that `merge` writes, and the arguments its. Nothing waits for a GPU but a look at
-    each text encoder's `position_ids` and at prediction markers, and the first use of chance; NaN and
-    infinity are looked for only with `check_finite`, since that waits for all of it.
+    The values are those that `merge` writes, and the arguments its.
+
+    A GPU is waited for once for each text encoder's `position_ids` and for the scales of each model in scaled
+    fp8, once for the table that noise is drawn from, and for every tensor on its way between the CPU's memory
+    and a GPU; for nothing else. NaN and infinity are looked for only with `check_finite`, since that waits
+    for all of it.
 
     Raises a BlockmergeError: NonFiniteError with `check_finite`, else as `merge` does before it reads a
     weight.
