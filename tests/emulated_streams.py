@@ -28,6 +28,7 @@ class Place:
     def __init__(self, storage, device, stream):
         self.held, self.nbytes = StorageWeakRef(storage), storage.nbytes()
         self.device, self.made_on = device, stream
+        self.kept_for = {stream}
         self.is_written(stream)
 
     def is_written(self, stream):
@@ -66,11 +67,12 @@ class Stream(torch.Stream):
         writer = place.writer
         if writer is not self and place.written > max(writer._done, self._first.get(writer, 0)):
             raise OrderError("memory that another stream writes is used without waiting for that")
-        if place.made_on is not self:
+        if self not in place.kept_for:
             self._used.add(place)
 
     def record(self, place):
-        """Keep memory till all of this is done."""
+        """Keep memory till all is done that this is asked for before it is freed."""
+        place.kept_for.add(self)
         self._used.discard(place)
 
     def known(self):

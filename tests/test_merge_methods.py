@@ -451,7 +451,7 @@ def test_tensors_that_lie_in_memory_in_another_order(name):
 # -- on a GPU ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["keep", "bf16", "fp8_e4m3fn", "fp32"])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_gpu_gives_the_values_of_the_cpu(tmp_path, name, dtype):
@@ -478,7 +478,7 @@ def test_a_gpu_gives_the_values_of_the_cpu(tmp_path, name, dtype):
             assert ((found.double() - ours_.double()).abs() <= allowed).all(), tensor
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["add_difference", "slerp", "extract"])
 def test_what_is_not_finite_is_found_on_a_gpu(tmp_path, name):
     models = [small_model(seed=seed) for seed in range(METHODS[name].models)]
