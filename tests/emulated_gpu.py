@@ -7,12 +7,17 @@
 What is held to, in every thread that is started meanwhile:
 
 - Tensors of several devices do not meet, but for single numbers from the processor's memory.
-- What lets the processor wait for the device is noted in `waits`: reading a value, results whose shape
-  depends on values, copies that are not asked to be ``non_blocking`` or whose memory is not page-locked.
+- What lets the processor wait for the device is noted in `waits`: being asked to, reading a value, results
+  whose shape depends on values, copies that are not asked to be ``non_blocking``, and of those that are, those
+  that have to go through page-locked memory first: all that come back from the device, and on the way there
+  those of more than 64 KB; indices in the processor's memory; emptying the cache.
 - Copies to and from page-locked memory are late: until their stream is waited for, what they come from must
-  not change, and where they go to holds rubbish.
+  not change, and where they go to holds rubbish; neither may be freed.
+- What one stream writes, another may use only when it has waited for that, or the processor has.
 - Memory that was made on one stream, and is used on another, must outlive that one's work, or be recorded.
-- A new thread's current device is ``cuda:0``, whatever that of the thread that started it.
+- A new thread's current device is ``cuda:0``, and its streams are the default ones, whatever those of the
+  thread that started it.
+- Deterministic algorithms, where asked for, are not there for all operations.
 
 Values are computed by the processor, so they are not a GPU's: a sum has another order there.
 """
@@ -20,18 +25,20 @@ Values are computed by the processor, so they are not a GPU's: a sum has another
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from unittest import mock
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
+
+from tests.emulated_streams import Event, Fetched, Place, Sent, Stream
 
 _CPU = torch.device("cpu")
-_RUBBISH = 0xA5
+_STAGED_AT_ONCE = 64 << 10
+"""Bytes that CUDA takes from any memory without waiting."""
 
 _WAITING = {
     "_local_scalar_dense",
@@ -47,15 +54,15 @@ _WAITING = {
 }
 """Operations that need a value on the processor."""
 
+_MAKING = {"empty", "empty_like", "new_empty"}
+"""Operations that ask for memory, and start nothing."""
+
+_NOT_DETERMINISTIC = {"bincount", "cumsum", "histc", "kthvalue", "put_"}
 _FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2}
+_OutOfMemoryError = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)  # of torch before 2.5
 
-
-_PLACES: dict[int, tuple[StorageWeakRef, torch.device, Stream]] = {}
+_PLACES: dict[int, Place] = {}
 """Which memory is on which device, and of which stream: for good, as tables are kept from one merge to the next."""
-
-
-class LateCopyError(AssertionError):
-    """Memory was changed, read or freed while a copy was under way."""
 
 
 class EmulatedGpu:
@@ -63,18 +70,21 @@ class EmulatedGpu:
 
     `kind` is what they are called; ``"mps"`` has no float64. `lacks_float8` names operations that have no
     float8 there, as in torch 2.4: ``cat`` and others. `fails` are {what is asked for: the message of its
-    failure}: ``"stream"``, ``"page-locked memory"``, ``"memory"``, the last for more than `most` bytes at once.
+    failure}: ``"stream"``, ``"page-locked memory"``, ``"copy"``, ``"a value"``, ``"an empty cache"``, ``"memory"``, the last
+    for more than `most` bytes at once.
     """
 
     def __init__(self, devices=1, *, kind="cuda", lacks_float8=(), fails=None, most=None):
         self.devices, self.kind, self.most = devices, kind, most
-        self.lacks_float8, self.fails = set(lacks_float8), fails or {}
+        self.lacks_float8, self.fails = set(lacks_float8), {} if fails is None else fails
         self.waits: list[str] = []
         self.launches: list[str] = []
-        self.launched_bytes = Counter()
+        self.launched_most: dict[torch.dtype, int] = {}
         self.used: set[torch.device] = set()
-        self.emptied = 0
-        self._lock = threading.RLock()
+        self.emptied: list[tuple[int, int]] = []
+        self.emptied_locked = 0
+        self.lock = threading.RLock()
+        self.locked_at_once: list[int] = []
         self._locked: list[tuple[int, int, StorageWeakRef]] = []
         self._local = threading.local()
         self.streams: list[Stream] = []
@@ -96,6 +106,7 @@ class EmulatedGpu:
             "set_device": self._set_device,
             "device": self._on_device,
             "Stream": self._new_stream,
+            "Event": lambda **_: Event(self),
             "stream": self._on_stream,
             "current_stream": lambda device=None: self.stream(self.device(device or self.kind)),
             "default_stream": lambda device=None: self._defaults[self.device(device or self.kind).index],
@@ -103,8 +114,9 @@ class EmulatedGpu:
             "empty_cache": self._empty_cache,
         }
         self._stack.enter_context(mock.patch.object(threading.Thread, "run", run_with_gpu))
-        if hasattr(getattr(torch, "accelerator", None), "empty_host_cache"):
-            self._stack.enter_context(mock.patch.object(torch.accelerator, "empty_host_cache"))
+        is_public = hasattr(getattr(torch, "accelerator", None), "empty_host_cache")
+        where = (torch.accelerator, "empty_host_cache") if is_public else (torch._C, "_host_emptyCache")
+        self._stack.enter_context(mock.patch.object(*where, self._empty_host_cache, create=True))
         for name, function in cuda.items():
             self._stack.enter_context(mock.patch.object(torch.cuda, name, function))
         self._stack.enter_context(self.modes())
@@ -113,7 +125,7 @@ class EmulatedGpu:
     def __exit__(self, kind, error, trace):
         try:
             if kind is None:
-                self.synchronize()
+                self.finish()
         finally:
             self._stack.close()
 
@@ -142,19 +154,27 @@ class EmulatedGpu:
     def stream(self, device):
         return getattr(self._local, "streams", {}).get(device.index) or self._defaults[device.index]
 
+    def fail(self, what):
+        if what in self.fails:
+            raise RuntimeError(self.fails[what])
+
+    def finish(self):
+        """Let all that was asked of it be done: a test's own way to wait."""
+        for stream in self.streams:
+            stream.finish()
+
     def synchronize(self, device=None):
-        with self._lock:
-            for stream in self.streams:
-                if device is None or stream.device == self.device(device):
-                    stream.finish()
+        self.waits.append("synchronize")
+        for stream in self.streams:
+            if stream.device == self.device(self.kind if device is None else device):
+                stream.finish()
 
     def launched(self, name, device, result):
         """A function is started on a device."""
         self.launches.append(name)
         self.used.add(device)
-        self.launched_bytes[name] += sum(
-            one.nbytes for one in tree_leaves(result) if isinstance(one, torch.Tensor)
-        )
+        for one in _tensors(result):
+            self.launched_most[one.dtype] = max(one.numel(), self.launched_most.get(one.dtype, 0))
 
     def waited(self, why, stream):
         """The processor waits for a stream."""
@@ -168,12 +188,13 @@ class EmulatedGpu:
     def _on_device(self, device):
         before = self.current
         self._set_device(device)
-        yield
-        self._local.device = before
+        try:
+            yield
+        finally:
+            self._local.device = before
 
     def _new_stream(self, device=None):
-        if "stream" in self.fails:
-            raise RuntimeError(self.fails["stream"])
+        self.fail("stream")
         return Stream(self, self.device(self.kind if device is None else device).index)
 
     @contextmanager
@@ -181,178 +202,132 @@ class EmulatedGpu:
         streams = self._local.__dict__.setdefault("streams", {})
         before, device = streams.get(stream.device.index), self.current
         streams[stream.device.index], self._local.device = stream, stream.device.index
-        yield
-        streams[stream.device.index], self._local.device = before, device
+        try:
+            yield
+        finally:
+            streams[stream.device.index], self._local.device = before, device
 
     def _empty_cache(self):
-        self.emptied += 1
+        self.fail("an empty cache")
+        self.waits.append("empty_cache")
+        self.emptied.append((self.device_bytes, self.locked_bytes))
+
+    def _empty_host_cache(self):
+        self.emptied_locked += 1
+        self.fail("an empty cache")
 
     # -- what is where --------------------------------------------------------------------------------------
 
     def device_of(self, tensor):
         """The device that a tensor is on."""
-        held = self._held(tensor)
-        return held[1] if held else _CPU
-
-    def made_on(self, tensor):
-        """The stream that was the current one when a tensor's memory was asked for."""
-        return self._held(tensor)[2]
+        place = self.place(tensor)
+        return place.device if place else _CPU
 
     def put(self, tensor, device):
         """Say that a tensor's memory is on a device."""
         if device.type == "mps" and tensor.dtype == torch.float64:
             raise TypeError("Cannot convert a MPS Tensor to float64 dtype, which the MPS framework lacks")
-        with self._lock:
+        with self.lock:
             storage = tensor.untyped_storage()
             if device.type == self.kind:
                 if self.most is not None and storage.nbytes() > self.most:
-                    raise torch.OutOfMemoryError(self.fails["memory"])
-                place = StorageWeakRef(storage), device, self.stream(device)
-                _PLACES[storage._cdata] = place
+                    raise _OutOfMemoryError(self.fails["memory"])
+                _PLACES[storage._cdata] = Place(storage, device, self.stream(device))
             else:
                 _PLACES.pop(storage._cdata, None)
         return tensor
 
     def lock_pages(self, tensor):
-        if "page-locked memory" in self.fails:
-            raise RuntimeError(self.fails["page-locked memory"])
+        self.fail("page-locked memory")
+        self.locked_at_once.append(tensor.nbytes)
         begin = tensor.data_ptr()
         reference = StorageWeakRef(tensor.untyped_storage())
-        with self._lock:
+        with self.lock:
             self._locked = [one for one in self._locked if not one[2].expired()]
             self._locked.append((begin, begin + tensor.nbytes, reference))
         return tensor
 
-    def is_locked(self, tensor):
+    def locked(self, tensor):
+        """The page-locked memory that a tensor is in, held weakly; None where it is elsewhere."""
         at = tensor.data_ptr()
-        with self._lock:
-            return any(begin <= at < end and not held.expired() for begin, end, held in self._locked)
+        with self.lock:
+            known = (held for begin, end, held in self._locked if begin <= at < end and not held.expired())
+            return next(known, None)
+
+    @property
+    def locked_sizes(self):
+        """The sizes of page-locked memory in use."""
+        with self.lock:
+            return [end - begin for begin, end, held in self._locked if not held.expired()]
 
     @property
     def locked_bytes(self):
-        """Page-locked memory that is in use."""
-        with self._lock:
-            return sum(end - begin for begin, end, held in self._locked if not held.expired())
+        """Page-locked memory in use."""
+        return sum(self.locked_sizes)
 
-    def _held(self, tensor):
+    @property
+    def device_bytes(self):
+        """Memory in use on the devices."""
+        places = list(_PLACES.values())
+        return sum(one.nbytes for one in places if one.made_on.gpu is self and not one.held.expired())
+
+    def place(self, tensor):
+        """Where a tensor's memory is, None for the processor's."""
         try:
             key = tensor.untyped_storage()._cdata
         except NotImplementedError:  # a tensor without memory
             return None
-        with self._lock:
-            held = _PLACES.get(key)
-            if held is not None and held[0].expired():
-                del _PLACES[key]
-                return None
-            return held
+        place = _PLACES.get(key)
+        if place is not None and place.held.expired():
+            _PLACES.pop(key, None)
+            return None
+        return place
 
     # -- copies ---------------------------------------------------------------------------------------------
 
     def copy(self, target, source, *, non_blocking=False):
         """Copy between devices, late where CUDA would be late."""
         with _disable_current_modes():
-            return self._copy(target, source, non_blocking)
+            there, here = self.place(target), self.place(source)
+            if here is None:
+                self._send(target, there, source, non_blocking)
+            elif there is None:
+                self._fetch(target, source, here, non_blocking)
+            else:  # on both devices' streams, as torch has it
+                sends, gets = self.stream(here.device), self.stream(there.device)
+                sends.wait_stream(gets)
+                sends.use(here)
+                sends.use(there)
+                target.copy_(source)
+                there.is_written(sends)
+                gets.wait_stream(sends)
+            return target
 
-    def _copy(self, target, source, non_blocking):
-        there, here = self.device_of(target), self.device_of(source)
-        device = there if there.type == self.kind else here
-        stream = self.stream(device)
-        is_late = non_blocking and self.is_locked(source if there.type == self.kind else target)
-        if there.type == here.type == self.kind:
-            target.copy_(source)
-        elif there.type == self.kind:
-            target.copy_(source)
-            if is_late:
-                stream.add(_Sent(source))
-            elif not non_blocking:
-                self.waited("a copy to the device", stream)
-        elif is_late:
-            stream.add(_Fetched(target, source))
+    def _send(self, target, there, source, non_blocking):
+        self.fail("copy")
+        stream, locked = self.stream(there.device), self.locked(source)
+        stream.use(there)
+        target.copy_(source)
+        there.is_written(stream)
+        if non_blocking and locked and source.is_contiguous():
+            stream.add(Sent(source, locked))
+        elif not non_blocking or source.nbytes > _STAGED_AT_ONCE:
+            self.waited("a copy to the device", stream)
+
+    def _fetch(self, target, source, here, non_blocking):
+        self.fail("a value")
+        stream, locked = self.stream(here.device), self.locked(target)
+        stream.use(here)
+        if non_blocking and locked and target.is_contiguous():
+            stream.add(Fetched(target, source, locked))
         else:
             self.waited("a copy from the device", stream)
             target.copy_(source)
-        return target
 
     def moved(self, tensor, device, dtype, *, non_blocking=False, memory_format=torch.preserve_format):
         """A copy of a tensor on a device."""
         out = torch.empty_like(tensor, dtype=dtype, memory_format=memory_format)
         return self.copy(self.put(out, device), tensor, non_blocking=non_blocking)
-
-
-class Stream(torch.Stream):
-    """What has been asked of a device, in order. torch itself only looks at its class."""
-
-    def __new__(cls, gpu, index):
-        return super().__new__(cls, stream_id=len(gpu.streams), device_index=index, device_type=1)
-
-    def __init__(self, gpu, index):
-        self._gpu, self._device = gpu, torch.device(gpu.kind, index)
-        self._copies, self._used = [], {}
-        gpu.streams.append(self)
-
-    @property
-    def device(self):
-        return self._device
-
-    def add(self, copy):
-        with self._gpu._lock:
-            self._copies.append(copy)
-
-    def use(self, tensor):
-        """Note that work of this stream needs memory that was made on another."""
-        if self._gpu.made_on(tensor) is not self:
-            storage = tensor.untyped_storage()
-            with self._gpu._lock:
-                self._used.setdefault(storage._cdata, StorageWeakRef(storage))
-
-    def record(self, tensor):
-        with self._gpu._lock:
-            self._used.pop(tensor.untyped_storage()._cdata, None)
-
-    def finish(self):
-        """All that was asked of it is done."""
-        with self._gpu._lock:
-            copies, self._copies = self._copies, []
-            used, self._used = self._used, {}
-        if any(one.expired() for one in used.values()):
-            raise LateCopyError("memory was freed while another stream used it")
-        for one in copies:
-            one.finish()
-
-    def synchronize(self):
-        self.finish()
-
-    def wait_stream(self, other):
-        """What the other was asked for comes first; nothing here depends on it."""
-
-
-class _Sent:
-    """A copy to the device, under way."""
-
-    def __init__(self, source):
-        self._source, self._was = source, _bytes(source).clone()
-
-    def finish(self):
-        if not torch.equal(_bytes(self._source), self._was):
-            raise LateCopyError("page-locked memory was changed while it was copied to the device")
-
-
-class _Fetched:
-    """A copy from the device, under way: its target holds rubbish."""
-
-    def __init__(self, target, source):
-        self._target = target
-        self._values = torch.empty_like(target).copy_(source)
-        _bytes(target).fill_(_RUBBISH)
-
-    def finish(self):
-        if not bool((_bytes(self._target) == _RUBBISH).all()):
-            raise LateCopyError("page-locked memory was changed while it was copied from the device")
-        self._target.copy_(self._values)
-
-
-def _bytes(tensor):
-    return tensor.detach().contiguous().view(-1).view(torch.uint8) if tensor.numel() else tensor
 
 
 class _Functions(TorchFunctionMode):
@@ -367,9 +342,9 @@ class _Functions(TorchFunctionMode):
             tensor.is_cuda.__get__: lambda one: gpu.device_of(one).type == "cuda",
             tensor.is_cpu.__get__: lambda one: gpu.device_of(one).type == "cpu",
             tensor.get_device: lambda one: gpu.device_of(one).index,
-            tensor.is_pinned: lambda one, device=None: gpu.is_locked(one),
+            tensor.is_pinned: lambda one, device=None: gpu.locked(one) is not None,
             tensor.pin_memory: lambda one, device=None: gpu.lock_pages(one.clone()),
-            tensor.record_stream: lambda one, stream: stream.record(one),
+            tensor.record_stream: lambda one, stream: stream.record(gpu.place(one)),
             tensor.to: self._to,
             tensor.cuda: lambda one, device=None, non_blocking=False: self._to(
                 one, device or "cuda", non_blocking
@@ -444,59 +419,88 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         gpu, name = self.gpu, function.overloadpacket.__name__
-        given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
-        placed = [(one, gpu.device_of(one)) for one in given]
-        there = [device for _, device in placed if device.type == gpu.kind]
-        if name == "copy_" and there:
-            # The same device: nothing but another operation.
-            if placed[0][1] == placed[1][1]:
-                gpu.launched(name, there[0], args[0])
-                self._use(given, there[0])
-                return function(*args, **kwargs)
-            return gpu.copy(*args[:2], non_blocking=self._non_blocking(args, kwargs))
+        placed = [(one, gpu.place(one)) for one in _tensors(args, kwargs)]
+        there = [place for _, place in placed if place is not None]
         if not there:
             return function(*args, **kwargs)
-        device = there[0]
+        device = there[0].device
+        if name == "copy_" and (
+            placed[0][1] is None or placed[1][1] is None or placed[1][1].device != device
+        ):
+            non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+            return gpu.copy(*args[:2], non_blocking=non_blocking)
         if name == "record_stream":
             return None
-        self._check_devices(name, placed, args, device)
-        if name in gpu.lacks_float8 and any(one.dtype in _FLOAT8 for one in given):
-            raise NotImplementedError(f"\"{name}_cuda\" not implemented for 'Float8'")
-        self._use(given, device)
-        if name in _WAITING or (name in ("index", "index_put_") and _by_truth(args[1])):
-            gpu.waited(name, gpu.stream(device))
+        self._check(name, placed, args, device)
+        if name in _MAKING or _is_view(function):
+            return self._put(function(*args, **kwargs), device, kwargs)
+        stream = gpu.stream(device)
+        for place in there:
+            stream.use(place)
+        if name in _WAITING or (name in ("index", "index_put_") and _waits_for_indices(args[1], gpu)):
+            gpu.fail("a value")
+            gpu.waited(name, stream)
         result = function(*args, **kwargs)
-        if not _is_view(function):
-            gpu.launched(name, device, result)
+        for one in _written(function, args, kwargs):
+            if (place := gpu.place(one)) is not None:
+                place.is_written(stream)
+        gpu.launched(name, device, result)
+        return self._put(result, device, kwargs)
+
+    def _put(self, result, device, kwargs):
         wanted = kwargs.get("device")
-        for one in tree_leaves(result):
-            if isinstance(one, torch.Tensor) and gpu.device_of(one) != device:
-                gpu.put(one, device if wanted is None else gpu.device(wanted))
+        for one in _tensors(result):
+            if self.gpu.place(one) is None:
+                self.gpu.put(one, device if wanted is None else self.gpu.device(wanted))
         return result
 
-    def _non_blocking(self, args, kwargs):
-        return bool(args[2]) if len(args) > 2 else bool(kwargs.get("non_blocking", False))
-
-    def _use(self, tensors, device):
-        stream = self.gpu.stream(device)
-        for one in tensors:
-            if self.gpu.device_of(one).type == self.gpu.kind:
-                stream.use(one)
-
-    def _check_devices(self, name, placed, args, device):
+    def _check(self, name, placed, args, device):
         """Single numbers, and places given to an index, may be in the processor's memory."""
-        indices = tree_leaves(args[1]) if name in ("index", "index_put_") else []
-        for tensor, where in placed:
+        indices = args[1] if name in ("index", "index_put_") else []
+        for tensor, place in placed:
+            where = _CPU if place is None else place.device
             if where != device and tensor.dim() and not any(tensor is one for one in indices):
                 raise RuntimeError(
                     f"Expected all tensors to be on the same device, but found at least two devices, "
                     f"{device} and {where}! ({name})"
                 )
+        if name in self.gpu.lacks_float8 and any(one.dtype in _FLOAT8 for one, _ in placed):
+            raise NotImplementedError(f"\"{name}_cuda\" not implemented for 'Float8'")
+        if name in _NOT_DETERMINISTIC and torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError(f"{name}_cuda does not have a deterministic implementation")
 
 
+def _tensors(*things):
+    """The tensors in what a function is given or gives."""
+    found = []
+    for one in things:
+        if isinstance(one, torch.Tensor):
+            found.append(one)
+        elif isinstance(one, (list, tuple, dict)):
+            found += _tensors(*(one.values() if isinstance(one, dict) else one))
+    return found
+
+
+@cache
 def _is_view(function):
     return any(one.alias_info is not None and not one.alias_info.is_write for one in function._schema.returns)
 
 
-def _by_truth(indices):
-    return any(isinstance(one, torch.Tensor) and one.dtype == torch.bool for one in indices)
+@cache
+def _writes(function):
+    """Which arguments a function writes to: their places and names."""
+    schema = function._schema.arguments
+    return [(n, one.name) for n, one in enumerate(schema) if one.alias_info and one.alias_info.is_write]
+
+
+def _written(function, args, kwargs):
+    """The tensors that a function writes to."""
+    return _tensors(*(args[n] if n < len(args) else kwargs.get(name) for n, name in _writes(function)))
+
+
+def _waits_for_indices(indices, gpu):
+    """Whether how many there are depends on values, or they have to be brought to the device."""
+    return any(
+        isinstance(one, torch.Tensor) and (one.dtype == torch.bool or gpu.place(one) is None)
+        for one in indices
+    )

@@ -30,10 +30,7 @@ from tests.thin_unet import config
 
 PREFIX = "model.diffusion_model."
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")),
-]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 OUT05 = "output_blocks.5.1.proj_in.weight"
 CONV_IN = "input_blocks.0.0.weight"
 
@@ -422,7 +419,7 @@ def test_gradients_and_inference_mode(dicts, method):
     assert torch.equal(parameter.grad, (2 * parameter.detach().float()).half())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_on_a_gpu_nothing_waits(three, name):
     live = LiveMerge(module_of(three[0]).cuda(), *three[: METHODS[name].models or 3], method=name)

@@ -203,7 +203,7 @@ def test_nan_in_memory_is_looked_for_only_when_asked(pairs):
         blockmerge.merge_state_dicts(a, b, weights=0.5, check_finite=True)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtypes", [("F16", "F16"), ("F32", "F32")])
 def test_on_a_gpu_values_equal_the_oracle_and_stay_there(pairs, tmp_path, dtypes):
     a, b = pairs("sd1", dtypes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -113,3 +113,7 @@ class Checkpoint(ABC):
         with self.reader() as reader:
             reader.read_into(info.offset, memoryview(buffer))
         return bytes(buffer)
+
+    def read_all(self, names: Iterable[str]) -> dict[str, bytes]:
+        """Return the bytes of several tensors; meant for small ones."""
+        return {name: self.read(name) for name in names}

@@ -183,8 +183,9 @@ class _Formats:
             for dotted in (f"{layer}.", layer):  # what a tool has left of another file says nothing
                 if f"{dotted}weight" in tensors:
                     layers[dotted] = one if isinstance(one, dict) else {}
+        data = checkpoint.read_all(name for name in names if _is_short(tensors[name]))
         for name in names:
-            found = _json(checkpoint.read(name)) if _is_short(tensors[name]) else None
+            found = _json(data.get(name, b""))
             if isinstance(found, dict):
                 layers[_layer(name)] = found
             else:
@@ -275,6 +276,7 @@ class _Scaled:
         self._checkpoint, self._tensors, self._formats = checkpoint, tensors, formats
         self._faults = list(formats.faults)
         self._weights: dict[str, Expression] = {}
+        self._data: dict[str, bytes] = {}
         self._scales: dict[str, str] = {}  # layer → the name of its scale
         for name in (name for word in _SCALES for name in words.get(word, ())):
             if _layer(name) in self._scales:
@@ -291,6 +293,7 @@ class _Scaled:
 
     def found(self) -> Quantised:
         """All of it."""
+        self._data = self._checkpoint.read_all(filter(self._is_to_be_read, self._scales.values()))
         for layer, scale in self._scales.items():
             if f"{layer}weight" in self._tensors:
                 self._read(f"{layer}weight", scale)
@@ -305,6 +308,11 @@ class _Scaled:
         if not (self._weights or self._faults or self._aside):
             return Quantised()
         return Quantised(SCALED_FP8, self._weights, frozenset(self._aside), tuple(self._faults))
+
+    def _is_to_be_read(self, scale: str) -> bool:
+        """Whether it is numbers, and no more of them than its weight has rows."""
+        info, weight = self._tensors[scale], self._tensors.get(f"{_layer(scale)}weight")
+        return weight is not None and info.dtype in _NUMBERS and info.elements <= max(1, *weight.shape[:1])
 
     def _miss(self, name: str, what: str, layer: str) -> None:
         self._faults.append(f"{shown(name)} {what} {shown(layer)}weight, which is not there")
@@ -364,7 +372,7 @@ class _Scaled:
         elif info.dtype not in _NUMBERS:
             self._faults.append(f"{shown(scale)} is {info.dtype}, expected F32")
         else:
-            values = _floats(self._checkpoint.read(scale), info.dtype)
+            values = _floats(self._data[scale], info.dtype)
             if all(map(math.isfinite, values)):
                 return values
             self._faults.append(f"{shown(scale)} holds NaN or infinity")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from blockmerge.checkpoints.checkpoint import Checkpoint, Reader, TensorInfo
@@ -63,6 +63,20 @@ class StateDict(Checkpoint):
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor of that name, without its history."""
         return self.state_dict[name].detach()
+
+    def read_all(self, names: Iterable[str]) -> dict[str, bytes]:
+        """Return the bytes of several tensors; those on one device come from there together."""
+        import torch
+
+        by_device: dict[torch.device, list[str]] = {}
+        for name in names:
+            by_device.setdefault(self.state_dict[name].device, []).append(name)
+        found: dict[str, bytes] = {}
+        for group in by_device.values():
+            flat = [self.tensor(name).contiguous().flatten().view(torch.uint8) for name in group]
+            parts = torch.split(torch.cat(flat).cpu(), [len(one) for one in flat])
+            found.update((name, part.numpy().tobytes()) for name, part in zip(group, parts, strict=True))
+        return found
 
     def reader(self) -> StateDictReader:
         """Open a reader of the tensors' bytes."""

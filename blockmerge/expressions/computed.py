@@ -320,7 +320,8 @@ class Scaled(Expression):
 
         values = inputs[0] * self.scale
         if self.shift is not None:
-            values += torch.tensor(self.shift, dtype=values.dtype).to(out.device, non_blocking=True)
+            shift = torch.tensor(self.shift, dtype=values.dtype)
+            values += shift.to(out.device, non_blocking=out.device.type == "cuda")
         round_into(out, values)
 
     def _said(self) -> Sequence[str]:

@@ -1,4 +1,5 @@
-"""Where a merge is computed: which device is meant, and what goes wrong there, in one line.
+"""Where a merge is computed: which device and which streams are meant, and what goes wrong there, in one
+line.
 
 Loads torch: imported late.
 """
@@ -6,11 +7,14 @@ Loads torch: imported late.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import torch
 
+from blockmerge.checkpoints import StateDict
 from blockmerge.errors import RecipeError, shown
 from blockmerge.methods import Method
 
@@ -46,31 +50,79 @@ def _usable(device: str) -> str:
         torch.empty(1, device=f"cuda:{index}")
     except (RuntimeError, AssertionError) as error:
         # torch says "not compiled with CUDA" with an AssertionError
-        raise RecipeError(f"device {device} cannot be used: {shown(str(error).splitlines()[0])}") from error
+        raise RecipeError(f"device {device} cannot be used: {first_line(error)}") from error
     return f"cuda:{index}"
 
 
+def devices_in(*given: object) -> Iterator[torch.device]:
+    """Yield where the tensors of modules and of state dicts are; of anything else nothing."""
+    for one in given:
+        one = one.state_dict if isinstance(one, StateDict) else one
+        held: Iterable[object] = one.values() if isinstance(one, Mapping) else ()
+        held = one.parameters() if isinstance(one, torch.nn.Module) else held
+        yield from (tensor.device for tensor in held if isinstance(tensor, torch.Tensor))
+
+
 @contextmanager
-def told_of(device: torch.device, instead: str) -> Iterator[None]:
-    """Tell what fails on a device other than the CPU, memory above all, as a RecipeError of one line, which
-    says what to do `instead`.
+def told_of(devices: Iterable[torch.device], instead: str) -> Iterator[None]:
+    """Tell what fails on devices other than the CPU, memory above all, as a RecipeError of one line, which
+    says what to do `instead`. `devices` are gone through only then.
     """
     try:
         yield
     except RuntimeError as error:
-        if device.type == "cpu":
+        others = sorted({str(device) for device in devices if device.type != "cpu"})
+        if not others:
             raise
-        why = shown(str(error).splitlines()[0], 200)
-        raise RecipeError(f"{device} cannot do this merge: {why} ({instead})") from error
+        said = f"{' or '.join(others)} cannot do this merge: {first_line(error)}"
+        raise RecipeError(f"{said} ({instead})") from error
 
 
-def give_back(device: str) -> None:
-    """Let other programs have the memory that torch keeps of a GPU, and page-locked, for the next time."""
-    if not device.startswith("cuda"):
-        return
-    torch.cuda.empty_cache()
-    # Public in the newest torch only.
-    public = getattr(getattr(torch, "accelerator", None), "empty_host_cache", None)
-    empty_locked = public or getattr(torch._C, "_host_emptyCache", None)
-    if empty_locked is not None:
-        empty_locked()
+def first_line(error: BaseException) -> str:
+    """What an error of torch's says, without the advice that follows; its class, where it says nothing."""
+    return shown(next(iter(str(error).splitlines()), "") or type(error).__name__, 200)
+
+
+def current_streams(devices: Iterable[torch.device]) -> list[Any]:
+    """The calling thread's current streams of those devices that have streams and let memory be kept for
+    them.
+    """
+    kinds = {device: getattr(torch, device.type) for device in devices if device.type in ("cuda", "xpu")}
+    return [kind.current_stream(device) for device, kind in kinds.items()]
+
+
+@contextmanager
+def on_streams(streams: Iterable[Any]) -> Iterator[None]:
+    """Make these the current streams of their devices: in a new thread, those of another."""
+    with ExitStack() as stack:
+        for stream in streams:
+            stack.enter_context(getattr(torch, stream.device.type).stream(stream))
+        yield
+
+
+@contextmanager
+def memory_given_back() -> Iterator[None]:
+    """Let other programs have the memory that torch keeps of GPUs, and page-locked, for the next time: also
+    what it keeps for the program that asks for the merge, which then has to ask for its own again.
+    """
+    try:
+        yield
+    except BaseException as error:
+        _let_go(error)
+        raise
+    finally:
+        # Public in the newest torch only.
+        public = getattr(getattr(torch, "accelerator", None), "empty_host_cache", None)
+        for empty in (torch.cuda.empty_cache, public or getattr(torch._C, "_host_emptyCache", None)):
+            with suppress(Exception):  # a merge has ended as it has, and an error says why
+                if empty is not None:
+                    empty()
+
+
+def _let_go(error: BaseException) -> None:
+    """Hold nothing of what the functions that failed had in memory, however long the error is held."""
+    seen: list[BaseException] = []
+    while error not in seen:
+        traceback.clear_frames(error.__traceback__)
+        seen.append(error)
+        error = error.__cause__ or error.__context__ or error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,22 +92,26 @@ def execute(
     nonfinite: list[str] = []
     done, total = 0, sum(file.size for file in plan.files)
     figures = gather(plan.to_gather, pace)
-    try:
+    with _on(device):
         for file in plan.files:
             output = OutputStream(path_of(file.path), direct=pace.direct)
             job = _Job(plan, file, output, pace, device, shown_as, figures)
             job.run(_part_of(progress, done, total))
             nonfinite += [name for name in file.tensors if name in job.nonfinite]
             done += file.size
-    finally:
-        if device != "cpu":
-            from blockmerge.merging.devices import give_back
-
-            give_back(device)
     for checkpoint in plan.decided.checkpoints:
         checkpoint.check_unchanged()
     if nonfinite:
         raise NonFiniteError(_explain_nonfinite(plan, nonfinite))
+
+
+def _on(device: str) -> AbstractContextManager[None]:
+    """What a merge on that device must leave behind, or not."""
+    if device == "cpu":  # for which torch need not be loaded yet
+        return nullcontext()
+    from blockmerge.merging.devices import memory_given_back
+
+    return memory_given_back()
 
 
 def _threads(file: PlannedFile, pace: Pace) -> int:
@@ -193,7 +197,9 @@ class _Job:
     def worker(self) -> Iterator[Callable[[Piece], int]]:
         try:
             with ExitStack() as stack:
-                yield _Worker(self, stack).do_piece
+                worker = _Worker(self, stack)
+                stack.callback(worker.desk.buffers.clear)
+                yield worker.do_piece
         except OSError as error:  # readers have their own errors: this is the output
             raise OutputError(f"cannot write {shown(self.shown_as)}: {reason(error)}") from error
 

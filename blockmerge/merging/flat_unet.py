@@ -17,6 +17,7 @@ from blockmerge.checkpoints import Model, Readers, StateDict, TensorInfo, made
 from blockmerge.dtypes import DTYPES, FLOAT_DTYPES, torch_dtype
 from blockmerge.errors import IncompatibleModelsError, RecipeError, counted, listing, shown
 from blockmerge.expressions import Dequantised, Expression, Stored, simplify
+from blockmerge.merging.devices import first_line
 from blockmerge.merging.in_memory import fit_for, tensor_of
 from blockmerge.streaming import aligned_buffer
 from blockmerge.streaming.tensors import tensor_view
@@ -114,7 +115,7 @@ class FlatUNet:
         """Lay out a module's parameters for a merge of `models`, which are held against it.
 
         Raises UnknownFamilyError for a module that is no U-Net; RecipeError for parameters that cannot become
-        views of one flat buffer; CheckpointError for meta tensors; IncompatibleModelsError for models that do
+        views of flat memory; CheckpointError for meta tensors; IncompatibleModelsError for models that do
         not fit.
         """
         parameters = _unet_parameters(module)
@@ -173,7 +174,7 @@ class FlatUNet:
 
     def _copied(self, buffers: Buffers, model: Model, letter: str) -> FlatModel:
         """Fill flat buffers with a model, from the front of its files to the back."""
-        flat = buffers[0]
+        dtype = buffers[0].dtype
         slots = {slot.name: slot for slot in self.slots}
         wanted = {slot.name: simplify(made(slot.origin, model.tensors, model.name)) for slot in self.slots}
         tensors: dict[str, TensorInfo] = {}
@@ -181,7 +182,7 @@ class FlatUNet:
             slot, shape = slots[name], tensor.shape
             if shape != slot.shape:  # the channels that both have
                 shape = (shape[0], min(shape[1], slot.shape[1]), *shape[2:])
-            tensors[name] = TensorInfo(_DTYPE_NAMES[flat.dtype], shape, slot.offset * flat.itemsize)
+            tensors[name] = TensorInfo(_DTYPE_NAMES[dtype], shape, slot.offset * dtype.itemsize)
         copy = FlatModel(letter, buffers, slots, tensors)
         for name, values in _read(model, dict(sorted(wanted.items(), key=lambda item: _offset(item[1])))):
             target = copy.tensor(name)
@@ -216,9 +217,8 @@ class FlatUNet:
             ]
         except RuntimeError as error:
             size = sum(self.sizes) * parameter.itemsize / 1e9
-            why = shown(str(error).splitlines()[0], 200)
             raise RecipeError(
-                f"{parameter.device} has no room for {count} U-Nets of {size:.2f} GB each: {why}"
+                f"{device} has no room for {count} U-Nets of {size:.2f} GB each: {first_line(error)}"
             ) from error
 
 

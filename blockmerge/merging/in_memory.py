@@ -24,7 +24,9 @@ from blockmerge.expressions import (
     Programs,
     Stored,
     is_arranged,
+    leaves_of,
 )
+from blockmerge.merging.devices import current_streams, on_streams
 from blockmerge.methods.arithmetic import as_bytes
 from blockmerge.streaming import TorchThreads, for_each, processors
 
@@ -90,8 +92,8 @@ def tasks_of(
             yield from tasks_of(one, out[begin : begin + one.shape[0]], programs, most, label)
             begin += one.shape[0]
     elif is_arranged(tensor):
-        # Back from a device, it must be there before anybody reads it.
-        out.copy_(tensor_of(tensor), non_blocking=out.device.type != "cpu")
+        # What is our own can be on its way to a GPU while others go on: CUDA takes it at once.
+        out.copy_(tensor_of(tensor), non_blocking=isinstance(tensor, Known) and out.device.type == "cuda")
     elif out.numel():
         program, operands = programs.of(tensor)
         if (
@@ -114,19 +116,20 @@ def _is_there(operand: Expression, out: torch.Tensor) -> bool:
     return tensor.is_contiguous() and tensor.device == out.device
 
 
-def compute_in_threads(tasks: Sequence[Task], figures: Figures) -> None:
+def compute_in_threads(tasks: Sequence[Task], figures: Figures, devices: Iterable[torch.device]) -> None:
     """Compute one task after the other in each of as many threads as there are processors.
 
     torch's own threads, which would share each tensor, cost more than they bring where most tensors are
-    small.
+    small. Operands may be on `devices`, and are brought from there on the caller's streams.
     """
     torch_threads = TorchThreads()
+    streams = current_streams(devices)
     inference = torch.is_inference_mode_enabled()
 
     @contextmanager
     def worker() -> Iterator[Callable[[Task], int]]:
         torch_threads.single_here()
-        with torch.inference_mode(inference), torch.no_grad():
+        with on_streams(streams), torch.inference_mode(inference), torch.no_grad():
 
             def compute(task: Task) -> int:
                 task.run(figures)
@@ -140,21 +143,22 @@ def compute_in_threads(tasks: Sequence[Task], figures: Figures) -> None:
         torch_threads.restore()
 
 
-def compute_together(tasks: Sequence[Task], figures: Figures, most: int) -> None:
-    """Compute in few large launches, as a GPU likes it: tensors of one program are laid side by side, `most`
-    elements at the most. Larger ones keep a GPU busy on their own, and are not copied for that.
+def compute_together(tasks: Sequence[Task], figures: Figures, alone: int, together: int) -> None:
+    """Compute in few large launches, as a GPU likes it: tensors of one program are laid side by side,
+    `together` elements at the most. Those of more than `alone` keep a GPU busy on their own, and are not
+    copied for that.
     """
-    for first, *others in alike(tasks, most):
+    for first, *others in alike(tasks, alone, together):
         if not others:
             first.run(figures)
             continue
-        together = [first, *others]
-        tensors = zip(*(one.tensors(figures) for one in together), strict=True)
+        group = [first, *others]
+        tensors = zip(*(one.tensors(figures) for one in group), strict=True)
         result = torch.empty(
-            sum(one.out.numel() for one in together), dtype=first.out.dtype, device=first.out.device
+            sum(one.out.numel() for one in group), dtype=first.out.dtype, device=first.out.device
         )
         first.run_on([_side_by_side(each) for each in tensors], result)
-        outs = [as_bytes(one.out.view(-1)) for one in together]
+        outs = [as_bytes(one.out.view(-1)) for one in group]
         torch._foreach_copy_(outs, list(torch.split(as_bytes(result), [len(one) for one in outs])))
 
 
@@ -162,17 +166,20 @@ def _side_by_side(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(list(map(as_bytes, tensors))).view(tensors[0].dtype)
 
 
-def alike(tasks: Iterable[Task], most: int) -> Iterator[list[Task]]:
-    """Group tasks that can be computed as one, in groups of `most` elements, or of a task that is larger."""
+def alike(tasks: Iterable[Task], alone: int, together: int) -> Iterator[list[Task]]:
+    """Group tasks that can be computed as one, in groups of `together` elements; of more than `alone`, each
+    is its own group.
+    """
     groups: dict[Hashable, list[Task]] = {}
     for task in tasks:
-        kind = (task.program, task.out.device) if task.program.joins else id(task)
+        joins = task.program.joins and task.out.numel() <= alone
+        kind = (task.program, task.out.device) if joins else id(task)
         groups.setdefault(kind, []).append(task)
     for group in groups.values():
         part: list[Task] = []
         elements = 0
         for task in group:
-            if part and elements + task.out.numel() > most:
+            if part and elements + task.out.numel() > together:
                 yield part
                 part, elements = [], 0
             part.append(task)
@@ -232,10 +239,17 @@ def _from_file(tensor: Stored) -> torch.Tensor:
 def _computed(expression: Expression) -> torch.Tensor:
     """A tensor that has to be computed, where the first that it is computed from lies."""
     program, operands = Programs().of(expression)
-    device = tensor_of(operands[0]).device
+    device = device_of(operands[0])
     out = torch.empty(expression.shape, dtype=torch_dtype(expression.dtype, device), device=device)
     Task(program, operands, out, str(expression)).run({})
     return out
+
+
+def device_of(expression: Expression) -> torch.device:
+    """Where the first tensor is that an expression is made of."""
+    first = next(one for one in leaves_of(expression) if isinstance(one, Stored))
+    holder: Holder = first.source  # type: ignore[assignment]
+    return holder.tensor(first.name).device
 
 
 def _as_stored(tensor: torch.Tensor, dtype: str) -> torch.Tensor:

@@ -37,7 +37,7 @@ class Kernel:
 
     On a GPU each worker has a stream and page-locked buffers of its own: while one reads, another's data is
     on its way there, a third's is computed with and a fourth's is on its way back. What the device holds is a
-    chunk for each worker.
+    piece for each worker.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Kernel:
         self._plan, self._file, self._figures = plan, file, figures
         self._check = not plan.request.allow_nonfinite
         self._device = torch.device(device)
-        with told_of(self._device, _INSTEAD):
+        with told_of([self._device], _INSTEAD):
             on_gpu = self._device.type == "cuda"
             self._stream = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._chunk_bytes = chunk_bytes
@@ -80,7 +80,7 @@ class Kernel:
             at = begin - first
             part = target[at * size : (at + elements) * size]
             out = tensor_view(part, run.dtype, elements)
-            with told_of(self._device, _INSTEAD):
+            with told_of([self._device], _INSTEAD):
                 operands = [
                     self._read(run, place, first + at, elements, part, readers)
                     for place in range(len(run.operands))
@@ -137,17 +137,19 @@ class Kernel:
         if self._stream is None:
             run.program.run(operands, run.program.shaped(out), first)
             return not self._check or all_finite(out)
-        with torch.cuda.stream(self._stream):
-            there = [
-                one.to(self._device, non_blocking=True) if isinstance(one, torch.Tensor) else one
-                for one in operands
-            ]
-            result = torch.empty_like(out, device=self._device)
-            run.program.run(there, run.program.shaped(result), first)
-            locked = tensor_view(self._buffer("out", out.nbytes), run.dtype, len(out))
-            locked.copy_(result, non_blocking=True)
-            finite = not self._check or all_finite(result)
-        self._stream.synchronize()
+        try:
+            with torch.cuda.stream(self._stream):
+                there = [
+                    one.to(self._device, non_blocking=True) if isinstance(one, torch.Tensor) else one
+                    for one in operands
+                ]
+                result = torch.empty_like(out, device=self._device)
+                run.program.run(there, run.program.shaped(result), first)
+                locked = tensor_view(self._buffer("out", out.nbytes), run.dtype, len(out))
+                locked.copy_(result, non_blocking=True)
+                finite = not self._check or all_finite(result)
+        finally:  # page-locked memory is used again, or freed
+            self._stream.synchronize()
         out.copy_(locked)
         return finite
 

@@ -11,9 +11,11 @@ from functools import cached_property
 from itertools import groupby
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from blockmerge.checkpoints import made
 from blockmerge.expressions import Expression, Gathered, Part, Programs, Stored, methods_of, simplify
+from blockmerge.merging.devices import current_streams
 from blockmerge.merging.flat_unet import Block, Buffers, FlatModel, FlatUNet, Slot
 from blockmerge.merging.in_memory import Task, gather, tasks_of
 from blockmerge.merging.planning.combining import Combination, Weights
@@ -51,10 +53,12 @@ class Launcher:
         """Keep all that was queued on the current stream in memory until it is done, whoever lets go of it
         sooner: the memory was made on the stream of that time, and would be given out there again.
         """
-        if self.device.type == "cuda":
-            stream = torch.cuda.current_stream(self.device)
-            for flat in [*self.out, *(buffer for model in self.models for buffer in model.buffers)]:
-                flat.record_stream(stream)
+        held = [*self.out, *(buffer for model in self.models for buffer in model.buffers)]
+        held += tree_leaves(list(self._figures.values()))
+        for stream in current_streams([self.device]):
+            for one in held:
+                if isinstance(one, torch.Tensor) and one.device == self.device:
+                    one.record_stream(stream)
 
     def fill(self, blocks: Sequence[Block], content: Content) -> None:
         """Let neighbouring blocks hold this."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from blockmerge.merging.launching import Content, Launcher
 
 _OPEN: WeakSet[LiveMerge] = WeakSet()
+_INSTEAD = "let go of other things there, or merge files"
 
 
 class LiveMerge:
@@ -60,6 +61,7 @@ class LiveMerge:
     ) -> None:
         import torch
 
+        from blockmerge.merging.devices import devices_in, told_of
         from blockmerge.merging.flat_unet import FlatUNet
         from blockmerge.merging.launching import Launcher
 
@@ -76,15 +78,15 @@ class LiveMerge:
         checked = self._method.check_numbers(numbers, len(sources))
         self._module_class = type(module).__name__
         opening = Opening(variant, ema)
-        models = [
-            opening.model(source, f"state dict {letter}")  # type: ignore[arg-type]  # it refuses None
-            for source, letter in zip(sources, "ABC", strict=False)
-        ]
-        opening.check(models)
-        opening_notes = (note for model in models for note in model.notes)
-        self._opening_notes = (*opening_notes, *differing_predictions(models))
         # Tensors that are made in inference mode could not be written to outside it.
-        with torch.inference_mode(False), torch.no_grad():
+        with told_of(devices_in(module, *sources), _INSTEAD), torch.inference_mode(False), torch.no_grad():
+            models = [
+                opening.model(source, f"state dict {letter}")  # type: ignore[arg-type]  # it refuses None
+                for source, letter in zip(sources, "ABC", strict=False)
+            ]
+            opening.check(models)
+            opening_notes = (note for model in models for note in model.notes)
+            self._opening_notes = (*opening_notes, *differing_predictions(models))
             self._unet: FlatUNet = FlatUNet.of(module, models)
             if any(other._unet.shares_parameters(self._unet) for other in _OPEN):
                 raise RecipeError("another LiveMerge is open on this module: close() it first")
@@ -164,12 +166,14 @@ class LiveMerge:
         beta = second.change(self._weights_beta) if keep else second.resolve(self._unet.family.name)
         wanted = {name: launcher.content((alpha[name], beta[name])) for name in self._held}
         changed = {name: content for name, content in wanted.items() if content != self._held[name]}
-        with torch.no_grad(), told_of(launcher.device, "let go of other things on it, or merge files"):
-            # Neighbours that are to hold the same lie side by side.
-            for content, group in groupby(self._unet.blocks, lambda block: changed.get(block.name)):
-                if content is not None:
-                    self._fill(launcher, list(group), content)
-            launcher.note_stream()
+        with told_of([launcher.device], _INSTEAD), torch.no_grad():
+            try:
+                # Neighbours that are to hold the same lie side by side.
+                for content, group in groupby(self._unet.blocks, lambda block: changed.get(block.name)):
+                    if content is not None:
+                        self._fill(launcher, list(group), content)
+            finally:
+                launcher.note_stream()
         if moved := self._unet.moved(launcher.out, changed):  # looked for while the device computes
             self._held.update(dict.fromkeys(changed))
             raise RecipeError(
@@ -186,6 +190,8 @@ class LiveMerge:
         """
         for name, original in self._originals.items():
             self._unet.parameters[name].data = original
+        if self._launcher is not None:
+            self._launcher.note_stream()  # on which the module may be at work
         self._originals, self._launcher = {}, None
         _OPEN.discard(self)
 

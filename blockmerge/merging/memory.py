@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ from blockmerge.adapters import LoraLike
 from blockmerge.checkpoints import CheckpointLike, Model, StateDict, state_dict_name
 from blockmerge.dtypes import FLOAT_DTYPES, torch_dtype
 from blockmerge.errors import CheckpointError, NonFiniteError, RecipeError, counted, listing, shown
-from blockmerge.expressions import Programs, leaves_of
+from blockmerge.expressions import Programs
 from blockmerge.merging.planning.adapting import Adapted
 from blockmerge.merging.planning.naming import OutputTensor
 from blockmerge.merging.planning.plan import to_gather
@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 _SHARED = 1 << 22
 """Elements of a tensor that a processor's threads share, so many each."""
 
-_TOGETHER = 1 << 22
-"""Elements of small tensors that are laid side by side and computed in one launch, on a GPU."""
+_ALONE = 1 << 22
+"""Elements of a tensor that keeps a GPU busy on its own, if it has more."""
+
+_TOGETHER = 1 << 25
+"""Elements of smaller tensors that are laid side by side and computed in one launch, on a GPU."""
 
 
 def merge_state_dicts(
@@ -57,9 +60,12 @@ def merge_state_dicts(
     The dicts are U-Nets or whole models, in LDM or diffusers names (`unet.…`, `vae.…` and so on for whole
     models), all on one device or several; the result has A's names, and every tensor of it is a new one on
     the device of A's (of B's, where only B has it), with A's dtype (bfloat16, where A has it in scaled fp8).
-    The values are those that `merge` writes, and the arguments its. Nothing waits for a GPU but a look at
-    each text encoder's `position_ids` and at prediction markers, and the first use of chance; NaN and
-    infinity are looked for only with `check_finite`, since that waits for all of it.
+    The values are those that `merge` writes, and the arguments its.
+
+    A GPU is waited for once for each text encoder's `position_ids` and for the scales of each model in scaled
+    fp8, once for the table that noise is drawn from, and for every tensor on its way between the CPU's memory
+    and a GPU; for nothing else. NaN and infinity are looked for only with `check_finite`, since that waits
+    for all of it.
 
     Raises a BlockmergeError: NonFiniteError with `check_finite`, else as `merge` does before it reads a
     weight.
@@ -85,39 +91,43 @@ def merge_state_dicts(
             raise CheckpointError(
                 f"a {type(given).__name__} is not a state dict: give a dict of tensors (merge() takes files)"
             )
-    models = [
-        Model.of(StateDict(tensors, state_dict_name(number))) for number, tensors in enumerate(state_dicts)
-    ]
-    family = models[0].anatomy.family.name
-    resolved = request.resolve(family, len(models))
-    adapted = Adapted.of(request, models)
-    merged = _compute(models, decide(models, request, resolved, adapted=adapted).tensors)
-    if check_finite:
-        _check_finite(merged)
+    from blockmerge.merging.devices import devices_in, told_of
+
+    devices = set(devices_in(*state_dicts))
+    with told_of(devices, "merge state dicts on the CPU, or files"):
+        models = [
+            Model.of(StateDict(tensors, state_dict_name(number)))
+            for number, tensors in enumerate(state_dicts)
+        ]
+        family = models[0].anatomy.family.name
+        resolved = request.resolve(family, len(models))
+        adapted = Adapted.of(request, models)
+        merged = _compute(models, decide(models, request, resolved, adapted=adapted).tensors, devices)
+        if check_finite:
+            _check_finite(merged)
     return _spelled_as(state_dicts[0], merged)
 
 
-def _compute(models: Sequence[Model], tensors: Sequence[OutputTensor]) -> dict[str, torch.Tensor]:
+def _compute(
+    models: Sequence[Model], tensors: Sequence[OutputTensor], devices: Collection[torch.device]
+) -> dict[str, torch.Tensor]:
     import torch
 
-    from blockmerge.merging.devices import told_of
     from blockmerge.merging.in_memory import compute_in_threads, compute_together, gather, tasks_of
 
     merged: dict[str, torch.Tensor] = {}
     on_cpu: list[Task] = []
     elsewhere: list[Task] = []
     programs = Programs()
-    devices = {_device(models, one) for one in tensors}
-    device = next((one for one in devices if one.type != "cpu"), torch.device("cpu"))
-    with torch.no_grad(), told_of(device, "merge state dicts on the CPU, or files"):
+    with torch.no_grad():
         figures = {one: gather(one) for one in to_gather(tensors)}
         for one in tensors:
             out = merged[one.name] = _empty(models, one)
             is_cpu = out.device.type == "cpu"
             most = _SHARED if is_cpu else max(1, out.numel())
             (on_cpu if is_cpu else elsewhere).extend(tasks_of(one.expression, out, programs, most, one.ldm))
-        compute_in_threads(on_cpu, figures)
-        compute_together(elsewhere, figures, _TOGETHER)
+        compute_in_threads(on_cpu, figures, devices)
+        compute_together(elsewhere, figures, _ALONE, _TOGETHER)
     return merged
 
 
@@ -125,14 +135,11 @@ def _empty(models: Sequence[Model], tensor: OutputTensor) -> torch.Tensor:
     """Memory for a tensor of the result, on the device of the first model that has it."""
     import torch
 
-    return torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype), device=_device(models, tensor))
-
-
-def _device(models: Sequence[Model], tensor: OutputTensor) -> torch.device:
-    from blockmerge.merging.in_memory import tensor_of
+    from blockmerge.merging.in_memory import device_of
 
     holder = next(model for model in models if tensor.ldm in model.tensors)
-    return tensor_of(next(leaves_of(holder.tensors[tensor.ldm]))).device
+    device = device_of(holder.tensors[tensor.ldm])
+    return torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype), device=device)
 
 
 def _check_finite(merged: Mapping[str, torch.Tensor]) -> None:

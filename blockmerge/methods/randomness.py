@@ -23,6 +23,8 @@ _POSITIONS = 4  # that share a word
 CHANCES = 1 << 16
 """How many different values a position's bits have, all equally likely."""
 
+_PAIRS: dict[torch.device, torch.Tensor] = {}
+
 
 def random_bits(key: int, position: int, count: int, device: torch.device) -> torch.Tensor:
     """Return 16 random bits, as int16 [count], for each of the positions from `position` on; `key` is of 64
@@ -95,14 +97,19 @@ def normal(key: int, position: int, count: int, device: torch.device) -> torch.T
     else:  # not all devices have that dtype
         places.copy_(bits).bitwise_and_(CHANCES - 1)
     pairs = torch.index_select(
-        _pairs(device), 0, places, out=scratch("normals", count_of_pairs, torch.int32, device)
+        _pairs_on(device), 0, places, out=scratch("normals", count_of_pairs, torch.int32, device)
     )
     skipped = position % 2
     return pairs.view(torch.float16)[skipped : skipped + count]
 
 
-@cache
-def _pairs(device: torch.device) -> torch.Tensor:
+def _pairs_on(device: torch.device) -> torch.Tensor:
+    """The pairs, on a device, which keeps them: the same for all threads, of which several may make them."""
+    found = _PAIRS.get(device)
+    return _PAIRS.setdefault(device, _pairs().to(device)) if found is None else found
+
+
+def _pairs() -> torch.Tensor:
     """The pairs of float16 that `normal` gives, each seen as an int32 [65536], which takes one copy.
 
     They are a Hammersley set, of the quantiles at (n + ½)/65,536 and (n' + ½)/65,536, n' being n with its
@@ -116,7 +123,7 @@ def _pairs(device: torch.device) -> torch.Tensor:
     values = torch.special.ndtri((torch.stack([number, other], dim=1).double() + 0.5) / CHANCES)
     values /= values.square().mean().sqrt()  # without the tails, the variance is a little small
     pairs: torch.Tensor = values.float().half().view(torch.int32)
-    return pairs.flatten().to(device)
+    return pairs.flatten()
 
 
 def _signed(bits: int) -> int:

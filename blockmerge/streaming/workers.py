@@ -77,8 +77,8 @@ def for_each(
         for thread in running:
             if thread.ident is not None:
                 thread.join()
-    if pool.errors:
-        raise pool.errors[0]
+    if pool.error is not None:
+        raise pool.error
     if progress:
         progress(total, total)
 
@@ -99,7 +99,7 @@ class _Pool(Generic[Task]):
         self.last_ended.acquire()
         self.over = False  # no task is to be begun any more
         self.running = 0
-        self.errors: list[BaseException] = []
+        self.error: BaseException | None = None  # the first: others would hold what their functions had
         self.done = 0
 
     def run(self) -> None:
@@ -114,7 +114,8 @@ class _Pool(Generic[Task]):
                     with self.lock:
                         self.done += count
         except BaseException as error:
-            self.errors.append(error)
+            with self.lock:
+                self.error = self.error or error
         finally:
             with self.lock:
                 self.over = True

@@ -128,7 +128,7 @@ def _merge(
     gathered: torch.Tensor,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    low, high = gathered.to(a.device, non_blocking=a.device.type != "cpu")
+    low, high = gathered.to(a.device, non_blocking=a.device.type == "cuda")
     of_a = combined.sub(low).div_(high - low).sub_(shift).clamp_(0, 1).nan_to_num_(1.0)
     wide = wide_dtype(a, b, out)
     of_a = torch.where(low < high, of_a, 1.0).to(wide)

@@ -85,7 +85,8 @@ def _smallest_kept(
     if magnitudes.device.type == "cpu":
         values = magnitudes.numpy()
         values.partition(place)  # where it stands; kthvalue would hold four times as much
-        return float(values[place])
+        border = float(values[place])
+        return math.inf if math.isnan(border) else border  # NaN stands behind infinity, and is as large
     # kthvalue would run on one of a GPU's processors alone; and what is NaN would be the largest of all.
     magnitudes.nan_to_num_(nan=math.inf, posinf=math.inf)
     if count <= place:
