@@ -320,7 +320,7 @@ def test_there_and_back_is_bit_for_bit_where_alpha_by_rank_is_a_power_of_two(alp
     lora[f"{PLACE}.alpha"] = lora[f"{PLACE}.alpha"].to(dtype)
     there = tmp_path / "b.safetensors"
     result, found = converted(saved(lora, tmp_path / "a.safetensors"), there, "diffusers")
-    assert not any("rounds" in note for note in result.notes)
+    assert not any("alpha / rank" in note for note in result.notes)
     factor = (alpha or 3) / 3
     assert torch.equal(found[f"{THERE}.lora_B.weight"], lora[f"{PLACE}.lora_up.weight"] * factor)
     assert torch.equal(found[f"{THERE}.lora_A.weight"], lora[f"{PLACE}.lora_down.weight"])
@@ -342,15 +342,22 @@ def test_another_alpha_is_one_rounding_which_is_told(tmp_path):
     assert torch.equal(back[f"{PLACE}.lora_up.weight"], wanted)
 
 
-def test_what_is_too_small_for_its_dtype_is_told(tmp_path):
-    lora = small(alpha=3.0 / 64)
-    lora[f"{PLACE}.lora_up.weight"][0, 0] = 2.0**-24 * 3
-    result, _ = converted(saved(lora, tmp_path / "a.safetensors"), tmp_path / "b.safetensors", "diffusers")
-    assert any("rounds" in note for note in result.notes)
+def test_what_is_too_small_for_its_dtype_is_told_and_kept_by_a_wider_one(tmp_path):
+    """A half of the least numbers of fp16 is none."""
+    lora = small(alpha=1.5)
+    lora[f"{PLACE}.lora_up.weight"][0, 0] = 2.0**-24
+    path = saved({**lora, f"{PLACE}.alpha": torch.tensor(1.5).half()}, tmp_path / "a.safetensors")
+    result, _ = converted(path, tmp_path / "b.safetensors", "diffusers")
+    (note,) = [note for note in result.notes if "alpha / rank" in note]
+    assert f"the values nearest to 0 fewer digits in 1 module ({PLACE}): dtype fp32" in note
     _, back = converted(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "kohya")
-    up = lora[f"{PLACE}.lora_up.weight"].clone()
-    up[0, 0] = 0
-    assert torch.equal(back[f"{PLACE}.lora_up.weight"][up.abs() > 0.004], up[up.abs() > 0.004])
+    assert torch.allclose(
+        back[f"{PLACE}.lora_up.weight"], lora[f"{PLACE}.lora_up.weight"], rtol=0, atol=2.0**-24
+    )
+    result, _ = converted(path, tmp_path / "d.safetensors", "diffusers", dtype="fp32")
+    assert not any("alpha / rank" in note for note in result.notes)
+    _, back = converted(tmp_path / "d.safetensors", tmp_path / "e.safetensors", "kohya", dtype="fp16")
+    assert_same(back, load_file(path))
 
 
 def test_alphas_of_peft_become_tensors(tmp_path):

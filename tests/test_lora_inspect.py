@@ -16,8 +16,11 @@ from blockmerge.cli.main import run
 from tests import toy_family
 from tests.adapter_names import modules
 from tests.commands import ok
-from tests.lora_oracle import KINDS, bias_change, parts_of, weight_change
+from tests.lora_oracle import KINDS as ALL_KINDS
+from tests.lora_oracle import added, bias_change, parts_of
 
+LOOKING = ("dora", "glora", "ia3", "oft", "boft")
+KINDS = [kind for kind in ALL_KINDS if not kind.startswith(LOOKING)]
 # {name of a module: the shape of its weight, its block}; the shapes are not the real ones, but no side is another.
 PLACES = {
     "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0": ((8, 6), "IN01"),
@@ -53,8 +56,8 @@ def changes(lora, places=PLACES):
     found = {}
     for module, (shape, block) in places.items():
         parts = lora.get(module, {})
-        change = weight_change(parts, shape) if parts else None
-        bias = bias_change(parts) if parts else None
+        change = added(parts, shape) if parts else None
+        bias = bias_change(parts, None) if parts else None
         for one, size in ((change, math.prod(shape)), (bias, shape[0])):
             row = torch.zeros(size, dtype=torch.float64) if one is None else one.reshape(-1)
             found[block] = torch.cat([found.get(block, row[:0]), row])
@@ -118,6 +121,16 @@ def test_all_modules_of_real_programs_are_in_the_blocks_that_they_should_be(prog
     for block, one in found.blocks.items():  # of ones, ‖ΔW‖² is the number of elements
         elements = sum(math.prod(place.shape) for place in said.values() if place.block == block)
         assert one.norm == pytest.approx(math.sqrt(elements), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ALL_KINDS if kind.startswith(LOOKING)])
+def test_kinds_that_look_at_the_weight_have_no_share(kind):
+    shape = {"lora_unet_mid_block_resnets_0_conv1": ((16, 8, 3, 3), "M00")}
+    lora = lora_of(kind, places=shape)
+    found = blockmerge.inspect_lora(in_a_file(lora))
+    assert found.blocks["M00"].norm is None
+    with pytest.raises(IncompatibleModelsError, match="whose change depends on the model"):
+        blockmerge.lora_similarity(in_a_file(lora), in_a_file(lora))
 
 
 def test_blocks_of_modules_that_look_at_the_weight_have_no_share():

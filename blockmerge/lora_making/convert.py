@@ -70,7 +70,7 @@ class _Conversion:
         self.tasks = renamed(adapter, to, asked, recorded)
         self.beside = _embeddings(adapter) if to == "kohya" else []
         self.alphas: dict[str, float] = {}
-        self.rounded: list[str] = []
+        self.rounded: dict[str, float] = {}
 
     def run(self) -> LoraConversion:
         """Write the file."""
@@ -118,11 +118,11 @@ class _Conversion:
     def _work(self, task: Renamed, readers: Readers) -> Made:
         from blockmerge.lora_making.rewriting import rewritten
 
-        parts, alpha, is_rounded = rewritten(task, self.adapter.name, readers)
+        parts, alpha, rounded = rewritten(task, self.adapter.name, readers)
         if alpha is not None:
             self.alphas[task.old] = alpha
-        if is_rounded:
-            self.rounded.append(task.old)
+        if rounded is not None:
+            self.rounded[task.old] = rounded
         return Made(parts, task.rank or 0, 0.0, 0.0)
 
     def _about_alphas(self) -> dict[str, str]:
@@ -145,12 +145,19 @@ class _Conversion:
         return {**said, **metadata.with_alphas(before)}
 
     def _notes(self) -> list[str]:
-        name, rounded = shown(self.adapter.name), sorted(self.rounded)
+        name = shown(self.adapter.name)
+        rounded = [one for one in sorted(self.rounded) if not is_power_of_two(self.rounded[one])]
+        small = [one for one in sorted(self.rounded) if is_power_of_two(self.rounded[one])]
         notes = []
         if rounded:
             notes.append(
-                f"{name}: alpha / rank is put into a factor, which rounds it once more in "
+                f"{name}: alpha / rank goes into a factor, which rounds it once more in "
                 f"{counted(len(rounded), 'module')} ({listing(rounded)})"
+            )
+        if small:
+            notes.append(
+                f"{name}: alpha / rank goes into a factor, which leaves the values nearest to 0 fewer digits "
+                f"in {counted(len(small), 'module')} ({listing(small)}): dtype fp32 (--dtype fp32) keeps them"
             )
         if self.adapter.embeddings and self.to != "kohya":
             notes.append(

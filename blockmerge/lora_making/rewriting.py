@@ -20,13 +20,14 @@ from blockmerge.streaming.tensors import TORCH_DTYPES, all_finite, tensor_view
 Tensors = dict[str, tuple[Shape, bytes]]
 
 
-def rewritten(task: Renamed, name: str, readers: Readers) -> tuple[Tensors, float | None, bool]:
-    """Return a module's tensors, its alpha, and whether a factor was rounded; `name` is the file's.
+def rewritten(task: Renamed, name: str, readers: Readers) -> tuple[Tensors, float | None, float | None]:
+    """Return a module's tensors, its alpha, and by which factor one was multiplied and rounded; `name` is the
+    file's.
 
     Raises NonFiniteError for what is not finite, or would not be in its new dtype.
     """
     found: Tensors = {}
-    alpha, is_rounded = task.alpha, False
+    alpha, rounded = task.alpha, None
     for piece in task.pieces:
         data = aligned_buffer(piece.tensor.nbytes)
         readers.read_into(piece.tensor, 0, data)
@@ -39,23 +40,29 @@ def rewritten(task: Renamed, name: str, readers: Readers) -> tuple[Tensors, floa
         factor = piece.factor
         if task.recorded is not None and task.rank is not None and piece.part == _UP:
             factor = task.rank / task.recorded
-        scaled, is_exact = _scaled(values, factor, piece, task)
+        scaled, is_exact = _scaled(values, factor, piece)
         if factor != piece.factor:
             if is_exact:
                 alpha = task.recorded
             else:
-                scaled, is_exact = _scaled(values, piece.factor, piece, task)
-        is_rounded |= not is_exact
+                scaled, is_exact = _scaled(values, piece.factor, piece)
+        if not all_finite(scaled):
+            raise NonFiniteError(
+                f"{shown(task.old)} would hold values too large for {piece.dtype}: dtype fp32 (--dtype fp32) "
+                "holds them"
+            )
+        if not is_exact:
+            rounded = piece.factor
         found[piece.part] = piece.shape, scaled.contiguous().view(torch.uint8).numpy().tobytes()
     if alpha is not None:
         found["alpha"] = (), _number(alpha, task.alpha_dtype)
-    return found, alpha, is_rounded
+    return found, alpha, rounded
 
 
 _UP = "lora_up.weight"
 
 
-def _scaled(values: torch.Tensor, factor: float, piece: Piece, task: Renamed) -> tuple[torch.Tensor, bool]:
+def _scaled(values: torch.Tensor, factor: float, piece: Piece) -> tuple[torch.Tensor, bool]:
     """The values times a factor in their new dtype, and whether only that has rounded them."""
     dtype = torch_dtype(piece.dtype)
     if factor == 1:
@@ -63,12 +70,8 @@ def _scaled(values: torch.Tensor, factor: float, piece: Piece, task: Renamed) ->
     else:
         wide = values.double() * factor
         scaled = wide.to(dtype)
-        is_exact = torch.equal(values.to(dtype).double() * factor, scaled.double())
-    if not all_finite(scaled):
-        raise NonFiniteError(
-            f"{shown(task.old)} would hold values too large for {piece.dtype}: dtype fp32 (--dtype fp32) "
-            "holds them"
-        )
+        alone = values.to(dtype).double()
+        is_exact = torch.equal(scaled.double(), wide) or torch.equal(scaled.double(), alone * factor)
     return scaled, is_exact
 
 
