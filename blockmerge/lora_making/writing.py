@@ -52,6 +52,7 @@ class LoraFile:
     ) -> None:
         self.dtype = dtype
         self.tensors: dict[str, TensorInfo] = {}
+        self.modules = 0
         self._metadata = dict(metadata)
         largest = {
             f"{module}.{part}": TensorInfo(dtype, shape, _LARGEST_OFFSET)
@@ -129,6 +130,7 @@ class LoraFile:
 
     def _append(self, module: str, parts: Parts) -> None:
         assert self._handle is not None
+        self.modules += bool(parts)
         for part, (shape, data) in sorted(parts.items()):
             self.tensors[f"{module}.{part}"] = TensorInfo(self.dtype, shape, self._length)
             self._hash.update(data)
