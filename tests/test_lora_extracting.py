@@ -251,7 +251,7 @@ def test_the_metadata(family, version, architecture, pairs, tmp_path):
     assert said["modelspec.architecture"] == architecture
     assert said["ss_v2"] == str(family == "sd2")
     assert (said["ss_network_dim"], said["ss_network_alpha"]) == ("2", "2.0")
-    assert said["modelspec.title"] == "style"
+    assert said["modelspec.title"] == "b"
     assert said["modelspec.merged_from"] == "b.safetensors, a.safetensors"
     assert said["ss_network_module"] == "networks.lora"
 

@@ -79,7 +79,7 @@ class LoraTarget:
 
 @dataclass(frozen=True)
 class Written:
-    """A LoRA that has been written: what became of each task, how many modules and bytes it has, and notes."""
+    """A LoRA that has been written: what became of each task, its modules and bytes, and notes."""
 
     made: Sequence[Made]
     modules: int
