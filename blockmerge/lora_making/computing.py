@@ -21,7 +21,7 @@ from blockmerge.streaming import aligned_buffer
 from blockmerge.streaming.tensors import all_finite, tensor_view
 
 _CHUNK = 1 << 18  # elements of a difference that are computed at once
-_FARTHEST = 60  # powers of two by which factors are balanced at most
+_NEAREST, _FARTHEST = 3, 60  # powers of two by which factors are balanced at least and at most
 
 
 def merged(task: Sum, size: Size, dtype: str, readers: Readers) -> Made:
@@ -110,11 +110,12 @@ def _values(
 
 
 def _balanced(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same product, with columns and rows of about one size, so that none is lost in half precision. They
-    are moved by powers of two, which rounds nothing.
+    """The same product, where columns and rows are of very unlike sizes with ones of about one size, so that
+    none is lost in half precision. They are moved by powers of two, which rounds nothing.
     """
     ratio = torch.linalg.vector_norm(down, dim=1) / torch.linalg.vector_norm(up, dim=0)
     moved = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0).log2().div(2).round()
+    moved = torch.where(moved.abs() < _NEAREST, 0.0, moved)
     powers = moved.clamp(-_FARTHEST, _FARTHEST).exp2()
     return up * powers, down / powers.unsqueeze(1)
 

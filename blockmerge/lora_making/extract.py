@@ -97,7 +97,7 @@ def extract_lora(
         "variant": variant,
     }
     metadata = new_metadata(
-        of_family(family, prediction=_prediction(models[0])), recipe, _title(target), names
+        of_family(family, prediction=_prediction(models[0])), recipe, Path(names[0]).stem, names
     )
     sources = tuple(model.source for model in models)
     job = Job(target, family, sources, target.dtype_for(_USUAL), metadata)
@@ -135,10 +135,6 @@ def _opening(variant: str | None, ema: str) -> Opening:
     if ema == "keep":
         raise RecipeError("EMA copies are not compared beside the U-Net: ema (--ema) is drop or use")
     return Opening(variant, ema)
-
-
-def _title(target: LoraTarget) -> str:
-    return Path(target.output).stem
 
 
 def _prediction(model: Model) -> str:

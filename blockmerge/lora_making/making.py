@@ -79,9 +79,10 @@ class LoraTarget:
 
 @dataclass(frozen=True)
 class Written:
-    """A LoRA that has been written: what became of each task, how many bytes it has, and notes."""
+    """A LoRA that has been written: what became of each task, its modules and bytes, and notes."""
 
     made: Sequence[Made]
+    modules: int
     bytes: int
     notes: tuple[str, ...]
 
@@ -133,7 +134,7 @@ class Job:
                 if one.rank:
                     ranks[layer.has_kernel].append(one.rank)
             count = file.finish(of_ranks(ranks[False], ranks[True], size))
-            return Written(made, count, file.swept)
+            return Written(made, file.modules, count, file.swept)
 
     def result(
         self,
@@ -155,7 +156,7 @@ class Job:
             kind="+".join(sorted(kinds, reverse=True)) or "norm",
             rank=max(ranks, default=0),
             ranks=dict(sorted(ranks.items())),
-            modules=sum(ranks.values()) + sum(not one.rank and bool(one.parts) for _, one in pairs),
+            modules=written.modules,
             lost={block: 0.0 if is_exact else 1 - share for block, share in kept.items()},
             dtype=self.dtype,
             bytes=written.bytes,

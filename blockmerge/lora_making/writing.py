@@ -55,6 +55,7 @@ class LoraFile:
         self.dtype = dtype
         self.dtypes = dtypes or {}
         self.tensors: dict[str, TensorInfo] = {}
+        self.modules = 0
         self._metadata = dict(metadata)
         largest = {
             f"{module}.{part}": TensorInfo(self.dtypes.get(f"{module}.{part}", dtype), shape, _LARGEST_OFFSET)
@@ -132,6 +133,7 @@ class LoraFile:
 
     def _append(self, module: str, parts: Parts) -> None:
         assert self._handle is not None
+        self.modules += bool(parts)
         for part, (shape, data) in sorted(parts.items()):
             name = f"{module}.{part}"
             self.tensors[name] = TensorInfo(self.dtypes.get(name, self.dtype), shape, self._length)
