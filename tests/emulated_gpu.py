@@ -109,7 +109,6 @@ class EmulatedGpu:
             "Event": lambda **_: Event(self),
             "stream": self._on_stream,
             "current_stream": lambda device=None: self.stream(self.device(device or self.kind)),
-            "default_stream": lambda device=None: self._defaults[self.device(device or self.kind).index],
             "synchronize": self.synchronize,
             "empty_cache": self._empty_cache,
         }
@@ -255,15 +254,10 @@ class EmulatedGpu:
             return next(known, None)
 
     @property
-    def locked_sizes(self):
-        """The sizes of page-locked memory in use."""
-        with self.lock:
-            return [end - begin for begin, end, held in self._locked if not held.expired()]
-
-    @property
     def locked_bytes(self):
         """Page-locked memory in use."""
-        return sum(self.locked_sizes)
+        with self.lock:
+            return sum(end - begin for begin, end, held in self._locked if not held.expired())
 
     @property
     def device_bytes(self):

@@ -377,7 +377,7 @@ def test_a_device_without_float64(name):
         assert torch.allclose(merged[tensor], value, rtol=1e-4, atol=1e-5), tensor
 
 
-@pytest.mark.parametrize("density", [0, 0.01, 0.2, 0.3, 0.7, 0.99, 1])
+@pytest.mark.parametrize("density", [0, 0.2, 0.3, 0.7, 1])
 def test_ties_keeps_the_same_values_for_every_density_and_nan(density):
     """Deterministic algorithms are enough for it."""
     models = u_nets(4)
@@ -411,7 +411,8 @@ def test_live(name):
     module = module_of(models[0])
     with EmulatedGpu() as gpu:
         live = LiveMerge(module.cuda(), *models, method=name)
-        live.apply(weights=0.7)
+        if method.random:  # its table is brought to a device once
+            live.apply(weights=0.7)
         gpu.waits.clear()
         live.apply(weights={"OUT05": 0.75, "IN00": 0}, keep=True)
         live.apply(**for_apply(method))
@@ -447,7 +448,6 @@ def test_a_live_merge_in_several_buffers(monkeypatch, name, kind):
     with EmulatedGpu(kind=kind, fails={"memory": "Invalid buffer size: 9 GB"}, most=max(largest, 1 << 16)):
         module = module_of(models[0]).to(kind)
         with LiveMerge(module, *models, method=name) as live:
-            live.apply(weights=0.7)
             live.apply(weights={"OUT05": 0.75}, keep=True)
             live.apply(**for_apply(method))
             found = {name: tensor.clone() for name, tensor in values(module).items()}

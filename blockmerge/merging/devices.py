@@ -7,6 +7,7 @@ Loads torch: imported late.
 from __future__ import annotations
 
 import re
+import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -105,10 +106,11 @@ def memory_given_back() -> Iterator[None]:
     """Let other programs have the memory that torch keeps of GPUs, and page-locked, for the next time: also
     what it keeps for the program that asks for the merge, which then has to ask for its own again.
     """
+    handled = sys.exception()  # by whoever asks for the merge: what it holds is theirs
     try:
         yield
     except BaseException as error:
-        _let_go(error)
+        _let_go(error, handled)
         raise
     finally:
         # Public in the newest torch only.
@@ -119,10 +121,12 @@ def memory_given_back() -> Iterator[None]:
                     empty()
 
 
-def _let_go(error: BaseException) -> None:
-    """Hold nothing of what the functions that failed had in memory, however long the error is held."""
-    seen: list[BaseException] = []
-    while error not in seen:
+def _let_go(error: BaseException | None, handled: BaseException | None) -> None:
+    """Hold nothing of what the functions that failed had in memory, however long the error is held; but leave
+    what was `handled` before.
+    """
+    seen = [handled]
+    while error is not None and error not in seen:
         traceback.clear_frames(error.__traceback__)
         seen.append(error)
-        error = error.__cause__ or error.__context__ or error
+        error = error.__cause__ or error.__context__

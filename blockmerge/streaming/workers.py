@@ -115,7 +115,7 @@ class _Pool(Generic[Task]):
                         self.done += count
         except BaseException as error:
             with self.lock:
-                self.error = self.error or error
+                self.error = error if self.error is None else self.error
         finally:
             with self.lock:
                 self.over = True
