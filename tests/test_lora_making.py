@@ -10,7 +10,8 @@ import blockmerge
 from blockmerge import Lora, merge_loras, resize_lora
 from blockmerge.anatomy import FAMILIES as BLOCKS
 from blockmerge.demo import make_state_dicts
-from tests.lora_oracle import KINDS, Factors, weight_change
+from tests import lora_oracle
+from tests.lora_oracle import Factors
 from tests.thin_loras import (
     assert_near,
     change,
@@ -144,6 +145,8 @@ def test_many_at_once(tmp_path):
 
 SHAPES = {LINEAR: (8, 6), POINT: (8, 6, 1, 1), CONV: (8, 6, 3, 3)}
 PLAIN = ("lora", "flat lora", "tucker")
+LOOKING = ("dora", "glora", "ia3", "oft", "boft")
+KINDS = {kind: make for kind, make in lora_oracle.KINDS.items() if not kind.startswith(LOOKING)}
 WHOLE = [kind for kind in KINDS if kind.endswith("whole") or kind == "full"]
 
 
@@ -165,7 +168,7 @@ def test_kinds_become_lora(kind, module, tmp_path):
     plain = Factors(shape, seed=1, dtype=torch.float32).lora()
     a, b = of_one(tmp_path, **{module: parts}), of_one(tmp_path, "b", **{module: plain})
     result = merge_loras([(a, -0.5), (b, 2)], output=tmp_path / "out.safetensors")
-    wanted = -0.5 * weight_change(parts, shape) + 2 * weight_change(plain, shape)
+    wanted = -0.5 * lora_oracle.added(parts, shape) + 2 * lora_oracle.added(plain, shape)
     assert_near(changes(result.output), {module: wanted.flatten(1)}, 2e-6)
     assert result.kind == ("locon" if module == CONV else "lora")
     assert any("taken apart by their singular values" in note for note in result.notes) == (kind in WHOLE)

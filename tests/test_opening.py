@@ -280,13 +280,13 @@ def test_models_are_compared_by_their_ema_copies_where_asked(tmp_path, capsys):
 # -- all of them ---------------------------------------------------------------------------------------------
 
 
-OPENING = {"merge": {"--variant", "--ema"}, "convert": {"--variant", "--ema"}, "similarity": {"--variant", "--ema"},
+OPENING = {"merge": {"--variant", "--ema"}, "bake": {"--variant", "--ema"}, "convert": {"--variant", "--ema"}, "similarity": {"--variant", "--ema"},
            "explain": {"--variant", "--ema"}, "inspect": {"--variant"}, "check": {"--variant"}}  # fmt: skip
 
 
 def test_every_command_that_opens_models_has_the_options_for_it():
     """Those of no models are named here, so that a new command is one or the other."""
-    without = {"presets", "methods", "demo"}
+    without = {"presets", "methods", "demo", "lora"}  # LoRAs are taken in any variant
     assert OPENING.keys() | without == cli.commands.keys()
     described = set()
     for name, command in cli.commands.items():
@@ -304,6 +304,7 @@ def test_every_command_that_opens_models_has_the_options_for_it():
         (blockmerge.merge, {"variant", "ema"}),
         (blockmerge.Merge, {"variant", "ema"}),
         (blockmerge.convert, {"variant", "ema"}),
+        (blockmerge.bake, {"variant", "ema"}),
         (blockmerge.similarity, {"variant", "ema"}),
         (blockmerge.similarity_matrix, {"variant", "ema"}),
         (blockmerge.explain, {"variant", "ema"}),
