@@ -243,8 +243,7 @@ def best(matrix, rank):
     return squares[rank:].sum(), squares.sum()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("rank", [1, 3, 100])
+@pytest.mark.parametrize(("family", "rank"), [("sd1", 1), ("sd1", 100), ("sd2", 3), ("sdxl", 3)])
 def test_a_rank_is_the_best_approximation_there_is(family, rank, tmp_path):
     a = make_lora(tmp_path / "a.safetensors", family, rank=4, alpha=2, seed=1, dtype=torch.float32)
     b = make_lora(tmp_path / "b.safetensors", family, rank=3, seed=2)
@@ -322,7 +321,7 @@ def test_what_training_said_stays_when_a_lora_is_resized(tmp_path):
 def test_the_same_bits_for_any_threads(size, tmp_path):
     loras = [make_lora(tmp_path / f"{seed}.safetensors", "sdxl", rank=3, seed=seed) for seed in (1, 2)]
     files = set()
-    for threads in (None, 1, 2, 5, 8):
+    for threads in (1, 2, 8):
         out = tmp_path / f"out{threads}.safetensors"
         merge_loras([(loras[0], 0.7), loras[1]], output=out, threads=threads, **size)
         files.add(out.read_bytes())
