@@ -16,10 +16,11 @@ from blockmerge.errors import NonFiniteError, shown
 from blockmerge.expressions import Expression, Stored, leaves_of
 from blockmerge.lora_making.decomposing import Pair, cut_matrix, cut_product
 from blockmerge.lora_making.size import Size
-from blockmerge.lora_making.tasks import Difference, Layer, Made, Shape, Sum, Term
+from blockmerge.lora_making.tasks import Difference, Layer, Made, Parts, Sum, Term
 from blockmerge.streaming import aligned_buffer
 from blockmerge.streaming.tensors import all_finite, tensor_view
 
+_WIDE = 256  # rows and columns of a matrix that is large
 _CHUNK = 1 << 18  # elements of a difference that are computed at once
 _NEAREST, _FARTHEST = 3, 60  # powers of two by which factors are balanced at least and at most
 
@@ -32,7 +33,9 @@ def merged(task: Sum, size: Size, dtype: str, readers: Readers) -> Made:
     }
     if not task.terms:
         return Made(parts, 0, 0.0, 0.0)
-    pair = _of_terms(task, size, readers)
+    if size.is_exact and task.ranks is not None and task.ranks <= task.most:
+        return Made({**_joined(task, task.ranks, dtype, readers), **parts}, task.ranks, 1.0, 1.0)
+    pair = _cut(task, size, readers)
     if not pair.rank:
         return Made(parts, 0, 0.0, 0.0)
     return Made({**_factors(pair, task.layer, dtype), **parts}, pair.rank, pair.total, pair.kept)
@@ -57,18 +60,33 @@ def extracted(task: Difference, size: Size | None, dtype: str, readers: Readers)
     return Made(_factors(pair, task.layer, dtype), pair.rank, total, pair.kept)
 
 
-def _of_terms(task: Sum, size: Size, readers: Readers) -> Pair:
+def _joined(task: Sum, rank: int, dtype: str, readers: Readers) -> Parts:
+    """The factors of all terms side by side."""
+    rows, columns = task.layer.shape[0], math.prod(task.layer.shape[1:])
+    alpha, correction = _alpha(rank, dtype)
+    up = torch.empty(rows, rank, dtype=torch_dtype(dtype))
+    down = torch.empty(rank, columns, dtype=torch_dtype(dtype))
+    at = 0
+    for term in task.terms:
+        own_up, own_down = _product(term, columns, readers)
+        own_up, own_down = _balanced(own_up * correction, own_down)
+        up[:, at : at + len(own_down)] = own_up
+        down[at : at + len(own_down)] = own_down
+        at += len(own_down)
+    return _parts(alpha, up, down, task.layer, dtype)
+
+
+def _cut(task: Sum, size: Size, readers: Readers) -> Pair:
+    """What the terms make together, cut to a size: by their factors, or, where it is less, by itself."""
     columns = math.prod(task.layer.shape[1:])
-    if task.ranks is None:
-        matrix = sum(_matrix(term, columns, readers) for term in task.terms)
-        assert isinstance(matrix, torch.Tensor)
+    if task.ranks is None or (task.layer.full_rank > _WIDE and task.ranks > task.layer.full_rank):
+        matrix = torch.zeros(task.layer.shape[0], columns)
+        for term in task.terms:
+            matrix += _matrix(term, columns, readers)
         energy = float(matrix.double().square().sum())
         return cut_matrix(matrix, energy, size, task.layer.name)
     ups, downs = zip(*(_product(term, columns, readers) for term in task.terms), strict=True)
-    up, down = torch.cat(ups, 1), torch.cat(downs)
-    if size.is_exact and task.ranks <= task.most:
-        return Pair(up, down, 1.0, 1.0)
-    return cut_product(up, down, size)
+    return cut_product(torch.cat(ups, 1), torch.cat(downs), size)
 
 
 def _product(term: Term, columns: int, readers: Readers) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,25 +138,37 @@ def _balanced(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch
     return up * powers, down / powers.unsqueeze(1)
 
 
-def _factors(pair: Pair, layer: Layer, dtype: str) -> dict[str, tuple[Shape, bytes]]:
-    """The tensors of a module; alpha is the rank, so that the product counts as it is."""
-    alpha = torch.tensor(float(pair.rank)).to(torch_dtype(dtype))
-    # Large ranks may not be numbers of that dtype: what alpha is off by goes into a factor.
-    up, down = _balanced(pair.up * (pair.rank / float(alpha)), pair.down)
+def _factors(pair: Pair, layer: Layer, dtype: str) -> Parts:
+    """The tensors of a module."""
+    alpha, correction = _alpha(pair.rank, dtype)
+    up, down = (one.to(torch_dtype(dtype)) for one in _balanced(pair.up * correction, pair.down))
+    return _parts(alpha, up, down, layer, dtype)
+
+
+def _alpha(rank: int, dtype: str) -> tuple[torch.Tensor, float]:
+    """Alpha, which is the rank, so that the product counts as it is; and what a factor has to be multiplied
+    by where that is no number of the dtype.
+    """
+    alpha = torch.tensor(float(rank)).to(torch_dtype(dtype))
+    return alpha, rank / float(alpha)
+
+
+def _parts(alpha: torch.Tensor, up: torch.Tensor, down: torch.Tensor, layer: Layer, dtype: str) -> Parts:
     tensors = {"alpha": alpha, "lora_down.weight": down, "lora_up.weight": up}
     return {
         part: (shape, _bytes(tensors[part], dtype, layer.name))
-        for part, shape in layer.factor_shapes(pair.rank).items()
+        for part, shape in layer.factor_shapes(len(down)).items()
     }
 
 
-def _bytes(values: torch.Tensor, dtype: str, whose: str) -> bytes:
+def _bytes(values: torch.Tensor, dtype: str, whose: str) -> memoryview:
+    """Their bytes. Raises NonFiniteError when they are too large for that."""
     rounded = values.to(torch_dtype(dtype)).contiguous()
     if not all_finite(rounded):
         raise NonFiniteError(
             f"{shown(whose)} would hold values too large for {dtype}: dtype fp32 (--dtype fp32) holds them"
         )
-    return rounded.view(-1).view(torch.uint8).numpy().tobytes()
+    return memoryview(rounded.view(-1).view(torch.uint8).numpy())
 
 
 def _differences(task: Difference, readers: Readers) -> Iterator[tuple[int, torch.Tensor]]:

@@ -116,7 +116,7 @@ def opened(asked: Sequence[Lora]) -> tuple[list[Applied], Family]:
         # What fits several families may have been taken for another one than its fellows.
         try:
             adapters = [
-                lora.open(family) if len(asked) > 1 else one
+                one if one.family is family else lora.open(family)
                 for one, lora in zip(adapters, asked, strict=True)
             ]
         except IncompatibleModelsError as error:

@@ -163,7 +163,7 @@ class LoraFile:
             raise OutputError(f"cannot write {shown(self._file.target)}: {reason(error)}") from error
 
 
-def _write(file: BinaryIO, data: bytes) -> None:
+def _write(file: BinaryIO, data: bytes | memoryview) -> None:
     """Write all of it: a full disk may take a part without a word."""
     view = memoryview(data)
     while view:
