@@ -282,6 +282,23 @@ def test_a_share_of_the_energy_is_met_by_the_least_rank(energy, tmp_path):
     assert result.ranks == {rank: [*ranks.values()].count(rank) for rank in sorted({*ranks.values()})}
 
 
+@pytest.mark.parametrize("size", [{"rank": 40}, {"energy": 0.6}], ids=str)
+def test_ranks_beyond_what_a_weight_can_have(size, tmp_path):
+    """What is added up is then smaller than its factors."""
+    shape = 300, 280
+    each = [Factors(shape, seed=seed, dtype=torch.float32).lora(90) for seed in range(4)]
+    loras = [
+        (of_one(tmp_path, f"{number}", **{LINEAR: parts}), 0.5**number) for number, parts in enumerate(each)
+    ]
+    result = merge_loras(loras, output=tmp_path / "out.safetensors", **size)
+    wanted = sum(0.5**number * change(parts) for number, parts in enumerate(each))
+    (found,) = changes(result.output).values()
+    left, whole = best(wanted, result.rank)
+    assert (found - wanted).norm() <= 1.01 * left.sqrt()
+    if "energy" in size:
+        assert left <= 0.4 * whole < best(wanted, result.rank - 1)[0]
+
+
 def test_signs_are_fixed(tmp_path):
     a = make_lora(tmp_path / "a.safetensors", "sd1", rank=5)
     result = resize_lora(a, output=tmp_path / "out.safetensors", rank=2)

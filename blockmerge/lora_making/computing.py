@@ -57,6 +57,7 @@ def extracted(task: Difference, size: Size | None, dtype: str, readers: Readers)
     if difference is None or size is None or task.layer is None or total == 0:
         return Made({}, 0, total, 0.0)
     pair = cut_matrix(difference, total, size, task.layer.name)
+    del difference
     return Made(_factors(pair, task.layer, dtype), pair.rank, total, pair.kept)
 
 
@@ -69,7 +70,7 @@ def _joined(task: Sum, rank: int, dtype: str, readers: Readers) -> Parts:
     at = 0
     for term in task.terms:
         own_up, own_down = _product(term, columns, readers)
-        own_up, own_down = _balanced(own_up * correction, own_down)
+        own_up, own_down = _balanced(own_up.mul_(correction), own_down)
         up[:, at : at + len(own_down)] = own_up
         down[at : at + len(own_down)] = own_down
         at += len(own_down)
@@ -129,19 +130,19 @@ def _values(
 
 def _balanced(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The same product, where columns and rows are of very unlike sizes with ones of about one size, so that
-    none is lost in half precision. They are moved by powers of two, which rounds nothing.
+    none is lost in half precision. They are moved by powers of two in place, which rounds nothing.
     """
     ratio = torch.linalg.vector_norm(down, dim=1) / torch.linalg.vector_norm(up, dim=0)
     moved = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0).log2().div(2).round()
     moved = torch.where(moved.abs() < _NEAREST, 0.0, moved)
     powers = moved.clamp(-_FARTHEST, _FARTHEST).exp2()
-    return up * powers, down / powers.unsqueeze(1)
+    return up.mul_(powers), down.div_(powers.unsqueeze(1))
 
 
 def _factors(pair: Pair, layer: Layer, dtype: str) -> Parts:
     """The tensors of a module."""
     alpha, correction = _alpha(pair.rank, dtype)
-    up, down = (one.to(torch_dtype(dtype)) for one in _balanced(pair.up * correction, pair.down))
+    up, down = (one.to(torch_dtype(dtype)) for one in _balanced(pair.up.mul_(correction), pair.down))
     return _parts(alpha, up, down, layer, dtype)
 
 

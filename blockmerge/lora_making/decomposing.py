@@ -110,19 +110,20 @@ def _exactly(matrix: torch.Tensor, total: float, size: Size) -> Pair:
     rank = _rank(size, energies, total)
     u = vectors.flip(1)[:, :rank].float()
     s = torch.tensor(energies[:rank], dtype=torch.float64).sqrt()
-    return _pair(u, s, (u.T @ matrix) / s.float().unsqueeze(1), total)
+    return _pair(u, s, (u.T @ matrix).div_(s.float().unsqueeze(1)), total)
 
 
 def _pair(u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor, total: float) -> Pair:
+    """u·s·vh as two factors, in the memory of u and vh."""
     roots = s.sqrt().to(u.dtype)
-    up, down = _signed(u * roots, vh * roots.unsqueeze(1))
+    up, down = _signed(u.mul_(roots), vh.mul_(roots.unsqueeze(1)))
     return Pair(up, down, total, min(total, float(s.square().sum())))
 
 
 def _signed(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same with the largest entry of each column of `up` positive."""
+    """The same, in their memory, with the largest entry of each column of `up` positive."""
     if not up.shape[1]:
         return up, down
     largest = up.gather(0, up.abs().argmax(0, keepdim=True)).squeeze(0)
     signs = torch.where(largest < 0, -1.0, 1.0).to(up.dtype)
-    return up * signs, down * signs.unsqueeze(1)
+    return up.mul_(signs), down.mul_(signs.unsqueeze(1))

@@ -10,7 +10,7 @@ from blockmerge.expressions import Expression
 from blockmerge.lora_making.size import Size
 
 Shape = tuple[int, ...]
-Parts = Mapping[str, tuple[Shape, memoryview]]
+Parts = Mapping[str, tuple[Shape, bytes | memoryview]]
 """{what stands after the module's name: shape and bytes of the tensor}"""
 
 
