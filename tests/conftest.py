@@ -66,6 +66,17 @@ def own_config_folder(homes, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """torch's threads: thin tensors gain nothing from more, and lose much where other tests run beside."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A new folder, which is the current one."""

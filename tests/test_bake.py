@@ -31,6 +31,8 @@ from tests.lora_oracle import (
 from tests.other_names import in_diffusers
 from tests.small_models import small_model, write_folder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 UNET = "model.diffusion_model."
 DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 ALPHAS = [
@@ -79,15 +81,6 @@ def model_of(family, places, seed=0, dtype=torch.float16, **options):
     if projection in model:
         model[projection] = model[projection][:, :32].contiguous()
     return model
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Thin tensors gain nothing from more, and lose much where other tests run beside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

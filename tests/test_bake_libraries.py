@@ -29,21 +29,14 @@ from tests.other_names import in_diffusers
 from tests.test_bake import SDXL, UNET, model_of
 from tests.test_live import diffusers_unet, output_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LAYERS = {
     "linear": (SDXL["linear"], "mid_block.attentions.0.proj_in", lambda: nn.Linear(32, 32)),
     "1x1": (SDXL["1x1"], "down_blocks.1.resnets.0.conv_shortcut", lambda: nn.Conv2d(8, 16, 1)),
     "3x3": (SDXL["3x3"], "down_blocks.1.resnets.0.conv1", lambda: nn.Conv2d(8, 16, 3, padding=1)),
 }
 INPUTS = {"linear": (5, 32), "1x1": (2, 8, 6, 6), "3x3": (2, 8, 6, 6)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Thin tensors gain nothing from more, and lose much where other tests run beside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """`convert`, and the parts of a model that it and merging treat in their own way: EMA copies, VAEs, variants,
 dtypes.
+
+Over 500 lines: the parts of a model share the forms that they are tried in.
 """
 
 from __future__ import annotations

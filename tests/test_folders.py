@@ -1,4 +1,7 @@
-"""diffusers folders as they are found: whole, in part, in shards, in variants, damaged."""
+"""diffusers folders as they are found: whole, in part, in shards, in variants, damaged.
+
+Over 500 lines: the folders are variations of one.
+"""
 
 from __future__ import annotations
 

@@ -28,6 +28,8 @@ from tests import method_oracle, oracle
 from tests.conftest import FAMILIES
 from tests.thin_unet import config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PREFIX = "model.diffusion_model."
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -88,15 +90,6 @@ def assert_same_bits(found, wanted):
     assert found.keys() == wanted.keys()
     for name, tensor in found.items():
         assert torch.equal(oracle.bits(tensor.cpu()), oracle.bits(wanted[name].cpu())), name
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Thin tensors gain nothing from more, and lose much where other tests run beside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

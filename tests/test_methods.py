@@ -1,5 +1,7 @@
 """Every method against its definition in float64, on shapes of every kind; what plans rely on; and the list
 of methods.
+
+Over 500 lines: a definition for every method, side by side.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""A recipe is data with an inverse: written down, read back, it is the same and makes the same file."""
+"""A recipe is data with an inverse: written down, read back, it is the same and makes the same file.
+
+Over 500 lines: everything that a recipe can ask for is written down, read back and run.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from blockmerge.adapters.factors import matrix_of, product_of
 from blockmerge.adapters.forms import KINDS
 from blockmerge.adapters.lora import Lora, LoraLike
 from blockmerge.adapters.module import Module
-from blockmerge.adapters.own_changes import looks_at_weights, own_bias, own_change
+from blockmerge.adapters.own_changes import own_bias, own_change
 from blockmerge.adapters.targets import (
     Target,
     Whereabouts,
@@ -28,7 +28,6 @@ __all__ = [
     "Target",
     "Whereabouts",
     "diffusers_names",
-    "looks_at_weights",
     "matrix_of",
     "own_bias",
     "own_change",

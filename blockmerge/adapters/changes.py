@@ -72,9 +72,9 @@ class Changes:
         for scale, module in (scaled for one in applied for scaled in one.scaled()):
             target = module.target
             assert target is not None, module
-            if not module.parts.keys() <= {*_OF_BIASES, "alpha"}:
+            if module.changes_weight:
                 self._weights[target.ldm][target.place].append((scale, module))
-            if _OF_BIASES.keys() & module.parts.keys() and target.bias is not None:
+            if target.bias is not None and any(True for _ in module.of_bias):
                 place: Whereabouts = target.bias
                 self._biases[place.ldm][place.place].append((scale, module))
 
@@ -128,7 +128,7 @@ def _with(
 
 def _alike(module: Module, tensor: Expression) -> tuple[int, int | None]:
     """What is the same of modules whose changes are added at once; one that looks at the weight is alone."""
-    return module.inputs_of(tensor.shape), id(module) if module.kind in _OF_WEIGHT else None
+    return module.inputs_of(tensor.shape), id(module) if module.looks_at_weights else None
 
 
 def _step(
@@ -149,28 +149,23 @@ def _step(
 
 _MakeTerms = Callable[[Sequence[Scaled], Expression, str], Terms]
 
-_OF_BIASES = {"up_bias": True, "diff_b": False, "b_norm": False}
-"""{part that is added to a bias: whether the module's factor counts}."""
-
 
 def _bias_terms(modules: Sequence[Scaled], tensor: Expression, wide: str) -> Terms:
     return [
-        (scale * (module.factor if with_factor else 1.0), _as(tensor, module.parts[part]))
+        (scale * factor, _as(tensor, added))
         for scale, module in modules
-        for part, with_factor in _OF_BIASES.items()
-        if part in module.parts
+        for _, factor, added in module.of_bias
     ]
 
 
 def _weight_terms(modules: Sequence[Scaled], tensor: Expression, wide: str) -> Terms:
     """Products of two factors are joined, and come first."""
-    products = [one for one in modules if one[1].kind in _PRODUCTS]
-    others = [one for one in modules if one[1].kind not in _PRODUCTS]
+    products = [one for one in modules if one[1].is_product]
+    others = [one for one in modules if not one[1].is_product]
     found: Terms = [(1.0, _product(some, tensor, wide)) for some in _by_rank(products)]
     return found + [_LYCORIS[module.kind](scale, module, tensor, wide) for scale, module in others]
 
 
-_PRODUCTS = ("lora", "locon")
 _MOST_RANK = 512  # of one product
 
 
@@ -222,7 +217,7 @@ _LYCORIS: Mapping[str, Callable[[float, Module, Expression, str], tuple[float, E
 
 def _dora(module: Module, tensor: Expression, wide: str) -> WeightChange:
     under = [(1.0, module)]
-    if module.form in _PRODUCTS:
+    if module.is_product:
         change = _product(under, tensor, wide)
     else:
         _, change = _LYCORIS[module.form](1.0, module, tensor, wide)

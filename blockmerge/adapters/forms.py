@@ -117,3 +117,12 @@ FORMS: tuple[Form, ...] = (
 
 KINDS = ("lora", "locon", "loha", "lokr", "full", "norm", "dora", "glora", "ia3", "oft", "boft")
 """What modules are called in results; a low-rank one that has a magnitude vector is ``"dora"``."""
+
+PRODUCTS = frozenset(("lora", "locon"))
+"""The kinds that are one product, up·down."""
+
+LOOKING_AT_WEIGHTS = frozenset(("dora", "glora", "ia3", "oft", "boft"))
+"""The kinds whose change depends on the weight, so that it is not known without the model."""
+
+OF_BIASES: Mapping[str, bool] = {"up_bias": True, "diff_b": False, "b_norm": False}
+"""{part that is added to a bias: whether the module's factor counts}."""

@@ -12,8 +12,8 @@ from blockmerge.adapters.adapter import Adapter
 from blockmerge.adapters.block_texts import LoraBlocks, read_blocks
 from blockmerge.adapters.targets import Shape
 from blockmerge.anatomy import Family
-from blockmerge.checkpoints import Checkpoint, CheckpointLike, open_source
-from blockmerge.errors import RecipeError, shown
+from blockmerge.checkpoints import Checkpoint, CheckpointLike, in_cache, open_source
+from blockmerge.errors import CheckpointError, RecipeError, shown
 from blockmerge.weights import BlockWeights
 from blockmerge.weights.grammar import finite_number
 
@@ -110,7 +110,11 @@ class Lora:
 
         Raises CheckpointError, IncompatibleModelsError and UnknownFamilyError as `Adapter.of` does.
         """
-        source = open_source(self.file, any_variant=True)  # a folder is none, whichever weights are taken
+        file = self.file
+        # Of Hugging Face's cache, a folder stands for the file in it.
+        if isinstance(file, (str, os.PathLike)) and os.path.isdir(file) and not in_cache(file):
+            raise CheckpointError(f"{shown(file)} is a folder, not a LoRA: give the file in it")
+        source = open_source(self.file, self.label)
         return Adapter.of(source, family, self.name, shapes=shapes)
 
     def weights(self, family: Family | str, seed: int = 0) -> BlockWeights:

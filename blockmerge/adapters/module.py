@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from blockmerge.adapters.alphas import Configs, numbers
+from blockmerge.adapters.forms import LOOKING_AT_WEIGHTS, OF_BIASES, PRODUCTS
 from blockmerge.adapters.shaping import Shaped
 from blockmerge.adapters.targets import Shape, Target
 from blockmerge.checkpoints import Checkpoint
@@ -43,6 +44,28 @@ class Module:
     factor: float = 1.0
     on_input: bool = False
     columns: int | None = field(default=None, repr=False)
+
+    @property
+    def is_product(self) -> bool:
+        """Whether its change is up·down; under DoRA, what the magnitudes are over."""
+        return self.form in PRODUCTS
+
+    @property
+    def looks_at_weights(self) -> bool:
+        """Whether its change depends on the weight, so that it is not known without the model."""
+        return self.kind in LOOKING_AT_WEIGHTS
+
+    @property
+    def changes_weight(self) -> bool:
+        """Whether it changes a weight, and not only a bias."""
+        return not self.parts.keys() <= OF_BIASES.keys()
+
+    @property
+    def of_bias(self) -> Iterator[tuple[str, float, Stored]]:
+        """Yield (part, factor, tensor) of what it adds to a bias at strength 1."""
+        for part, with_factor in OF_BIASES.items():
+            if part in self.parts:
+                yield part, self.factor if with_factor else 1.0, self.parts[part]
 
     def inputs_of(self, shape: Shape) -> int:
         """The entries that it changes of the second axis of a weight of that shape, counted from the first.

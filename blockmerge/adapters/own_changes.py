@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 
 from blockmerge.adapters.factors import down_of, loha_factors, lokr_factor
 from blockmerge.adapters.module import Module
 from blockmerge.expressions import Change, Expression, Hadamard, Kronecker, LowRank, Reshaped, simplify
-
-_LOOKING = frozenset(("dora", "glora", "ia3", "oft", "boft"))
-_OF_BIASES: Mapping[str, bool] = {"up_bias": True, "diff_b": False, "b_norm": False}
-"""{part that is added to a bias: whether the module's factor counts}."""
-
-
-def looks_at_weights(module: Module) -> bool:
-    """Whether what a module changes depends on the weight, so that it is not known without the model."""
-    return module.kind in _LOOKING
 
 
 def own_change(module: Module, dtype: str = "F64") -> Expression | None:
@@ -31,13 +21,13 @@ def own_change(module: Module, dtype: str = "F64") -> Expression | None:
 
     Raises ValueError for a module that looks at the weight.
     """
-    if looks_at_weights(module):
+    if module.looks_at_weights:
         raise ValueError(f"{module.name} looks at the weight")
     parts = module.parts
     stored = parts.get("diff", parts.get("w_norm"))
     if stored is not None:
         return _reshaped(stored, (stored.shape[0], prod(stored.shape[1:])))
-    if parts.keys() <= {*_OF_BIASES, "alpha"}:
+    if not module.changes_weight:
         return None
     change: Change
     if module.kind == "loha":
@@ -53,11 +43,7 @@ def own_change(module: Module, dtype: str = "F64") -> Expression | None:
 
 def own_bias(module: Module) -> tuple[tuple[float, Expression], ...]:
     """Return what a module adds to its bias at strength 1: (factor, vector) of each, which are added up."""
-    return tuple(
-        (module.factor if with_factor else 1.0, _reshaped(module.parts[part], (module.parts[part].elements,)))
-        for part, with_factor in _OF_BIASES.items()
-        if part in module.parts
-    )
+    return tuple((factor, _reshaped(tensor, (tensor.elements,))) for _, factor, tensor in module.of_bias)
 
 
 def _reshaped(tensor: Expression, shape: tuple[int, ...]) -> Expression:

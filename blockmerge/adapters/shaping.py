@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
-from blockmerge.adapters.forms import BESIDE, FORMS, Form
+from blockmerge.adapters.forms import BESIDE, FORMS, OF_BIASES, Form
 from blockmerge.adapters.parts import NOT_READ
 from blockmerge.adapters.targets import Shape
 from blockmerge.dtypes import FLOAT_DTYPES
@@ -18,7 +18,6 @@ Parts = Mapping[str, Stored]
 _NUMBERS = ("alpha", "on_input")
 _NO_NUMBERS = ("C64", "F8_E8M0")
 _SCALED = "ia3_weight"
-_OF_BIASES = ("up_bias", "diff_b", "b_norm")
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Shaped:
             found = self._size(words)
             if found is not None and found != expected:
                 return f"{self._told(words)}, expected {expected} {what}"
-        bias = next((part for part in _OF_BIASES if part in self.parts), None)
+        bias = next((part for part in OF_BIASES if part in self.parts), None)
         if bias is not None and not has_bias:
             return f"{shown(self.parts[bias].name)} is there, expected none: that layer has no bias"
         return None

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from blockmerge.cli.console import progress_bar, stdout_console
+from blockmerge.cli.carrying_out import carry_out
 from blockmerge.cli.output_options import output_options, partial_option
 
 
@@ -51,18 +51,14 @@ def bake(
     request = make_request(
         "bake", {}, WeightsRequest(), WeightsRequest(beta=True), loras=loras, variant=variant, **options
     )
-    recipe = Recipe.of((model,), request)
-    common: dict[str, Any] = {"device": device, "threads": threads, "overwrite": overwrite}
-    if dry_run:
-        result = recipe.plan(output, **common).summary()
-    else:
-        with progress_bar("baking", quiet=quiet or as_json) as progress:
-            result = recipe.run(output, **common, progress=progress)
-    if as_json:
-        from blockmerge.rendering.json_text import merge_json
-
-        click.echo(merge_json(result))
-    elif not quiet:
-        from blockmerge.rendering.terminal import print_merge
-
-        print_merge(stdout_console(), result)
+    carry_out(
+        Recipe.of((model,), request),
+        output,
+        "baking",
+        device=device,
+        threads=threads,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        as_json=as_json,
+        quiet=quiet,
+    )

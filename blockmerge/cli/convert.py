@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from blockmerge.cli.console import progress_bar, stdout_console
+from blockmerge.cli.carrying_out import show
+from blockmerge.cli.console import progress_bar
 from blockmerge.cli.output_options import output_options
 
 
@@ -41,11 +42,4 @@ def convert(
             **options,
             progress=progress,
         )
-    if as_json:
-        from blockmerge.rendering.json_text import merge_json
-
-        click.echo(merge_json(result))
-    elif not quiet:
-        from blockmerge.rendering.terminal import print_merge
-
-        print_merge(stdout_console(), result)
+    show(result, as_json=as_json, quiet=quiet)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from blockmerge.cli.console import json_option, not_empty, progress_bar, stdout_console
+from blockmerge.cli.carrying_out import carry_out
+from blockmerge.cli.console import json_option, not_empty
 from blockmerge.cli.numbers import CommandWithNumbers
 from blockmerge.cli.opening import opening_options
 from blockmerge.cli.output_options import (
@@ -196,20 +197,17 @@ def merge(
     _check_weights(models, request)
     recipe = Recipe.of(models, request)
     target = output if output is not None else default_output(recipe)
-    common: dict[str, Any] = {"device": device, "threads": threads, "overwrite": overwrite}
-    if dry_run:
-        result = recipe.plan(target, **common).summary()
-    else:
-        with progress_bar("merging", quiet=quiet or as_json) as progress:
-            result = recipe.run(target, **common, progress=progress)
-    if as_json:
-        from blockmerge.rendering.json_text import merge_json
-
-        click.echo(merge_json(result))
-    elif not quiet:
-        from blockmerge.rendering.terminal import print_merge
-
-        print_merge(stdout_console(), result)
+    carry_out(
+        recipe,
+        target,
+        "merging",
+        device=device,
+        threads=threads,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        as_json=as_json,
+        quiet=quiet,
+    )
 
 
 def is_word(text: str) -> bool:

@@ -15,7 +15,6 @@ from blockmerge.adapters import (
     LoraLike,
     Module,
     Whereabouts,
-    looks_at_weights,
     own_bias,
     own_change,
 )
@@ -218,12 +217,12 @@ def _open_both(first: Lora, second: Lora) -> tuple[Adapter, Adapter]:
         except IncompatibleModelsError:
             raise IncompatibleModelsError(
                 f"{shown(a.name)} is a LoRA for {a.family.title}, {shown(b.name)} for {b.family.title}: "
-                "they change nothing that both models have"
+                "they change nothing that both models have; give two of one family"
             ) from error
 
 
 def _refuse_those_that_look(adapter: Adapter) -> None:
-    looking = [one for one in adapter.modules if looks_at_weights(one)]
+    looking = [one for one in adapter.modules if one.looks_at_weights]
     if looking:
         kinds = sorted({one.kind for one in looking})
         raise IncompatibleModelsError(

@@ -203,23 +203,31 @@ class LowRank(Change):
 
 
 @dataclass(frozen=True)
-class Hadamard(Change):
-    """scale·(w1_a·w1_b)∘(w2_a·w2_b): LoHa (FedPara, arXiv 2108.06098).
-
-    `factors` are w1_a [rows, rank], w1_b [rank, width], w2_a and w2_b.
-    """
+class OfFactors(Change):
+    """What is made of a few factors, times `scale`."""
 
     factors: tuple[Expression, ...] = ()
     scale: float = 1.0
 
     @property
     def inputs(self) -> tuple[Expression, ...]:
-        """The four factors."""
+        """The factors."""
         return self.factors
 
-    def with_inputs(self, inputs: tuple[Expression, ...]) -> Hadamard:
+    def with_inputs(self, inputs: tuple[Expression, ...]) -> OfFactors:
         """The same of other factors."""
         return replace(self, factors=inputs)
+
+    def _said(self) -> Sequence[str]:
+        return [f"{self.scale}", *map(str, self.factors)]
+
+
+@dataclass(frozen=True)
+class Hadamard(OfFactors):
+    """scale·(w1_a·w1_b)∘(w2_a·w2_b): LoHa (FedPara, arXiv 2108.06098).
+
+    `factors` are w1_a [rows, rank], w1_b [rank, width], w2_a and w2_b.
+    """
 
     @property
     def rows(self) -> int:
@@ -255,25 +263,10 @@ class Hadamard(Change):
         torch.mm(by_rows[0], whole[0], out=out)
         out.mul_(by_rows[1] @ whole[1])
 
-    def _said(self) -> Sequence[str]:
-        return [f"{self.scale}", *map(str, self.factors)]
-
 
 @dataclass(frozen=True)
-class Kronecker(Change):
+class Kronecker(OfFactors):
     """scale·w1⊗w2: LoKr (LyCORIS, arXiv 2309.14859). `factors` are w1 [a, b] and w2 [c, d, …]."""
-
-    factors: tuple[Expression, ...] = ()
-    scale: float = 1.0
-
-    @property
-    def inputs(self) -> tuple[Expression, ...]:
-        """Both factors."""
-        return self.factors
-
-    def with_inputs(self, inputs: tuple[Expression, ...]) -> Kronecker:
-        """The same of other factors."""
-        return replace(self, factors=inputs)
 
     @property
     def rows(self) -> int:
@@ -313,9 +306,6 @@ class Kronecker(Change):
             second[numbers % each].unsqueeze(1),
             out=out.view(len(out), first.shape[1], -1),
         )
-
-    def _said(self) -> Sequence[str]:
-        return [f"{self.scale}", *map(str, self.factors)]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from blockmerge.adapters import Adapter, Lora, Module, looks_at_weights
+from blockmerge.adapters import Adapter, Lora, Module
 from blockmerge.checkpoints import CheckpointLike
 from blockmerge.comparing import squares_of
 from blockmerge.errors import counted, listing, shown
@@ -123,8 +123,8 @@ def _blocks(
 ) -> tuple[dict[str, LoraBlock], list[str]]:
     """Every block that is changed, and notes on those whose share is not known."""
     met = [one for one in adapter.modules if one.target is not None]
-    looking = [one for one in met if looks_at_weights(one)]
-    others = [one for one in met if not looks_at_weights(one)]
+    looking = [one for one in met if one.looks_at_weights]
+    others = [one for one in met if not one.looks_at_weights]
     squares = squares_of(others, threads, progress)
     odd = [one for one, square in zip(others, squares, strict=True) if not math.isfinite(square)]
     each: dict[str, list[float]] = defaultdict(list)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from blockmerge.adapters import Adapter, Lora
 from blockmerge.checkpoints import CheckpointLike, Readers, TensorInfo, check_output
-from blockmerge.errors import CheckpointError, counted, listing, shown
+from blockmerge.errors import counted, listing, shown
 from blockmerge.expressions import Stored
 from blockmerge.lora_making import metadata
 from blockmerge.lora_making.making import LoraTarget
@@ -54,8 +54,6 @@ def convert_lora(
     check_form(to)
     target = LoraTarget.of(output, dtype, threads, overwrite, progress)
     asked = lora if isinstance(lora, Lora) else Lora(lora)
-    if isinstance(asked.file, (str, os.PathLike)) and os.path.isdir(asked.file):
-        raise CheckpointError(f"{shown(asked.file)} is a folder, not a LoRA: give the file in it")
     return _Conversion(asked.open(), to, target).run()
 
 

@@ -41,12 +41,6 @@ from blockmerge.streaming import Progress
 if TYPE_CHECKING:
     import torch
 
-_LOOKING_AT_WEIGHTS = ("dora", "glora", "ia3", "oft", "boft")
-_OF_BIASES = {"up_bias": True, "diff_b": False, "b_norm": False}
-"""{part that is added to a bias: whether the module's factor counts}."""
-
-_PLAIN = ("lora", "locon")
-
 Scaled = tuple[Applied, float, Module]
 
 
@@ -107,9 +101,6 @@ def opened(asked: Sequence[Lora]) -> tuple[list[Applied], Family]:
     """Open LoRAs, which have to be of one family. Raises IncompatibleModelsError when they are not, and as
     `Adapter.of` does.
     """
-    for lora in asked:
-        if isinstance(lora.file, (str, os.PathLike)) and os.path.isdir(lora.file):
-            raise CheckpointError(f"{shown(lora.file)} is a folder, not a LoRA: give the file in it")
     adapters = [lora.open() for lora in asked]
     failure: BlockmergeError | None = None
     for family in dict.fromkeys(adapter.family for adapter in adapters):
@@ -169,7 +160,7 @@ def _widest(applied: Sequence[Applied]) -> str:
 def _check(one: Applied) -> None:
     """Raise CheckpointError for a LoRA that is no sum on its own, or has modules that nothing is known of."""
     name = one.adapter.name
-    looking = [module for _, module in one.scaled() if module.kind in _LOOKING_AT_WEIGHTS]
+    looking = [module for _, module in one.scaled() if module.looks_at_weights]
     if looking:
         kinds = " and ".join(dict.fromkeys(module.kind for module in looking))
         raise CheckpointError(
@@ -202,12 +193,10 @@ def _sum(name: str, scaled: Sequence[Scaled], family: Family) -> Sum:
     vectors: dict[str, list[Term]] = defaultdict(list)
     terms: list[Term] = []
     for one, scale, module in scaled:
-        for part, with_factor in _OF_BIASES.items():
-            if part in module.parts:
-                where = "b_norm" if part == "b_norm" else "diff_b"
-                scaled_by = scale * (module.factor if with_factor else 1.0)
-                vectors[where].append(Term(one.adapter.name, scaled_by, matrix=module.parts[part]))
-        if module.parts.keys() <= _OF_BIASES.keys():
+        for part, factor, tensor in module.of_bias:
+            where = "b_norm" if part == "b_norm" else "diff_b"
+            vectors[where].append(Term(one.adapter.name, scale * factor, matrix=tensor))
+        if not module.changes_weight:
             continue
         term = _term(one, scale, module)
         if len(target.shape) > 1:
@@ -219,7 +208,7 @@ def _sum(name: str, scaled: Sequence[Scaled], family: Family) -> Sum:
         Layer(name, target.block, shape if terms else shape[:1]),
         tuple(terms),
         {part: tuple(each) for part, each in vectors.items()},
-        all(module.kind in _PLAIN for _, _, module in scaled),
+        all(module.is_product for _, _, module in scaled),
     )
 
 

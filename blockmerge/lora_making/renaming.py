@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from blockmerge.adapters import Adapter, Module, Whereabouts, diffusers_names, looks_at_weights, written_names
+from blockmerge.adapters import Adapter, Module, Whereabouts, diffusers_names, written_names
 from blockmerge.dtypes import FLOAT_DTYPES, precision_of, size_of
 from blockmerge.errors import CheckpointError, RecipeError, counted, did_you_mean, listing, shown
 from blockmerge.expressions import Expression, Reshaped, simplify
@@ -37,7 +37,6 @@ _DIFFUSERS = {
     "diff_b": "lora_B.bias",
     "dora_scale": "lora_magnitude_vector.weight",
 }
-_PLAIN = ("lora", "locon")
 _BIASES = ("up_bias", "diff_b")
 _ALPHA = "alpha"
 _TURNING, _PLAINLY = "oft_", "lora_"
@@ -214,7 +213,7 @@ def _check_kinds(adapter: Adapter) -> None:
 
 def _unfit(module: Module) -> str | None:
     """What a module is that diffusers' form has no place for; None where it has one."""
-    if module.form not in _PLAIN:
+    if not module.is_product:
         return module.kind
     if "mid" in module.parts:
         return "locon with a core (lora_mid)"
@@ -228,7 +227,7 @@ def _unfit(module: Module) -> str | None:
 
 def _what_to_do(unfit: Iterable[Sequence[Module]]) -> str:
     modules = [one for some in unfit for one in some]
-    if any(map(looks_at_weights, modules)):
+    if any(one.looks_at_weights for one in modules):
         return "bake it into a model, and extract a plain LoRA from that (blockmerge lora extract)"
     if any(one.kind == "norm" or "diff_b" in one.parts for one in modules):
         return "only kohya's form has one"
@@ -282,7 +281,7 @@ def _shape_of(module: Module, part: str) -> Shape:
     kernel = module.target.shape[2:]
     if part == "dora_scale" and not _is_per_input(module):
         return (prod(stored), 1, *[1] * len(kernel))
-    if module.form not in _PLAIN or "mid" in module.parts:
+    if not module.is_product or "mid" in module.parts:
         return stored
     if part == "down":
         return (stored[0], prod(stored[1:]) // prod(kernel), *kernel)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from blockmerge.adapters import Adapter, Applied, Changes, Lora, Module
-from blockmerge.checkpoints import Checkpoint, Model, names_of, open_source
+from blockmerge.checkpoints import Checkpoint, Model, names_of
 from blockmerge.dtypes import FLOAT_DTYPES, precision_of
 from blockmerge.errors import IncompatibleModelsError, counted, listing, shown
 from blockmerge.merging.planning.decisions import Decision
@@ -39,10 +39,10 @@ class Adapted:
         blocks.
         """
         family = models[0].anatomy.family
-        shapes = _shapes(models)
+        shapes = _shapes(models) if request.loras else {}
         applied, said, notes = [], [], []
         for lora in request.loras:
-            adapter = Adapter.of(open_source(lora.file, lora.label), family, lora.name, shapes=shapes)
+            adapter = lora.open(family, shapes)
             weights = lora.weights(family, request.weights.seed)
             unmet = [one.name for one in adapter.modules if not _is_met(one, shapes)]
             _check_met(adapter, unmet, models, partial=request.partial)
