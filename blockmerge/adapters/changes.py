@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 from blockmerge.adapters.adapter import Adapter
 from blockmerge.adapters.factors import down_of, loha_factors, lokr_factor
@@ -38,11 +39,21 @@ from blockmerge.expressions import (
 )
 from blockmerge.weights import BlockWeights
 
-Scaled = tuple[float, Module]
-"""A module, and how much of its change is added."""
 
-Terms = list[tuple[float, Expression]]
-"""What is added to a weight, each with its factor."""
+class Scaled(NamedTuple):
+    """A module, how much of its change is added, and the number of the adapter that it is of."""
+
+    scale: float
+    module: Module
+    source: int
+
+
+class Term(NamedTuple):
+    """What is added to a weight, with its factor, and the numbers of the adapters that it is of."""
+
+    scale: float
+    change: Expression
+    sources: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +64,8 @@ class Applied:
     strength: float
     weights: BlockWeights
 
-    def scaled(self) -> Iterable[Scaled]:
-        """Its modules that meet a tensor and change something."""
+    def scaled(self) -> Iterable[tuple[float, Module]]:
+        """Its modules that meet a tensor and change something, and how much of their change is added."""
         for module in self.adapter.modules:
             if module.target is not None:
                 scale = self.strength * (self.weights[module.target.block] or 0.0)
@@ -69,14 +80,14 @@ class Changes:
         self._family = family
         self._weights: dict[str, dict[str | None, list[Scaled]]] = defaultdict(lambda: defaultdict(list))
         self._biases: dict[str, dict[str | None, list[Scaled]]] = defaultdict(lambda: defaultdict(list))
-        for scale, module in (scaled for one in applied for scaled in one.scaled()):
-            target = module.target
-            assert target is not None, module
-            if module.changes_weight:
-                self._weights[target.ldm][target.place].append((scale, module))
-            if target.bias is not None and any(True for _ in module.of_bias):
+        for one in (Scaled(*scaled, source) for source, a in enumerate(applied) for scaled in a.scaled()):
+            target = one.module.target
+            assert target is not None, one
+            if one.module.changes_weight:
+                self._weights[target.ldm][target.place].append(one)
+            if target.bias is not None and any(True for _ in one.module.of_bias):
                 place: Whereabouts = target.bias
-                self._biases[place.ldm][place.place].append((scale, module))
+                self._biases[place.ldm][place.place].append(one)
 
     def __bool__(self) -> bool:
         return bool(self._weights or self._biases)
@@ -119,7 +130,7 @@ def _with(
     """A module's own weight with all changes; those that look at it, at what the ones before have left."""
     if not modules:
         return Cast(tensor, dtype)
-    together = [list(group) for _, group in groupby(modules, lambda one: _alike(one[1], tensor))]
+    together = [list(group) for _, group in groupby(modules, lambda one: _alike(one.module, tensor))]
     for number, group in enumerate(together):
         is_last = number == len(together) - 1
         tensor = _step(tensor, group, terms, dtype if is_last else wide, wide)
@@ -134,36 +145,44 @@ def _alike(module: Module, tensor: Expression) -> tuple[int, int | None]:
 def _step(
     tensor: Expression, modules: Sequence[Scaled], terms: _MakeTerms, dtype: str, wide: str
 ) -> Expression:
-    inputs = modules[0][1].inputs_of(tensor.shape)
+    inputs = modules[0].module.inputs_of(tensor.shape)
     if len(tensor.shape) > 1 and inputs < tensor.shape[1]:
         # A first convolution that takes more channels than the module's: the others stay.
         changed = _step(Part(tensor, 0, inputs, axis=1), modules, terms, dtype, wide)
         rest = Cast(Part(tensor, inputs, tensor.shape[1], axis=1), dtype)
         return Joined((changed, rest), axis=1)
-    if (look := _OF_WEIGHT.get(modules[0][1].kind)) and terms is _weight_terms:
-        [(scale, module)] = modules
-        return Stepped(look(module, tensor, wide), scale, dtype)
-    found = terms(modules, tensor, wide)
-    return Changed(tensor, tuple(term for _, term in found), tuple(scale for scale, _ in found), dtype)
+    if (look := _OF_WEIGHT.get(modules[0].module.kind)) and terms is _weight_terms:
+        [one] = modules
+        return Stepped(look(one.module, tensor, wide), one.scale, dtype, one.source)
+    scales, changes, sources = zip(*terms(modules, tensor, wide), strict=True)
+    return Changed(tensor, changes, scales, dtype, sources)
 
 
-_MakeTerms = Callable[[Sequence[Scaled], Expression, str], Terms]
+_MakeTerms = Callable[[Sequence[Scaled], Expression, str], list[Term]]
 
 
-def _bias_terms(modules: Sequence[Scaled], tensor: Expression, wide: str) -> Terms:
+def _bias_terms(modules: Sequence[Scaled], tensor: Expression, wide: str) -> list[Term]:
     return [
-        (scale * factor, _as(tensor, added))
-        for scale, module in modules
+        Term(scale * factor, _as(tensor, added), (source,))
+        for scale, module, source in modules
         for _, factor, added in module.of_bias
     ]
 
 
-def _weight_terms(modules: Sequence[Scaled], tensor: Expression, wide: str) -> Terms:
+def _weight_terms(modules: Sequence[Scaled], tensor: Expression, wide: str) -> list[Term]:
     """Products of two factors are joined, and come first."""
-    products = [one for one in modules if one[1].is_product]
-    others = [one for one in modules if not one[1].is_product]
-    found: Terms = [(1.0, _product(some, tensor, wide)) for some in _by_rank(products)]
-    return found + [_LYCORIS[module.kind](scale, module, tensor, wide) for scale, module in others]
+    products = [one for one in modules if one.module.is_product]
+    others = [one for one in modules if not one.module.is_product]
+    return [
+        *(
+            Term(1.0, _product(some, tensor, wide), tuple(one.source for one in some))
+            for some in _by_rank(products)
+        ),
+        *(
+            Term(*_LYCORIS[module.kind](scale, module, tensor, wide), (source,))
+            for scale, module, source in others
+        ),
+    ]
 
 
 _MOST_RANK = 512  # of one product
@@ -174,7 +193,7 @@ def _by_rank(modules: Sequence[Scaled]) -> Iterator[Sequence[Scaled]]:
     some: list[Scaled] = []
     rank = 0
     for one in modules:
-        more = one[1].rank or 0
+        more = one.module.rank or 0
         if some and rank + more > _MOST_RANK:
             yield some
             some, rank = [], 0
@@ -185,9 +204,9 @@ def _by_rank(modules: Sequence[Scaled]) -> Iterator[Sequence[Scaled]]:
 
 
 def _product(modules: Sequence[Scaled], tensor: Expression, wide: str) -> Expression:
-    ups = tuple(module.parts["up"] for _, module in modules)
-    downs = tuple(down_of(module, wide) for _, module in modules)
-    scales = tuple(scale * module.factor for scale, module in modules)
+    ups = tuple(one.module.parts["up"] for one in modules)
+    downs = tuple(down_of(one.module, wide) for one in modules)
+    scales = tuple(one.scale * one.module.factor for one in modules)
     return LowRank(tensor.shape, wide, ups=ups, downs=downs, scales=scales)
 
 
@@ -216,7 +235,7 @@ _LYCORIS: Mapping[str, Callable[[float, Module, Expression, str], tuple[float, E
 
 
 def _dora(module: Module, tensor: Expression, wide: str) -> WeightChange:
-    under = [(1.0, module)]
+    under = [Scaled(1.0, module, 0)]
     if module.is_product:
         change = _product(under, tensor, wide)
     else:

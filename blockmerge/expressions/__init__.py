@@ -4,7 +4,8 @@ Frozen, and without torch until computed.
 """
 
 from blockmerge.expressions.arrangements import Arrangement, Joined, Part, Reshaped, Transposed, is_arranged
-from blockmerge.expressions.changes import Change, Changed, Contracted, Hadamard, Kronecker, LowRank
+from blockmerge.expressions.changed import Changed, Squares, Stepped
+from blockmerge.expressions.changes import Change, Contracted, Hadamard, Kronecker, LowRank
 from blockmerge.expressions.computed import (
     Cast,
     Clipped,
@@ -23,13 +24,13 @@ from blockmerge.expressions.program import (
     leaves_of,
     methods_of,
     operands_of,
+    products_in,
 )
 from blockmerge.expressions.weight_changes import (
     Decomposed,
     Generalised,
     Rescaled,
     Rotated,
-    Stepped,
     WeightChange,
 )
 
@@ -61,6 +62,7 @@ __all__ = [
     "Rotated",
     "Scaled",
     "Source",
+    "Squares",
     "Stepped",
     "Stored",
     "Transposed",
@@ -70,5 +72,6 @@ __all__ = [
     "leaves_of",
     "methods_of",
     "operands_of",
+    "products_in",
     "simplify",
 ]

@@ -9,20 +9,54 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from blockmerge.dtypes import size_of
-from blockmerge.expressions.computed import Cast
+from blockmerge.dtypes import torch_dtype
 from blockmerge.expressions.expression import Expression, Shape
 
 if TYPE_CHECKING:
     import torch
 
-_TILE_ROWS = 64
-_WIDE_TILE_ROWS = 16
+_TILE = 5 << 15  # elements, of which all that is computed with them stays in a cache
+_LEAST_ROWS = 16
 _ALIGNED = 64  # bytes: as torch's own memory is
-_WIDE = 4096  # elements of a row, of which 16 are a good deal of work
+
+
+class Tile(NamedTuple):
+    """Some `rows` of a weight that are computed at once. Of their elements, those of the slice `inside` are
+    wanted.
+    """
+
+    rows: slice
+    inside: slice
+
+
+class Prepared(NamedTuple):
+    """Factors made ready for a stretch: what has `rows` of the weight, and what is `whole`."""
+
+    rows: slice
+    by_rows: Sequence[torch.Tensor]
+    whole: Sequence[torch.Tensor]
+
+    def of(self, tiles: Sequence[Tile]) -> list[Prepared]:
+        """The same for each of the tiles that all the rows are."""
+        import torch
+
+        counts = [tile.rows.stop - tile.rows.start for tile in tiles]
+        by_rows = [torch.split(one, counts) for one in self.by_rows]
+        each = zip(*by_rows, strict=True) if by_rows else [()] * len(tiles)
+        return [Prepared(tile.rows, here, self.whole) for tile, here in zip(tiles, each, strict=True)]
+
+
+def parts_of(stretch: torch.Tensor, tiles: Sequence[Tile]) -> Sequence[torch.Tensor]:
+    """What of a flat stretch lies in each of its tiles. Views are made at once: each that is made alone has
+    all threads wait for the interpreter.
+    """
+    import torch
+
+    return torch.split(stretch, [tile.inside.stop - tile.inside.start for tile in tiles])
 
 
 @dataclass(frozen=True)
@@ -61,7 +95,7 @@ class Change(Expression):
     @property
     def tile_rows(self) -> int:
         """The rows of a tile."""
-        return _WIDE_TILE_ROWS if self.width > _WIDE else _TILE_ROWS
+        return max(_LEAST_ROWS, _TILE // self.width // _LEAST_ROWS * _LEAST_ROWS)
 
     def read_by_rows(self, place: int) -> bool:
         """Whether the input at a place has a row for each of the weight."""
@@ -92,47 +126,54 @@ class Change(Expression):
         tiles = begin // self.tile, -(-(begin + elements) // self.tile)
         return slice(tiles[0] * self.tile_rows, min(tiles[1] * self.tile_rows, self.rows))
 
-    @abstractmethod
-    def prepared(
-        self, inputs: Sequence[torch.Tensor], out: torch.Tensor
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """What `fill_rows` wants, made of the inputs once for a stretch: what has rows of the weight, and
-        what has not.
-        """
+    def tiles(self, first: int, elements: int) -> Iterator[Tile]:
+        """Yield the tiles that a stretch of the result lies in."""
+        begin = self.begin + first
+        read = self._rows_for(first, elements)
+        for at in range(read.start, read.stop, self.tile_rows):
+            rows = slice(at, min(at + self.tile_rows, read.stop))
+            start, stop = rows.start * self.width, rows.stop * self.width
+            low, high = max(start, begin), min(stop, begin + elements)
+            yield Tile(rows, slice(low - start, high - start))
+
+    def prepared(self, inputs: Sequence[torch.Tensor], first: int, out: torch.Tensor) -> Prepared:
+        """The factors for a stretch `out` of a result, which are what `read` says, in this change's dtype."""
+        like = out[:0].to(torch_dtype(self.dtype, out.device))
+        return Prepared(self._rows_for(first, len(out)), *self._made_ready(inputs, like))
 
     @abstractmethod
-    def fill_rows(
-        self,
-        by_rows: Sequence[torch.Tensor],
-        whole: Sequence[torch.Tensor],
-        rows: slice,
-        out: torch.Tensor,
-    ) -> None:
-        """Write some rows of the change, [rows, width]; `by_rows` are these rows alone."""
+    def _made_ready(
+        self, inputs: Sequence[torch.Tensor], like: torch.Tensor
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What `fill` wants: what has rows of the weight, and what has not."""
+
+    @abstractmethod
+    def fill(self, factors: Prepared, out: torch.Tensor) -> None:
+        """Write some rows of the change, [rows, width]."""
+
+    def add(self, factors: Prepared, total: torch.Tensor) -> None:
+        """Add some rows of the change to `total` [rows, width]."""
+        from blockmerge.methods.arithmetic import scratch_like
+
+        term = scratch_like("term", total)
+        self.fill(factors, term)
+        total.add_(term)
 
     def compute(self, inputs: Sequence[torch.Tensor], out: torch.Tensor, first: int) -> None:
         """Compute the tiles that a stretch lies in, and take it out of them. Inputs are what `read` says."""
         from blockmerge.methods.arithmetic import scratch
 
         flat = out.view(-1)
-        begin = self.begin + first
-        by_rows, whole = self.prepared(inputs, flat)
-        read = self._rows_for(first, len(flat))
-        for rows in self._tiles(read):
-            start, stop = rows.start * self.width, rows.stop * self.width
-            low, high = max(start, begin), min(stop, begin + len(flat))
-            target = flat[low - begin : high - begin]
+        tiles = list(self.tiles(first, len(flat)))
+        factors = self.prepared(inputs, first, flat).of(tiles)
+        for (rows, inside), target, some in zip(tiles, parts_of(flat, tiles), factors, strict=True):
+            count = (rows.stop - rows.start) * self.width
             # Products may depend on where memory begins, too.
-            fits = (low, high) == (start, stop) and target.data_ptr() % _ALIGNED == 0
-            tile = target if fits else scratch("tile", stop - start, out.dtype, out.device)
-            here = [one[rows.start - read.start : rows.stop - read.start] for one in by_rows]
-            self.fill_rows(here, whole, rows, tile.view(-1, self.width))
+            fits = len(target) == count and target.data_ptr() % _ALIGNED == 0
+            tile = target if fits else scratch("tile", count, out.dtype, out.device)
+            self.fill(some, tile.view(-1, self.width))
             if not fits:
-                target.copy_(tile[low - start : high - start])
-
-    def _tiles(self, rows: slice) -> Iterator[slice]:
-        for start in range(rows.start, rows.stop, self.tile_rows):
-            yield slice(start, min(start + self.tile_rows, rows.stop))
+                target.copy_(tile[inside])
 
 
 @dataclass(frozen=True)
@@ -161,7 +202,7 @@ class LowRank(Change):
         """Those of the ups."""
         return self.ups[0].shape[0]
 
-    @property
+    @cached_property
     def width(self) -> int:
         """That of the downs."""
         return prod(self.downs[0].shape[1:])
@@ -170,13 +211,13 @@ class LowRank(Change):
         """The ups are."""
         return place < len(self.ups)
 
-    def prepared(
-        self, inputs: Sequence[torch.Tensor], out: torch.Tensor
+    def _made_ready(
+        self, inputs: Sequence[torch.Tensor], like: torch.Tensor
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """All ups side by side, each with its scale, and all downs one below the other."""
         ups, downs = inputs[: len(self.ups)], inputs[len(self.ups) :]
         rank = sum(map(len, downs))
-        up, down = out.new_empty(len(ups[0]), rank), out.new_empty(rank, self.width)
+        up, down = like.new_empty(len(ups[0]), rank), like.new_empty(rank, self.width)
         begin = 0
         for scale, left, right in zip(self.scales, ups, downs, strict=True):
             place = slice(begin, begin + len(right))
@@ -185,17 +226,29 @@ class LowRank(Change):
             begin = place.stop
         return [up], [down]
 
-    def fill_rows(
-        self,
-        by_rows: Sequence[torch.Tensor],
-        whole: Sequence[torch.Tensor],
-        rows: slice,
-        out: torch.Tensor,
-    ) -> None:
+    def fill(self, factors: Prepared, out: torch.Tensor) -> None:
         """Multiply."""
         import torch
 
-        torch.mm(by_rows[0], whole[0], out=out)
+        torch.mm(factors.by_rows[0], factors.whole[0], out=out)
+
+    def add(self, factors: Prepared, total: torch.Tensor) -> None:
+        """Multiply and add in one go."""
+        total.addmm_(factors.by_rows[0], factors.whole[0])
+
+    def squares(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """⟨Cᵢ, Cⱼ⟩ of the products C, from the factors alone: [parts, parts]. Inputs are what `read` says.
+
+        Of C = up·down, ⟨Cᵢ, Cⱼ⟩ is the sum of all elements of (upᵢᵀ·upⱼ)∘(downᵢ·downⱼᵀ).
+        """
+        import torch
+
+        dtype = torch_dtype(self.dtype, inputs[0].device)
+        [up], [down] = self._made_ready(inputs, inputs[0].new_empty(0, dtype=dtype))
+        inner = (up.T @ up).mul_(down @ down.T)
+        ranks = [one.shape[0] for one in self.downs]
+        over_rows = torch.stack([one.sum(0) for one in torch.split(inner, ranks)])
+        return torch.stack([one.sum(1) for one in torch.split(over_rows, ranks, dim=1)], dim=1)
 
     def _said(self) -> Sequence[str]:
         each = zip(self.scales, self.ups, self.downs, strict=True)
@@ -243,25 +296,19 @@ class Hadamard(OfFactors):
         """w1_a and w2_a are."""
         return place in (0, 2)
 
-    def prepared(
-        self, inputs: Sequence[torch.Tensor], out: torch.Tensor
+    def _made_ready(
+        self, inputs: Sequence[torch.Tensor], like: torch.Tensor
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The scale in w1_a."""
-        first_a, first_b, second_a, second_b = (_matrix(one, out.dtype) for one in inputs)
+        first_a, first_b, second_a, second_b = (_matrix(one, like.dtype) for one in inputs)
         return [first_a * self.scale, second_a], [first_b, second_b]
 
-    def fill_rows(
-        self,
-        by_rows: Sequence[torch.Tensor],
-        whole: Sequence[torch.Tensor],
-        rows: slice,
-        out: torch.Tensor,
-    ) -> None:
+    def fill(self, factors: Prepared, out: torch.Tensor) -> None:
         """Multiply both products."""
         import torch
 
-        torch.mm(by_rows[0], whole[0], out=out)
-        out.mul_(by_rows[1] @ whole[1])
+        torch.mm(factors.by_rows[0], factors.whole[0], out=out)
+        out.mul_(factors.by_rows[1] @ factors.whole[1])
 
 
 @dataclass(frozen=True)
@@ -280,25 +327,19 @@ class Kronecker(OfFactors):
         first, second = self.factors
         return first.shape[1] * prod(second.shape[1:])
 
-    def prepared(
-        self, inputs: Sequence[torch.Tensor], out: torch.Tensor
+    def _made_ready(
+        self, inputs: Sequence[torch.Tensor], like: torch.Tensor
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The scale in the first."""
-        first, second = (_matrix(one, out.dtype) for one in inputs)
+        first, second = (_matrix(one, like.dtype) for one in inputs)
         return [], [first * self.scale, second]
 
-    def fill_rows(
-        self,
-        by_rows: Sequence[torch.Tensor],
-        whole: Sequence[torch.Tensor],
-        rows: slice,
-        out: torch.Tensor,
-    ) -> None:
+    def fill(self, factors: Prepared, out: torch.Tensor) -> None:
         """Multiply each row of the first with each of the second."""
         import torch
 
-        first, second = whole
-        numbers = torch.arange(rows.start, rows.stop, device=out.device)
+        first, second = factors.whole
+        numbers = torch.arange(factors.rows.start, factors.rows.stop, device=out.device)
         each = len(second)
         of_first = first[torch.div(numbers, each, rounding_mode="floor")]
         torch.mul(
@@ -333,48 +374,6 @@ class Contracted(Expression):
         import torch
 
         out.copy_(torch.einsum(self.formula, *(one.to(out.dtype) for one in inputs)).reshape(out.shape))
-
-
-@dataclass(frozen=True)
-class Changed(Expression):
-    """A weight with changes: base + Σ scaleᵢ·changeᵢ, in float32 or float64, rounded once to `dtype`."""
-
-    base: Expression
-    changes: tuple[Expression, ...]
-    scales: tuple[float, ...]
-    dtype: str
-
-    @property
-    def inputs(self) -> tuple[Expression, ...]:
-        """The weight, and its changes."""
-        return self.base, *self.changes
-
-    def with_inputs(self, inputs: tuple[Expression, ...]) -> Changed:
-        """Another weight, or other changes."""
-        return replace(self, base=inputs[0], changes=inputs[1:])
-
-    @property
-    def shape(self) -> Shape:
-        """That of the weight."""
-        return self.base.shape
-
-    def compute(self, inputs: Sequence[torch.Tensor], out: torch.Tensor, first: int) -> None:
-        """Add up, and round."""
-        from blockmerge.methods.elementwise import add_changes
-
-        base, *changes = inputs
-        add_changes(base, changes, self.scales, out=out)
-
-    def simplified(self) -> Expression:
-        """A weight that was widened for the sum is widened there."""
-        base = self.base
-        if isinstance(base, Cast) and size_of(base.dtype) > size_of(base.tensor.dtype):
-            return replace(self, base=base.tensor)
-        return self
-
-    def _said(self) -> Sequence[str]:
-        each = (f"{scale} × {change}" for scale, change in zip(self.scales, self.changes, strict=True))
-        return [str(self.base), *each, self.dtype]
 
 
 def _matrix(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -82,6 +82,16 @@ class Expression(ABC):
         return False
 
     @property
+    def is_measured(self) -> bool:
+        """Whether it is a weight with changes that says how large these are: it has `measured`."""
+        return False
+
+    @property
+    def goes_by_tiles(self) -> bool:
+        """Whether it goes through a large stretch in small steps by itself, and holds nothing for it."""
+        return False
+
+    @property
     def is_made_by_rows(self) -> bool:
         """Whether entries of the first axis are made of the inputs' same entries alone, to the same bits."""
         return bool(self.inputs) and self.locality == "element" and not self.reads_whole
@@ -95,6 +105,10 @@ class Expression(ABC):
     def nbytes(self) -> int:
         """The size in bytes."""
         return self.elements * size_of(self.dtype)
+
+    def takes_apart(self, one: Expression) -> bool:
+        """Whether `compute` is given what an input is made from, in its place: a list."""
+        return False
 
     def read(self, place: int, first: int, elements: int) -> tuple[int, Shape]:
         """Where in the input at a place lies what a stretch of the result is made of, from which of its

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blockmerge.dtypes import torch_dtype
 from blockmerge.expressions.arrangements import Arrangement, is_arranged
+from blockmerge.expressions.changed import Changed, Squares, Stepped
 from blockmerge.expressions.computed import Dequantised, Merged
 from blockmerge.expressions.expression import LOCALITIES, Expression, Locality, Shape
 from blockmerge.expressions.leaves import Leaf
@@ -69,16 +70,27 @@ class Program:
     @property
     def joins(self) -> bool:
         """Whether two tensors of this program may be computed as one, where they lie one behind the other."""
-        return self.locality == "element" and not self.is_chance
+        return self.locality == "element" and not self.is_chance and not self.is_measured
+
+    @cached_property
+    def is_measured(self) -> bool:
+        """Whether some of it says how large what is added to a weight is."""
+        return any(one.is_measured for one in _nodes(self.root))
+
+    @property
+    def goes_by_tiles(self) -> bool:
+        """Whether `run` may be given as much at once as there is."""
+        return self.root.goes_by_tiles
 
     @cached_property
     def may_overwrite_first(self) -> bool:
         """Whether the first operand may stand in the memory of the result: one step that says so."""
         first, *others = self.root.inputs or (self.root,)
-        single = isinstance(first, Placeholder) and all(
-            isinstance(one, Placeholder) and one != first for one in others
+        is_single = isinstance(first, Placeholder) and all(
+            isinstance(one, Placeholder) or self.root.takes_apart(one) for one in others
         )
-        return self.root.in_place and single and first.dtype == self.root.dtype
+        is_alone = first not in (node for one in others for node in _nodes(one))
+        return self.root.in_place and is_single and is_alone and first.dtype == self.root.dtype
 
     def grain(self, shape: Shape) -> int:
         """How many elements of a result of that shape must be computed at once."""
@@ -172,60 +184,85 @@ class Program:
         """The same at other weights, as long as neither are such that something is only copied."""
         return replace(self, root=_at(self.root, alpha, beta))
 
-    def run(self, operands: Sequence[torch.Tensor], out: torch.Tensor, first: int = 0) -> None:
+    def run(
+        self,
+        operands: Sequence[torch.Tensor],
+        out: torch.Tensor,
+        first: int = 0,
+        measured: list[Squares] | None = None,
+    ) -> None:
         """Write the result into `out`, which is contiguous, as the operands are.
 
         All are flat where the locality is ``"element"``; else they have their shapes, some entries of the
-        first axis where that is ``"row"``. `first` is the number of the first element in its tensor.
+        first axis where that is ``"row"``. `first` is the number of the first element in its tensor. How
+        large what is added to weights is, goes into `measured`, if that is given, the innermost first.
         """
-        self._compute(self.root, operands, out, 0 if self.locality == "row" else first, "step")
+        run = _Run(self, operands, measured)
+        run.compute(self.root, out, 0 if self.locality == "row" else first, "step")
 
-    def _compute(
-        self, node: Expression, operands: Sequence[torch.Tensor], out: torch.Tensor, first: int, place: str
-    ) -> None:
+    def shape_of(self, node: Expression, out: torch.Tensor) -> Shape:
+        """The shape of what a step passes on, of the stretch `out` of the result."""
+        match "element" if self.cuts_rows else self.locality:
+            case "element":
+                return tuple(out.shape)
+            case "row":
+                return (*out.shape[:1], *node.shape[1:])
+            case _:
+                return node.shape
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """A program at work on some operands."""
+
+    program: Program
+    operands: Sequence[torch.Tensor]
+    measured: list[Squares] | None
+
+    def compute(self, node: Expression, out: torch.Tensor, first: int, place: str) -> None:
+        """Write a step's result into `out`; `place` names the scratch memory of what it is made from."""
         if isinstance(node, Placeholder):
-            out.copy_(operands[node.number])
+            out.copy_(self.operands[node.number])
             return
-        given = []
+        given = self._given(node, out, first, place)
+        if self.measured is not None and isinstance(node, (Changed, Stepped)) and node.is_measured:
+            self.measured.append(node.compute_measured(given, out, first))
+        else:
+            node.compute(given, out, first)
+
+    def _given(self, node: Expression, out: torch.Tensor, first: int, place: str) -> list[Any]:
+        """What a step is made from."""
+        given: list[Any] = []
         for number, one in enumerate(node.inputs):
-            if isinstance(one, Placeholder):
-                given.append(operands[one.number])
-                continue
             inner = f"{place}.{number}"
-            if node.reads_whole:
-                given.append(self._factor(node, number, operands, out, first, inner))
-                continue
-            in_place = number == 0 and node.in_place and one.dtype == node.dtype
-            held = out if in_place else self._memory(one, out, inner)
-            self._compute(one, operands, held, first, inner)
-            given.append(held)
-        node.compute(given, out, first)
+            if isinstance(one, Placeholder):
+                given.append(self.operands[one.number])
+            elif node.takes_apart(one):
+                given.append(self._given(one, out, first, inner))
+            elif node.reads_whole:
+                given.append(self._factor(node, number, out, first, inner))
+            else:
+                in_place = number == 0 and node.in_place and one.dtype == node.dtype
+                held = out if in_place else self._memory(one, self.program.shape_of(one, out), out, inner)
+                self.compute(one, held, first, inner)
+                given.append(held)
+        return given
 
     def _factor(
-        self,
-        reader: Expression,
-        number: int,
-        operands: Sequence[torch.Tensor],
-        out: torch.Tensor,
-        first: int,
-        place: str,
+        self, reader: Expression, number: int, out: torch.Tensor, first: int, place: str
     ) -> torch.Tensor:
         """What a kind that reads its inputs whole needs of one that is itself computed."""
-        from blockmerge.methods.arithmetic import scratch
-
         node = reader.inputs[number]
-        whole = scratch(place, node.elements, torch_dtype(node.dtype, out.device), out.device)
-        self._compute(node, operands, whole.view(node.shape), 0, place)
+        whole = self._memory(node, node.shape, out, place)
+        self.compute(node, whole, 0, place)
+        whole = whole.view(-1)
         begin, shape = reader.read(number, first, out.numel())
         return whole[begin : begin + prod(shape)].view(shape)
 
-    def _memory(self, node: Expression, out: torch.Tensor, place: str) -> torch.Tensor:
+    def _memory(self, node: Expression, shape: Shape, out: torch.Tensor, place: str) -> torch.Tensor:
         """Memory for what a step passes on: the calling thread's own for that place, where it is small."""
         from blockmerge.methods.arithmetic import scratch
 
-        shape = {"element": out.shape, "row": (*out.shape[:1], *node.shape[1:]), "tensor": node.shape}[
-            "element" if self.cuts_rows else self.locality
-        ]
         return scratch(place, prod(shape), torch_dtype(node.dtype, out.device), out.device).view(shape)
 
 
@@ -286,6 +323,11 @@ def leaves_of(expression: Expression) -> Iterator[Expression]:
 def methods_of(expression: Expression) -> Iterator[Method]:
     """Yield the methods that an expression is merged by, the outermost first."""
     return (one.method for one in _nodes(expression) if isinstance(one, Merged))
+
+
+def products_in(expression: Expression) -> Iterator[Changed]:
+    """Yield the weights of an expression to which products are added."""
+    return (one for one in _nodes(expression) if isinstance(one, Changed) and one.products)
 
 
 def dequantised_in(expression: Expression) -> Iterator[Dequantised]:

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from blockmerge.dtypes import size_of, torch_dtype
-from blockmerge.expressions.computed import Cast
 from blockmerge.expressions.expression import Expression, Shape
 
 if TYPE_CHECKING:
@@ -40,55 +38,6 @@ class WeightChange(Expression):
     def shape(self) -> Shape:
         """That of the weight."""
         return self.weight.shape
-
-
-@dataclass(frozen=True)
-class Stepped(Expression):
-    """A weight with one such change: W + strength·(W(1) − W), rounded once to `dtype`.
-
-    The weight is in it once, unlike in a sum of both: of changes of changes, each is computed once.
-    """
-
-    change: WeightChange
-    strength: float
-    dtype: str
-
-    locality = "tensor"
-    in_place = True
-
-    @property
-    def inputs(self) -> tuple[Expression, ...]:
-        """Those of the change: the weight, then the factors."""
-        return self.change.inputs
-
-    def with_inputs(self, inputs: tuple[Expression, ...]) -> Stepped:
-        """The same of another weight, or of other factors."""
-        return replace(self, change=self.change.with_inputs(inputs))
-
-    @property
-    def shape(self) -> Shape:
-        """That of the weight."""
-        return self.change.shape
-
-    def compute(self, inputs: Sequence[torch.Tensor], out: torch.Tensor, first: int) -> None:
-        """Add the change, and round."""
-        from blockmerge.methods.arithmetic import scratch
-        from blockmerge.methods.elementwise import add_changes
-
-        held = scratch("change", out.numel(), torch_dtype(self.change.dtype, out.device), out.device)
-        change = held.view(out.shape)
-        self.change.compute(inputs, change, first)
-        add_changes(inputs[0], [change], (self.strength,), out=out)
-
-    def simplified(self) -> Expression:
-        """A weight that was widened for the change is widened there."""
-        weight = self.change.weight
-        if isinstance(weight, Cast) and size_of(weight.dtype) > size_of(weight.tensor.dtype):
-            return replace(self, change=replace(self.change, weight=weight.tensor))
-        return self
-
-    def _said(self) -> Sequence[str]:
-        return [f"{self.strength} × {self.change}", self.dtype]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from blockmerge.errors import NonFiniteError, OutputError, reason, shown
 from blockmerge.expressions import Figures, Gathered, methods_of
 from blockmerge.merging.planning.plan import PlannedOutput
 from blockmerge.merging.planning.runs import PlannedFile, Run
+from blockmerge.merging.shares import Shares
 from blockmerge.streaming import (
     PAGE,
     OutputStream,
@@ -81,9 +82,9 @@ def execute(
     progress: Progress | None = None,
     *,
     shown_as: Path,
-) -> None:
+) -> Shares:
     """Write the planned files to where `path_of` has each, which exists and may be padded to a multiple of
-    PAGE.
+    PAGE. Return how large what was added to the weights of each block is.
 
     Raises NonFiniteError naming the tensors when something that was computed is NaN or infinite (unless the
     recipe allows it), CheckpointError when an input cannot be read or was changed meanwhile, OutputError,
@@ -92,10 +93,11 @@ def execute(
     nonfinite: list[str] = []
     done, total = 0, sum(file.size for file in plan.files)
     figures = gather(plan.to_gather, pace)
+    shares = Shares(plan.anatomy.family)
     with _on(device):
         for file in plan.files:
             output = OutputStream(path_of(file.path), direct=pace.direct)
-            job = _Job(plan, file, output, pace, device, shown_as, figures)
+            job = _Job(plan, file, output, pace, device, shown_as, figures, shares)
             job.run(_part_of(progress, done, total))
             nonfinite += [name for name in file.tensors if name in job.nonfinite]
             done += file.size
@@ -103,6 +105,7 @@ def execute(
         checkpoint.check_unchanged()
     if nonfinite:
         raise NonFiniteError(_explain_nonfinite(plan, nonfinite))
+    return shares
 
 
 def _on(device: str) -> AbstractContextManager[None]:
@@ -169,10 +172,11 @@ class _Job:
         device: str,
         shown_as: Path,
         figures: Figures,
+        shares: Shares,
     ) -> None:
         self.plan, self.file, self.output = plan, file, output
         self.pace, self.device, self.shown_as = pace, device, shown_as
-        self.figures = figures
+        self.figures, self.shares = figures, shares
         self.nonfinite: set[str] = set()
         self.lock = threading.Lock()
         self.torch_threads = TorchThreads()
@@ -272,7 +276,9 @@ class _Worker:
 
             job = self.job
             job.torch_threads.single_here()
-            self.kernel = Kernel(job.plan, job.file, job.device, job.pace.chunk_bytes, job.figures)
+            self.kernel = Kernel(
+                job.plan, job.file, job.device, job.pace.chunk_bytes, job.figures, job.shares
+            )
         for start, stop, is_finite in self.kernel.compute(run, low, target, self.readers, desk.buffers):
             self.job.note_nonfinite(start, stop, is_finite)
 

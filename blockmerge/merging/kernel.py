@@ -5,7 +5,7 @@ Loaded by the first worker that needs it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -15,10 +15,11 @@ import torch
 from blockmerge.checkpoints import Readers
 from blockmerge.dtypes import size_of
 from blockmerge.errors import RecipeError, shown
-from blockmerge.expressions import Expression, Figures, Gathered, Stored
+from blockmerge.expressions import Expression, Figures, Gathered, Squares, Stored, products_in
 from blockmerge.merging.devices import told_of
 from blockmerge.merging.planning.plan import PlannedOutput
 from blockmerge.merging.planning.runs import PlannedFile, Run
+from blockmerge.merging.shares import Shares
 from blockmerge.streaming import TorchThreads, aligned_buffer
 from blockmerge.streaming.tensors import all_finite, tensor_view
 
@@ -47,8 +48,9 @@ class Kernel:
         device: str,
         chunk_bytes: int,
         figures: Figures,
+        shares: Shares | None = None,
     ) -> None:
-        self._plan, self._file, self._figures = plan, file, figures
+        self._plan, self._file, self._figures, self._shares = plan, file, figures, shares
         self._check = not plan.request.allow_nonfinite
         self._device = torch.device(device)
         with told_of([self._device], _INSTEAD):
@@ -73,6 +75,8 @@ class Kernel:
         Raises RecipeError, with the first tensor it was about, when a method of the user's own fails.
         """
         self._buffers = buffers
+        if run.program.is_measured and low == run.start:
+            self._note_products(run, readers)
         size = size_of(run.dtype)
         first = (low - run.start) // size
         count = len(target) // size
@@ -100,6 +104,8 @@ class Kernel:
 
     def _most(self, run: Run) -> int:
         """How many elements are computed at once: what fits a chunk."""
+        if run.program.goes_by_tiles:
+            return run.stop - run.start
         sizes = [size_of(one.dtype) for one in run.operands if not isinstance(one.source, Gathered)]
         return self._chunk_bytes // max(size_of(run.dtype), *sizes)
 
@@ -134,8 +140,10 @@ class Kernel:
 
     def _compute_one(self, operands: list[Any], run: Run, first: int, out: torch.Tensor) -> bool:
         """Write the result into `out`, which is on the CPU, and say whether it is finite (or need not be)."""
+        measured: list[Squares] | None = [] if run.program.is_measured else None
         if self._stream is None:
-            run.program.run(operands, run.program.shaped(out), first)
+            run.program.run(operands, run.program.shaped(out), first, measured)
+            self._note(run, measured)
             return not self._check or all_finite(out)
         try:
             with torch.cuda.stream(self._stream):
@@ -144,14 +152,43 @@ class Kernel:
                     for one in operands
                 ]
                 result = torch.empty_like(out, device=self._device)
-                run.program.run(there, run.program.shaped(result), first)
+                run.program.run(there, run.program.shaped(result), first, measured)
                 locked = tensor_view(self._buffer("out", out.nbytes), run.dtype, len(out))
                 locked.copy_(result, non_blocking=True)
                 finite = not self._check or all_finite(result)
         finally:  # page-locked memory is used again, or freed
             self._stream.synchronize()
+        self._note(run, measured)
         out.copy_(locked)
         return finite
+
+    def _note(self, run: Run, measured: Sequence[Squares] | None) -> None:
+        """Note how large what is added to a tensor's weights is."""
+        if measured and self._shares is not None:
+            self._shares.add(self._ldm_at(run.start), measured)
+
+    def _note_products(self, run: Run, readers: Readers) -> None:
+        """Note it of a tensor's products, which their factors tell, with the first run of the tensor."""
+        name, _ = next(self._file.tensors_between(run.start, run.start + 1))
+        if self._shares is None or not self._shares.is_new(name):
+            return
+        for changed in products_in(self._plan.tensor(name).expression):
+            factors = [
+                [
+                    self._read_factor(factor, *product.read(place, 0, product.elements), readers)
+                    for place, factor in enumerate(product.inputs)
+                ]
+                for product, _ in changed.products
+            ]
+            self._note(run, [changed.squares_of_products(factors)])
+
+    def _read_factor(
+        self, factor: Expression, begin: int, shape: tuple[int, ...], readers: Readers
+    ) -> torch.Tensor:
+        size = size_of(factor.dtype)
+        memory = aligned_buffer(prod(shape) * size)
+        readers.read_into(factor, begin * size, memory)
+        return tensor_view(memory, factor.dtype, prod(shape)).view(shape)
 
 
 class Gathering:

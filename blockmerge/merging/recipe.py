@@ -36,6 +36,7 @@ from blockmerge.merging.planning.written import (
     path_of,
 )
 from blockmerge.merging.result import MergeResult
+from blockmerge.merging.shares import Shares
 from blockmerge.streaming import Progress
 from blockmerge.weights import AdjustLike, RulesLike, WeightsLike, WeightsRequest
 
@@ -353,7 +354,7 @@ class Plan:
         Raises OutputError when the disk has not the space for it.
         """
         check_space(self.target, self.planned.size)
-        return self._result(self.seconds, (), dry=True)
+        return self._result(self.seconds)
 
     def run(self, progress: Progress | None = None) -> MergeResult:
         """Write the output; `progress(done, total)` is told the bytes. Raises what `merge` raises."""
@@ -365,12 +366,14 @@ class Plan:
         with plan.output.reserve(
             self.target, {**plan.small_files, **sizes}, overwrite=self.overwrite
         ) as reserved:
-            execute(plan, reserved.path_of, self.pace, self.device, progress, shown_as=self.target)
+            shares = execute(plan, reserved.path_of, self.pace, self.device, progress, shown_as=self.target)
             reserved.commit()
             swept = reserved.swept
-        return self._result(self.seconds + time.perf_counter() - started, swept)
+        return self._result(self.seconds + time.perf_counter() - started, swept, shares)
 
-    def _result(self, seconds: float, swept: tuple[str, ...], *, dry: bool = False) -> MergeResult:
+    def _result(
+        self, seconds: float, swept: tuple[str, ...] = (), shares: Shares | None = None
+    ) -> MergeResult:
         plan, request = self.planned, self.recipe.request
         has = request.merge_method.weights
         return MergeResult(
@@ -389,8 +392,12 @@ class Plan:
             notes=(*plan.decided.notes, *swept),
             runs=sum(len(file.runs) for file in plan.files),
             recipe=plan.described,
-            dry_run=dry,
-            loras=plan.loras,
+            dry_run=shares is None,
+            loras=tuple(
+                {**lora, "change": shares.of(number) if shares else {}}
+                for number, lora in enumerate(plan.loras)
+            ),
+            change=shares.of(None) if shares else {},
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,10 @@ class MergeResult:
     `weights` is what each block took (None: left out of the merge); `bytes` is the output's size; `notes` are
     texts for the user about everything that was decided for them. `preset` is the preset's name, if one was
     asked for. `recipe` decides the output, given the models, as its metadata has it; models, a VAE file and
-    configs are there by name, without folders. `loras` say of each LoRA its name, kind, strength, blocks, and
-    how many of its modules met a tensor.
+    configs are there by name, without folders. `loras` say of each LoRA its name, kind, strength, blocks,
+    how many of its modules met a tensor, and as ``"change"`` how large what it adds is in each block that it
+    changes: ‖ΔW‖/‖W‖, ‖W‖ being that of the weights that any LoRA changes there. `change` is that of all
+    together. None stands for what is not known, where one LoRA looks at weights that another has changed.
     """
 
     output: Path
@@ -55,6 +57,7 @@ class MergeResult:
     recipe: Mapping[str, Any]
     dry_run: bool = False
     loras: tuple[Mapping[str, Any], ...] = ()
+    change: Mapping[str, float | None] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain data, ready for JSON, with the keys of `docs/json.md`."""

@@ -18,6 +18,7 @@ _E4M3FN_OVERFLOW = 464.0
 _BLOCK = 1 << 19  # elements whose intermediate values stay in a processor's cache
 # The same of a GPU's, which it also keeps busy.
 _DEVICE_BLOCK = 1 << 22
+_CACHED = 1 << 16  # elements that stay in the cache that is a processor's own
 # Elements of a tensor that are widened at once, where a method goes through it more than once.
 _SLAB = 1 << 18
 _DEVICE_SLAB = 1 << 22  # the same on a GPU
@@ -106,10 +107,25 @@ def scratch_like(place: str, tensor: torch.Tensor) -> torch.Tensor:
 
 def widened(place: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return a contiguous copy of a tensor in `dtype`, in the scratch memory of that `place`."""
-    if dtype == torch.float64 and tensor.dtype == torch.float16 and tensor.device.type == "cpu":
-        tensor = widened("float32", tensor, torch.float32)  # from there torch takes a quarter of the time
     copy = scratch(place, tensor.numel(), dtype, tensor.device)
-    return (copy if tensor.dim() == 1 else copy.view(tensor.shape)).copy_(tensor)
+    return widen_into(copy if tensor.dim() == 1 else copy.view(tensor.shape), tensor)
+
+
+def widen_into(out: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor into one of a wider dtype."""
+    if out.dtype == torch.float64 and tensor.dtype == torch.float16 and tensor.device.type == "cpu":
+        tensor = widened("float32", tensor, torch.float32)  # from there torch takes a quarter of the time
+    return out.copy_(tensor)
+
+
+def sum_of_squares(tensor: torch.Tensor) -> torch.Tensor:
+    """Return Σx² of a flat tensor, float64, to the precision of float32 within blocks."""
+    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    if tensor.dtype == wide:
+        return torch.dot(tensor, tensor)
+    blocks = (widened("squares", block, wide) for block in torch.split(tensor, _CACHED))
+    sums = [torch.dot(block, block) for block in blocks]
+    return torch.stack(sums).sum(dtype=exact_dtype(tensor.device))
 
 
 def exactly(place: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from rich.text import Text
 from blockmerge.anatomy import FAMILIES
 from blockmerge.errors import bytes_text, counted, listing, shown
 from blockmerge.rendering.tables import print_table
-from blockmerge.rendering.u_net import WeightsU
+from blockmerge.rendering.u_net import SharesU, WeightsU
 
 if TYPE_CHECKING:
     from blockmerge.inspecting import CheckResult, Inspection, ListedTensor, Part
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from blockmerge.weights import Preset
 
 _DESCRIPTION = 24  # columns that a description has at least
+_MOST_LORAS = 6  # of which each has a line
 
 _SEVERITY_STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
@@ -40,6 +41,8 @@ def print_merge(console: Console, result: MergeResult) -> None:
     _line(console, Text(", ".join(_counts(result))))
     for note in result.notes:
         _line(console, Text(f"- {note}"))
+    if result.change:
+        _print_change(console, result)
     if result.dry_run:
         _line(
             console,
@@ -83,6 +86,16 @@ def print_inspection(console: Console, found: Inspection) -> None:
     for key, value in found.metadata.items():
         _line(console, Text.assemble((f"{shown(key)}: ", "bold"), shown(value, 400)))
     _print_tensors(console, found.tensors or {})
+
+
+def _print_change(console: Console, result: MergeResult) -> None:
+    """Print how large what LoRAs change is in each block, along the U; of each, where there are a few."""
+    every = dict.fromkeys(FAMILIES[result.family].blocks, 0.0)
+    _line(console, Text("what the LoRAs change, in percent of the weights: ‖ΔW‖/‖W‖"))
+    console.print(SharesU({**every, **result.change}))
+    for lora in result.loras if 1 < len(result.loras) <= _MOST_LORAS else ():
+        each = (f"{block} {share:.1%}" for block, share in lora["change"].items() if share is not None)
+        _line(console, Text.assemble((shown(lora["name"]), "bold"), f"  {', '.join(each)}"))
 
 
 def _print_tensors(console: Console, tensors: Mapping[str, ListedTensor]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from blockmerge.anatomy import Anatomy
@@ -50,7 +51,11 @@ class PlannedOutput:
 
     def tensor(self, name: str) -> OutputTensor:
         """What an output tensor is."""
-        return next(one for one in self.decided.tensors if one.name == name)
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> Mapping[str, OutputTensor]:
+        return {one.name: one for one in self.decided.tensors}
 
     def inputs_of(self, name: str) -> Iterator[Stored]:
         """Yield the stored tensors that an output tensor is made from."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from blockmerge.checkpoints import Checkpoint, TensorInfo
 from blockmerge.dtypes import size_of
@@ -198,9 +199,17 @@ class PlannedFile:
 
     def tensors_between(self, start: int, stop: int) -> Iterator[tuple[str, TensorInfo]]:
         """Yield the tensors that overlap the bytes [start, stop)."""
-        for name, info in self.tensors.items():
-            if info.offset < stop and info.offset + info.nbytes > start:
+        index = max(0, bisect_right(self._by_place, start, key=lambda one: one[1].offset) - 1)
+        while index < len(self._by_place) and self._by_place[index][1].offset < stop:
+            name, info = self._by_place[index]
+            if info.offset + info.nbytes > start:
                 yield name, info
+            index += 1
+
+    @cached_property
+    def _by_place(self) -> Sequence[tuple[str, TensorInfo]]:
+        """The tensors from the first byte to the last; those without bytes before others."""
+        return sorted(self.tensors.items(), key=lambda one: (one[1].offset, one[1].nbytes))
 
 
 def known_bytes(data: bytes) -> Known:
