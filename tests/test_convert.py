@@ -277,27 +277,25 @@ def widened(state, channels):
     return {**state, FIRST: torch.cat([state[FIRST], kernel], 1)}
 
 
-@pytest.mark.parametrize(("family", "channels", "variant"), [
-    ("sd1", 9, "inpainting"), ("sd1", 8, "pix2pix"), ("sd2", 9, "inpainting"), ("sd2", 5, "depth"), ("sdxl", 9, "inpainting"),
+@pytest.mark.parametrize(("family", "channels", "variant", "one", "other"), [
+    ("sd1", 9, "inpainting", "safetensors", "folder"), ("sd1", 8, "pix2pix", "folder", "zip"),
+    ("sd2", 9, "inpainting", "zip", "safetensors"), ("sd2", 5, "depth", "safetensors", "zip"),
+    ("sdxl", 9, "inpainting", "folder", "safetensors"),
 ])  # fmt: skip
 def test_variants_merge_with_normal_models_either_side_in_any_form(
-    small, tmp_path, family, channels, variant
+    small, tmp_path, family, channels, variant, one, other
 ):
     a, b = small(0, family), small(1, family)
     wide = widened(b, channels)
     wanted_first = torch.cat([torch.lerp(a[FIRST], b[FIRST], 0.5), wide[FIRST][:, 4:]], 1)
-    forms = {form: (write(a, tmp_path / f"a-{form}", form, family), write(wide, tmp_path / f"wide-{form}", form, family))
-             for form in ("safetensors", "zip", "folder")}  # fmt: skip
-    namings = itertools.cycle(["ldm", "diffusers", "diffusers", "ldm"])
-    for one, other in (("safetensors", "folder"), ("folder", "zip"), ("zip", "safetensors")):
-        for paths in ((forms[one][0], forms[other][1]), (forms[one][1], forms[other][0])):
-            naming = next(namings)
-            output = tmp_path / ("out" if naming == "diffusers" else "out.safetensors")
-            result = blockmerge.merge(*paths, weights=0.5, output=output, naming=naming, overwrite=True)
-            assert result.variant == blockmerge.inspect(output).variant == variant
-            first = read(output)["unet/conv_in.weight" if naming == "diffusers" else FIRST]
-            torch.testing.assert_close(first, wanted_first, rtol=1e-5, atol=1e-7)
-            assert torch.equal(first[:, 4:], wide[FIRST][:, 4:])
+    paths = write(a, tmp_path / "a", one, family), write(wide, tmp_path / "wide", other, family)
+    for naming, given in (("ldm", paths), ("diffusers", paths[::-1])):
+        output = tmp_path / ("out" if naming == "diffusers" else "out.safetensors")
+        result = blockmerge.merge(*given, weights=0.5, output=output, naming=naming)
+        assert result.variant == blockmerge.inspect(output).variant == variant
+        first = read(output)["unet/conv_in.weight" if naming == "diffusers" else FIRST]
+        torch.testing.assert_close(first, wanted_first, rtol=1e-5, atol=1e-7)
+        assert torch.equal(first[:, 4:], wide[FIRST][:, 4:])
 
 
 def test_an_ema_copy_of_the_first_convolution_has_its_channels_too(small, tmp_path):

@@ -15,7 +15,7 @@ import pytest
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("rounds", "kind"), [(15, "native"), (8, "bare")])
+@pytest.mark.parametrize(("rounds", "kind"), [(9, "native"), (6, "bare")])
 def test_killed_merges_leave_no_bad_file(big_pair, tmp_path, rounds, kind):
     script = Path(__file__).parent / "kill_merges.py"
     arguments = [sys.executable, str(script), *map(str, big_pair), str(tmp_path), str(rounds), kind]

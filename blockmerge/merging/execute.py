@@ -129,6 +129,14 @@ def _threads(file: PlannedFile, pace: Pace) -> int:
     return max(1, min(threads, FACTORS_MEMORY // max(1, factors)))
 
 
+def _piece_bytes(file: PlannedFile, pace: Pace) -> int:
+    """How large a piece is: twice as large where most is changed by factors, which are made ready for each
+    piece anew.
+    """
+    by_tiles = sum(run.stop - run.start for run in file.runs if run.program.goes_by_tiles)
+    return 2 * pace.piece_bytes if 2 * by_tiles > file.size else pace.piece_bytes
+
+
 def _part_of(progress: Progress | None, before: int, total: int) -> Progress | None:
     return progress and (lambda done, _: progress(before + done, total))
 
@@ -180,7 +188,7 @@ class _Job:
         self.nonfinite: set[str] = set()
         self.lock = threading.Lock()
         self.torch_threads = TorchThreads()
-        self._pieces = list(file.pieces(pace.piece_bytes))
+        self._pieces = list(file.pieces(_piece_bytes(file, pace)))
         self._threads = min(_threads(file, pace), len(self._pieces))
         self.lends = self._threads > processors()
         self._large = threading.BoundedSemaphore(processors())
