@@ -347,10 +347,11 @@ def whole():
 
 @pytest.fixture(scope="module")
 def loras(whole):
-    """Three LoRAs with modules of all sorts."""
+    """Three LoRAs with modules of all sorts, one of a rank that libraries multiply in several blocks."""
     places = list(SDXL.values())
+    large = Factors(shape_of(SDXL["projection"], whole)).lora(rank=600)
     return [
-        (lora_for(places, whole), 0.8),
+        (lora_for(places, whole) | {SDXL["projection"]: large}, 0.8),
         (lora_for(places[:3], whole, "loha") | lora_for(places[3:], whole, "lokr whole, product"), -0.5),
         (lora_for(places[:3], whole, "oft") | lora_for(places[3:], whole, "dora"), 0.3),
     ]

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 import blockmerge
+from blockmerge.expressions import Known, LowRank
 from tests.commands import ok
 from tests.lora_oracle import KINDS, NO_BIAS, baked, written
-from tests.small_models import write_folder
-from tests.test_bake import EVERYWHERE, SDXL, lora_for, model_of
+from tests.small_models import small_model, write_folder
+from tests.test_bake import EVERYWHERE, FAMILIES, SDXL, lora_for, model_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -131,3 +132,40 @@ def test_none_before_it_is_done_and_of_weights_that_are_nothing(sdxl, tmp_path, 
     empty = {name: one * 0 if name == PLACES[0].weight else one for name, one in sdxl.items()}
     result = bake(empty, [(lora_for(PLACES[:1], sdxl), 1)], tmp_path)
     assert result.change == {"M00": None}
+
+
+@pytest.mark.parametrize("channels", [(9, 4), (4, 9)])
+def test_different_input_channels_of_one_convolution_are_not_known(tmp_path, channels):
+    where = FAMILIES["sd1"][-1]
+    model = small_model("sd1")
+    usual = lora_for([where], model)
+    model[where.weight] = torch.randn(8, 9, 3, 3, generator=torch.Generator().manual_seed(0)).half()
+    own = lora_for([where], model, seed=5)
+    loras = [({4: usual, 9: own}[count], 0.5) for count in channels]
+    result = bake(model, loras, tmp_path)
+    assert result.change == {"IN00": None}
+    assert [said["change"] for said in result.loras] == [{"IN00": None}, {"IN00": None}]
+
+
+def test_what_is_not_finite_is_not_known(sdxl, tmp_path):
+    lora = lora_for(PLACES[:1], sdxl)
+    parts = lora[PLACES[0]]
+    parts["lora_up.weight"] = parts["lora_up.weight"] * math.nan
+    result = bake(sdxl, [(lora, 1)], tmp_path, allow_nonfinite=True)
+    assert result.change == {"M00": None}
+
+
+def test_a_part_of_a_product_is_as_large_as_its_rows():
+    """Whose rows lie within tiles."""
+    generator = torch.Generator().manual_seed(0)
+    up, down = torch.randn(600, 4, generator=generator), torch.randn(4, 1024, generator=generator)
+    factors = [Known(one.numpy().tobytes(), "F32", tuple(one.shape)) for one in (up, down)]
+    whole = LowRank((600, 1024), "F32", ups=(factors[0],), downs=(factors[1],), scales=(0.5,))
+    for start, stop in ((0, 600), (0, 200), (200, 400), (170, 555)):
+        part = whole.part(start, stop)
+        given = []
+        for place, factor in enumerate((up, down)):
+            begin, shape = part.read(place, 0, part.elements)
+            given.append(factor.view(-1)[begin : begin + math.prod(shape)].view(shape))
+        wanted = (0.5 * up[start:stop].double() @ down.double()).square().sum()
+        assert part.squares(given).item() == pytest.approx(wanted.item(), rel=1e-5)

@@ -130,16 +130,17 @@ def _with(
     """A module's own weight with all changes; those that look at it, at what the ones before have left."""
     if not modules:
         return Cast(tensor, dtype)
-    together = [list(group) for _, group in groupby(modules, lambda one: _alike(one.module, tensor))]
+    together = [list(group) for _, group in groupby(modules, lambda one: _alike(one.module, tensor, terms))]
     for number, group in enumerate(together):
         is_last = number == len(together) - 1
         tensor = _step(tensor, group, terms, dtype if is_last else wide, wide)
     return tensor
 
 
-def _alike(module: Module, tensor: Expression) -> tuple[int, int | None]:
+def _alike(module: Module, tensor: Expression, terms: _MakeTerms) -> tuple[int, int | None]:
     """What is the same of modules whose changes are added at once; one that looks at the weight is alone."""
-    return module.inputs_of(tensor.shape), id(module) if module.looks_at_weights else None
+    is_alone = module.looks_at_weights and terms is _weight_terms
+    return module.inputs_of(tensor.shape), id(module) if is_alone else None
 
 
 def _step(

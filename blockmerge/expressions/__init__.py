@@ -4,7 +4,7 @@ Frozen, and without torch until computed.
 """
 
 from blockmerge.expressions.arrangements import Arrangement, Joined, Part, Reshaped, Transposed, is_arranged
-from blockmerge.expressions.changed import Changed, Squares, Stepped
+from blockmerge.expressions.changed import Changed, Stepped
 from blockmerge.expressions.changes import Change, Contracted, Hadamard, Kronecker, LowRank
 from blockmerge.expressions.computed import (
     Cast,
@@ -26,6 +26,7 @@ from blockmerge.expressions.program import (
     operands_of,
     products_in,
 )
+from blockmerge.expressions.squares import Squares
 from blockmerge.expressions.weight_changes import (
     Decomposed,
     Generalised,

@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from blockmerge.dtypes import size_of, torch_dtype
-from blockmerge.expressions.arrangements import Reshaped, Transposed
+from blockmerge.expressions.arrangements import Joined, Part, Reshaped, Transposed
 from blockmerge.expressions.changes import Change, LowRank, Prepared, Tile, parts_of
 from blockmerge.expressions.computed import Cast
 from blockmerge.expressions.expression import Expression, Shape
+from blockmerge.expressions.squares import Squares
 from blockmerge.expressions.weight_changes import WeightChange
 
 if TYPE_CHECKING:
     import torch
 
 
-class Squares(NamedTuple):
-    """Sums of squares, on the device that they were computed on: of a weight, of all that is added to it, and
-    of what each source adds. None or nothing where only the rest was looked at.
-
-    `is_later` says that another step has changed the weight before, so that it is not the model's.
-    """
-
-    weight: torch.Tensor | None = None
-    total: torch.Tensor | None = None
-    each: Mapping[int, torch.Tensor] = MappingProxyType({})
-    is_later: bool = False
+_Summed = int | str
+"""What squares are of: ``"weight"``, ``"total"``, or the number of a source."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +73,7 @@ class Changed(Expression):
         found = zip(map(_product_in, self.changes), self.sources, strict=False)
         return tuple((product, sources) for product, sources in found if product)
 
-    def squares_of_products(self, inputs: Sequence[Sequence[torch.Tensor]]) -> Squares:
+    def squares_of_products(self, inputs: Iterable[Sequence[torch.Tensor]]) -> Squares:
         """How large the products are; `inputs` are the factors of each, or what of them `read` says. The
         total is there where they are one, and nothing else is added.
         """
@@ -92,7 +83,8 @@ class Changed(Expression):
             squares = product.squares(factors)
             each |= {source: squares[part, part] for part, source in enumerate(sources)}
             total = squares.sum()
-        return Squares(None, total if len(self.changes) == 1 else None, each, _is_changed(self.base))
+        total = total if len(self.changes) == 1 else None
+        return Squares(None, total, each, _is_changed(self.base), _is_torn(self.base))
 
     def compute(self, inputs: Sequence[Any], out: torch.Tensor, first: int) -> None:
         """Add up, and round."""
@@ -100,71 +92,63 @@ class Changed(Expression):
 
     def compute_measured(self, inputs: Sequence[Any], out: torch.Tensor, first: int) -> Squares:
         """The same, and say how large it all is, but for what `squares_of_products` tells."""
+        sums: dict[_Summed, list[torch.Tensor]] = defaultdict(list)
+        self._add_up(inputs, out, first, sums)
+        found = {what: _sum(some) for what, some in sums.items()}
         is_later = _is_changed(self.base)
-        is_told = len(self.changes) == len(self.products) == 1
-        total, each = (None, {}) if is_told else self._measured(inputs[1:], out.view(-1), first)
-        of_weight: list[torch.Tensor] = []
-        self._add_up(inputs, out, first, None if is_later else of_weight)
-        return Squares(None if is_later else _sum(of_weight), total, each, is_later)
+        weight = found.pop("weight")
+        return Squares(
+            None if is_later else weight,
+            found.pop("total", None),
+            {source: one for source, one in found.items() if isinstance(source, int)},
+            is_later,
+            _is_torn(self.base),
+        )
 
     def _add_up(
-        self, inputs: Sequence[Any], out: torch.Tensor, first: int, squares: list[torch.Tensor] | None
+        self,
+        inputs: Sequence[Any],
+        out: torch.Tensor,
+        first: int,
+        sums: dict[_Summed, list[torch.Tensor]] | None,
     ) -> None:
-        """Tile by tile, which stays in a cache, where there are factors; `squares` get those of the
-        weight.
-        """
-        from blockmerge.methods.arithmetic import round_into, sum_of_squares, widen_into
-        from blockmerge.methods.elementwise import add_changes
+        """Tile by tile, which stays in a cache. `sums` gets the squares of each, by what they are of."""
+        from blockmerge.methods.arithmetic import round_into, widen_into, widened
 
         base, *given = inputs
-        weight, flat = base.view(-1), out.view(-1)
-        if self._tiling is None:
-            if squares is not None:
-                squares.append(sum_of_squares(weight))
-            add_changes(base, given, self.scales, out=out)
-            return
+        flat = out.view(-1)
         tiles = list(self._tiles(first, len(flat)))
-        terms = [
-            _Term(change, scale, one, first, flat, tiles)
-            for change, scale, one in zip(self.changes, self.scales, given, strict=True)
-        ]
-        parts = zip(parts_of(weight, tiles), parts_of(flat, tiles), strict=True)
+        terms = self._terms(given, first, flat, tiles)
+        # A product alone is added to the weight in one go; of several changes, the sum is wanted first.
+        is_alone = len(self.changes) == len(self.products) == 1
+        parts = zip(parts_of(base.view(-1), tiles), parts_of(flat, tiles), strict=True)
         for number, (before, after) in enumerate(parts):
-            total = self._memory(tiles[number], out)
-            inside = total
-            if len(before) != len(total):
-                inside = total.zero_()[tiles[number].inside]
-            widen_into(inside, before)
-            if squares is not None:
-                squares.append(sum_of_squares(inside))
-            for term in terms:
-                term.add(number, total)
+            total = self._memory(tiles[number], inputs, flat)
+            inside = total if len(before) == len(total) else total[tiles[number].inside]
+            if not is_alone or inside is not total:
+                total.zero_()
+            weight = inside if is_alone else widened("weight", before, total.dtype)
+            if is_alone:
+                widen_into(inside, before)
+            _note(sums, "weight", weight)
+            for source, some in terms.items():
+                _add(some, source, number, total, tiles[number], sums)
+            if not is_alone:
+                _note(sums, "total", inside)
+                inside.add_(weight)
             round_into(after, inside)
 
-    def _measured(
-        self, given: Sequence[Any], flat: torch.Tensor, first: int
-    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """The squares of all that is added to a stretch, and of what each source adds, but for products."""
-        from blockmerge.methods.arithmetic import scratch_like, sum_of_squares
-
-        tiles = list(self._tiles(first, len(flat)))
+    def _terms(
+        self, given: Sequence[Any], first: int, flat: torch.Tensor, tiles: Sequence[Tile]
+    ) -> dict[int | None, list[_Term]]:
+        """What is added, by its source; None for products, whose squares their factors tell."""
         terms: dict[int | None, list[_Term]] = defaultdict(list)
-        for change, scale, one, sources in zip(self.changes, self.scales, given, self.sources, strict=True):
-            source = None if _product_in(change) else sources[0]
+        each = zip(self.changes, self.scales, given, strict=True)
+        for number, (change, scale, one) in enumerate(each):
+            is_told = _product_in(change) or not self.sources
+            source = None if is_told else self.sources[number][0]
             terms[source].append(_Term(change, scale, one, first, flat, tiles))
-        of_all: list[torch.Tensor] = []
-        of_each: dict[int, list[torch.Tensor]] = {source: [] for source in terms if source is not None}
-        for number, tile in enumerate(tiles):
-            total = self._memory(tile, flat).zero_()
-            for source, some in terms.items():
-                of_source = scratch_like("source", total).zero_()
-                for term in some:
-                    term.add(number, of_source)
-                if source is not None:
-                    of_each[source].append(sum_of_squares(of_source[tile.inside]))
-                total.add_(of_source)
-            of_all.append(sum_of_squares(total[tile.inside]))
-        return _sum(of_all), {source: _sum(some) for source, some in of_each.items()}
+        return terms
 
     @cached_property
     def _tiling(self) -> Change | None:
@@ -176,13 +160,13 @@ class Changed(Expression):
         whole = Tile(slice(0, elements), slice(0, elements))
         return self._tiling.tiles(first, elements) if self._tiling else (whole,)
 
-    def _memory(self, tile: Tile, out: torch.Tensor) -> torch.Tensor:
+    def _memory(self, tile: Tile, inputs: Sequence[Any], out: torch.Tensor) -> torch.Tensor:
         """Memory to add up a tile in."""
         from blockmerge.methods.arithmetic import scratch, wide_dtype
 
         rows = tile.rows.stop - tile.rows.start
         if not self._tiling:
-            return scratch("tile", rows, wide_dtype(out, out), out.device)
+            return scratch("tile", rows, wide_dtype(*inputs, out), out.device)
         dtype = torch_dtype(self._tiling.dtype, out.device)
         return scratch("tile", rows * self._tiling.width, dtype, out.device)
 
@@ -269,28 +253,26 @@ class Stepped(Expression):
 
     def compute(self, inputs: Sequence[Any], out: torch.Tensor, first: int) -> None:
         """Add the change, and round."""
-        from blockmerge.methods.elementwise import add_changes
+        self.compute_measured(inputs, out, first, is_asked=False)
 
-        change = self._computed(inputs, out, first)
-        add_changes(inputs[0], [change], (self.strength,), out=out)
-
-    def compute_measured(self, inputs: Sequence[Any], out: torch.Tensor, first: int) -> Squares:
+    def compute_measured(
+        self, inputs: Sequence[Any], out: torch.Tensor, first: int, *, is_asked: bool = True
+    ) -> Squares:
         """The same, and say how large it all is."""
-        from blockmerge.methods.arithmetic import sum_of_squares
-
-        is_later = _is_changed(self.change.weight)
-        weight = None if is_later else sum_of_squares(inputs[0].view(-1))
-        total = sum_of_squares(self._computed(inputs, out, first).view(-1)) * self.strength**2
-        self.compute(inputs, out, first)
-        return Squares(weight, total, {self.source: total}, is_later)
-
-    def _computed(self, inputs: Sequence[Any], out: torch.Tensor, first: int) -> torch.Tensor:
-        from blockmerge.methods.arithmetic import scratch
+        from blockmerge.methods.arithmetic import scratch, sum_of_squares
+        from blockmerge.methods.elementwise import add_changes
 
         held = scratch("change", out.numel(), torch_dtype(self.change.dtype, out.device), out.device)
         change = held.view(out.shape)
         self.change.compute(inputs, change, first)
-        return change
+        found = Squares()
+        if is_asked:
+            weight, is_later = self.change.weight, _is_changed(self.change.weight)
+            total = sum_of_squares(held) * self.strength**2
+            of_weight = None if is_later else sum_of_squares(inputs[0].view(-1))
+            found = Squares(of_weight, total, {self.source: total}, is_later, _is_torn(weight))
+        add_changes(inputs[0], [change], (self.strength,), out=out)
+        return found
 
     def simplified(self) -> Expression:
         """A weight that was widened for the change is widened there."""
@@ -301,6 +283,32 @@ class Stepped(Expression):
 
     def _said(self) -> Sequence[str]:
         return [f"{self.strength} × {self.change}", self.dtype]
+
+
+def _add(
+    terms: Sequence[_Term],
+    source: int | None,
+    number: int,
+    total: torch.Tensor,
+    tile: Tile,
+    sums: dict[_Summed, list[torch.Tensor]] | None,
+) -> None:
+    """Add what one source adds to a tile: apart first, as its squares are wanted."""
+    from blockmerge.methods.arithmetic import scratch_like
+
+    apart = total if source is None else scratch_like("source", total).zero_()
+    for term in terms:
+        term.add(number, apart)
+    if source is not None:
+        _note(sums, source, apart[tile.inside])
+        total.add_(apart)
+
+
+def _note(sums: dict[_Summed, list[torch.Tensor]] | None, what: _Summed, values: torch.Tensor) -> None:
+    from blockmerge.methods.arithmetic import sum_of_squares
+
+    if sums is not None:
+        sums[what].append(sum_of_squares(values))
 
 
 def _sum(numbers: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -314,6 +322,12 @@ def _product_in(change: Expression) -> LowRank | None:
     while isinstance(change, (Transposed, Reshaped)):
         [change] = change.inputs
     return change if isinstance(change, LowRank) else None
+
+
+def _is_torn(weight: Expression) -> bool:
+    """Whether a weight that was changed before was so in other input channels."""
+    is_cut = isinstance(weight, (Part, Joined)) and weight.axis == 1
+    return (is_cut and _is_changed(weight)) or any(map(_is_torn, weight.inputs))
 
 
 def _is_changed(weight: Expression) -> bool:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _TILE = 5 << 15  # elements, of which all that is computed with them stays in a cache
 _LEAST_ROWS = 16
+_ONE_BLOCK = 128  # of a rank: libraries add up products in blocks of some hundreds, each to what is there
 _ALIGNED = 64  # bytes: as torch's own memory is
 
 
@@ -233,8 +234,12 @@ class LowRank(Change):
         torch.mm(factors.by_rows[0], factors.whole[0], out=out)
 
     def add(self, factors: Prepared, total: torch.Tensor) -> None:
-        """Multiply and add in one go."""
-        total.addmm_(factors.by_rows[0], factors.whole[0])
+        """Multiply and add, in one go where that gives the same: ranks that are multiplied in one block."""
+        [up], [down] = factors.by_rows, factors.whole
+        if len(down) <= _ONE_BLOCK:
+            total.addmm_(up, down)
+        else:
+            super().add(factors, total)
 
     def squares(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """⟨Cᵢ, Cⱼ⟩ of the products C, from the factors alone: [parts, parts]. Inputs are what `read` says.
@@ -245,6 +250,9 @@ class LowRank(Change):
 
         dtype = torch_dtype(self.dtype, inputs[0].device)
         [up], [down] = self._made_ready(inputs, inputs[0].new_empty(0, dtype=dtype))
+        # What is read begins with a tile.
+        begin = self.begin // self.width - self._rows_for(0, self.elements).start
+        up = up[begin : begin + self.elements // self.width]
         inner = (up.T @ up).mul_(down @ down.T)
         ranks = [one.shape[0] for one in self.downs]
         over_rows = torch.stack([one.sum(0) for one in torch.split(inner, ranks)])

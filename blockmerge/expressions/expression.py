@@ -6,12 +6,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from blockmerge.dtypes import size_of
 
 if TYPE_CHECKING:
     import torch
+
+    from blockmerge.expressions.squares import Squares
 
 Shape = tuple[int, ...]
 
@@ -76,6 +78,11 @@ class Expression(ABC):
         ``"row"`` with some entries of the first axis only, and `first` is 0.
         """
 
+    def compute_measured(self, inputs: Sequence[Any], out: torch.Tensor, first: int) -> Squares | None:
+        """The same, and say how large what is added to a weight is, where that is done here."""
+        self.compute(inputs, out, first)
+        return None
+
     @property
     def is_chance(self) -> bool:
         """Whether the values depend on their place in the tensor."""
@@ -83,12 +90,14 @@ class Expression(ABC):
 
     @property
     def is_measured(self) -> bool:
-        """Whether it is a weight with changes that says how large these are: it has `measured`."""
+        """Whether it is a weight with changes, and `compute_measured` says how large these are."""
         return False
 
     @property
     def goes_by_tiles(self) -> bool:
-        """Whether it goes through a large stretch in small steps by itself, and holds nothing for it."""
+        """Whether it goes through a large stretch in small steps by itself, and of its intermediate values
+        holds none for all of it.
+        """
         return False
 
     @property

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from blockmerge.dtypes import torch_dtype
 from blockmerge.expressions.arrangements import Arrangement, is_arranged
-from blockmerge.expressions.changed import Changed, Squares, Stepped
+from blockmerge.expressions.changed import Changed
 from blockmerge.expressions.computed import Dequantised, Merged
 from blockmerge.expressions.expression import LOCALITIES, Expression, Locality, Shape
 from blockmerge.expressions.leaves import Leaf
+from blockmerge.expressions.squares import Squares
 from blockmerge.methods import Method
 
 if TYPE_CHECKING:
@@ -225,10 +226,10 @@ class _Run:
             out.copy_(self.operands[node.number])
             return
         given = self._given(node, out, first, place)
-        if self.measured is not None and isinstance(node, (Changed, Stepped)) and node.is_measured:
-            self.measured.append(node.compute_measured(given, out, first))
-        else:
+        if self.measured is None:
             node.compute(given, out, first)
+        elif (squares := node.compute_measured(given, out, first)) is not None:
+            self.measured.append(squares)
 
     def _given(self, node: Expression, out: torch.Tensor, first: int, place: str) -> list[Any]:
         """What a step is made from."""
@@ -327,7 +328,8 @@ def methods_of(expression: Expression) -> Iterator[Method]:
 
 def products_in(expression: Expression) -> Iterator[Changed]:
     """Yield the weights of an expression to which products are added."""
-    return (one for one in _nodes(expression) if isinstance(one, Changed) and one.products)
+    found = (one for one in _nodes(expression) if isinstance(one, Changed) and one.products)
+    return iter(dict.fromkeys(found))  # one that is there twice is one
 
 
 def dequantised_in(expression: Expression) -> Iterator[Dequantised]:

@@ -130,11 +130,14 @@ def _threads(file: PlannedFile, pace: Pace) -> int:
 
 
 def _piece_bytes(file: PlannedFile, pace: Pace) -> int:
-    """How large a piece is: twice as large where most is changed by factors, which are made ready for each
-    piece anew.
+    """How large a piece is: twice as large, as far as memory allows, where most is changed by factors, which
+    are made ready for each piece anew.
     """
     by_tiles = sum(run.stop - run.start for run in file.runs if run.program.goes_by_tiles)
-    return 2 * pace.piece_bytes if 2 * by_tiles > file.size else pace.piece_bytes
+    if 2 * by_tiles <= file.size:
+        return pace.piece_bytes
+    most = PIECES_MEMORY // pace.threads // PAGE * PAGE
+    return max(pace.piece_bytes, min(2 * pace.piece_bytes, most))
 
 
 def _part_of(progress: Progress | None, before: int, total: int) -> Progress | None:

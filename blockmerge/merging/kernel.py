@@ -173,17 +173,18 @@ class Kernel:
         if self._shares is None or not self._shares.is_new(name):
             return
         for changed in products_in(self._plan.tensor(name).expression):
-            factors = [
+            factors = (  # one after the other: those of many LoRAs are large
                 [
                     self._read_factor(factor, *product.read(place, 0, product.elements), readers)
                     for place, factor in enumerate(product.inputs)
                 ]
                 for product, _ in changed.products
-            ]
+            )
             self._note(run, [changed.squares_of_products(factors)])
 
+    @staticmethod
     def _read_factor(
-        self, factor: Expression, begin: int, shape: tuple[int, ...], readers: Readers
+        factor: Expression, begin: int, shape: tuple[int, ...], readers: Readers
     ) -> torch.Tensor:
         size = size_of(factor.dtype)
         memory = aligned_buffer(prod(shape) * size)

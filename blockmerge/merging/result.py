@@ -37,7 +37,7 @@ class MergeResult:
     configs are there by name, without folders. `loras` say of each LoRA its name, kind, strength, blocks,
     how many of its modules met a tensor, and as ``"change"`` how large what it adds is in each block that it
     changes: ‖ΔW‖/‖W‖, ‖W‖ being that of the weights that any LoRA changes there. `change` is that of all
-    together. None stands for what is not known, where one LoRA looks at weights that another has changed.
+    together. None stands for what is not known, as where one LoRA looks at weights that another has changed.
     """
 
     output: Path

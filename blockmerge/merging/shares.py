@@ -44,27 +44,27 @@ class Shares:
         """Add what was measured of a stretch of a tensor."""
         steps = [
             (
-                float(one.weight or 0.0),
-                float(one.total or 0.0),
+                0.0 if one.weight is None else float(one.weight),
+                0.0 if one.total is None else float(one.total),
                 {source: float(square) for source, square in one.each.items()},
-                one.is_later,
+                one,
             )
             for one in measured
         ]
         with self._lock:
             sums = self._blocks[self._family.block_of(ldm)]
-            for weight, total, each, is_later in steps:
-                sums.weight += weight
+            for weight, total, each, step in steps:
+                sums.weight += math.nan if step.is_torn else weight
                 # What one step after the other adds may cancel out: the sum of all is not known.
-                sums.total = None if is_later or sums.total is None else sums.total + total
+                sums.total = None if step.is_later or sums.total is None else sums.total + total
                 for source, square in each.items():
                     sums.each[source] += square
 
     def of(self, source: int | None) -> dict[str, float | None]:
         """{block: ‖ΔW‖/‖W‖} of what a source adds, or of all, in the family's order.
 
-        None where that is not known: for weights that are 0, and of all where one source looks at the weights
-        that another has changed.
+        None where that is not known: for weights that are 0 or not finite, of all where one source is added
+        to the weights that another has changed, and where sources change different input channels.
         """
         return {
             block: _share(sums.total if source is None else sums.each[source], sums.weight)
@@ -74,7 +74,7 @@ class Shares:
 
 
 def _share(change: float | None, weight: float) -> float | None:
-    if change is None or not weight > 0:
+    if change is None or not math.isfinite(change) or not weight > 0:
         return None
-    share = math.sqrt(max(0.0, change) / weight)  # products that cancel out leave their rounding
-    return float(f"{share:.6g}") if math.isfinite(share) else None  # digits that do not depend on threads
+    # Products that cancel out leave their rounding; digits that hardly depend on how it was cut.
+    return float(f"{math.sqrt(max(0.0, change) / weight):.5g}")

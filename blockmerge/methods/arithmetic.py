@@ -18,7 +18,7 @@ _E4M3FN_OVERFLOW = 464.0
 _BLOCK = 1 << 19  # elements whose intermediate values stay in a processor's cache
 # The same of a GPU's, which it also keeps busy.
 _DEVICE_BLOCK = 1 << 22
-_CACHED = 1 << 16  # elements that stay in the cache that is a processor's own
+_SUMMED = 1 << 18  # elements of which a sum in float32 is exact enough
 # Elements of a tensor that are widened at once, where a method goes through it more than once.
 _SLAB = 1 << 18
 _DEVICE_SLAB = 1 << 22  # the same on a GPU
@@ -119,13 +119,12 @@ def widen_into(out: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def sum_of_squares(tensor: torch.Tensor) -> torch.Tensor:
-    """Return Σx² of a flat tensor, float64, to the precision of float32 within blocks."""
+    """Return Σx² of a flat tensor: in float32 within blocks, whose sums are added up in float64."""
     wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    if tensor.dtype == wide:
-        return torch.dot(tensor, tensor)
-    blocks = (widened("squares", block, wide) for block in torch.split(tensor, _CACHED))
-    sums = [torch.dot(block, block) for block in blocks]
-    return torch.stack(sums).sum(dtype=exact_dtype(tensor.device))
+    blocks = torch.split(tensor, _SUMMED) if len(tensor) > _SUMMED else (tensor,)
+    wides = (block if block.dtype == wide else widened("squares", block, wide) for block in blocks)
+    sums = [torch.dot(block, block) for block in wides]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(dtype=exact_dtype(tensor.device))
 
 
 def exactly(place: str, tensor: torch.Tensor) -> torch.Tensor:

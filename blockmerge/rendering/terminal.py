@@ -94,8 +94,9 @@ def _print_change(console: Console, result: MergeResult) -> None:
     _line(console, Text("what the LoRAs change, in percent of the weights: ‖ΔW‖/‖W‖"))
     console.print(SharesU({**every, **result.change}))
     for lora in result.loras if 1 < len(result.loras) <= _MOST_LORAS else ():
-        each = (f"{block} {share:.1%}" for block, share in lora["change"].items() if share is not None)
-        _line(console, Text.assemble((shown(lora["name"]), "bold"), f"  {', '.join(each)}"))
+        each = [f"{block} {share:.1%}" for block, share in lora["change"].items() if share is not None]
+        said = ", ".join(each) or ("not known" if lora["change"] else "nothing")
+        _line(console, Text.assemble((shown(lora["name"]), "bold"), f"  {said}"))
 
 
 def _print_tensors(console: Console, tensors: Mapping[str, ListedTensor]) -> None:
