@@ -147,7 +147,7 @@ def test_embeddings_that_travel_along_are_set_aside_and_listed():
 # -- not an adapter ------------------------------------------------------------------------------------------
 
 OTHERS = {
-    "a model": (lambda: make_state_dicts("sd1")[0], "is a model (a checkpoint), not a LoRA: give it as the model"),
+    "a model": (lambda: make_state_dicts("sd1")[0], "is a model (a checkpoint), not a LoRA"),
     "a U-Net": (lambda: {"conv_in.weight": torch.ones(8, 4, 3, 3), "down_blocks.0.x.weight": torch.ones(2)}, "is a model"),
     "a VAE": (lambda: {"decoder.conv_in.weight": torch.ones(2), "encoder.conv_in.weight": torch.ones(2)}, "is a VAE alone, not a LoRA"),
     "an embedding": (lambda: {"emb_params": torch.ones(8, 768)}, "is a textual inversion (an embedding), not a LoRA"),

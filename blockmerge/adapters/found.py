@@ -70,7 +70,7 @@ class Found:
 def _instead(checkpoint: Checkpoint, found: Found) -> str:
     """What a file is that has no module."""
     if _is_model(checkpoint):
-        return "is a model (a checkpoint), not a LoRA: give it as the model"
+        return "is a model (a checkpoint), not a LoRA"
     if (kind := _other_kind(checkpoint)) is not None:
         return f"{kind}, which is not read: {_READ}" if _is_lora(kind) else f"{kind}, not a LoRA"
     alone = lone_component(checkpoint.tensors)

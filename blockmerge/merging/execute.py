@@ -310,7 +310,7 @@ def _explain_nonfinite(plan: PlannedOutput, names: list[str]) -> str:
             makes = f"the method {shown(own[0].name)} makes NaN of finite values"
             cause = f"{makes}, or some too large for {tensor.dtype}"
         why[shown(name)] = cause
-    verb = "merged" if plan.request.changes_values else "converted"
+    verb = "merged" if plan.request.changes_values else "baked" if plan.request.loras else "converted"
     what = "tensors" if len(names) > 1 else "tensor"
     same = len(why) > 1 and len(set(why.values())) == 1
     each = ", ".join(f"{name} ({cause})" for name, cause in why.items())

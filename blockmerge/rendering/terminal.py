@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = 24  # columns that a description has at least
 _MOST_LORAS = 6  # of which each has a line
+_LEAST = 0.0005  # of a weight, that is shown
 
 _SEVERITY_STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
@@ -92,7 +93,11 @@ def _print_change(console: Console, result: MergeResult) -> None:
     """Print how large what LoRAs change is in each block, along the U; of each, where there are a few."""
     every = dict.fromkeys(FAMILIES[result.family].blocks, 0.0)
     _line(console, Text("what the LoRAs change, in percent of the weights: ‖ΔW‖/‖W‖"))
-    console.print(SharesU({**every, **result.change}))
+    # What would be shown as 0.0 % has no bar.
+    large = {
+        block: share if share is None or share >= _LEAST else 0.0 for block, share in result.change.items()
+    }
+    console.print(SharesU({**every, **large}))
     for lora in result.loras if 1 < len(result.loras) <= _MOST_LORAS else ():
         each = [f"{block} {share:.1%}" for block, share in lora["change"].items() if share is not None]
         said = ", ".join(each) or ("not known" if lora["change"] else "nothing")
