@@ -60,8 +60,8 @@ class Changed(Expression):
 
     @property
     def goes_by_tiles(self) -> bool:
-        """Nothing is held but the weight and the factors."""
-        return not self.base.inputs and all(isinstance(one, Change) for one in self.changes)
+        """Nothing is held but the weight and the factors, which are few where there is one change."""
+        return not self.base.inputs and len(self.changes) == 1 and isinstance(self.changes[0], Change)
 
     def takes_apart(self, one: Expression) -> bool:
         """Changes are computed where they are added."""
