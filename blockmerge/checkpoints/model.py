@@ -280,8 +280,11 @@ def _is_nobodys(name: str) -> bool:
 
 
 def _stored_in(tensors: Mapping[str, Expression]) -> Iterator[str]:
-    leaves = (leaf for one in tensors.values() for leaf in leaves_of(one))
-    return (leaf.name for leaf in leaves if isinstance(leaf, Stored))
+    for one in tensors.values():
+        if isinstance(one, Stored):  # nearly all
+            yield one.name
+        else:
+            yield from (leaf.name for leaf in leaves_of(one) if isinstance(leaf, Stored))
 
 
 def _doubles(names: Sequence[str], label: str) -> Iterator[str]:

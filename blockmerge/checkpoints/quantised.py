@@ -148,7 +148,10 @@ def quantised(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo] | None =
 def _words(names: Mapping[str, TensorInfo]) -> dict[str, list[str]]:
     """{last word: the names that end in it}, of the words that quantised models have."""
     found: dict[str, list[str]] = {}
+    endings = tuple(_WORDS)
     for name in names:
+        if not name.endswith(endings):
+            continue
         word = name[len(_layer(name)) :]
         if word in _WORDS:
             found.setdefault(word, []).append(name)

@@ -153,8 +153,8 @@ class Expression(ABC):
 
 def simplify(expression: Expression) -> Expression:
     """Return an expression without what does nothing, from the leaves up."""
-    given = expression.inputs
-    inputs = tuple(map(simplify, given))
-    if given and any(new is not old for new, old in zip(inputs, given, strict=True)):
-        expression = expression.with_inputs(inputs)
+    if given := expression.inputs:
+        inputs = tuple(map(simplify, given))
+        if any(new is not old for new, old in zip(inputs, given, strict=True)):
+            expression = expression.with_inputs(inputs)
     return expression.simplified()

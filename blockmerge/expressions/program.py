@@ -316,32 +316,35 @@ def operands_of(expression: Expression) -> Iterator[Expression]:
             yield from operands_of(one)
 
 
-def leaves_of(expression: Expression) -> Iterator[Expression]:
-    """Yield the leaves of an expression, from left to right."""
-    return (one for one in _nodes(expression) if not one.inputs)
+def leaves_of(expression: Expression) -> Sequence[Expression]:
+    """The leaves of an expression, from left to right."""
+    return [one for one in _nodes(expression) if not one.inputs]
 
 
-def methods_of(expression: Expression) -> Iterator[Method]:
-    """Yield the methods that an expression is merged by, the outermost first."""
-    return (one.method for one in _nodes(expression) if isinstance(one, Merged))
+def methods_of(expression: Expression) -> Sequence[Method]:
+    """The methods that an expression is merged by, the outermost first."""
+    return [one.method for one in _nodes(expression) if isinstance(one, Merged)]
 
 
-def products_in(expression: Expression) -> Iterator[Changed]:
-    """Yield the weights of an expression to which products are added."""
+def products_in(expression: Expression) -> Sequence[Changed]:
+    """The weights of an expression to which products are added."""
     found = (one for one in _nodes(expression) if isinstance(one, Changed) and one.products)
-    return iter(dict.fromkeys(found))  # one that is there twice is one
+    return list(dict.fromkeys(found))  # one that is there twice is one
 
 
-def dequantised_in(expression: Expression) -> Iterator[Dequantised]:
-    """Yield what of an expression is read from codes and their scales, from left to right."""
-    return (one for one in _nodes(expression) if isinstance(one, Dequantised))
+def dequantised_in(expression: Expression) -> Sequence[Dequantised]:
+    """What of an expression is read from codes and their scales, from left to right."""
+    if not expression.inputs:  # which is asked of every tensor
+        return ()
+    return [one for one in _nodes(expression) if isinstance(one, Dequantised)]
 
 
-def _nodes(expression: Expression) -> Iterator[Expression]:
-    left = [expression]
-    while left:
-        yield (one := left.pop())
-        left.extend(reversed(one.inputs))
+def _nodes(expression: Expression) -> Sequence[Expression]:
+    """All that an expression consists of, each before what it is made from."""
+    found = [expression]
+    for one in expression.inputs:
+        found.extend(_nodes(one))
+    return found
 
 
 def _locality(expression: Expression) -> Locality:

@@ -189,7 +189,7 @@ def kept_dtype(tensor: Expression) -> str:
     """The dtype of a tensor that keeps its own: of one that was quantised, bfloat16, as programs compute with
     it.
     """
-    return "BF16" if any(True for _ in dequantised_in(tensor)) else tensor.dtype
+    return "BF16" if dequantised_in(tensor) else tensor.dtype
 
 
 def widest_input(name: str, shapes: Sequence[tuple[int, ...]], family: Family) -> int | None:

@@ -197,15 +197,16 @@ def _weights(weights: BlockWeights, beta: BlockWeights) -> Iterator[str]:
 
 
 def _casts(decisions: Sequence[Decision], written: Sequence[OutputTensor]) -> Iterator[str]:
-    stored_as = {one.ldm: sorted(set(map(_stored_as, one.inputs))) for one in decisions}
-    dtypes = Counter((given, one.dtype) for one in written for given in stored_as[one.ldm])
+    inputs = {one.ldm: one.inputs for one in decisions}
+    dtypes = Counter((given, one.dtype) for one in written for given in set(map(_stored_as, inputs[one.ldm])))
     casts = {pair: count for pair, count in dtypes.items() if pair[0] != pair[1]}
     for (given, wanted), count in sorted(casts.items()):
         yield f"{_tensors_are(count)} converted from {given} to {wanted}"
 
 
 def _stored_as(tensor: Expression) -> str:
-    return next((f"scaled {one.inputs[0].dtype}" for one in dequantised_in(tensor)), tensor.dtype)
+    quantised = dequantised_in(tensor)
+    return f"scaled {quantised[0].inputs[0].dtype}" if quantised else tensor.dtype
 
 
 def _tensors_are(count: int, noun: str = "tensor") -> str:

@@ -99,7 +99,8 @@ def make_plan(models: Sequence[Model], request: MergeRequest, output: Output) ->
 
 def to_gather(tensors: Sequence[OutputTensor]) -> list[Gathered]:
     """What tensors need to be gathered first."""
-    found = (leaf for one in tensors for leaf in leaves_of(one.expression) if isinstance(leaf, Gathered))
+    merged = [one.expression for one in tensors if one.expression.inputs]
+    found = (leaf for one in merged for leaf in leaves_of(one) if isinstance(leaf, Gathered))
     return list(dict.fromkeys(found))
 
 
