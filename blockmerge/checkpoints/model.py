@@ -110,6 +110,16 @@ class Model:
             quantised=how,
         )
 
+    @property
+    def is_file(self) -> bool:
+        """Whether it is there already, and not what a stage of a recipe makes."""
+        return True
+
+    @property
+    def sources(self) -> tuple[Checkpoint, ...]:
+        """All that it is read from."""
+        return (self.source,)
+
     def names_in_file(self, name: str) -> tuple[str, ...]:
         """What the source calls the tensors that one is made of."""
         return tuple(one.name for one in leaves_of(self.tensors[name]) if isinstance(one, Stored))

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any, Self
 
 from blockmerge.checkpoints.checkpoint import Checkpoint, Reader
 from blockmerge.dtypes import size_of, torch_dtype
-from blockmerge.expressions import Arrangement, Expression, Joined, Known, Programs, Stored, is_arranged
+from blockmerge.expressions import (
+    Arrangement,
+    Expression,
+    Figures,
+    Gathered,
+    Joined,
+    Known,
+    Programs,
+    Stored,
+    is_arranged,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,10 +35,12 @@ _MOST_OPEN = 24
 class Readers:
     """One worker's readers. Use as a context manager; not thread-safe.
 
-    The tensor that was last put in order, or computed as a whole, is kept for the next read of it.
+    The tensor that was last put in order, or computed as a whole, is kept for the next read of it. `figures`
+    are what was gathered for tensors that need it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, figures: Figures | None = None) -> None:
+        self._figures = figures or {}
         self._readers = OrderedDict[Checkpoint, Reader]()
         self._arranged: Expression | None = None
         self._bytes = memoryview(b"")
@@ -105,8 +117,12 @@ class Readers:
         data = buffer if is_all else memoryview(bytearray((last - first) * size))
         out = _seen_as_tensor(data, tensor.dtype)
         for begin, elements in program.stretches(first, last - first, last - first):
-            places = (program.stretch(place, begin, elements) for place in range(len(operands)))
-            given = [self._values(one, *where) for one, where in zip(operands, places, strict=True)]
+            given: list[Any] = [
+                self._figures[one]
+                if isinstance(one, Gathered)
+                else self._values(one, *program.stretch(place, begin, elements))
+                for place, one in enumerate(operands)
+            ]
             part = out[begin - first :][:elements]
             program.run(given, program.shaped(part), begin)
         if is_all:

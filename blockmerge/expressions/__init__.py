@@ -4,7 +4,7 @@ Frozen, and without torch until computed.
 """
 
 from blockmerge.expressions.arrangements import Arrangement, Joined, Part, Reshaped, Transposed, is_arranged
-from blockmerge.expressions.changed import Changed, Stepped
+from blockmerge.expressions.changed import Changed, Stepped, unmeasured
 from blockmerge.expressions.changes import Change, Contracted, Hadamard, Kronecker, LowRank
 from blockmerge.expressions.computed import (
     Cast,
@@ -12,6 +12,7 @@ from blockmerge.expressions.computed import (
     Dequantised,
     Figures,
     Gathered,
+    Held,
     Merged,
     Scaled,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "Gathered",
     "Generalised",
     "Hadamard",
+    "Held",
     "Joined",
     "Known",
     "Kronecker",
@@ -75,4 +77,5 @@ __all__ = [
     "operands_of",
     "products_in",
     "simplify",
+    "unmeasured",
 ]

@@ -227,15 +227,15 @@ class Stepped(Expression):
     change: WeightChange
     strength: float
     dtype: str
-    source: int
+    source: int | None
 
     locality = "tensor"
     in_place = True
 
     @property
     def is_measured(self) -> bool:
-        """Always."""
-        return True
+        """It is known whose the change is."""
+        return self.source is not None
 
     @property
     def inputs(self) -> tuple[Expression, ...]:
@@ -270,6 +270,7 @@ class Stepped(Expression):
             weight, is_later = self.change.weight, _is_changed(self.change.weight)
             total = sum_of_squares(held) * self.strength**2
             of_weight = None if is_later else sum_of_squares(inputs[0].view(-1))
+            assert self.source is not None
             found = Squares(of_weight, total, {self.source: total}, is_later, _is_torn(weight))
         add_changes(inputs[0], [change], (self.strength,), out=out)
         return found
@@ -283,6 +284,18 @@ class Stepped(Expression):
 
     def _said(self) -> Sequence[str]:
         return [f"{self.strength} × {self.change}", self.dtype]
+
+
+def unmeasured(expression: Expression) -> Expression:
+    """The same, without saying how large changes are."""
+    if isinstance(expression, Changed):
+        expression = replace(expression, sources=())
+    elif isinstance(expression, Stepped):
+        expression = replace(expression, source=None)
+    inputs = expression.inputs
+    found = tuple(map(unmeasured, inputs))
+    is_same = all(new is old for new, old in zip(found, inputs, strict=True))
+    return expression if is_same else expression.with_inputs(found)
 
 
 def _add(

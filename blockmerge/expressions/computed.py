@@ -62,6 +62,60 @@ class Cast(Expression):
 
 
 @dataclass(frozen=True)
+class Held(Expression):
+    """A tensor of which more digits are held than it would have in a file: what a stage of a recipe makes,
+    which is rounded with the result.
+
+    `kept` is the dtype that it would have in a file. It does nothing, and so is simplified away.
+    """
+
+    tensor: Expression
+    kept: str
+
+    @property
+    def inputs(self) -> tuple[Expression, ...]:
+        """The tensor."""
+        return (self.tensor,)
+
+    def with_inputs(self, inputs: tuple[Expression, ...]) -> Held:
+        """Another tensor that stands for one of that dtype."""
+        return Held(inputs[0], self.kept)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that it is held in."""
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> Shape:
+        """That of the tensor."""
+        return self.tensor.shape
+
+    def compute(self, inputs: Sequence[torch.Tensor], out: torch.Tensor, first: int) -> None:
+        """Copy."""
+        out.copy_(inputs[0])
+
+    def simplified(self) -> Expression:
+        """The tensor; where that was only widened, without that."""
+        if isinstance(self.tensor, Merged):
+            return replace(self.tensor, is_held=True)
+        is_widened = isinstance(self.tensor, Cast) and self.tensor.tensor.dtype == self.kept
+        return self.tensor.tensor if is_widened and isinstance(self.tensor, Cast) else self.tensor
+
+    def rounded(self, dtype: str) -> Expression:
+        """The same in `dtype`, rounded once: where it is computed, if that can be."""
+        return _rounded(self.tensor, dtype)
+
+
+def _rounded(tensor: Expression, dtype: str) -> Expression:
+    if isinstance(tensor, Joined):
+        return Joined(tuple(_rounded(one, dtype) for one in tensor.members), tensor.axis)
+    if isinstance(tensor, Merged):
+        return replace(tensor, dtype=dtype, is_held=False)
+    return replace(tensor, dtype=dtype) if isinstance(tensor, (Cast, Scaled)) else Cast(tensor, dtype)
+
+
+@dataclass(frozen=True)
 class Dequantised(Expression):
     """Codes times their scale, in float32: the weights that were stored as 8-bit floats with a scale.
 
@@ -158,7 +212,7 @@ class Merged(Expression):
 
     `numbers` are the method's own but for the seed, by name. A method of chance has the tensor's `key`, and
     `begin` is the number of the first element in the tensor that it is a part of. One that looks at all
-    tensors first has what it `gathered`.
+    tensors first has what it `gathered`. What a stage of a recipe makes `is_held` until it is rounded.
     """
 
     method: Method
@@ -170,6 +224,7 @@ class Merged(Expression):
     key: int | None = None
     begin: int = 0
     gathered: Expression | None = None
+    is_held: bool = False
 
     @property
     def inputs(self) -> tuple[Expression, ...]:
@@ -190,6 +245,7 @@ class Merged(Expression):
             self.key,
             self.begin,
             None if self.gathered is None else inputs[count],
+            self.is_held,
         )
 
     @property
@@ -224,7 +280,13 @@ class Merged(Expression):
             given.update(key=self.key, position=self.begin + first)
         if self.method.locality == "element" and out.dim() != 1:
             inputs, out = [tensor.reshape(-1) for tensor in inputs], out.view(-1)
-        self.method.function(*inputs, out=out, **given)
+        if not self.is_held:
+            self.method.function(*inputs, out=out, **given)
+            return
+        from blockmerge.methods.arithmetic import held
+
+        with held():
+            self.method.function(*inputs, out=out, **given)
 
     def simplified(self) -> Expression:
         """A method that takes whole rows of its models is these rows, one behind the other."""

@@ -155,12 +155,12 @@ def _ordered_for_loading(pieces: list[Piece], file: PlannedFile) -> list[Piece]:
 
 
 def gather(wanted: Sequence[Gathered], pace: Pace) -> dict[Gathered, object]:
-    """Go through all tensors of each, and return what the methods say of them."""
+    """Go through all tensors of each, and return what the methods say of them; each may need those before."""
     found: dict[Gathered, object] = {}
     for one in wanted:
         from blockmerge.merging.kernel import Gathering
 
-        gathering = Gathering(one)
+        gathering = Gathering(one, found)
         try:
             for_each(
                 enumerate(one.tensors), gathering.worker, min(pace.threads, processors()), gathering.total

@@ -195,8 +195,8 @@ class Kernel:
 class Gathering:
     """A pass over the tensors that a method looks at before it merges the first."""
 
-    def __init__(self, wanted: Gathered) -> None:
-        self._method = wanted.method
+    def __init__(self, wanted: Gathered, figures: Figures) -> None:
+        self._method, self._figures = wanted.method, figures
         self._found: list[Any] = [None] * len(wanted.tensors)
         self.total = sum(first.nbytes for first, *_ in wanted.tensors)
         self.torch_threads = TorchThreads()
@@ -205,7 +205,7 @@ class Gathering:
     def worker(self) -> Iterator[Callable[[tuple[int, tuple[Expression, ...]]], int]]:
         """A worker of the pool: looks at the tensors of one number after the other."""
         self.torch_threads.single_here()
-        with Readers() as readers:
+        with Readers(self._figures) as readers:
 
             def look_at(task: tuple[int, tuple[Expression, ...]]) -> int:
                 number, tensors = task

@@ -120,7 +120,7 @@ def _compute(
     elsewhere: list[Task] = []
     programs = Programs()
     with torch.no_grad():
-        figures = {one: gather(one) for one in to_gather(tensors)}
+        figures = {one: gather(one) for one in to_gather(one.expression for one in tensors)}
         for one in tensors:
             out = merged[one.name] = _empty(models, one)
             is_cpu = out.device.type == "cpu"

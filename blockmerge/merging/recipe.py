@@ -16,12 +16,8 @@ from blockmerge.checkpoints import (
     Checkpoint,
     CheckpointLike,
     DiffusersFolder,
-    Model,
-    Opening,
     check_output,
     check_space,
-    state_dict_name,
-    told_apart,
 )
 from blockmerge.errors import OutputError, RecipeError, counted, reason, shown
 from blockmerge.merging.execute import Pace, execute
@@ -37,6 +33,7 @@ from blockmerge.merging.planning.written import (
 )
 from blockmerge.merging.result import MergeResult
 from blockmerge.merging.shares import Shares
+from blockmerge.merging.tree import Node, open_models
 from blockmerge.streaming import Progress
 from blockmerge.weights import AdjustLike, RulesLike, WeightsLike, WeightsRequest
 
@@ -50,7 +47,7 @@ _LARGEST = 1 << 20  # bytes; a recipe is a page of text
 
 
 @dataclass(frozen=True, init=False, eq=False)
-class Recipe:
+class Recipe(Node):
     """What to merge and how, as data: nothing is opened before `plan` or `run`.
 
     >>> recipe = blockmerge.Merge("a.safetensors", "b.safetensors", preset="high_res", dtype="fp16")
@@ -61,8 +58,13 @@ class Recipe:
     >>> recipe.run("merged.safetensors")  # doctest: +SKIP
 
     `models` are paths, opened checkpoints or state dicts; the first is A. All other arguments are those of
-    `merge` that decide what is written, and `prune` of `convert`; `numbers` are the method's own. (A recipe
-    may hold another one as a model. That is kept, but cannot be planned yet.)
+    `merge` that decide what is written, and `prune` of `convert`; `numbers` are the method's own.
+
+    A recipe may be a model of another: a stage, whose values stay unrounded until the result is, with
+    ``rounding="each"`` instead as they would be in a file.
+
+    >>> stage = blockmerge.Merge("a.safetensors", "b.safetensors", preset="high_res")
+    >>> recipe = blockmerge.Merge(stage, "c.safetensors", weights=0.3, dtype="fp16")
 
     Raises RecipeError, WeightsError among them, for options and numbers that there are not. Weights, presets
     and models are looked at by `plan`.
@@ -70,6 +72,7 @@ class Recipe:
 
     models: tuple[Leaf, ...]
     request: MergeRequest
+    name: str | None = None
 
     def __init__(
         self,
@@ -96,6 +99,7 @@ class Recipe:
         variant: str | None = None,
         loras: Sequence[LoraLike] = (),
         partial: bool = False,
+        rounding: str = "end",
         **numbers: Any,
     ) -> None:
         request = make_request(
@@ -116,21 +120,23 @@ class Recipe:
             variant=variant,
             loras=loras,
             partial=partial,
+            rounding=rounding,
             arguments=Recipe.__init__.__kwdefaults__,
         )
         self._set(models, request)
 
     @classmethod
-    def of(cls, models: Sequence[Leaf], request: MergeRequest) -> Self:
-        """Return the recipe of a request that is made already."""
+    def of(cls, models: Sequence[Leaf], request: MergeRequest, name: str | None = None) -> Self:
+        """Return the recipe of a request that is made already; as a stage, it has a name."""
         recipe = cls.__new__(cls)
-        recipe._set(models, request)
+        recipe._set(models, request, name)
         return recipe
 
-    def _set(self, models: Sequence[Leaf], request: MergeRequest) -> None:
+    def _set(self, models: Sequence[Leaf], request: MergeRequest, name: str | None = None) -> None:
         plain = tuple(os.fspath(model) if isinstance(model, os.PathLike) else model for model in models)
         object.__setattr__(self, "models", plain)
         object.__setattr__(self, "request", request)
+        object.__setattr__(self, "name", name)
 
     def __eq__(self, other: object) -> bool:
         """Whether the two ask for the same of the same models; those in memory are the same where they are
@@ -300,12 +306,7 @@ class Recipe:
         device, pace = _choose_pace(self.request, str(device), threads)
         check_flag("overwrite", overwrite)
         self.request.check_model_count(len(self.models))
-        checkpoints = _open(self.models, self.request.opening)
-        labels = told_apart(checkpoints)
-        opened = [
-            Model.of(checkpoint, self.request.ema, label)
-            for checkpoint, label in zip(checkpoints, labels, strict=True)
-        ]
+        opened = open_models(self)
         has_vae = self.request.vae_file(len(opened)) is not None
         is_whole = has_vae or any(model.components != {"unet"} for model in opened)
         kind = choose_output(output, opened[0], self.request.naming, self.request.configs, is_whole=is_whole)
@@ -415,19 +416,6 @@ def _leaves(written: Mapping[str, Any]) -> list[Any]:
         if not isinstance(leaf, (str, Mapping)):
             raise RecipeError(f"recipe: a model is a file; {type(leaf).__name__} given")
     return list(leaves)
-
-
-def _open(models: Sequence[Leaf], opening: Opening) -> list[Checkpoint]:
-    checkpoints = []
-    for number, model in enumerate(models):
-        if isinstance(model, Recipe):
-            which = state_dict_name(number).removeprefix("state dict ")
-            raise RecipeError(
-                f"model {which} is itself a merge, and merges within merges "
-                "come with a later version: merge that one into a file first"
-            )
-        checkpoints.append(opening.checkpoint(model, state_dict_name(number)))
-    return checkpoints
 
 
 def _choose_pace(request: MergeRequest, device: str, threads: int | None) -> tuple[str, Pace]:

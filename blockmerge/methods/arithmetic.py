@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
@@ -25,12 +26,30 @@ _DEVICE_SLAB = 1 << 22  # the same on a GPU
 _MOST_SCRATCH = 1 << 21  # elements of scratch memory that a thread keeps for a place
 
 
+class _Held(threading.local):
+    is_held = False
+
+
+_held = _Held()
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Say that the output is no result but held for one, with as many digits as are computed with."""
+    before, _held.is_held = _held.is_held, True
+    try:
+        yield
+    finally:
+        _held.is_held = before
+
+
 def wide_dtype(*tensors: torch.Tensor) -> torch.dtype:
-    """Return the dtype to compute in, one step wider than the last tensor, the output; float64 where an input
-    has that.
+    """Return the dtype to compute in, one step wider than the last tensor, the output, where that is a
+    result; float64 where an input has that.
     """
     *inputs, out = tensors
-    if out.itemsize >= 4 or any(tensor.dtype == torch.float64 for tensor in inputs):
+    is_wide = out.itemsize >= 4 and not (_held.is_held and out.dtype == torch.float32)
+    if is_wide or any(tensor.dtype == torch.float64 for tensor in inputs):
         return exact_dtype(out.device)
     return torch.float32
 
@@ -52,6 +71,8 @@ def round_into(out: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Write `values` into `out`, rounded to its dtype; what is too large becomes infinite or NaN, never the
     largest value.
     """
+    if values is out:
+        return out
     if out.dtype == torch.float8_e4m3fn:
         # torch turns whatever is too large into the largest value, 448, which would hide an overflow.
         values = torch.where(values.float().abs() > _E4M3FN_OVERFLOW, torch.nan, values.float())
@@ -111,8 +132,22 @@ def widened(place: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     return widen_into(copy if tensor.dim() == 1 else copy.view(tensor.shape), tensor)
 
 
+def wide(place: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor in `dtype`, to be read only: a copy in the scratch memory of that `place`, where it has
+    another.
+    """
+    return tensor if tensor.dtype == dtype else widened(place, tensor, dtype)
+
+
+def widened_for(out: torch.Tensor, place: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what `widened` does, in the memory of `out` itself where that has the dtype."""
+    return widen_into(out, tensor) if out.dtype == dtype else widened(place, tensor, dtype)
+
+
 def widen_into(out: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """Copy a tensor into one of a wider dtype."""
+    if tensor is out:
+        return out
     if out.dtype == torch.float64 and tensor.dtype == torch.float16 and tensor.device.type == "cpu":
         tensor = widened("float32", tensor, torch.float32)  # from there torch takes a quarter of the time
     return out.copy_(tensor)
@@ -164,10 +199,10 @@ def lerp(a: torch.Tensor, b: torch.Tensor, weight: float, *, out: torch.Tensor) 
 
 def combine_into(out: torch.Tensor, tensors: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
     """Write Σ factorᵢ·tensorᵢ into `out`; all are flat and of one length."""
-    wide = wide_dtype(*tensors, out)
-    total = widened("total", tensors[0], wide).mul_(factors[0])
+    dtype = wide_dtype(*tensors, out)
+    total = widened_for(out, "total", tensors[0], dtype).mul_(factors[0])
     for tensor, factor in zip(tensors[1:], factors[1:], strict=True):
-        total.add_(widened("term", tensor, wide), alpha=factor)
+        total.add_(wide("term", tensor, dtype), alpha=factor)
     round_into(out, total)
 
 

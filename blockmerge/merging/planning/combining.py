@@ -16,6 +16,7 @@ from blockmerge.expressions import (
     Clipped,
     Expression,
     Gathered,
+    Held,
     Joined,
     Merged,
     Part,
@@ -105,7 +106,7 @@ class Combination:
     ) -> Combined:
         """One model's tensor, with the additional input channels that another has."""
         inputs = (tensors[model],)
-        cast = self._made(name, tensors, inputs, dtype, change, lambda given, dtype: Cast(given[0], dtype))
+        cast = self._made(name, tensors, inputs, dtype, change, lambda given, dtype: rounded(given[0], dtype))
         return Combined(cast, inputs, model)
 
     def _made(
@@ -127,7 +128,7 @@ class Combination:
 
         def widened(dtype: str) -> Expression:
             narrow = [Part(one, 0, shared, axis=1) for one in inputs]
-            rest = Cast(Part(wide, shared, wide.shape[1], axis=1), dtype)
+            rest = rounded(Part(wide, shared, wide.shape[1], axis=1), dtype)
             return Joined((make(narrow, dtype), rest), axis=1)
 
         return self.finished(name, change, dtype, (*inputs, wide), widened)
@@ -185,10 +186,17 @@ def _clippable_dtype(inputs: Sequence[Expression], dtype: str) -> str:
     return dtype if DTYPES[dtype].infinity else wide_dtype(tuple(one.dtype for one in inputs), dtype)
 
 
+def rounded(tensor: Expression, dtype: str) -> Expression:
+    """A tensor in another dtype; one that a stage holds more digits of is rounded from these, once."""
+    return tensor.rounded(dtype) if isinstance(tensor, Held) else Cast(tensor, dtype)
+
+
 def kept_dtype(tensor: Expression) -> str:
     """The dtype of a tensor that keeps its own: of one that was quantised, bfloat16, as programs compute with
-    it.
+    it; of what a stage makes, that of its file.
     """
+    if isinstance(tensor, Held):
+        return tensor.kept
     return "BF16" if dequantised_in(tensor) else tensor.dtype
 
 

@@ -21,6 +21,11 @@ class VaeFile:
     source: Checkpoint
     tensors: Mapping[str, Expression]
 
+    @property
+    def sources(self) -> tuple[Checkpoint, ...]:
+        """What it is read from."""
+        return (self.source,)
+
 
 @dataclass(frozen=True)
 class Decision:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from blockmerge.anatomy import TITLES, component_of, is_prediction_marker, layout_gaps
 from blockmerge.checkpoints import DiffusersFolder, Model, in_cache, read, state_dict_name, told_prediction
 from blockmerge.errors import counted, listing, shown
-from blockmerge.expressions import Expression, dequantised_in
+from blockmerge.expressions import Expression, Held, dequantised_in
 from blockmerge.merging.planning.decisions import Decision, Findings, VaeFile
 from blockmerge.merging.planning.naming import OutputTensor, what_it_is
 from blockmerge.merging.planning.request import MergeRequest, Resolved
@@ -47,7 +47,7 @@ def describe(
 def _same_files(models: Sequence[Model]) -> Iterator[str]:
     places: dict[str, list[str]] = {}
     for number, model in enumerate(models):
-        if model.source.path is not None:
+        if model.source.path is not None and model.is_file:
             letter = state_dict_name(number).removeprefix("state dict ")
             places.setdefault(os.path.realpath(model.source.path), []).append(letter)
     for letters in places.values():
@@ -205,6 +205,8 @@ def _casts(decisions: Sequence[Decision], written: Sequence[OutputTensor]) -> It
 
 
 def _stored_as(tensor: Expression) -> str:
+    if isinstance(tensor, Held):
+        return tensor.kept
     quantised = dequantised_in(tensor)
     return f"scaled {quantised[0].inputs[0].dtype}" if quantised else tensor.dtype
 

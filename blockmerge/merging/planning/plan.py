@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 from blockmerge.anatomy import Anatomy
 from blockmerge.checkpoints import Model, TensorInfo, encode_header
 from blockmerge.dtypes import size_of
-from blockmerge.expressions import Gathered, Stored, leaves_of
+from blockmerge.expressions import Expression, Gathered, Stored, leaves_of
 from blockmerge.merging.outputs import Output, WeightFile
 from blockmerge.merging.planning.adapting import Adapted
 from blockmerge.merging.planning.decisions import Decisions
@@ -92,15 +93,18 @@ def make_plan(models: Sequence[Model], request: MergeRequest, output: Output) ->
         output,
         tuple(planned_file(file, metadata) for file in laid_out.files),
         laid_out.small_files,
-        tuple(to_gather(decided.tensors)),
+        tuple(to_gather(one.expression for one in decided.tensors)),
         adapted.said,
     )
 
 
-def to_gather(tensors: Sequence[OutputTensor]) -> list[Gathered]:
-    """What tensors need to be gathered first."""
-    merged = [one.expression for one in tensors if one.expression.inputs]
-    found = (leaf for one in merged for leaf in leaves_of(one) if isinstance(leaf, Gathered))
+def to_gather(tensors: Iterable[Expression]) -> list[Gathered]:
+    """What tensors need to be gathered first, in an order in which it can be: what is gathered from tensors
+    of a stage may itself need what is gathered before.
+    """
+    merged = [one for one in tensors if one.inputs]
+    wanted = dict.fromkeys(leaf for one in merged for leaf in leaves_of(one) if isinstance(leaf, Gathered))
+    found = (one for gathered in wanted for one in (*to_gather(chain(*gathered.tensors)), gathered))
     return list(dict.fromkeys(found))
 
 

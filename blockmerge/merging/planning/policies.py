@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import replace
+from typing import Self
 
 from blockmerge.anatomy import (
     TITLES,
@@ -23,6 +24,7 @@ from blockmerge.anatomy import (
     plain_names_of_ema,
 )
 from blockmerge.checkpoints import (
+    Checkpoint,
     CheckpointLike,
     Model,
     embedding_of,
@@ -34,9 +36,9 @@ from blockmerge.checkpoints import (
 )
 from blockmerge.dtypes import FLOAT_DTYPES
 from blockmerge.errors import CheckpointError, IncompatibleModelsError, counted, listing, shown
-from blockmerge.expressions import Cast, Expression, Gathered, Known, simplify
+from blockmerge.expressions import Expression, Gathered, Held, Known, simplify
 from blockmerge.merging.planning.adapting import Adapted, lost_in_rounding
-from blockmerge.merging.planning.combining import Combination, Weights, kept_dtype, widest_input
+from blockmerge.merging.planning.combining import Combination, Weights, kept_dtype, rounded, widest_input
 from blockmerge.merging.planning.decisions import Decision, Decisions, Findings, VaeFile
 from blockmerge.merging.planning.describing import describe
 from blockmerge.merging.planning.naming import OutputTensor, folders_of, has_place, named, what_it_is
@@ -61,16 +63,8 @@ def decide(
     different tensors, or floats in one model only, when shapes differ, or the VAE that was asked for is not
     there.
     """
-    anatomy, method = models[0].anatomy, request.merge_method
-    naming = naming or anatomy.naming
-    _check_families(models)
-    _check_unets(models)
-    combination = Combination.of(method, anatomy.family, resolved.numbers, clip=request.clip)
-    if method.locality == "model":
-        combination = replace(combination, figures=Gathered(method, tuple(looked_at(models))))
-    combination = replace(combination, changes=adapted.changes)
-    policies = _Policies(models, request, resolved, combination, naming)
-    request.opening.check(models, [one.source for one in policies.donors if isinstance(one, VaeFile)])
+    naming = naming or models[0].anatomy.naming
+    policies = Policies.of(models, request, resolved, naming, adapted)
     decisions = policies.decide()
     tensors, lost = named(
         {one.ldm: one.expression for one in decisions}, models[0], naming, names_components=names_components
@@ -84,7 +78,7 @@ def decide(
     notes = describe(models, request, resolved, decisions, policies.found, naming, tensors)
     return Decisions(
         tuple(OutputTensor(one.name, one.ldm, simplify(one.expression)) for one in tensors),
-        tuple(dict.fromkeys([*(donor.source for donor in policies.donors), *adapted.sources])),
+        (*policies.sources, *adapted.sources),
         _counts(models, decisions, len(policies.found.left_out), len(tensors)),
         (*notes, *lost, *adapted.notes, *lost_in_rounding(adapted.changes, decisions)),
     )
@@ -115,13 +109,42 @@ def looked_at(models: Sequence[Model]) -> Iterator[tuple[Expression, ...]]:
         if component_of(name) == "vae" or not knows(name) or is_position_ids(name):
             continue
         found = tuple(model.tensors[name] for model in models if name in model.tensors)
+        found = tuple(map(simplify, found))
         alike = len(found) == len(models) and len({one.shape for one in found}) == 1
         if alike and found[0].elements and all(one.dtype in FLOAT_DTYPES for one in found):
             yield found
 
 
-class _Policies:
-    """The policies, for one merge: each tensor is asked about once, by its LDM name."""
+class Policies:
+    """The policies, for one merge: each tensor is asked about once, by its LDM name.
+
+    `held` says in which dtype a tensor of a stage is held until the result is rounded, by its name; without
+    it, all are rounded.
+    """
+
+    @classmethod
+    def of(
+        cls,
+        models: Sequence[Model],
+        request: MergeRequest,
+        resolved: Resolved,
+        naming: str,
+        adapted: Adapted,
+        held: Callable[[str], str] | None = None,
+    ) -> Self:
+        """The policies of a merge whose output has that naming.
+
+        Raises IncompatibleModelsError for models that do not merge.
+        """
+        _check_families(models)
+        _check_unets(models)
+        method, family = request.merge_method, models[0].anatomy.family
+        combination = Combination.of(method, family, resolved.numbers, clip=request.clip)
+        figures = Gathered(method, tuple(looked_at(models))) if method.locality == "model" else None
+        combination = replace(combination, figures=figures, changes=adapted.changes)
+        policies = cls(models, request, resolved, combination, naming, held)
+        request.opening.check(models, [one.source for one in policies.donors if isinstance(one, VaeFile)])
+        return policies
 
     def __init__(
         self,
@@ -130,8 +153,9 @@ class _Policies:
         resolved: Resolved,
         combination: Combination,
         naming: str,
+        held: Callable[[str], str] | None,
     ) -> None:
-        self.models, self.request, self.naming = models, request, naming
+        self.models, self.request, self.naming, self.held = models, request, naming, held
         self.weights, self.beta, self.combination = resolved.weights, resolved.beta, combination
         self.family = models[0].anatomy.family
         self.rules = request.rules.resolve(self.family.name)
@@ -144,6 +168,12 @@ class _Policies:
         self.folders = folders_of(self.family, models)
         self.names = tuple(dict.fromkeys(name for donor in self.donors for name in donor.tensors))
         self.plain_of_ema = plain_names_of_ema(self.names)
+
+    @property
+    def sources(self) -> tuple[Checkpoint, ...]:
+        """All that is read, each once."""
+        found = (source for donor in self.donors for source in donor.sources)
+        return tuple(dict.fromkeys(found))
 
     def decide(self) -> list[Decision]:
         """What becomes of each tensor. Raises IncompatibleModelsError for those that cannot be merged."""
@@ -221,10 +251,14 @@ class _Policies:
         self.found.blended.append((block, name))
         dtype = self.request.output_dtype or kept_dtype(tensors[0])
         change = self._change(name, dtype, shapes[widest or 0])
-        made = self.combination.combine(name, tensors, weights, dtype, change)
+        made = self.combination.combine(name, tensors, weights, self._held_in(name, dtype), change)
         copied = None if self.combination.is_changed(name) else made.model
         donor = None if copied is None else self.models[copied]
-        return Decision(name, made.expression, made.inputs, donor)
+        return Decision(name, _held(made.expression, dtype), made.inputs, donor)
+
+    def _held_in(self, name: str, dtype: str) -> str:
+        """The dtype in which a tensor is computed that has `dtype` in a file."""
+        return dtype if self.held is None or dtype not in FLOAT_DTYPES else self.held(name)
 
     def _weights_of(self, name: str) -> tuple[str, Weights]:
         """The block of a tensor, and its weights."""
@@ -255,9 +289,10 @@ class _Policies:
             dtype = self.request.output_dtype or (of_a if of_a in FLOAT_DTYPES else dtype)
         change = self._change(name, dtype, tensor.shape)
         expression = self.combination.finished(
-            name, change, dtype, [tensor], lambda dtype: Cast(tensor, dtype)
+            name, change, self._held_in(name, dtype), [tensor], lambda dtype: rounded(tensor, dtype)
         )
-        return Decision(name, expression, (tensor,), None if self.combination.is_changed(name) else donor)
+        copied = None if self.combination.is_changed(name) else donor
+        return Decision(name, _held(expression, dtype), (tensor,), copied)
 
     def _mixed(self, name: str, holders: Sequence[Model]) -> Decision | None:
         """A tensor that holds floats in one model and something else in another, which cannot be blended."""
@@ -307,6 +342,11 @@ class _Policies:
             )
             return None
         return change
+
+
+def _held(tensor: Expression, dtype: str) -> Expression:
+    """A tensor that is computed in some dtype and has `dtype` in a file."""
+    return tensor if tensor.dtype == dtype else Held(tensor, dtype)
 
 
 def _counts(models: Sequence[Model], decisions: Sequence[Decision], left_out: int, written: int) -> Counts:

@@ -23,6 +23,9 @@ OUTPUT_DTYPES = {dtype.short: name for name, dtype in DTYPES.items() if dtype.sh
 
 NAMINGS = ("ldm", "diffusers")
 
+ROUNDINGS = ("end", "each")
+"""When the values of a recipe are rounded: with the result, or with each of its stages as well."""
+
 _VAE_WORDS = ("auto", "blend")
 
 _NO_BETA, _NO_RULES, _NO_CHANGE = WeightsRequest(beta=True), ElementRules(), Adjust()
@@ -80,7 +83,7 @@ class MergeRequest:
     out what no loader needs; `configs` is a folder whose configs and tokenizers go into a new one. `beta` and
     `numbers` are for methods that have them; `rules` override the weights of single tensors; `clip`,
     `loras` and `adjust` are done to what the method gives, in this order; `partial` allows LoRAs with modules
-    that meet no tensor. `found` are weights that go before those that
+    that meet no tensor; `rounding` is one of ROUNDINGS. `found` are weights that go before those that
     `weights` and `beta` ask for.
     """
 
@@ -102,6 +105,7 @@ class MergeRequest:
     found: Found | None = None
     loras: tuple[Lora, ...] = ()
     partial: bool = False
+    rounding: str = ROUNDINGS[0]
 
     def __post_init__(self) -> None:
         plain = {
@@ -131,6 +135,8 @@ class MergeRequest:
         _ = self.opening  # which refuses what is no way to open a model
         if self.naming not in (None, *NAMINGS):
             raise RecipeError(f"unknown naming '{shown(self.naming)}': {' or '.join(NAMINGS)}")
+        if self.rounding not in ROUNDINGS:
+            raise RecipeError(f"unknown rounding '{shown(self.rounding)}' (round): {' or '.join(ROUNDINGS)}")
         if self.loras and self.ema == "keep":
             raise RecipeError(
                 "EMA copies would lack the LoRAs: ema is drop or use (--ema, of merge and bake), "

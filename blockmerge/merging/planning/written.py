@@ -18,6 +18,7 @@ from blockmerge.adapters import Lora
 from blockmerge.checkpoints import Checkpoint, CheckpointLike, in_cache, name_of
 from blockmerge.errors import RecipeError, counted, listing, shown
 from blockmerge.merging.planning.request import (
+    ROUNDINGS,
     Found,
     MergeRequest,
     Resolved,
@@ -36,7 +37,7 @@ _ASKED = (*_OF_WEIGHTS, *(f"{key}_beta" for key in _OF_WEIGHTS))
 """What was asked of the weights, which a run replaces with what it has found."""
 
 _TEXTS = (
-    "method", "vae", "dtype", "to", "ema", "variant", "configs", "sdxl_map",
+    "method", "vae", "dtype", "to", "ema", "variant", "configs", "sdxl_map", "round",
 )  # fmt: skip
 _FLAGS = ("clip", "prune", "allow_nonfinite", "partial")
 OPTIONS = (*_ASKED, *_TEXTS, *_FLAGS, "rules", "adjust", "seed", "numbers", "found", "loras")
@@ -77,6 +78,7 @@ def as_asked(request: MergeRequest) -> dict[str, Any]:
         "allow_nonfinite": request.allow_nonfinite or None,
         "loras": [_lora_asked(lora) for lora in request.loras] or None,
         "partial": request.partial or None,
+        "round": None if request.rounding == ROUNDINGS[0] else request.rounding,
         "found": found
         and {"of": found.of, "preset": found.preset, "weights": found.weights, "weights_beta": found.beta},
     }
@@ -126,7 +128,8 @@ def from_asked(
     rules = written.get("rules") or ""
     if vae is not None:
         written = {**written, "vae": Path(vae) if isinstance(vae, str) and vae else vae}
-    beside = {"vae": "vae", "dtype": "dtype", "to": "naming", "ema": "ema", "variant": "variant"}
+    same = {key: key for key in ("vae", "dtype", "ema", "variant")}
+    beside = {**same, "to": "naming", "round": "rounding"}
     options = {name: written[key] for key, name in beside.items() if written.get(key) is not None}
     flags = {key: written[key] for key in _FLAGS if written.get(key) is not None}
     return make_request(

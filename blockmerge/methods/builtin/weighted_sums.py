@@ -17,8 +17,9 @@ from blockmerge.methods.arithmetic import (
     is_half,
     lerp,
     round_into,
+    wide,
     wide_dtype,
-    widened,
+    widened_for,
 )
 from blockmerge.methods.define import merge_method
 from blockmerge.methods.late import torch
@@ -39,9 +40,9 @@ def weighted_sum(a: torch.Tensor, b: torch.Tensor, *, alpha: float, out: torch.T
 
 @in_blocks
 def _wide_weighted_sum(a: torch.Tensor, b: torch.Tensor, *, alpha: float, out: torch.Tensor) -> None:
-    wide = wide_dtype(a, b, out)
-    wide_a = widened("a", a, wide)
-    round_into(out, lerp(wide_a, widened("b", b, wide), alpha, out=wide_a))
+    dtype = wide_dtype(a, b, out)
+    wide_a = widened_for(out, "a", a, dtype)
+    round_into(out, lerp(wide_a, wide("b", b, dtype), alpha, out=wide_a))
 
 
 @merge_method(
@@ -102,10 +103,10 @@ def sum_twice(
     a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, *, alpha: float, beta: float, out: torch.Tensor
 ) -> None:
     """(1 − β)·((1 − α)·A + α·B) + β·C, as SuperMerger has it."""
-    wide = wide_dtype(a, b, c, out)
-    total = widened("a", a, wide)
-    lerp(total, widened("b", b, wide), alpha, out=total)
-    round_into(out, lerp(total, widened("c", c, wide), beta, out=total))
+    dtype = wide_dtype(a, b, c, out)
+    total = widened_for(out, "a", a, dtype)
+    lerp(total, wide("b", b, dtype), alpha, out=total)
+    round_into(out, lerp(total, wide("c", c, dtype), beta, out=total))
 
 
 @merge_method(
