@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def carry_out(
     recipe: Recipe,
-    output: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None,
     what: str,
     *,
     dry_run: bool,

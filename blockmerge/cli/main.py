@@ -24,6 +24,7 @@ from blockmerge.cli.lora.group import lora
 from blockmerge.cli.merge import is_word, merge
 from blockmerge.cli.methods import methods
 from blockmerge.cli.presets import presets
+from blockmerge.cli.run import run as run_recipe
 from blockmerge.cli.similarity import similarity
 from blockmerge.errors import BlockmergeError, RecipeError, did_you_mean, reason
 from blockmerge.version import __version__
@@ -71,7 +72,20 @@ def cli() -> None:
     """
 
 
-for command in (merge, convert, bake, lora, inspect, check, similarity, explain, presets, methods, demo):
+for command in (
+    merge,
+    run_recipe,
+    convert,
+    bake,
+    lora,
+    inspect,
+    check,
+    similarity,
+    explain,
+    presets,
+    methods,
+    demo,
+):
     cli.add_command(command)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from blockmerge.merging.planning.written import (
     as_asked,
     asked_of_run,
     from_asked,
+    has_stages,
     is_as_run,
     path_of,
 )
@@ -73,6 +73,7 @@ class Recipe(Node):
     models: tuple[Leaf, ...]
     request: MergeRequest
     name: str | None = None
+    output: str | None = None
 
     def __init__(
         self,
@@ -137,6 +138,13 @@ class Recipe(Node):
         object.__setattr__(self, "models", plain)
         object.__setattr__(self, "request", request)
         object.__setattr__(self, "name", name)
+        object.__setattr__(self, "output", None)
+
+    def named(self, name: str | None, output: str | None = None) -> Self:
+        """The same with the name that a stage has, and where its file says that the result goes."""
+        recipe = self.of(self.models, self.request, name)
+        object.__setattr__(recipe, "output", output)
+        return recipe
 
     def __eq__(self, other: object) -> bool:
         """Whether the two ask for the same of the same models; those in memory are the same where they are
@@ -201,6 +209,10 @@ class Recipe(Node):
             raise RecipeError(f"a recipe is a table of options; {type(written).__name__} given")
         try:
             given = {"vae": vae, "configs": configs, "loras": loras}
+            if models is None and not is_as_run(written) and has_stages(written):
+                from blockmerge.merging.recipe_files import Places, recipe_of
+
+                return recipe_of(written, Places(), methods)  # type: ignore[return-value]
             return cls._read(written, models, given, methods)
         except RecursionError:
             raise RecipeError("recipe: merges within merges, too deep") from None
@@ -236,14 +248,19 @@ class Recipe(Node):
         return cls.of(read, from_asked(asked, methods, **given))
 
     def dump(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write `to_dict` as JSON. Raises RecipeError as it does, OutputError when it cannot be written."""
+        """Write the recipe as TOML, or as JSON where the name ends so, its stages in tables; `load` reads it.
+
+        Raises RecipeError for models in memory, OutputError when it cannot be written.
+        """
         _check_path(path)
+        from blockmerge.merging.recipe_writing import dumped
+
         try:
-            text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
+            text = dumped(self, path)
         except ValueError as error:
             raise RecipeError(f"this recipe cannot be written down: {error}") from error
         target = check_output(path, self._files(), overwrite=overwrite)
-        data = f"{text}\n".encode()
+        data = text.encode()
         with AtomicFile(target, len(data), overwrite=overwrite) as file:
             try:
                 file.path.write_bytes(data)
@@ -264,34 +281,32 @@ class Recipe(Node):
                 yield from Path(leaf).rglob("*")
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, methods: Mapping[str, object] | None = None) -> Self:
-        """Read what `dump` has written. Raises RecipeError, naming the file, when that is not possible."""
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        models: Sequence[str | os.PathLike[str]] = (),
+        changes: Sequence[str] = (),
+        methods: Mapping[str, object] | None = None,
+    ) -> Recipe:
+        """Read a recipe's file, TOML or JSON, of one merge or of several stages.
+
+        >>> recipe = blockmerge.Recipe.load("mix.toml", changes=["X.preset=low_res", "OUT05=0.7"])
+        ... # doctest: +SKIP
+
+        Relative files are those beside the recipe, or else of that name in the folders `models`. `changes`
+        are what ``--set`` takes. Raises RecipeError, naming file, stage and key.
+        """
         _check_path(path)
-        try:
-            with open(path, "rb") as file:
-                data = file.read(_LARGEST + 1)
-        except (OSError, ValueError) as error:
-            why = reason(error) if isinstance(error, OSError) else str(error)
-            raise RecipeError(f"cannot read the recipe {shown(path)}: {why}") from error
-        if len(data) > _LARGEST:
-            raise RecipeError(
-                f"{shown(path)} is too large for a recipe: that in a merged file's metadata is read by "
-                "Recipe.from_dict, which says how"
-            )
-        try:
-            written = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise RecipeError(f"{shown(path)} is not a recipe: it is not JSON") from error
-        try:
-            return cls.from_dict(written, methods=methods)
-        except RecipeError as error:
-            raise type(error)(f"{shown(path)}: {error}") from error
+        from blockmerge.merging.recipe_files import load
+
+        return load(path, models=models, changes=changes, methods=methods)
 
     # -- doing it --------------------------------------------------------------------------------------------
 
     def plan(
         self,
-        output: str | os.PathLike[str],
+        output: str | os.PathLike[str] | None = None,
         *,
         device: str = "cpu",
         threads: int | None = None,
@@ -299,14 +314,20 @@ class Recipe(Node):
     ) -> Plan:
         """Open the models, make all checks that their headers allow, and say what will be done.
 
-        The arguments are those of `merge`. No weight is read and nothing written. Raises what `merge` raises
+        The arguments are those of `merge`; the output is by default the one that the recipe's file names. No
+        weight is read and nothing written. Raises what `merge` raises
         before it reads a weight.
         """
         started = time.perf_counter()
         device, pace = _choose_pace(self.request, str(device), threads)
         check_flag("overwrite", overwrite)
         self.request.check_model_count(len(self.models))
-        opened = open_models(self)
+        output = self.output if output is None else output
+        if output is None:
+            raise RecipeError("the recipe names no output: give one (-o)")
+        from blockmerge.merging.recipe_files import expanded
+
+        opened = open_models(expanded(self))
         has_vae = self.request.vae_file(len(opened)) is not None
         is_whole = has_vae or any(model.components != {"unet"} for model in opened)
         kind = choose_output(output, opened[0], self.request.naming, self.request.configs, is_whole=is_whole)
@@ -317,7 +338,7 @@ class Recipe(Node):
 
     def run(
         self,
-        output: str | os.PathLike[str],
+        output: str | os.PathLike[str] | None = None,
         *,
         device: str = "cpu",
         threads: int | None = None,

@@ -89,11 +89,17 @@ class _Tree:
 
     def _stage(self, node: Node) -> Stage:
         if id(node) not in self._stages:
-            name = self._names.setdefault(id(node), node.name or f"stage{len(self._names) + 1}")
+            name = self._names[id(node)] = self._name(node)
             _check_options(name, node.request)
             models = [self.model(one, node.request) for one in node.models]
             self._stages[id(node)] = Stage.merged(name, models, node.request, self._held)
         return self._stages[id(node)]
+
+    def _name(self, node: Node) -> str:
+        """What a stage is called: its own name, where no other has that."""
+        taken, number = set(self._names.values()), len(self._names) + 1
+        name = node.name or f"stage{number}"
+        return name if name not in taken else f"{name}_{number}"
 
 
 class _Counting:

@@ -76,7 +76,7 @@ def make_plan(models: Sequence[Model], request: MergeRequest, output: Output) ->
     decided = decide(
         models, request, resolved, output.naming, adapted=adapted, names_components=output.names_components
     )
-    names = [model.source.name for model in models]
+    names = [model.source.name if model.is_file else model.name for model in models]
     described = as_run(request, names, resolved, [one["blocks"] for one in adapted.said])
     recipe = json.dumps(described, ensure_ascii=False)
     metadata = output_metadata(a.source.metadata, recipe, family, changes_values=request.changes_values)

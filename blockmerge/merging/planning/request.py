@@ -158,6 +158,19 @@ class MergeRequest:
             raise RecipeError(f"{shown(method.name)} merges 1 model: there is no B to clip to")
 
     @property
+    def as_stage(self) -> MergeRequest:
+        """The same without what only a result has: how it is written."""
+        return replace(
+            self,
+            dtype="keep",
+            naming=None,
+            prune=False,
+            configs=None,
+            allow_nonfinite=False,
+            rounding=ROUNDINGS[0],
+        )
+
+    @property
     def merge_method(self) -> Method:
         """The method itself."""
         assert isinstance(self.method, Method)

@@ -188,6 +188,11 @@ def as_run(
     return {key: _decodable(for_json(value, key)) for key, value in run.items()}
 
 
+def has_stages(written: Mapping[str, Any]) -> bool:
+    """Whether a recipe has stages in tables of their own."""
+    return any(isinstance(value, Mapping) and key not in OPTIONS for key, value in written.items())
+
+
 def is_as_run(written: Mapping[str, Any]) -> bool:
     """Whether a request is written as run: only such a one knows a version."""
     return "version" in written

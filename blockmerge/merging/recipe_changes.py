@@ -1,0 +1,66 @@
+"""Recipes changed on the way: what ``--set STAGE.KEY=VALUE`` does to a recipe's table."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from blockmerge.errors import RecipeError, did_you_mean, shown
+from blockmerge.merging.planning.written import OPTIONS
+from blockmerge.merging.recipe_tables import OF_FILE, OF_RESULT, RESULT, is_name, split, with_result
+
+_SAYS_WEIGHTS = {
+    "weights": ("preset",), "preset": ("weights",), "weights_beta": ("preset_beta",),
+    "preset_beta": ("weights_beta",),
+}  # fmt: skip
+
+
+def with_changes(written: Mapping[str, Any], changes: Sequence[str]) -> dict[str, Any]:
+    """Return a recipe's table with ``STAGE.KEY=VALUE``, ``KEY=VALUE`` of the result, and ``BLOCK=WEIGHT``.
+
+    Raises RecipeError for what is none of these.
+    """
+    changed = json.loads(json.dumps(written, default=str)) if changes else dict(written)
+    for text in changes:
+        name, equals, value = text.partition("=")
+        stage, dot, key = name.partition(".")
+        top, stages = split(changed)
+        if not equals:
+            raise RecipeError(f"--set {shown(text)}: STAGE.KEY=VALUE, or BLOCK=WEIGHT of the result")
+        if dot and stage in stages:
+            _change(changed[stage], key.strip().replace("-", "_"), _value(value), text)
+            continue
+        of_result = {key: value for key, value in top.items() if key not in OF_FILE}
+        _, result = with_result(of_result, stages)
+        own = changed if result == RESULT else changed[result]
+        key = name.strip().replace("-", "_")
+        if dot and key not in OPTIONS and stage not in stages and is_name(stage) and stages:
+            raise RecipeError(f"--set {shown(text)}: no stage {shown(stage)}{did_you_mean(stage, stages)}")
+        if key in (*OF_RESULT, *OF_FILE):
+            _change(changed, key, _value(value), text)
+        elif key in OPTIONS:
+            _change(own, key, _value(value), text)
+        else:
+            own["set"] = ",".join([*([own["set"]] if own.get("set") else []), text])
+    return changed
+
+
+def _change(table: dict[str, Any], key: str, value: Any, text: str) -> None:
+    if not key:
+        raise RecipeError(f"--set {shown(text)}: STAGE.KEY=VALUE, or BLOCK=WEIGHT of the result")
+    if key == "set" and isinstance(table.get("set"), str) and table["set"]:
+        value = f"{table['set']},{value}"
+    table[key] = value
+    for other in _SAYS_WEIGHTS.get(key, ()):
+        table.pop(other, None)
+    table.pop("found", None)
+
+
+def _value(text: str) -> Any:
+    """A value as TOML has it, or else a text."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        return text

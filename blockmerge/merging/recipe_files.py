@@ -1,0 +1,295 @@
+"""Recipes as files: TOML or JSON, with a table for each stage.
+
+    output = "final.safetensors"
+    dtype = "fp16"
+    [X]
+    models = ["a.safetensors", "b.safetensors"]
+    preset = "high_res"
+    [final]
+    models = ["X", "c.safetensors"]
+    weights = 0.3
+
+What stands at the top belongs to the result; the stage that no other uses is the result. A recipe of one
+merge may have no tables at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from blockmerge.adapters import Lora
+from blockmerge.errors import BlockmergeError, RecipeError, did_you_mean, listing, reason, shown
+from blockmerge.merging.planning.request import is_vae_of_models
+from blockmerge.merging.planning.written import from_asked, is_as_run
+from blockmerge.merging.recipe import Recipe
+from blockmerge.merging.recipe_changes import with_changes
+from blockmerge.merging.recipe_tables import OF_FILE, RESULT, is_name, models_of, split, with_result
+
+_LARGEST = 1 << 20  # bytes; a recipe is a page of text
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a recipe's files are: relative to `folder`, or else by their names in `searched` folders and
+    their subfolders.
+    """
+
+    folder: str = ""
+    searched: Sequence[str] = ()
+    _seen: dict[str, dict[str, str]] = field(default_factory=dict, repr=False, compare=False)
+
+    def of(self, text: str) -> str:
+        """The path that a recipe means."""
+        path = os.path.expanduser(text)
+        here = path if os.path.isabs(path) or not self.folder else os.path.join(self.folder, path)
+        if not self.searched or os.path.lexists(here):
+            return here
+        name = os.path.basename(path.rstrip("/\\"))
+        found = (self._names_in(folder).get(name) for folder in self.searched)
+        return next((one for one in found if one is not None), here)
+
+    def within(self, folder: str) -> Places:
+        """The same for a folder that is named in the recipe."""
+        return replace(self, folder=os.path.join(self.folder, os.path.expanduser(folder)))
+
+    def _names_in(self, folder: str) -> Mapping[str, str]:
+        """{name: path} of all files and folders in a folder; the first of several."""
+        if folder not in self._seen:
+            names: dict[str, str] = {}
+            for parent, folders, files in os.walk(folder):
+                folders.sort()
+                for name in sorted([*folders, *files]):
+                    names.setdefault(name, os.path.join(parent, name))
+            self._seen[folder] = names
+        return self._seen[folder]
+
+
+def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what a recipe's file says, TOML or JSON. Raises RecipeError, naming the file."""
+    data = _read(path)
+    try:
+        text = data.decode("utf-8-sig")
+        read = json.loads(text) if _is_json(path, data) else tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{shown(path)} is not a recipe: {_why(error, path, data)}") from error
+    if not isinstance(read, dict):
+        given = type(read).__name__
+        raise RecipeError(f"{shown(path)}: a recipe is a table of options; {given} given")
+    return read
+
+
+def _is_json(path: str | os.PathLike[str], data: bytes) -> bool:
+    return os.fspath(path).lower().endswith(".json") or data.lstrip().startswith(b"{")
+
+
+def _read(path: str | os.PathLike[str]) -> bytes:
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise RecipeError(f"cannot read the recipe {shown(path)}: it is not a file")
+        with open(path, "rb") as file:
+            data = file.read(_LARGEST + 1)
+    except (OSError, ValueError) as error:
+        why = reason(error) if isinstance(error, OSError) else str(error)
+        raise RecipeError(f"cannot read the recipe {shown(path)}: {why}") from error
+    if len(data) > _LARGEST:
+        raise RecipeError(
+            f"{shown(path)} is too large for a recipe: that in a merged file's metadata is shown by "
+            "blockmerge recipe FILE, and read by Recipe.from_dict"
+        )
+    return data
+
+
+def _why(error: ValueError | RecursionError, path: str | os.PathLike[str], data: bytes) -> str:
+    if _is_json(path, data):
+        return "it is not JSON"
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not text"
+    said = "too deep" if isinstance(error, RecursionError) else str(error)
+    if b"\\" in data and ("\\" in said or "escape" in said or "hex" in said):
+        return f"{said}; paths with \\ stand in single quotes: 'C:\\models\\a.safetensors'"
+    return f"{said} (TOML)"
+
+
+def is_recipe_file(path: object) -> bool:
+    """Whether a path is that of a recipe, by its ending."""
+    return isinstance(path, (str, os.PathLike)) and os.fspath(path).lower().endswith((".toml", ".json"))
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    models: Sequence[str | os.PathLike[str]] = (),
+    changes: Sequence[str] = (),
+    methods: Mapping[str, object] | None = None,
+) -> Recipe:
+    """Return the recipe of a file, as `Recipe.load` does; `changes` are texts as ``--set`` takes them."""
+    written = read_recipe(path)
+    folder = os.path.dirname(os.fspath(path))
+    if isinstance(models, (str, os.PathLike)):
+        models = [models]
+    try:
+        if is_as_run(written):
+            return Recipe.from_dict(written, methods=methods)
+        written = with_changes(written, changes)
+        return recipe_of(written, Places(folder, tuple(os.fspath(folder) for folder in models)), methods)
+    except BlockmergeError as error:
+        raise type(error)(f"{shown(path)}: {error}") from error
+
+
+def recipe_of(
+    written: Mapping[str, Any], places: Places, methods: Mapping[str, object] | None = None
+) -> Recipe:
+    """Return the recipe that a table says, with its stages in tables of their own.
+
+    Raises RecipeError, naming stage and key.
+    """
+    top, stages = split(written)
+    for key in OF_FILE:
+        if not isinstance(top.get(key), (str, type(None))):
+            raise RecipeError(f"{key} is a text; {type(top[key]).__name__} given")
+    output = _output(top.pop("output", None), places.folder)
+    places = places.within(top.pop("models_folder")) if top.get("models_folder") else places
+    stages, result = with_result(top, stages)
+    recipe = _Building(stages, places, methods).stage(result)
+    return recipe.named(None if result == RESULT else result, output)
+
+
+def _output(text: str | None, folder: str) -> str | None:
+    """Where the result goes that a recipe names: somebody else's must not write anywhere but beside
+    itself.
+    """
+    if text is None:
+        return None
+    parts = re.split(r"[/\\]", text)
+    if not text or os.path.isabs(text) or ".." in parts or parts[0].startswith("~") or ":" in parts[0]:
+        raise RecipeError(
+            f"output {shown(text)} is outside the recipe's folder: a recipe writes beside itself, unless an "
+            "output is given (-o)"
+        )
+    return os.path.join(folder, text)
+
+
+class _Building:
+    """Makes recipes of stages, each once."""
+
+    def __init__(
+        self,
+        stages: Mapping[str, Mapping[str, Any]],
+        places: Places,
+        methods: Mapping[str, object] | None,
+    ) -> None:
+        self._stages, self._places, self._methods = stages, places, methods
+        self._made: dict[str, Recipe] = {}
+        self._under_way: list[str] = []
+
+    def stage(self, name: str) -> Recipe:
+        """The recipe of a stage."""
+        if name in self._under_way:
+            circle = " → ".join([*self._under_way[self._under_way.index(name) :], name])
+            raise RecipeError(f"stages are made of one another: {shown(circle, 200)}")
+        if name not in self._made:
+            self._under_way.append(name)
+            try:
+                self._made[name] = self._make(name, self._stages[name])
+            except RecursionError:
+                raise RecipeError("stages within stages, too deep: merge the first into a file") from None
+            self._under_way.pop()
+        return self._made[name]
+
+    def _make(self, name: str, written: Mapping[str, Any]) -> Recipe:
+        try:
+            if not models_of(written):
+                raise RecipeError("recipe: models are a list of files, A first")
+            leaves = list(map(self._leaf, models_of(written)))
+            asked = {key: self._placed(key, value, len(leaves)) for key, value in written.items()}
+            del asked["models"]
+            request = from_asked(asked, self._methods)
+        except BlockmergeError as error:
+            if self._stages.keys() == {RESULT} or str(error).startswith("stage"):
+                raise
+            raise type(error)(f"stage {shown(name)}: {_plain(error)}") from error
+        return Recipe.of(leaves, request, None if name == RESULT else name)
+
+    def _leaf(self, text: object) -> Recipe | str:
+        if isinstance(text, Mapping):
+            return Recipe.from_dict(text, methods=self._methods)
+        if not isinstance(text, str):
+            raise RecipeError(f"recipe: a model is a file; {type(text).__name__} given")
+        path = self._places.of(text)
+        if text in self._stages:
+            if os.path.exists(path):
+                raise RecipeError(
+                    f"{shown(text)} is a stage and a file, too: call one of them otherwise, or give the "
+                    f"file as ./{shown(text)}"
+                )
+            return self.stage(text)
+        others = [name for name in self._stages if name != RESULT]
+        if others and is_name(text) and not os.path.lexists(path):
+            known = f"stages are {listing(others)}"
+            raise RecipeError(
+                f"{shown(text)} is neither a stage nor a file{did_you_mean(text, others)} ({known})"
+            )
+        return path
+
+    def _placed(self, key: str, value: Any, models: int) -> Any:
+        """An option with the paths in it made such as are found from here."""
+        places = self._places
+        if key == "loras" and isinstance(value, (list, tuple)):
+            return [self._lora(one) for one in value]
+        if key == "configs" and isinstance(value, str) and value:
+            return places.of(value)
+        if key == "vae" and isinstance(value, str) and value and not is_vae_of_models(value, models):
+            return places.of(value)
+        if key in ("preset", "preset_beta"):
+            return [self._preset(one) for one in value] if isinstance(value, list) else self._preset(value)
+        return value
+
+    def _preset(self, text: Any) -> Any:
+        if not isinstance(text, str):
+            return text
+        file = re.split(r"[@#]", text)[0]
+        return self._places.of(file) + text[len(file) :] if os.path.isfile(self._places.of(file)) else text
+
+    def _lora(self, written: Any) -> Any:
+        if isinstance(written, str):
+            lora = Lora.parse(self._places.of(written))
+            return {"file": self._places.of(str(lora.file)), **_said_of(lora)}
+        if isinstance(written, Mapping) and isinstance(written.get("file"), str):
+            return {**written, "file": self._places.of(written["file"])}
+        return written
+
+
+def _said_of(lora: Lora) -> dict[str, Any]:
+    said = {"strength": lora.strength, "blocks": lora.blocks, "name": lora.name}
+    return {key: value for key, value in said.items() if value is not None}
+
+
+def _plain(error: BlockmergeError) -> str:
+    return str(error).removeprefix("recipe: ")
+
+
+def expanded(recipe: Recipe, within: tuple[str, ...] = ()) -> Recipe:
+    """The recipe with those that it names as files in their place; what belongs to a result, they lose."""
+    if not any(is_recipe_file(one) or isinstance(one, Recipe) for one in recipe.models):
+        return recipe
+    made: dict[int, Recipe] = {}
+
+    def leaf(one: Any) -> Any:
+        if isinstance(one, Recipe):
+            return made.setdefault(id(one), expanded(one, within))
+        if not is_recipe_file(one) or not os.path.isfile(one):
+            return one
+        place = os.path.realpath(one)
+        if place in within:
+            raise RecipeError(f"{shown(one)} is made of itself")
+        found = expanded(load(one), (*within, place))
+        return Recipe.of(found.models, found.request.as_stage, os.path.splitext(os.path.basename(one))[0])
+
+    return Recipe.of(list(map(leaf, recipe.models)), recipe.request, recipe.name)

@@ -1,0 +1,92 @@
+"""Recipes written to files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from blockmerge.adapters import Lora
+from blockmerge.merging.planning.request import is_vae_of_models
+from blockmerge.merging.recipe import Recipe
+from blockmerge.merging.recipe_tables import OF_RESULT, RESULT
+
+
+def as_stages(recipe: Recipe, folder: str = "") -> dict[str, Any]:
+    """Return a recipe as a table with its stages in tables of their own; paths are relative to `folder`."""
+    written: dict[str, Any] = {}
+    names: dict[int, str] = {}
+    for stage in _inner_first(recipe):
+        if stage is recipe and not names:
+            return {**_output_in(folder, recipe), **_placed_in(folder, recipe.to_dict())}
+        name = stage.name or (RESULT if stage is recipe else f"stage{len(names) + 1}")
+        while name in written:
+            name += "_"
+        names[id(stage)] = name
+        models = [names[id(one)] if isinstance(one, Recipe) else one for one in stage.models]
+        flat = Recipe.of(models, stage.request).to_dict()
+        written[name] = _placed_in(folder, flat, set(names.values()))
+    result = written[names[id(recipe)]]
+    top = {key: result.pop(key) for key in OF_RESULT if key in result}
+    return {**_output_in(folder, recipe), **top, **written}
+
+
+def _output_in(folder: str, recipe: Recipe) -> dict[str, str]:
+    """Where the result goes, where that is in the folder."""
+    path = "" if recipe.output is None else _from(folder, recipe.output)
+    is_beside = path and not os.path.isabs(path) and not path.startswith("..")
+    return {"output": path} if is_beside else {}
+
+
+def _inner_first(recipe: Recipe) -> Iterator[Recipe]:
+    seen: set[int] = set()
+
+    def walk(one: Recipe) -> Iterator[Recipe]:
+        if id(one) in seen:
+            return
+        seen.add(id(one))
+        for model in one.models:
+            if isinstance(model, Recipe):
+                yield from walk(model)
+        yield one
+
+    return walk(recipe)
+
+
+def _placed_in(folder: str, written: dict[str, Any], stages: set[str] | None = None) -> dict[str, Any]:
+    """The same with paths that are found from `folder`, with ``/``."""
+    if "models" in written:
+        written["models"] = [
+            one if one in (stages or ()) else _from(folder, one) for one in written["models"]
+        ]
+    for key in ("vae", "configs"):
+        if isinstance(written.get(key), str) and not is_vae_of_models(written[key], len(written["models"])):
+            written[key] = _from(folder, written[key])
+    for number, lora in enumerate(written.get("loras", ())):
+        file = lora["file"] if isinstance(lora, dict) else str(Lora.parse(lora).file)
+        placed = _from(folder, file)
+        written["loras"][number] = (
+            {**lora, "file": placed} if isinstance(lora, dict) else placed + lora[len(file) :]
+        )
+    return written
+
+
+def _from(folder: str, path: str) -> str:
+    if os.path.isabs(path) or not folder:
+        return path.replace(os.sep, "/")
+    try:
+        return os.path.relpath(path, folder).replace(os.sep, "/")
+    except ValueError:  # on another drive
+        return os.path.abspath(path).replace(os.sep, "/")
+
+
+def dumped(recipe: Recipe, path: str | os.PathLike[str]) -> str:
+    """Return the text of a recipe's file: TOML, or JSON where its name ends so."""
+    folder = os.path.dirname(os.fspath(path))
+    written = as_stages(recipe, folder)
+    if os.fspath(path).lower().endswith(".json"):
+        return json.dumps(written, indent=2, allow_nan=False) + "\n"
+    import tomli_w
+
+    return tomli_w.dumps({key: value for key, value in written.items() if value is not None})
