@@ -16,6 +16,7 @@ from blockmerge.checkpoints.formats.safetensors_file import SafetensorsFile, enc
 from blockmerge.checkpoints.formats.torch_file import TorchFile
 from blockmerge.checkpoints.hashes import Hashes, hash_file, old_hash
 from blockmerge.checkpoints.hub import followed, in_cache, name_of
+from blockmerge.checkpoints.identity import Identity, identity_of, size_of_files
 from blockmerge.checkpoints.metadata import faulty_metadata
 from blockmerge.checkpoints.model import (
     EMA_CHOICES,
@@ -55,6 +56,7 @@ __all__ = [
     "DiffusersFolder",
     "FileReader",
     "Hashes",
+    "Identity",
     "Model",
     "Opening",
     "Piece",
@@ -77,6 +79,7 @@ __all__ = [
     "faulty_metadata",
     "followed",
     "hash_file",
+    "identity_of",
     "in_cache",
     "is_diffusers_folder",
     "located",
@@ -92,6 +95,7 @@ __all__ = [
     "prediction_of_scheduler",
     "quantised",
     "read",
+    "size_of_files",
     "state_dict_name",
     "told_apart",
     "told_prediction",

@@ -311,12 +311,13 @@ class Recipe(Node):
         device: str = "cpu",
         threads: int | None = None,
         overwrite: bool = False,
+        metadata: Mapping[str, str] | None = None,
     ) -> Plan:
         """Open the models, make all checks that their headers allow, and say what will be done.
 
-        The arguments are those of `merge`; the output is by default the one that the recipe's file names. No
-        weight is read and nothing written. Raises what `merge` raises
-        before it reads a weight.
+        The arguments are those of `merge`; the output is by default the one that the recipe's file names, and
+        `metadata` takes the place of what the output's would be. No weight is read and nothing written.
+        Raises what `merge` raises before it reads a weight.
         """
         started = time.perf_counter()
         device, pace = _choose_pace(self.request, str(device), threads)
@@ -331,7 +332,7 @@ class Recipe(Node):
         has_vae = self.request.vae_file(len(opened)) is not None
         is_whole = has_vae or any(model.components != {"unet"} for model in opened)
         kind = choose_output(output, opened[0], self.request.naming, self.request.configs, is_whole=is_whole)
-        planned = make_plan(opened, self.request, kind)
+        planned = make_plan(opened, self.request, kind, metadata)
         target = kind.check(_inputs(planned, self.request), overwrite=overwrite)
         seconds = time.perf_counter() - started
         return Plan(self, target, planned, pace, device, overwrite, seconds)
@@ -343,10 +344,11 @@ class Recipe(Node):
         device: str = "cpu",
         threads: int | None = None,
         overwrite: bool = False,
+        metadata: Mapping[str, str] | None = None,
         progress: Progress | None = None,
     ) -> MergeResult:
         """Merge: `plan`, and `run` of the plan. Raises what `merge` raises."""
-        plan = self.plan(output, device=device, threads=threads, overwrite=overwrite)
+        plan = self.plan(output, device=device, threads=threads, overwrite=overwrite, metadata=metadata)
         return plan.run(progress)
 
 

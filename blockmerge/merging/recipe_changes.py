@@ -9,7 +9,7 @@ from typing import Any
 
 from blockmerge.errors import RecipeError, did_you_mean, shown
 from blockmerge.merging.planning.written import OPTIONS
-from blockmerge.merging.recipe_tables import OF_FILE, OF_RESULT, RESULT, is_name, split, with_result
+from blockmerge.merging.recipe_tables import OF_FILE, OF_RESULT, TOP, is_name, split, with_result
 
 _SAYS_WEIGHTS = {
     "weights": ("preset",), "preset": ("weights",), "weights_beta": ("preset_beta",),
@@ -34,7 +34,7 @@ def with_changes(written: Mapping[str, Any], changes: Sequence[str]) -> dict[str
             continue
         of_result = {key: value for key, value in top.items() if key not in OF_FILE}
         _, result = with_result(of_result, stages)
-        own = changed if result == RESULT else changed[result]
+        own = changed if result == TOP else changed[result]
         key = name.strip().replace("-", "_")
         if dot and key not in OPTIONS and stage not in stages and is_name(stage) and stages:
             raise RecipeError(f"--set {shown(text)}: no stage {shown(stage)}{did_you_mean(stage, stages)}")
@@ -43,6 +43,7 @@ def with_changes(written: Mapping[str, Any], changes: Sequence[str]) -> dict[str
         elif key in OPTIONS:
             _change(own, key, _value(value), text)
         else:
+            _use_found(own)
             own["set"] = ",".join([*([own["set"]] if own.get("set") else []), text])
     return changed
 
@@ -56,6 +57,15 @@ def _change(table: dict[str, Any], key: str, value: Any, text: str) -> None:
     for other in _SAYS_WEIGHTS.get(key, ()):
         table.pop(other, None)
     table.pop("found", None)
+
+
+def _use_found(table: dict[str, Any]) -> None:
+    """Change the weights that a merge was made with, not those that its preset may have by now."""
+    if found := table.pop("found", None):
+        for key in ("preset", "preset_beta", "set", "set_beta"):
+            table.pop(key, None)
+        weights = {key: found.get(key) for key in ("weights", "weights_beta")}
+        table.update({key: value for key, value in weights.items() if value is not None})
 
 
 def _value(text: str) -> Any:

@@ -30,7 +30,7 @@ from blockmerge.merging.planning.request import is_vae_of_models
 from blockmerge.merging.planning.written import from_asked, is_as_run
 from blockmerge.merging.recipe import Recipe
 from blockmerge.merging.recipe_changes import with_changes
-from blockmerge.merging.recipe_tables import OF_FILE, RESULT, is_name, models_of, split, with_result
+from blockmerge.merging.recipe_tables import OF_FILE, TOP, is_name, models_of, split, with_result
 
 _LARGEST = 1 << 20  # bytes; a recipe is a page of text
 
@@ -54,6 +54,15 @@ class Places:
         name = os.path.basename(path.rstrip("/\\"))
         found = (self._names_in(folder).get(name) for folder in self.searched)
         return next((one for one in found if one is not None), here)
+
+    def has(self, text: str) -> bool:
+        """Whether there is a file that a recipe means by this."""
+        return os.path.lexists(self.of(text))
+
+    def preset(self, text: str) -> str:
+        """The preset that a recipe means: a file's, where there is one."""
+        file = re.split(r"[@#]", text)[0]
+        return self.of(file) + text[len(file) :] if os.path.isfile(self.of(file)) else text
 
     def within(self, folder: str) -> Places:
         """The same for a folder that is named in the recipe."""
@@ -158,7 +167,7 @@ def recipe_of(
     places = places.within(top.pop("models_folder")) if top.get("models_folder") else places
     stages, result = with_result(top, stages)
     recipe = _Building(stages, places, methods).stage(result)
-    return recipe.named(None if result == RESULT else result, output)
+    return recipe.named(None if result == TOP else result, output)
 
 
 def _output(text: str | None, folder: str) -> str | None:
@@ -212,31 +221,30 @@ class _Building:
             del asked["models"]
             request = from_asked(asked, self._methods)
         except BlockmergeError as error:
-            if self._stages.keys() == {RESULT} or str(error).startswith("stage"):
+            if name == TOP or str(error).startswith("stage"):
                 raise
             raise type(error)(f"stage {shown(name)}: {_plain(error)}") from error
-        return Recipe.of(leaves, request, None if name == RESULT else name)
+        return Recipe.of(leaves, request, None if name == TOP else name)
 
     def _leaf(self, text: object) -> Recipe | str:
         if isinstance(text, Mapping):
             return Recipe.from_dict(text, methods=self._methods)
         if not isinstance(text, str):
             raise RecipeError(f"recipe: a model is a file; {type(text).__name__} given")
-        path = self._places.of(text)
         if text in self._stages:
-            if os.path.exists(path):
+            if self._places.has(text):
                 raise RecipeError(
                     f"{shown(text)} is a stage and a file, too: call one of them otherwise, or give the "
                     f"file as ./{shown(text)}"
                 )
             return self.stage(text)
-        others = [name for name in self._stages if name != RESULT]
-        if others and is_name(text) and not os.path.lexists(path):
+        others = [name for name in self._stages if name != TOP]
+        if others and is_name(text) and not self._places.has(text):
             known = f"stages are {listing(others)}"
             raise RecipeError(
                 f"{shown(text)} is neither a stage nor a file{did_you_mean(text, others)} ({known})"
             )
-        return path
+        return self._places.of(text)
 
     def _placed(self, key: str, value: Any, models: int) -> Any:
         """An option with the paths in it made such as are found from here."""
@@ -248,14 +256,11 @@ class _Building:
         if key == "vae" and isinstance(value, str) and value and not is_vae_of_models(value, models):
             return places.of(value)
         if key in ("preset", "preset_beta"):
-            return [self._preset(one) for one in value] if isinstance(value, list) else self._preset(value)
+            if isinstance(value, str):
+                return places.preset(value)
+            if isinstance(value, list):
+                return [places.preset(one) if isinstance(one, str) else one for one in value]
         return value
-
-    def _preset(self, text: Any) -> Any:
-        if not isinstance(text, str):
-            return text
-        file = re.split(r"[@#]", text)[0]
-        return self._places.of(file) + text[len(file) :] if os.path.isfile(self._places.of(file)) else text
 
     def _lora(self, written: Any) -> Any:
         if isinstance(written, str):

@@ -14,8 +14,8 @@ OF_RESULT = ("dtype", "to", "prune", "round", "configs", "allow_nonfinite")
 OF_FILE = ("output", "models_folder")
 """What stands beside them there."""
 
-RESULT = "result"
-"""What the result is called where it has no name."""
+TOP = ""
+"""What stands for the result's name where its models are at the top."""
 
 
 def is_name(text: str) -> bool:
@@ -42,13 +42,13 @@ def with_result(
     options at the top.
     """
     if "models" in top:
-        stages = {**stages, RESULT: top}
+        stages = {**stages, TOP: top}
     used = {one for stage in stages.values() for one in models_of(stage) if isinstance(one, str)}
     unused = [name for name in stages if name not in used]
     if "models" in top:
-        if spare := [name for name in unused if name != RESULT]:
+        if spare := [name for name in unused if name != TOP]:
             raise RecipeError(f"no stage uses {listing(spare)}: take it out, or name it among the models")
-        return stages, RESULT
+        return stages, TOP
     if wrong := [key for key in top if key not in OF_RESULT]:
         raise RecipeError(
             f"{listing(wrong)} at the top, where only {', '.join((*OF_FILE, *OF_RESULT))} stand"

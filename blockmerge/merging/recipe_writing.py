@@ -10,7 +10,10 @@ from typing import Any
 from blockmerge.adapters import Lora
 from blockmerge.merging.planning.request import is_vae_of_models
 from blockmerge.merging.recipe import Recipe
-from blockmerge.merging.recipe_tables import OF_RESULT, RESULT
+from blockmerge.merging.recipe_tables import OF_RESULT
+
+_RESULT = "result"
+"""What the result is called where it has no name."""
 
 
 def as_stages(recipe: Recipe, folder: str = "") -> dict[str, Any]:
@@ -20,7 +23,7 @@ def as_stages(recipe: Recipe, folder: str = "") -> dict[str, Any]:
     for stage in _inner_first(recipe):
         if stage is recipe and not names:
             return {**_output_in(folder, recipe), **_placed_in(folder, recipe.to_dict())}
-        name = stage.name or (RESULT if stage is recipe else f"stage{len(names) + 1}")
+        name = stage.name or (_RESULT if stage is recipe else f"stage{len(names) + 1}")
         while name in written:
             name += "_"
         names[id(stage)] = name

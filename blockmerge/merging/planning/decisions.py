@@ -67,11 +67,12 @@ class Findings:
 
 @dataclass(frozen=True)
 class Decisions:
-    """All tensors of the output in A's order, then what only others have; what they are read from; counts and
-    notes.
+    """All tensors of the output in A's order, then what only others have; what they are read from, the VAE's
+    own file where there is one; counts and notes.
     """
 
     tensors: tuple[OutputTensor, ...]
     checkpoints: tuple[Checkpoint, ...]
+    vae_file: Checkpoint | None
     counts: Counts
     notes: tuple[str, ...]

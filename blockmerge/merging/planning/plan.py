@@ -19,8 +19,10 @@ from blockmerge.merging.planning.decisions import Decisions
 from blockmerge.merging.planning.metadata import lost_metadata, output_metadata
 from blockmerge.merging.planning.naming import OutputTensor
 from blockmerge.merging.planning.policies import decide
+from blockmerge.merging.planning.recorded import files_of
 from blockmerge.merging.planning.request import MergeRequest, Resolved
 from blockmerge.merging.planning.runs import Drafter, PlannedFile, known_bytes
+from blockmerge.merging.planning.stages import names_of_models, stages_of
 from blockmerge.merging.planning.written import as_run
 from blockmerge.streaming import PAGE
 
@@ -63,8 +65,14 @@ class PlannedOutput:
         yield from (one for one in leaves_of(self.tensor(name).expression) if isinstance(one, Stored))
 
 
-def make_plan(models: Sequence[Model], request: MergeRequest, output: Output) -> PlannedOutput:
-    """Plan a merge from the checkpoints' headers. Reads no weights.
+def make_plan(
+    models: Sequence[Model],
+    request: MergeRequest,
+    output: Output,
+    metadata: Mapping[str, str] | None = None,
+) -> PlannedOutput:
+    """Plan a merge from the checkpoints' headers. Reads no weights, but for samples that tell the files
+    again. `metadata` stands in the output in place of what would be written there.
 
     Raises what the request, the models or the weights are refused for: RecipeError, WeightsError,
     UnknownFamilyError, IncompatibleModelsError, CheckpointError.
@@ -76,10 +84,14 @@ def make_plan(models: Sequence[Model], request: MergeRequest, output: Output) ->
     decided = decide(
         models, request, resolved, output.naming, adapted=adapted, names_components=output.names_components
     )
-    names = [model.source.name if model.is_file else model.name for model in models]
+    names = names_of_models(models)
     described = as_run(request, names, resolved, [one["blocks"] for one in adapted.said])
+    described["files"] = files_of(models, names, decided.vae_file, adapted)
+    if stages := stages_of(models):
+        described |= {"stages": stages, "round": request.rounding}
     recipe = json.dumps(described, ensure_ascii=False)
-    metadata = output_metadata(a.source.metadata, recipe, family, changes_values=request.changes_values)
+    made = output_metadata(a.source.metadata, recipe, family, changes_values=request.changes_values)
+    metadata = made if metadata is None else metadata
     lost = lost_metadata(a.source.metadata, metadata, a.name)
     anatomy = replace(a.anatomy, inputs=_inputs(a, decided.tensors), naming=output.naming)
     laid_out = output.lay_out(decided.tensors, models, anatomy)

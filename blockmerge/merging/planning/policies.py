@@ -79,6 +79,7 @@ def decide(
     return Decisions(
         tuple(OutputTensor(one.name, one.ldm, simplify(one.expression)) for one in tensors),
         (*policies.sources, *adapted.sources),
+        policies.vae_file,
         _counts(models, decisions, len(policies.found.left_out), len(tensors)),
         (*notes, *lost, *adapted.notes, *lost_in_rounding(adapted.changes, decisions)),
     )
@@ -168,6 +169,11 @@ class Policies:
         self.folders = folders_of(self.family, models)
         self.names = tuple(dict.fromkeys(name for donor in self.donors for name in donor.tensors))
         self.plain_of_ema = plain_names_of_ema(self.names)
+
+    @property
+    def vae_file(self) -> Checkpoint | None:
+        """The VAE's own file, where there is one."""
+        return self.vae.source if isinstance(self.vae, VaeFile) else None
 
     @property
     def sources(self) -> tuple[Checkpoint, ...]:

@@ -17,6 +17,7 @@ from blockmerge.expressions import Expression, Held, simplify, unmeasured
 from blockmerge.merging.planning.adapting import Adapted
 from blockmerge.merging.planning.describing import describe
 from blockmerge.merging.planning.policies import Policies
+from blockmerge.merging.planning.recorded import files_of
 from blockmerge.merging.planning.request import MergeRequest
 from blockmerge.merging.planning.written import as_run
 
@@ -24,11 +25,12 @@ from blockmerge.merging.planning.written import as_run
 @dataclass(frozen=True, eq=False)
 class Stage(Model):
     """What a merge within a recipe makes. Its `source` is that of its A, whose form and metadata it has;
-    `beneath` is all that it is read from, and `described` how it is made.
+    `beneath` is all that it is read from, and `described` how it and the stages within it are made, by their
+    names.
     """
 
     beneath: tuple[Checkpoint, ...] = ()
-    described: Mapping[str, Any] = field(default_factory=dict)
+    described: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def sources(self) -> tuple[Checkpoint, ...]:
@@ -65,7 +67,9 @@ class Stage(Model):
         decisions = policies.decide()
         tensors = {one.ldm: _simple(one.expression) for one in decisions}
         notes = describe(models, request, resolved, decisions, policies.found, a.anatomy.naming, ())
-        blocks = [one["blocks"] for one in adapted.said]
+        names, blocks = names_of_models(models), [one["blocks"] for one in adapted.said]
+        run = as_run(request, names, resolved, blocks)
+        run["files"] = files_of(models, names, policies.vae_file, adapted)
         return cls(
             source=a.source,
             anatomy=a.anatomy,
@@ -76,8 +80,20 @@ class Stage(Model):
             notes=tuple(_of_stage(name, models, (*notes, *resolved.notes, *adapted.notes))),
             name=name,
             beneath=(*policies.sources, *adapted.sources),
-            described=as_run(request, [model.name for model in models], resolved, blocks),
+            described={**stages_of(models), name: run},
         )
+
+
+def names_of_models(models: Sequence[Model]) -> list[str]:
+    """What a recipe calls models: files without folders, and stages."""
+    return [model.source.name if model.is_file else model.name for model in models]
+
+
+def stages_of(models: Sequence[Model]) -> dict[str, Mapping[str, Any]]:
+    """How the stages among models are made, and those within them."""
+    return {
+        name: run for model in models if isinstance(model, Stage) for name, run in model.described.items()
+    }
 
 
 def _of_stage(name: str, models: Sequence[Model], notes: Sequence[str]) -> Iterator[str]:

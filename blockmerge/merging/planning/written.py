@@ -46,7 +46,7 @@ OPTIONS = (*_ASKED, *_TEXTS, *_FLAGS, "rules", "adjust", "seed", "numbers", "fou
 _AS_RUN = frozenset((
     "version", "method", "models", "preset", "weights", "weights_beta", "numbers", "rules", "adjust",
     "clip", "vae", "vae_file", "dtype", "ema", "prune", "naming", "variant", "configs", "allow_nonfinite",
-    "asked", "loras", "partial",
+    "asked", "loras", "partial", "round", "files", "stages",
 ))  # fmt: skip
 
 _NOT_NUMBERS = (*OPTIONS, "models", "version")

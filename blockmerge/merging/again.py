@@ -1,0 +1,183 @@
+"""Merges made again from what their files record: the recipe read back, its models found by identity."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from blockmerge.checkpoints import (
+    SUFFIXES,
+    Checkpoint,
+    CheckpointLike,
+    identity_of,
+    is_diffusers_folder,
+    open_checkpoint,
+    size_of_files,
+)
+from blockmerge.errors import BlockmergeError, CheckpointError, RecipeError, listing, shown
+from blockmerge.merging.planning.metadata import RECIPE_KEY
+from blockmerge.merging.planning.written import is_as_run
+from blockmerge.merging.recipe import Recipe
+from blockmerge.merging.recipe_changes import with_changes
+from blockmerge.merging.recipe_files import Places, recipe_of
+from blockmerge.merging.recipe_recorded import written_down
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """What a merged file records of how it was made: `run` is its recipe, `source` the file itself.
+
+    >>> recorded = Recorded.of("merged.safetensors")  # doctest: +SKIP
+    >>> recipe = recorded.recipe(Searched(["/models"]))  # doctest: +SKIP
+    """
+
+    source: Checkpoint
+    run: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, file: CheckpointLike) -> Recorded:
+        """Read a file's metadata. Raises RecipeError when there is no recipe in it, CheckpointError when it
+        cannot be read.
+        """
+        source = open_checkpoint(file)
+        text = source.metadata.get(RECIPE_KEY)
+        if text is None:
+            raise RecipeError(
+                f"{shown(source.name)} has no recipe in its metadata: it was not made by blockmerge, or was "
+                "saved anew by something else"
+            )
+        try:
+            run = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise RecipeError(f"{shown(source.name)}: the recipe in its metadata is not JSON") from error
+        if not isinstance(run, dict) or not is_as_run(run):
+            raise RecipeError(f"{shown(source.name)}: what is in its metadata is not a recipe")
+        return cls(source, run)
+
+    def recipe(
+        self, searched: Searched, changes: Sequence[str] = (), methods: Mapping[str, object] | None = None
+    ) -> Recipe:
+        """The recipe with the files that were recorded, and `changes` as ``--set`` takes them.
+
+        Raises RecipeError, naming all files that are missing, and for what cannot be read back.
+        """
+        try:
+            table, files = written_down(self.run)
+            found = searched.find(list(files.values()))
+            places = _Found(files={name: found[one["identity"]] for name, one in files.items()})
+            return recipe_of(with_changes(table, changes), places, methods)
+        except BlockmergeError as error:
+            raise type(error)(f"{shown(self.source.name)}: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Found(Places):
+    """Files that were found by what is in them; nothing else is looked for."""
+
+    files: Mapping[str, Checkpoint] = field(default_factory=dict)
+
+    def has(self, text: str) -> bool:
+        """Whether a file was recorded by that name."""
+        return text in self.files
+
+    def of(self, text: str) -> str:
+        """The path of what was recorded by that name."""
+        if text not in self.files:
+            raise RecipeError(f"{shown(text)} is not recorded by what is in it, and so cannot be found again")
+        return str(self.files[text].path)
+
+    def preset(self, text: str) -> str:
+        """Its weights were recorded."""
+        return text
+
+
+@dataclass(frozen=True)
+class Searched:
+    """Where models are looked for: in `beside`, and in `folders` with their subfolders.
+
+    They are found by what is in them. A name in somebody's metadata is never used as a path.
+    """
+
+    folders: Sequence[str | os.PathLike[str]] = ()
+    beside: str | os.PathLike[str] | None = None
+    _known: dict[Path, Checkpoint | None] = field(default_factory=dict, repr=False, compare=False)
+    _seen: list[Path] = field(default_factory=list, repr=False, compare=False)
+
+    def find(self, wanted: Sequence[Mapping[str, Any]]) -> dict[str, Checkpoint]:
+        """Return {identity: the checkpoint that has it}. Raises RecipeError for those that are not there."""
+        by_size: dict[int, list[Mapping[str, Any]]] = {}
+        for one in wanted:
+            by_size.setdefault(one.get("size", -1), []).append(one)
+        found: dict[str, Checkpoint] = {}
+        for path in self._candidates():
+            self._seen.append(path)
+            if len(found) == len(wanted):
+                break
+            size = _size(path)
+            if size is not None and size not in by_size:
+                continue
+            checkpoint = self._open(path)
+            if checkpoint is None or size_of_files(checkpoint) not in by_size:
+                continue
+            identity = identity_of(checkpoint)
+            for one in by_size[size_of_files(checkpoint)]:
+                if identity is not None and one["identity"] == identity.digest:
+                    found.setdefault(identity.digest, checkpoint)
+        if missing := [one for one in wanted if one["identity"] not in found]:
+            raise RecipeError(self._missing(missing))
+        return found
+
+    def _candidates(self) -> Iterator[Path]:
+        if self.beside is not None:
+            yield from sorted(Path(self.beside).iterdir())
+        for folder in self.folders:
+            if not os.path.isdir(folder):
+                raise CheckpointError(f"{shown(folder)} is not a folder of models (--models)")
+            for parent, folders, files in os.walk(folder):
+                folders.sort()
+                yield Path(parent)
+                yield from (Path(parent, name) for name in sorted(files))
+
+    def _open(self, path: Path) -> Checkpoint | None:
+        """What is at a path, if it may be a model."""
+        if path not in self._known:
+            self._known[path] = None
+            is_model = is_diffusers_folder(path) if path.is_dir() else path.suffix.lower() in SUFFIXES
+            if is_model:
+                with suppress(BlockmergeError):  # whatever is wrong with it, it was not recorded so
+                    self._known[path] = open_checkpoint(path)
+        return self._known[path]
+
+    def _missing(self, missing: Sequence[Mapping[str, Any]]) -> str:
+        said = [
+            f"{shown(one.get('name', '?'))} ({_shown_size(one)}, identity {shown(one['identity'][:12])})"
+            for one in missing
+        ]
+        names = {str(one.get("name")) for one in missing}
+        others = sorted(str(path) for path in self._seen if path.name in names)
+        are = "are" if len(others) > 1 else "is"
+        but = f"; {listing(others)} {are} called so, but not the same" if others else ""
+        where = [] if self.beside is None else [str(self.beside)]
+        looked = listing([*where, *map(str, self.folders)]) or "no folder"
+        return (
+            f"its models are not all there: {', '.join(said)}, looked for in {looked}{but}: "
+            "give the folder that has them (--models FOLDER)"
+        )
+
+
+def _size(path: Path) -> int | None:
+    """The size of a file; None for what is none."""
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except OSError:
+        return None
+
+
+def _shown_size(recorded: Mapping[str, Any]) -> str:
+    size = recorded.get("size")
+    return f"{size:,} bytes" if isinstance(size, int) else "of unknown size"

@@ -1,0 +1,55 @@
+"""What a recipe in metadata says of the files that it was made from, by which they are found again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from blockmerge.checkpoints import Checkpoint, Model, identity_of
+from blockmerge.merging.planning.adapting import Adapted
+from blockmerge.merging.planning.metadata import RECIPE_KEY
+
+_LARGEST = 1 << 18
+"""Bytes of a model's own recipe that are carried along: those of a merge of merges grow with each."""
+
+
+def files_of(
+    models: Sequence[Model], names: Sequence[str], vae: Checkpoint | None, adapted: Adapted
+) -> dict[str, Any]:
+    """Return what is recorded of models, a VAE's file and LoRAs: None for a stage, and for what is in memory.
+
+    Raises CheckpointError when a file cannot be read.
+    """
+    of_models = [
+        _recorded(model.source, name) if model.is_file else None
+        for model, name in zip(models, names, strict=True)
+    ]
+    found: dict[str, Any] = {"models": of_models}
+    if vae is not None:
+        found["vae"] = _recorded(vae, vae.name)
+    if adapted.applied:
+        found["loras"] = [_recorded(one.adapter.source, one.adapter.source.name) for one in adapted.applied]
+    return found
+
+
+def _recorded(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:
+    identity = identity_of(checkpoint)
+    if identity is None:
+        return None
+    own = _recipe_of(checkpoint.metadata)
+    name = name.encode("utf-8", "replace").decode()  # names of files may be bytes that are no text
+    said = {"name": name, "size": identity.size, "identity": identity.digest}
+    return said if own is None else {**said, "recipe": own}
+
+
+def _recipe_of(metadata: Mapping[str, str]) -> Any:
+    """The recipe that a model was itself made by, where it says so."""
+    text = metadata.get(RECIPE_KEY, "")
+    if not text or len(text) > _LARGEST:
+        return None
+    try:
+        own = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return own if isinstance(own, dict) else None

@@ -1,0 +1,128 @@
+"""A recipe in a file's metadata as a table that can be read, edited and run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from blockmerge.errors import RecipeError
+from blockmerge.merging.planning.request import told_from_words
+from blockmerge.merging.planning.written import asked_of_run
+from blockmerge.merging.recipe_tables import OF_RESULT
+
+_RESULT = "result"
+"""What the result is called where it has no name."""
+
+Files = dict[str, Mapping[str, Any]]
+"""{what a table calls a file: what is recorded of it}."""
+
+
+def written_down(run: Mapping[str, Any]) -> tuple[dict[str, Any], Files]:
+    """Return a recipe that was recorded, as a table with its stages in tables of their own, and its files.
+
+    Raises RecipeError for what cannot be read back.
+    """
+    files: Files = {}
+    stages = {
+        str(name): _merge(stage, files)
+        for name, stage in _table(run.get("stages")).items()
+        if isinstance(stage, Mapping)
+    }
+    own = _merge(run, files)
+    if not stages:
+        return own, files
+    if isinstance(run.get("round"), str) and run["round"] != "end":
+        own["round"] = run["round"]
+    top = {key: own.pop(key) for key in OF_RESULT if key in own}
+    name = _RESULT
+    while name in stages:
+        name += "_"
+    return {**top, **stages, name: own}, files
+
+
+def _merge(run: Mapping[str, Any], files: Files) -> dict[str, Any]:
+    """One merge, as it was asked for."""
+    recorded = _table(run.get("files"))
+    names, of_models = _list(run.get("models")), _list(recorded.get("models"))
+    if len(of_models) != len(names) or not names:
+        raise RecipeError(
+            "its recipe does not say which files its models were, as those of earlier versions do not: "
+            "Recipe.from_dict takes it with the models"
+        )
+    plain = {key: value for key, value in run.items() if key not in ("files", "stages", "round")}
+    asked, places = asked_of_run(plain, len(names))
+    models = [_named(str(name), one, files) for name, one in zip(names, of_models, strict=True)]
+    if "vae" in places:
+        asked["vae"] = told_from_words(_named(places["vae"], recorded.get("vae"), files))
+    if "configs" in places:
+        asked["configs"] = places["configs"]
+    if "loras" in places:
+        of_loras = _list(recorded.get("loras"))
+        asked["loras"] = [
+            _lora(lora, one, files) for lora, one in zip(asked["loras"], of_loras, strict=False)
+        ]
+    written = {"models": models, **asked}
+    return {key: value for key, value in written.items() if not _is_default(key, value)}
+
+
+_DEFAULTS = {
+    "method": "weighted_sum", "dtype": "keep", "ema": "drop", "vae": "auto", "rules": "", "adjust": "",
+}  # fmt: skip
+
+
+def _is_default(key: str, value: Any) -> bool:
+    is_nothing = value is None or value is False or (isinstance(value, (dict, list)) and not value)
+    return is_nothing or value == _DEFAULTS.get(key, ...)
+
+
+def _lora(lora: Any, recorded: Any, files: Files) -> dict[str, Any]:
+    said = dict(lora) if isinstance(lora, Mapping) else {}
+    found = {"file": _named(str(said.get("name", "")), recorded, files), **said}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _named(name: str, recorded: Any, files: Files) -> str:
+    """What a file is called in the table: as it was, but no two of them alike."""
+    if not isinstance(recorded, Mapping) or not isinstance(recorded.get("identity"), str):
+        return name  # a stage, or what was in memory
+    name = str(recorded.get("name", name))
+    other = files.setdefault(name, recorded)
+    if other.get("identity") != recorded["identity"]:
+        stem, dot, ending = name.rpartition(".")
+        name = f"{stem}-{recorded['identity'][:8]}.{ending}" if dot else f"{name}-{recorded['identity'][:8]}"
+        files.setdefault(name, recorded)
+    return name
+
+
+def in_one_line(weights: Mapping[str, float | None]) -> float | str:
+    """Weights of all blocks as they may be given: one number, or a text."""
+    values = set(weights.values())
+    [*_, only] = values
+    if len(values) == 1 and only is not None:
+        return only
+    return ",".join(f"{block}={'skip' if weight is None else weight!r}" for block, weight in weights.items())
+
+
+def for_reading(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A table as somebody would write it: presets by name, weights in a line, nothing that was looked up."""
+    read: dict[str, Any] = {}
+    for key, value in table.items():
+        if key == "found":
+            continue
+        if key in ("weights", "weights_beta") and isinstance(value, Mapping):
+            read[key] = in_one_line(value)
+        elif isinstance(value, Mapping) and "models" in value:
+            read[key] = for_reading(value)
+        elif isinstance(value, (list, tuple)) and len(value) == 1 and key in ("preset", "preset_beta"):
+            read[key] = value[0]
+        else:
+            read[key] = value
+    return read
+
+
+def _table(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
