@@ -53,10 +53,12 @@ if TYPE_CHECKING:
     from blockmerge.merging import MergeResult as MergeResult
     from blockmerge.merging import Plan as Plan
     from blockmerge.merging import Recipe as Recipe
+    from blockmerge.merging import Verification as Verification
     from blockmerge.merging import bake as bake
     from blockmerge.merging import convert as convert
     from blockmerge.merging import merge as merge
     from blockmerge.merging import merge_state_dicts as merge_state_dicts
+    from blockmerge.merging import verify as verify
     from blockmerge.methods import merge_method as merge_method
     from blockmerge.weights import BlockWeights as BlockWeights
     from blockmerge.weights import load_preset as load_preset
@@ -88,6 +90,7 @@ _HOMES = {
     "SimilarityMatrix": "comparing",
     "SimilarityResult": "comparing",
     "UnknownFamilyError": "errors",
+    "Verification": "merging",
     "WeightsError": "errors",
     "bake": "merging",
     "block_of": "anatomy",
@@ -109,6 +112,7 @@ _HOMES = {
     "resize_lora": "lora_making",
     "similarity": "comparing",
     "similarity_matrix": "comparing",
+    "verify": "merging",
 }
 
 __all__ = sorted(_HOMES)

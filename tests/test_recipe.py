@@ -508,11 +508,11 @@ def test_ratios_are_kept_in_full(folders, here):
 
 
 def test_recipes_of_earlier_versions_are_read(folders, here):
-    """They have no `asked`, `vae_file`, `naming`, `variant` and `configs`."""
+    """They have no `asked`, `vae_file`, `naming`, `variant`, `configs` and `files`."""
     models = [folders / f"{letter}.safetensors" for letter in "ab"]
     vae = folders / "my.vae.safetensors"
     first = Recipe(*models, preset="high_res", changes="M00=skip", vae=vae, dtype="bf16").run("1.safetensors")
-    late = ("asked", "vae_file", "naming", "variant", "configs")
+    late = ("asked", "vae_file", "naming", "variant", "configs", "files")
     early = {key: value for key, value in of_file(first.output).items() if key not in late}
     assert set(early) == {
         "version", "method", "models", "preset", "weights", "weights_beta", "numbers", "rules", "adjust", "clip", "vae",

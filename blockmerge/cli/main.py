@@ -14,6 +14,7 @@ from types import FrameType
 import click
 from click_default_group import DefaultGroup
 
+from blockmerge.cli.again import again
 from blockmerge.cli.bake import bake
 from blockmerge.cli.check import check
 from blockmerge.cli.convert import convert
@@ -24,8 +25,10 @@ from blockmerge.cli.lora.group import lora
 from blockmerge.cli.merge import is_word, merge
 from blockmerge.cli.methods import methods
 from blockmerge.cli.presets import presets
+from blockmerge.cli.recipe import recipe
 from blockmerge.cli.run import run as run_recipe
 from blockmerge.cli.similarity import similarity
+from blockmerge.cli.verify import verify
 from blockmerge.errors import BlockmergeError, RecipeError, did_you_mean, reason
 from blockmerge.version import __version__
 
@@ -73,19 +76,9 @@ def cli() -> None:
 
 
 for command in (
-    merge,
-    run_recipe,
-    convert,
-    bake,
-    lora,
-    inspect,
-    check,
-    similarity,
-    explain,
-    presets,
-    methods,
-    demo,
-):
+    merge, run_recipe, recipe, again, verify, convert, bake, lora, inspect, check, similarity, explain,
+    presets, methods, demo,
+):  # fmt: skip
     cli.add_command(command)
 
 

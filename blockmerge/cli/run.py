@@ -6,6 +6,7 @@ import click
 
 from blockmerge.cli.carrying_out import carry_out
 from blockmerge.cli.console import json_option, not_empty
+from blockmerge.cli.models_folders import models_option
 from blockmerge.cli.output_options import threads_option
 
 
@@ -14,13 +15,7 @@ from blockmerge.cli.output_options import threads_option
 @click.option(
     "-o", "--output", metavar="PATH", callback=not_empty, help="Where it goes. [default: the recipe's output]"
 )
-@click.option(
-    "--models",
-    metavar="FOLDER",
-    multiple=True,
-    callback=not_empty,
-    help="Look here, too, for files that are not beside the recipe, in subfolders as well. May be repeated.",
-)
+@models_option
 @click.option(
     "--set",
     "changes",

@@ -7,6 +7,7 @@ from blockmerge.merging.memory import merge_state_dicts
 from blockmerge.merging.merge import merge
 from blockmerge.merging.recipe import Plan, Recipe
 from blockmerge.merging.result import Counts, MergeResult
+from blockmerge.merging.verify import Verification, verify
 
 Merge = Recipe
 """One merge is a recipe."""
@@ -18,8 +19,10 @@ __all__ = [
     "MergeResult",
     "Plan",
     "Recipe",
+    "Verification",
     "bake",
     "convert",
     "merge",
     "merge_state_dicts",
+    "verify",
 ]

@@ -14,6 +14,7 @@ from blockmerge.checkpoints import (
     SUFFIXES,
     Checkpoint,
     CheckpointLike,
+    DiffusersFolder,
     identity_of,
     is_diffusers_folder,
     open_checkpoint,
@@ -38,6 +39,7 @@ class Recorded:
 
     source: Checkpoint
     run: Mapping[str, Any]
+    metadata: Mapping[str, str]
 
     @classmethod
     def of(cls, file: CheckpointLike) -> Recorded:
@@ -45,7 +47,10 @@ class Recorded:
         cannot be read.
         """
         source = open_checkpoint(file)
-        text = source.metadata.get(RECIPE_KEY)
+        metadata = source.metadata
+        if isinstance(source, DiffusersFolder):  # each of whose files has it
+            metadata = open_checkpoint(source.files[0]).metadata
+        text = metadata.get(RECIPE_KEY)
         if text is None:
             raise RecipeError(
                 f"{shown(source.name)} has no recipe in its metadata: it was not made by blockmerge, or was "
@@ -57,7 +62,7 @@ class Recorded:
             raise RecipeError(f"{shown(source.name)}: the recipe in its metadata is not JSON") from error
         if not isinstance(run, dict) or not is_as_run(run):
             raise RecipeError(f"{shown(source.name)}: what is in its metadata is not a recipe")
-        return cls(source, run)
+        return cls(source, run, metadata)
 
     def recipe(
         self, searched: Searched, changes: Sequence[str] = (), methods: Mapping[str, object] | None = None
@@ -107,6 +112,13 @@ class Searched:
     beside: str | os.PathLike[str] | None = None
     _known: dict[Path, Checkpoint | None] = field(default_factory=dict, repr=False, compare=False)
     _seen: list[Path] = field(default_factory=list, repr=False, compare=False)
+
+    @classmethod
+    def beside_file(cls, source: Checkpoint, folders: Sequence[str | os.PathLike[str]]) -> Searched:
+        """Beside a file first, then in folders."""
+        given = [folders] if isinstance(folders, (str, os.PathLike)) else folders
+        beside = None if source.path is None else os.path.dirname(os.path.abspath(source.path))
+        return cls([os.path.expanduser(folder) for folder in given], beside)
 
     def find(self, wanted: Sequence[Mapping[str, Any]]) -> dict[str, Checkpoint]:
         """Return {identity: the checkpoint that has it}. Raises RecipeError for those that are not there."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from blockmerge.checkpoints import Readers
 from blockmerge.errors import NonFiniteError, OutputError, reason, shown
@@ -86,6 +86,38 @@ def execute(
     """Write the planned files to where `path_of` has each, which exists and may be padded to a multiple of
     PAGE. Return how large what was added to the weights of each block is.
 
+    Raises what `compute` raises.
+    """
+
+    def output(file: PlannedFile) -> OutputStream:
+        return OutputStream(path_of(file.path), direct=pace.direct)
+
+    return compute(plan, output, pace, device, progress, shown_as=shown_as)
+
+
+class Sink(Protocol):
+    """Where the bytes of a file go; each worker has a writer of its own."""
+
+    def writer(self) -> AbstractContextManager[Writer]: ...  # noqa: D102
+
+
+class Writer(Protocol):
+    """One worker's way to put a piece in its place."""
+
+    def write(self, offset: int, piece: memoryview) -> None: ...  # noqa: D102
+
+
+def compute(
+    plan: PlannedOutput,
+    sink_of: Callable[[PlannedFile], Sink],
+    pace: Pace,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    *,
+    shown_as: Path,
+) -> Shares:
+    """Compute the planned files, and give their bytes to what `sink_of` has for each.
+
     Raises NonFiniteError naming the tensors when something that was computed is NaN or infinite (unless the
     recipe allows it), CheckpointError when an input cannot be read or was changed meanwhile, OutputError,
     with the name `shown_as`, when writing fails.
@@ -96,8 +128,7 @@ def execute(
     shares = Shares(plan.anatomy.family)
     with _on(device):
         for file in plan.files:
-            output = OutputStream(path_of(file.path), direct=pace.direct)
-            job = _Job(plan, file, output, pace, device, shown_as, figures, shares)
+            job = _Job(plan, file, sink_of(file), pace, device, shown_as, figures, shares)
             job.run(_part_of(progress, done, total))
             nonfinite += [name for name in file.tensors if name in job.nonfinite]
             done += file.size
@@ -178,7 +209,7 @@ class _Job:
         self,
         plan: PlannedOutput,
         file: PlannedFile,
-        output: OutputStream,
+        output: Sink,
         pace: Pace,
         device: str,
         shown_as: Path,

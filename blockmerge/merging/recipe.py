@@ -235,6 +235,11 @@ class Recipe(Node):
             )
         asked = {key: value for key, value in written.items() if key != "models"}
         if is_as_run(written):
+            if written.get("stages"):
+                raise RecipeError(
+                    "this recipe has stages, whose files are found by what is in them: blockmerge again FILE, or "
+                    "blockmerge recipe FILE to edit it"
+                )
             asked, places = asked_of_run(written, len(leaves))
             missing = [f"its {key}, {shown(name)}" for key, name in places.items() if given[key] is None]
             if models is None:
@@ -320,22 +325,36 @@ class Recipe(Node):
         Raises what `merge` raises before it reads a weight.
         """
         started = time.perf_counter()
-        device, pace = _choose_pace(self.request, str(device), threads)
         check_flag("overwrite", overwrite)
-        self.request.check_model_count(len(self.models))
         output = self.output if output is None else output
         if output is None:
             raise RecipeError("the recipe names no output: give one (-o)")
+        planned, pace, device = self.computed(output, device=device, threads=threads, metadata=metadata)
+        target = planned.output.check(_inputs(planned, self.request), overwrite=overwrite)
+        seconds = time.perf_counter() - started
+        return Plan(self, target, planned, pace, device, overwrite, seconds)
+
+    def computed(
+        self,
+        output: str | os.PathLike[str],
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> tuple[PlannedOutput, Pace, str]:
+        """Return what is computed for such an output, which need not be written, the pace, and the device.
+
+        Raises what `plan` raises, but for what is about writing.
+        """
         from blockmerge.merging.recipe_files import expanded
 
+        device, pace = _choose_pace(self.request, str(device), threads)
+        self.request.check_model_count(len(self.models))
         opened = open_models(expanded(self))
         has_vae = self.request.vae_file(len(opened)) is not None
         is_whole = has_vae or any(model.components != {"unet"} for model in opened)
         kind = choose_output(output, opened[0], self.request.naming, self.request.configs, is_whole=is_whole)
-        planned = make_plan(opened, self.request, kind, metadata)
-        target = kind.check(_inputs(planned, self.request), overwrite=overwrite)
-        seconds = time.perf_counter() - started
-        return Plan(self, target, planned, pace, device, overwrite, seconds)
+        return make_plan(opened, self.request, kind, metadata), pace, device
 
     def run(
         self,

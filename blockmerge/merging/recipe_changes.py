@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from blockmerge.errors import RecipeError, did_you_mean, shown
+from blockmerge.errors import RecipeError, did_you_mean, listing, shown
 from blockmerge.merging.planning.written import OPTIONS
 from blockmerge.merging.recipe_tables import OF_FILE, OF_RESULT, TOP, is_name, split, with_result
 
@@ -37,7 +37,10 @@ def with_changes(written: Mapping[str, Any], changes: Sequence[str]) -> dict[str
         own = changed if result == TOP else changed[result]
         key = name.strip().replace("-", "_")
         if dot and key not in OPTIONS and stage not in stages and is_name(stage) and stages:
-            raise RecipeError(f"--set {shown(text)}: no stage {shown(stage)}{did_you_mean(stage, stages)}")
+            near = did_you_mean(stage, stages)
+            raise RecipeError(
+                f"--set {shown(text)}: no stage {shown(stage)}{near} (stages are {listing(stages)})"
+            )
         if key in (*OF_RESULT, *OF_FILE):
             _change(changed, key, _value(value), text)
         elif key in OPTIONS:

@@ -56,8 +56,8 @@ class Places:
         return next((one for one in found if one is not None), here)
 
     def has(self, text: str) -> bool:
-        """Whether there is a file that a recipe means by this."""
-        return os.path.lexists(self.of(text))
+        """Whether there is such a file in the recipe's own folder."""
+        return os.path.lexists(replace(self, searched=()).of(text))
 
     def preset(self, text: str) -> str:
         """The preset that a recipe means: a file's, where there is one."""

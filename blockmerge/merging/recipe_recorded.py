@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import groupby
 from typing import Any
 
 from blockmerge.errors import RecipeError
@@ -94,13 +95,23 @@ def _named(name: str, recorded: Any, files: Files) -> str:
     return name
 
 
-def in_one_line(weights: Mapping[str, float | None]) -> float | str:
-    """Weights of all blocks as they may be given: one number, or a text."""
-    values = set(weights.values())
-    [*_, only] = values
-    if len(values) == 1 and only is not None:
-        return only
-    return ",".join(f"{block}={'skip' if weight is None else weight!r}" for block, weight in weights.items())
+def in_one_line(weights: Mapping[str, float | str | None]) -> float | str:
+    """Weights of all blocks as somebody would give them: one number, or a text without the blocks that are 0.
+
+    >>> in_one_line({"BASE": 0.0, "IN00": 0.5, "IN01": 0.5, "IN02": "skip"})
+    'IN00-IN01=0.5,IN02=skip'
+    """
+    said = {block: "skip" if weight is None else weight for block, weight in weights.items()}
+    [first, *others] = said.values()
+    if first != "skip" and all(weight == first for weight in others):
+        return float(first)
+    parts = []
+    for weight, group in groupby(said, key=lambda block: said[block]):
+        blocks = list(group)
+        if weight != 0:
+            where = blocks[0] if len(blocks) == 1 else f"{blocks[0]}-{blocks[-1]}"
+            parts.append(f"{where}={weight}")
+    return ",".join(parts)
 
 
 def for_reading(table: Mapping[str, Any]) -> dict[str, Any]:

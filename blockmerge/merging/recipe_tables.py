@@ -43,8 +43,14 @@ def with_result(
     """
     if "models" in top:
         stages = {**stages, TOP: top}
-    used = {one for stage in stages.values() for one in models_of(stage) if isinstance(one, str)}
+    named = (one for stage in stages.values() for one in models_of(stage) if isinstance(one, str))
+    used = dict.fromkeys(named)
     unused = [name for name in stages if name not in used]
+    if len(unused) != 1 and (lost := [one for one in used if is_name(one) and one not in stages]):
+        near = did_you_mean(lost[0], stages)
+        raise RecipeError(
+            f"{shown(lost[0])} is neither a stage nor a file{near} (stages are {listing(stages)})"
+        )
     if "models" in top:
         if spare := [name for name in unused if name != TOP]:
             raise RecipeError(f"no stage uses {listing(spare)}: take it out, or name it among the models")

@@ -76,10 +76,11 @@ def _placed_in(folder: str, written: dict[str, Any], stages: set[str] | None = N
 
 
 def _from(folder: str, path: str) -> str:
-    if os.path.isabs(path) or not folder:
-        return path.replace(os.sep, "/")
+    if os.path.isabs(path):
+        inside = os.path.join(os.path.abspath(folder), "")
+        return path.removeprefix(inside).replace(os.sep, "/")
     try:
-        return os.path.relpath(path, folder).replace(os.sep, "/")
+        return os.path.relpath(path, folder or os.curdir).replace(os.sep, "/")
     except ValueError:  # on another drive
         return os.path.abspath(path).replace(os.sep, "/")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from blockmerge.inspecting import CheckResult, Inspection, LoraInspection
     from blockmerge.lora_making import LoraConversion, LoraResult
     from blockmerge.merging import MergeResult
+    from blockmerge.merging.verify import Verification
     from blockmerge.methods import Method
     from blockmerge.weights import Preset
 
@@ -19,6 +20,16 @@ if TYPE_CHECKING:
 def merge_json(result: MergeResult) -> str:
     """A merge; `output` is the only path, all other names are without folders."""
     return _dumps(result.to_dict())
+
+
+def verification_json(found: Verification) -> str:
+    """Whether a file is what its recipe makes; `different` says by how many steps."""
+    return _dumps(found.to_dict())
+
+
+def recipe_json(run: Mapping[str, Any]) -> str:
+    """A recipe as a merged file's metadata has it."""
+    return _dumps(dict(run))
 
 
 def lora_json(result: LoraResult) -> str:

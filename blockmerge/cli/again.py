@@ -1,0 +1,71 @@
+"""`blockmerge again`."""
+
+from __future__ import annotations
+
+import click
+
+from blockmerge.cli.carrying_out import carry_out
+from blockmerge.cli.console import json_option, not_empty
+from blockmerge.cli.models_folders import models_option
+from blockmerge.cli.output_options import threads_option
+
+
+@click.command(short_help="Make a merge again from its own recipe, the same or a variant.")
+@click.argument("file", metavar="FILE")
+@click.option("-o", "--output", metavar="PATH", required=True, callback=not_empty, help="Where it goes.")
+@models_option
+@click.option(
+    "--set",
+    "changes",
+    metavar="[STAGE.]KEY=VALUE",
+    multiple=True,
+    callback=not_empty,
+    help="What is to be different: OUT05=0.7, dtype=fp32, or X.weights=0.3 of a stage.",
+)
+@click.option(
+    "--device", metavar="cpu|cuda[:N]|auto", default="cpu", show_default=True, help="Where the sums are done."
+)
+@threads_option
+@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@click.option(
+    "--dry-run", is_flag=True, help="Make all checks that need no weights, show the plan, and write nothing."
+)
+@json_option
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+def again(
+    file: str,
+    output: str,
+    models: tuple[str, ...],
+    changes: tuple[str, ...],
+    threads: int | None,
+    device: str,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Make a merge again from the recipe in its metadata: without --set the same file, bit for bit.
+
+    \b
+      blockmerge again merged.safetensors -o same.safetensors
+      blockmerge again merged.safetensors --models ~/models --set OUT05=0.7 -o variant.safetensors
+
+    The models are found by what is in them, whatever they are called now: beside FILE, and in the folders
+    given. A weight that is set goes on top of those that the merge was made with.
+    """
+    from blockmerge.merging.again import Recorded, Searched
+
+    recorded = Recorded.of(file)
+    recipe = recorded.recipe(Searched.beside_file(recorded.source, models), changes)
+    carry_out(
+        recipe,
+        output,
+        "merging",
+        device=device,
+        threads=threads,
+        overwrite=overwrite,
+        metadata=None if changes else recorded.metadata,
+        dry_run=dry_run,
+        as_json=as_json,
+        quiet=quiet,
+    )

@@ -1,0 +1,13 @@
+"""The option of commands that look for models by what is in them."""
+
+import click
+
+from blockmerge.cli.console import not_empty
+
+models_option = click.option(
+    "--models",
+    metavar="FOLDER",
+    multiple=True,
+    callback=not_empty,
+    help="Look here, too, for models that are not beside the file, in subfolders as well. May be repeated.",
+)

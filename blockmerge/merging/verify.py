@@ -1,0 +1,194 @@
+"""`verify`: a merged file held against what its own recipe makes, which is computed anew, not written."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from blockmerge.checkpoints import Checkpoint, CheckpointLike, Reader, TensorInfo
+from blockmerge.dtypes import FLOAT_DTYPES, size_of
+from blockmerge.errors import listing
+from blockmerge.merging.again import Recorded, Searched
+from blockmerge.merging.execute import compute
+from blockmerge.merging.planning.runs import PlannedFile
+from blockmerge.streaming import Progress
+
+_MOST_DIFFERENT = 10
+"""Tensors that differ before nobody needs to know more."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Whether a file is what its recipe makes: the same tensors with the same bits.
+
+    `different` says of tensors by how many steps of their dtype they differ at most (integers: by how much);
+    of ten and more, some are there. `missing` are tensors that the recipe makes and the file lacks, `added`
+    those that it has besides, or in another dtype or shape. `recipe` is what was recorded, `models` are the
+    files that it was made from, by the names that they have now.
+    """
+
+    name: str
+    same: bool
+    different: Mapping[str, int]
+    missing: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    recipe: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    models: tuple[str, ...] = ()
+
+    @property
+    def said(self) -> str:
+        """What differs, in a few words."""
+        count = len(self.different)
+        many = f"more than {_MOST_DIFFERENT}" if count > _MOST_DIFFERENT else str(count)
+        parts = {
+            f"{many} of its tensors {'differs' if count == 1 else 'differ'}": count,
+            f"{listing(self.missing)} missing": len(self.missing),
+            f"{listing(self.added)} not by its recipe": len(self.added),
+        }
+        return ", ".join(part for part, is_there in parts.items() if is_there)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain data, ready for JSON."""
+        return {
+            "same": self.same,
+            "different": dict(self.different),
+            "missing": list(self.missing),
+            "added": list(self.added),
+            "models": list(self.models),
+        }
+
+
+def verify(
+    file: CheckpointLike,
+    models: Sequence[str | os.PathLike[str]] = (),
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    methods: Mapping[str, object] | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Make a merged file again, in memory, from the recipe in its metadata, and compare.
+
+    >>> found = blockmerge.verify("merged.safetensors", models=["~/models"])  # doctest: +SKIP
+    >>> found.same, found.different  # doctest: +SKIP
+    (True, {})
+
+    The models are found by what is in them, whatever they are called now: beside the file, and in the folders
+    `models` with their subfolders. Bits depend on the kind of processor and on torch, so that a difference of
+    one step on another machine may be no more than that. `progress(done, total)` is told the bytes.
+
+    Raises RecipeError when the file has no recipe, or its models are not found, CheckpointError for what
+    cannot be read, and what `merge` raises.
+    """
+    recorded = Recorded.of(file)
+    source = recorded.source
+    recipe = recorded.recipe(Searched.beside_file(source, models), methods=methods)
+    path = source.path
+    assert path is not None, "what has no path has no recipe"
+    planned, pace, device = recipe.computed(path, device=device, threads=threads, metadata=recorded.metadata)
+    compared = [_Compared(one, source) for one in planned.files]
+    by_file = {one.file.path: one for one in compared}
+    with suppress(_EnoughError):
+        compute(planned, lambda one: by_file[one.path], pace, device, progress, shown_as=path)
+    different = {name: steps for one in compared for name, steps in one.different.items()}
+    made = {name for one in compared for name in one.file.tensors}
+    lacking = [name for name in made if name not in source.tensors]
+    other = [name for one in compared for name in one.other]
+    added = [*other, *(name for name in source.tensors if name not in made)]
+    missing = [*lacking, *_differing_files(path, planned.small_files)]
+    return Verification(
+        source.name,
+        not (different or missing or added),
+        dict(sorted(different.items())),
+        tuple(sorted(missing)),
+        tuple(sorted(added)),
+        recorded.run,
+        tuple(dict.fromkeys(one.name for one in planned.decided.checkpoints)),
+    )
+
+
+def _differing_files(folder: Path, files: Mapping[str, bytes]) -> list[str]:
+    """Those of the small files of a folder that it lacks, or has otherwise."""
+
+    def read(name: str) -> bytes | None:
+        try:
+            return (folder / name).read_bytes()
+        except OSError:
+            return None
+
+    return [name for name, data in files.items() if read(name) != data]
+
+
+class _EnoughError(Exception):
+    """So much differs that nobody needs to know more."""
+
+
+class _Compared:
+    """A planned file, whose bytes are held against those of tensors that are there, instead of written."""
+
+    def __init__(self, file: PlannedFile, source: Checkpoint) -> None:
+        self.file, self._source = file, source
+        self.different: dict[str, int] = {}
+        there = source.tensors
+        self.other = [
+            name
+            for name, one in file.tensors.items()
+            if name in there and (there[name].dtype, there[name].shape) != (one.dtype, one.shape)
+        ]
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def writer(self) -> Iterator[_Comparing]:
+        """Compare with a reader of its own."""
+        with self._source.reader() as reader:
+            yield _Comparing(self, reader)
+
+    def compare(self, reader: Reader, offset: int, piece: memoryview) -> None:
+        """Hold a piece of the planned file against the tensors that are there."""
+        for name, planned in self.file.tensors_between(offset, offset + len(piece)):
+            if name not in self._source.tensors or name in self.other:
+                continue
+            start = max(offset, planned.offset)
+            stop = min(offset + len(piece), planned.offset + planned.nbytes)
+            there = memoryview(bytearray(stop - start))
+            reader.read_into(self._source.tensors[name].offset + start - planned.offset, there)
+            made = piece[start - offset : stop - offset]
+            if made != there:
+                self._note(name, _steps(made, there, planned))
+
+    def _note(self, name: str, steps: int) -> None:
+        with self._lock:
+            self.different[name] = max(steps, self.different.get(name, 0))
+            if len(self.different) > _MOST_DIFFERENT:
+                raise _EnoughError
+
+
+@dataclass(frozen=True)
+class _Comparing:
+    compared: _Compared
+    reader: Reader
+
+    def write(self, offset: int, piece: memoryview) -> None:
+        """Compare a piece."""
+        self.compared.compare(self.reader, offset, piece)
+
+
+def _steps(made: memoryview, there: memoryview, tensor: TensorInfo) -> int:
+    """By how many steps of their dtype values differ at most: of floats, how many lie between them."""
+    import numpy as np
+
+    size = size_of(tensor.dtype)
+    if size not in (1, 2, 4, 8):
+        return 1
+    one, other = (
+        np.frombuffer(data, f"i{size}").astype(object if size == 8 else "i8") for data in (made, there)
+    )
+    if tensor.dtype in FLOAT_DTYPES:
+        least = -(1 << (8 * size - 1))
+        one, other = (np.where(values < 0, least - values, values) for values in (one, other))
+    return int(abs(one - other).max())

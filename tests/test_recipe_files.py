@@ -1,0 +1,347 @@
+"""Recipes as files, and what merged files record: read, changed, run, made again, verified."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tomllib
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import blockmerge
+from blockmerge import Merge, Recipe
+from blockmerge.cli.main import run
+from blockmerge.errors import RecipeError
+from blockmerge.merging.again import Recorded, Searched
+from tests.commands import ok
+from tests.small_models import small_model, write_folder
+
+MIX = """
+output = "final.safetensors"
+dtype = "fp16"
+[X]
+models = ["a.safetensors", "b.safetensors"]
+preset = "high_res"
+[Y]
+models = ["X", "c.safetensors", "d.safetensors"]
+method = "add_difference"
+weights = 1
+[final]
+models = ["Y", "e.safetensors"]
+preset = "low_res"
+"""
+
+
+@pytest.fixture
+def mix(tmp_path):
+    """A folder with mix.toml and the models that it names."""
+    for number, name in enumerate("abcde"):
+        save_file(small_model("sd1", seed=number), tmp_path / f"{name}.safetensors")
+    (tmp_path / "mix.toml").write_text(MIX)
+    return tmp_path
+
+
+@pytest.fixture
+def cli(capsys):
+    return lambda *arguments: ok(capsys, *arguments)
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def says(folder, text, *, match):
+    (folder / "bad.toml").write_text(text)
+    with pytest.raises(RecipeError, match=match) as caught:
+        Recipe.load(folder / "bad.toml").run()
+    assert "\n" not in str(caught.value)
+    assert not (folder / "final.safetensors").exists()
+
+
+def test_a_recipe_file_is_the_recipe_that_it_says(mix, monkeypatch):
+    monkeypatch.chdir(os.sep)  # files are looked for beside the recipe
+    result = Recipe.load(mix / "mix.toml").run()
+    x = Merge(mix / "a.safetensors", mix / "b.safetensors", preset="high_res")
+    y = Merge(x, mix / "c.safetensors", mix / "d.safetensors", method="add_difference", weights=1)
+    Merge(y, mix / "e.safetensors", preset="low_res", dtype="fp16").run(mix / "expected.safetensors")
+    assert result.output == mix / "final.safetensors"
+    got, expected = load_file(result.output), load_file(mix / "expected.safetensors")
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert result.recipe["stages"].keys() == {"X", "Y"}
+    assert result.models == ("Y", "e.safetensors")
+
+
+@pytest.mark.parametrize("ending", ["toml", "json"])
+def test_what_is_dumped_is_loaded(mix, ending):
+    recipe = Recipe.load(mix / "mix.toml")
+    (mix / "sub").mkdir()
+    for path in (mix / f"copy.{ending}", mix / "sub" / f"copy.{ending}"):
+        recipe.dump(path)
+        again = Recipe.load(path)
+        again.run(mix / "again.safetensors", overwrite=True)
+        recipe.run(mix / "first.safetensors", overwrite=True)
+        assert sha256(mix / "again.safetensors") == sha256(mix / "first.safetensors")
+    written = json.loads(path.read_text()) if ending == "json" else tomllib.loads(path.read_text())
+    assert written["X"]["models"] == [str(mix / "a.safetensors"), str(mix / "b.safetensors")]
+    assert '"a.safetensors"' in (mix / f"copy.{ending}").read_text()
+    assert "\\" not in path.read_text()
+
+
+def test_a_recipe_of_one_merge_needs_no_tables(mix):
+    (mix / "one.toml").write_text(
+        'models = ["a.safetensors", "b.safetensors"]\n'
+        'method = "dare"\nweights = 0.5\ndrop_rate = 0.25\nseed = 7\nrules = ["BASE:attn:0.75"]\n'
+    )
+    Recipe.load(mix / "one.toml").run(mix / "one.safetensors")
+    blockmerge.merge(
+        *(mix / f"{name}.safetensors" for name in "ab"),
+        method="dare", weights=0.5, drop_rate=0.25, seed=7, rules="BASE:attn:0.75", output=mix / "two.safetensors",
+    )  # fmt: skip
+    assert sha256(mix / "one.safetensors") == sha256(mix / "two.safetensors")
+
+
+def test_a_recipe_is_a_model_where_one_can_stand(mix):
+    stage = mix / "x.toml"
+    stage.write_text('dtype = "fp32"\nmodels = ["a.safetensors", "b.safetensors"]\nweights = 0.5\n')
+    blockmerge.merge(stage, mix / "c.safetensors", weights=0.25, output=mix / "one.safetensors")
+    inner = Merge(mix / "a.safetensors", mix / "b.safetensors", weights=0.5)
+    blockmerge.merge(inner, mix / "c.safetensors", weights=0.25, output=mix / "two.safetensors")
+    one, two = load_file(mix / "one.safetensors"), load_file(mix / "two.safetensors")
+    assert all(torch.equal(one[name], two[name]) and one[name].dtype == two[name].dtype for name in two)
+    (mix / "self.toml").write_text('models = ["self.toml", "b.safetensors"]\nweights = 0.5\n')
+    with pytest.raises(RecipeError, match=r"self.toml is made of itself"):
+        Recipe.load(mix / "self.toml").run(mix / "three.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "same_as"),
+    [
+        (["final.weights=0.4"], {"preset": None, "weights": 0.4}),
+        (["OUT05=0.7"], {"preset": "low_res", "changes": "OUT05=0.7"}),
+        (["OUT05=0.7", "BASE=0.5,IN00=1"], {"preset": "low_res", "changes": "OUT05=0.7,BASE=0.5,IN00=1"}),
+        (["dtype=fp32"], {"preset": "low_res", "dtype": "fp32"}),
+        (['final.rules=["BASE:attn:0.75"]'], {"preset": "low_res", "rules": "BASE:attn:0.75"}),
+    ],
+)
+def test_set_changes_a_stage_or_the_result(mix, changes, same_as):
+    Recipe.load(mix / "mix.toml", changes=changes).run(mix / "changed.safetensors")
+    x = Merge(mix / "a.safetensors", mix / "b.safetensors", preset="high_res")
+    y = Merge(x, mix / "c.safetensors", mix / "d.safetensors", method="add_difference", weights=1)
+    Merge(y, mix / "e.safetensors", **{"dtype": "fp16", **same_as}).run(mix / "expected.safetensors")
+    one, two = load_file(mix / "changed.safetensors"), load_file(mix / "expected.safetensors")
+    assert all(torch.equal(one[name], two[name]) and one[name].dtype == two[name].dtype for name in two)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("[X]\nmodels = [", r"bad.toml is not a recipe: .*\(TOML\)"),
+        ('[X]\nmodels = ["C:\\models\\a", "b"]', "paths with .* stand in single quotes"),
+        (MIX.replace('["Y",', '["Z",'), "Z is neither a stage nor a file.*stages are"),
+        (MIX.replace("weights = 1", "wieghts = 1"), "stage Y: unknown argument 'wieghts'.*did you mean 'weights'"),
+        (MIX.replace("low_res", "low_rse"), "unknown preset"),
+        (MIX + '[spare]\nmodels = ["a.safetensors", "b.safetensors"]\n', "no stage uses final, spare"),
+        (MIX.replace('["a.s', '["final", "a.s'), "every stage is used by another"),
+        (MIX.replace('["a.s', '["Y", "a.s'), "stages are made of one another: Y → X → Y"),
+        (MIX.replace('"final.saf', '"../final.saf'), "outside the recipe's folder"),
+        (MIX.replace('"final.saf', '"/tmp/final.saf'), "outside the recipe's folder"),
+        (MIX.replace('output', 'overwrite = true\noutput'), "overwrite at the top, where only"),
+        (MIX.replace('dtype = "fp16"', 'preset = "high_res"'), "preset at the top, where only"),
+        (MIX.replace("weights = 1", 'weights = 1\ndtype = "fp16"'), "stage Y: dtype of a stage: only the result"),
+        ('output = "final.safetensors"\n', "models are a list of files, A first"),
+        ('output = "final.safetensors"\nmodels = 3\n', "models are a list of files, A first"),
+        ("[X]\nmodels = [3, 4]\n", "stage X: a model is a file; int given"),
+        ("[set]\nmodels = ['a', 'b']\n", "set at the top"),
+        ('["a b"]\nmodels = ["a", "b"]\n', "a stage's name is letters, digits, _ and -: a b"),
+        (MIX.replace("weights = 1", "weights = 1e999"), "inf"),
+        (MIX.replace("weights = 1", "weights = " + "9" * 5000), "bad.toml"),
+        ("a = " + "[" * 5000, "bad.toml is not a recipe"),
+        ("".join(f'[S{n}]\nmodels = ["S{n + 1}", "a"]\nweights = 0.5\n' for n in range(10_000)), "bad.toml"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_in_one_line(mix, text, match):
+    says(mix, text, match=match)
+
+
+def test_a_stage_that_is_a_file_too_is_ambiguous(mix):
+    (mix / "X").write_text("")
+    says(mix, MIX, match="X is a stage and a file, too")
+
+
+def test_models_are_found_in_folders_by_name(mix, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("recipes")
+    (elsewhere / "mix.toml").write_text(MIX)
+    Recipe.load(mix / "mix.toml").run(mix / "here.safetensors")
+    Recipe.load(elsewhere / "mix.toml", models=[mix.parent]).run(elsewhere / "there.safetensors")
+    assert sha256(elsewhere / "there.safetensors") == sha256(mix / "here.safetensors")
+    (elsewhere / "mix.toml").write_text(f"models_folder = '{mix}'\n{MIX}")
+    Recipe.load(elsewhere / "mix.toml").run(elsewhere / "again.safetensors")
+    assert sha256(elsewhere / "again.safetensors") == sha256(mix / "here.safetensors")
+
+
+# -- recorded ------------------------------------------------------------------------------------------------
+
+
+def merges(folder):
+    """Merges of all kinds, each with its file: (name, recipe)."""
+    a, b, c = (folder / f"{name}.safetensors" for name in "abc")
+    yield "preset", Merge(a, b, preset="high_res")
+    yield "mixed presets", Merge(a, b, preset=["high_res@0.6", "GRAD_A@0.4"], changes="OUT05=0.5")
+    yield "weights", Merge(a, b, weights="BASE=0.25,IN00-IN05=skip,OUT01=0.3", vae="b")
+    yield "random", Merge(a, b, weights="R,R,R,R,R,R,R,R,R,R,R,R,R,R,R,R,R,R,R,R,R,R,R,R,R,R", seed=5)
+    yield "chance", Merge(a, b, method="dare", weights=0.5, drop_rate=0.25, seed=3, rules="BASE:attn:0.75")
+    yield "beta", Merge(a, b, c, method="triple_sum", preset="high_res", weights_beta=0.125)
+    yield "adjusted", Merge(a, b, weights=0.5, adjust="0,0,0,1", clip=True, dtype="bf16", prune=True)
+    yield "staged", Merge(Merge(a, b, preset="low_res"), c, weights=0.5, rounding="each")
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_a_merge_is_made_again_and_verified(mix, tmp_path_factory, number):
+    name, recipe = list(merges(mix))[number]
+    output = tmp_path_factory.mktemp("out") / f"{name}.safetensors"
+    recipe.run(output)
+    for model in "abc":  # whatever they are called now
+        (mix / f"{model}.safetensors").rename(mix / f"{model}-renamed.safetensors")
+    recorded = Recorded.of(output)
+    again = recorded.recipe(Searched([mix]))
+    again.run(output.parent / "again.safetensors", metadata=recorded.metadata)
+    assert sha256(output.parent / "again.safetensors") == sha256(output)
+    found = blockmerge.verify(output, models=[mix])
+    assert found.same, name
+    assert {*found.models} <= {"a-renamed.safetensors", "b-renamed.safetensors", "c-renamed.safetensors"}
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_the_recipe_that_is_shown_makes_the_same_file(mix, number, cli):
+    name, recipe = list(merges(mix))[number]
+    recipe.run(mix / "made.safetensors")
+    (mix / "shown.toml").write_text(cli("recipe", mix / "made.safetensors"))
+    Recipe.load(mix / "shown.toml").run(mix / "again.safetensors")
+    assert sha256(mix / "again.safetensors") == sha256(mix / "made.safetensors"), name
+
+
+def test_one_bit_a_swapped_model_and_a_false_recipe_are_told(mix):
+    output = mix / "made.safetensors"
+    Merge(mix / "a.safetensors", mix / "b.safetensors", preset="high_res").run(output)
+    with safe_open(output, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(output)
+    name = "model.diffusion_model.out.2.weight"
+
+    def verified(tensors, metadata):
+        save_file(tensors, mix / "other.safetensors", metadata)
+        return blockmerge.verify(mix / "other.safetensors")
+
+    assert verified(tensors, metadata).same  # as another program has saved it
+    changed = tensors[name].clone()
+    changed.view(torch.int16).view(-1)[3] ^= 1
+    assert verified({**tensors, name: changed}, metadata).to_dict()["different"] == {name: 1}
+    assert verified({n: t for n, t in tensors.items() if n != name}, metadata).missing == (name,)
+    assert verified({**tensors, "more": changed}, metadata).added == ("more",)
+    assert verified({**tensors, name: tensors[name].float()}, metadata).added == (name,)
+    false = json.loads(metadata["blockmerge.recipe"])
+    false["weights"] = {**false["weights"], "OUT11": 0.25}
+    false["asked"] = {}
+    found = verified(tensors, {**metadata, "blockmerge.recipe": json.dumps(false)})
+    assert name in found.different
+    swapped = json.loads(metadata["blockmerge.recipe"])
+    swapped["files"]["models"].reverse()
+    assert not verified(tensors, {**metadata, "blockmerge.recipe": json.dumps(swapped)}).same
+
+
+def test_models_that_are_gone_are_named(mix):
+    output = mix / "made.safetensors"
+    Merge(mix / "a.safetensors", mix / "b.safetensors", weights=0.5).run(output)
+    save_file(small_model("sd1", seed=77), mix / "b.safetensors")
+    with pytest.raises(
+        RecipeError, match=r"b.safetensors \([\d,]+ bytes, identity .*called so, but not the same"
+    ):
+        blockmerge.verify(output)
+
+
+def test_names_in_metadata_are_no_paths(mix):
+    output = mix / "made.safetensors"
+    Merge(mix / "a.safetensors", mix / "b.safetensors", weights=0.5).run(output)
+    with safe_open(output, "pt") as file:
+        metadata = file.metadata()
+    written = json.loads(metadata["blockmerge.recipe"])
+    written["models"][1] = str(mix / "c.safetensors")
+    written["files"]["models"][1] = None
+    save_file(load_file(output), mix / "evil.safetensors", {"blockmerge.recipe": json.dumps(written)})
+    with pytest.raises(RecipeError, match="is not recorded by what is in it"):
+        blockmerge.verify(mix / "evil.safetensors")
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    ["", "[]", "{}", '{"version": 1}', '{"version": "1", "models": ["a"]}', "[" * 50_000,
+     '{"version": "1", "models": ["X", "X"], "files": {"models": [null, null]}, "stages": {"X": {"models": ["X"], '
+     '"files": {"models": [null]}, "version": "1"}}}',
+     '{"version": "1", "models": ["a", "b"], "files": {"models": [{"identity": 3}, {"identity": "x"}]}}'],
+)  # fmt: skip
+def test_hostile_recipes_in_metadata_are_one_line(mix, recipe):
+    save_file(load_file(mix / "a.safetensors"), mix / "evil.safetensors", {"blockmerge.recipe": recipe})
+    with pytest.raises(blockmerge.BlockmergeError) as caught:
+        blockmerge.verify(mix / "evil.safetensors")
+    assert "\n" not in str(caught.value)
+    assert "evil.safetensors" in str(caught.value)
+
+
+def test_folders_are_made_again_and_verified(tmp_path):
+    models = [
+        write_folder(tmp_path / f"m{n}", small_model("sd1", seed=n, for_a_folder=True), "sd1") for n in (1, 2)
+    ]
+    Merge(*models, preset="high_res").run(tmp_path / "merged")
+    assert blockmerge.verify(tmp_path / "merged").same
+    recorded = Recorded.of(tmp_path / "merged")
+    recorded.recipe(Searched.beside_file(recorded.source, ())).run(
+        tmp_path / "again", metadata=recorded.metadata
+    )
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert sha256(tmp_path / "again" / weights) == sha256(tmp_path / "merged" / weights)
+    tensors = load_file(tmp_path / "again" / weights)
+    with safe_open(tmp_path / "again" / weights, "pt") as file:
+        metadata = file.metadata()
+    tensors["conv_in.bias"] += 1
+    save_file(tensors, tmp_path / "again" / weights, metadata)
+    assert set(blockmerge.verify(tmp_path / "again").different) == {"unet/conv_in.bias"}
+
+
+# -- commands ------------------------------------------------------------------------------------------------
+
+
+def test_the_commands(mix, cli, capsys):
+    assert json.loads(cli("run", mix / "mix.toml", "--json"))["models"] == ["Y", "e.safetensors"]
+    final = mix / "final.safetensors"
+    assert json.loads(cli("verify", final, "--json"))["same"] is True
+    assert "the same bits" in cli("verify", final)
+    cli("again", final, "-o", mix / "again.safetensors", "-q")
+    assert sha256(mix / "again.safetensors") == sha256(final)
+    cli(
+        "again",
+        final,
+        "--set",
+        "OUT05=0.7",
+        "--set",
+        "X.weights=0.5",
+        "-o",
+        mix / "variant.safetensors",
+        "-q",
+    )
+    assert json.loads(cli("verify", mix / "variant.safetensors", "--json"))["same"] is True
+    assert json.loads(cli("recipe", final, "--json"))["stages"].keys() == {"X", "Y"}
+    assert "X: weighted_sum high_res" in cli("recipe", final, "--tree")
+    tensors = load_file(final)
+    tensors["model.diffusion_model.out.2.bias"] += 1
+    with safe_open(final, "pt") as file:
+        save_file(tensors, mix / "bad.safetensors", file.metadata())
+    assert run(["verify", str(mix / "bad.safetensors")]) == 1
+    out, err = capsys.readouterr()
+    assert "differs by up to" in out
+    assert err == "Error: bad.safetensors is not what its recipe makes: 1 of its tensors differs\n"
+    assert run(["run", str(final)]) == 1
+    assert "recipe" in capsys.readouterr().err
