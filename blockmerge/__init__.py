@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from blockmerge.merging import Plan as Plan
     from blockmerge.merging import Recipe as Recipe
     from blockmerge.merging import Verification as Verification
+    from blockmerge.merging import again as again
     from blockmerge.merging import bake as bake
     from blockmerge.merging import convert as convert
     from blockmerge.merging import merge as merge
@@ -92,6 +93,7 @@ _HOMES = {
     "UnknownFamilyError": "errors",
     "Verification": "merging",
     "WeightsError": "errors",
+    "again": "merging",
     "bake": "merging",
     "block_of": "anatomy",
     "check": "inspecting",

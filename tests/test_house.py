@@ -254,7 +254,9 @@ def test_the_public_names():
         "SimilarityMatrix",
         "SimilarityResult",
         "UnknownFamilyError",
+        "Verification",
         "WeightsError",
+        "again",
         "bake",
         "block_of",
         "check",
@@ -275,6 +277,7 @@ def test_the_public_names():
         "resize_lora",
         "similarity",
         "similarity_matrix",
+        "verify",
     ]
     for name in blockmerge.__all__:
         thing = getattr(blockmerge, name)

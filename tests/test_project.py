@@ -54,6 +54,8 @@ def test_the_wheel_has_presets_and_layouts_and_works_where_it_is_unpacked(tmp_pa
 
 
 EXAMPLES = {
+    "from_a_release_to_a_variant.py": "release.safetensors: what its recipe makes\nmade from base.safetensors, detailed.safetensors, renamed.safetensors\n"
+    "variant.safetensors: BASE is 0.5 now",
     "merge_from_python.py": "in memory: 1131 tensors, the same as in the file",
     "own_method.py": "as a weighted sum elsewhere: True",
     "sweep_a_preset.py": "best.safetensors has the same bits as the live U-Net\ngiven back: True",

@@ -173,10 +173,13 @@ def test_a_stage_that_is_a_file_too_is_ambiguous(mix):
 
 
 def test_models_are_found_in_folders_by_name(mix, tmp_path_factory):
-    elsewhere = tmp_path_factory.mktemp("recipes")
+    elsewhere, models = tmp_path_factory.mktemp("recipes"), tmp_path_factory.mktemp("models")
+    (models / "deep").mkdir()
+    for path in mix.glob("*.safetensors"):
+        (models / "deep" / path.name).symlink_to(path)
     (elsewhere / "mix.toml").write_text(MIX)
     Recipe.load(mix / "mix.toml").run(mix / "here.safetensors")
-    Recipe.load(elsewhere / "mix.toml", models=[mix.parent]).run(elsewhere / "there.safetensors")
+    Recipe.load(elsewhere / "mix.toml", models=[models]).run(elsewhere / "there.safetensors")
     assert sha256(elsewhere / "there.safetensors") == sha256(mix / "here.safetensors")
     (elsewhere / "mix.toml").write_text(f"models_folder = '{mix}'\n{MIX}")
     Recipe.load(elsewhere / "mix.toml").run(elsewhere / "again.safetensors")

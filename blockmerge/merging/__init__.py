@@ -1,5 +1,6 @@
 """One merge from request to file: recipe → plan → execute, into any output; in memory; and live."""
 
+from blockmerge.merging.again import again
 from blockmerge.merging.bake import bake
 from blockmerge.merging.convert import convert
 from blockmerge.merging.live import LiveMerge
@@ -20,6 +21,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "Verification",
+    "again",
     "bake",
     "convert",
     "merge",

@@ -27,6 +27,8 @@ from blockmerge.merging.recipe import Recipe
 from blockmerge.merging.recipe_changes import with_changes
 from blockmerge.merging.recipe_files import Places, recipe_of
 from blockmerge.merging.recipe_recorded import written_down
+from blockmerge.merging.result import MergeResult
+from blockmerge.streaming import Progress
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,9 +77,40 @@ class Recorded:
             table, files = written_down(self.run)
             found = searched.find(list(files.values()))
             places = _Found(files={name: found[one["identity"]] for name, one in files.items()})
-            return recipe_of(with_changes(table, changes), places, methods)
+            return recipe_of(Recipe, with_changes(table, changes), places, methods)
         except BlockmergeError as error:
             raise type(error)(f"{shown(self.source.name)}: {error}") from error
+
+
+def again(
+    file: CheckpointLike,
+    *,
+    output: str | os.PathLike[str],
+    models: Sequence[str | os.PathLike[str]] = (),
+    changes: Sequence[str] = (),
+    device: str = "cpu",
+    threads: int | None = None,
+    overwrite: bool = False,
+    methods: Mapping[str, object] | None = None,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Make a merge again from the recipe in its metadata: the same file, or with `changes` a variant.
+
+    >>> blockmerge.again(
+    ...     "merged.safetensors", models=["~/models"], changes=["OUT05=0.7"], output="variant.safetensors"
+    ... )  # doctest: +SKIP
+
+    `changes` are texts as ``--set`` takes them. The models are found by what is in them: beside the file, and
+    in the folders `models` with their subfolders. A method of one's own is given as for `Recipe.from_dict`.
+
+    Raises RecipeError when the file has no recipe, or its models are not found, and what `merge` raises.
+    """
+    recorded = Recorded.of(file)
+    recipe = recorded.recipe(Searched.beside_file(recorded.source, models), changes, methods)
+    metadata = None if changes else recorded.metadata
+    return recipe.run(
+        output, device=device, threads=threads, overwrite=overwrite, metadata=metadata, progress=progress
+    )
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,11 @@ from blockmerge.merging.planning.written import (
     is_as_run,
     path_of,
 )
+from blockmerge.merging.recipe_files import Places, expanded, load, read_recipe, recipe_of
+from blockmerge.merging.recipe_writing import dumped
 from blockmerge.merging.result import MergeResult
 from blockmerge.merging.shares import Shares
-from blockmerge.merging.tree import Node, open_models
+from blockmerge.merging.tree import Node, check_size, open_models
 from blockmerge.streaming import Progress
 from blockmerge.weights import AdjustLike, RulesLike, WeightsLike, WeightsRequest
 
@@ -127,13 +129,17 @@ class Recipe(Node):
         self._set(models, request)
 
     @classmethod
-    def of(cls, models: Sequence[Leaf], request: MergeRequest, name: str | None = None) -> Self:
+    def of(
+        cls, models: Sequence[CheckpointLike | Node], request: MergeRequest, name: str | None = None
+    ) -> Self:
         """Return the recipe of a request that is made already; as a stage, it has a name."""
         recipe = cls.__new__(cls)
         recipe._set(models, request, name)
         return recipe
 
-    def _set(self, models: Sequence[Leaf], request: MergeRequest, name: str | None = None) -> None:
+    def _set(
+        self, models: Sequence[CheckpointLike | Node], request: MergeRequest, name: str | None = None
+    ) -> None:
         plain = tuple(os.fspath(model) if isinstance(model, os.PathLike) else model for model in models)
         object.__setattr__(self, "models", plain)
         object.__setattr__(self, "request", request)
@@ -210,9 +216,7 @@ class Recipe(Node):
         try:
             given = {"vae": vae, "configs": configs, "loras": loras}
             if models is None and not is_as_run(written) and has_stages(written):
-                from blockmerge.merging.recipe_files import Places, recipe_of
-
-                return recipe_of(written, Places(), methods)  # type: ignore[return-value]
+                return recipe_of(cls, written, Places(), methods)
             return cls._read(written, models, given, methods)
         except RecursionError:
             raise RecipeError("recipe: merges within merges, too deep") from None
@@ -237,8 +241,8 @@ class Recipe(Node):
         if is_as_run(written):
             if written.get("stages"):
                 raise RecipeError(
-                    "this recipe has stages, whose files are found by what is in them: blockmerge again FILE, or "
-                    "blockmerge recipe FILE to edit it"
+                    "this recipe has stages, whose files are found by what is in them: blockmerge again "
+                    "FILE, or blockmerge recipe FILE to edit it"
                 )
             asked, places = asked_of_run(written, len(leaves))
             missing = [f"its {key}, {shown(name)}" for key, name in places.items() if given[key] is None]
@@ -258,8 +262,6 @@ class Recipe(Node):
         Raises RecipeError for models in memory, OutputError when it cannot be written.
         """
         _check_path(path)
-        from blockmerge.merging.recipe_writing import dumped
-
         try:
             text = dumped(self, path)
         except ValueError as error:
@@ -293,7 +295,7 @@ class Recipe(Node):
         models: Sequence[str | os.PathLike[str]] = (),
         changes: Sequence[str] = (),
         methods: Mapping[str, object] | None = None,
-    ) -> Recipe:
+    ) -> Self:
         """Read a recipe's file, TOML or JSON, of one merge or of several stages.
 
         >>> recipe = blockmerge.Recipe.load("mix.toml", changes=["X.preset=low_res", "OUT05=0.7"])
@@ -303,9 +305,13 @@ class Recipe(Node):
         are what ``--set`` takes. Raises RecipeError, naming file, stage and key.
         """
         _check_path(path)
-        from blockmerge.merging.recipe_files import load
-
-        return load(path, models=models, changes=changes, methods=methods)
+        written = read_recipe(path)
+        if not is_as_run(written):
+            return load(cls, path, models=models, changes=changes, methods=methods)
+        try:
+            return cls.from_dict(written, methods=methods)
+        except RecipeError as error:
+            raise type(error)(f"{shown(path)}: {error}") from error
 
     # -- doing it --------------------------------------------------------------------------------------------
 
@@ -346,10 +352,9 @@ class Recipe(Node):
 
         Raises what `plan` raises, but for what is about writing.
         """
-        from blockmerge.merging.recipe_files import expanded
-
         device, pace = _choose_pace(self.request, str(device), threads)
         self.request.check_model_count(len(self.models))
+        check_size(self)
         opened = open_models(expanded(self))
         has_vae = self.request.vae_file(len(opened)) is not None
         is_whole = has_vae or any(model.components != {"unet"} for model in opened)
@@ -441,6 +446,7 @@ class Plan:
                 for number, lora in enumerate(plan.loras)
             ),
             change=shares.of(None) if shares else {},
+            stages=plan.described.get("stages", {}),
         )
 
 

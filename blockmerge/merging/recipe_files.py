@@ -22,15 +22,15 @@ import stat
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from blockmerge.adapters import Lora
 from blockmerge.errors import BlockmergeError, RecipeError, did_you_mean, listing, reason, shown
 from blockmerge.merging.planning.request import is_vae_of_models
-from blockmerge.merging.planning.written import from_asked, is_as_run
-from blockmerge.merging.recipe import Recipe
+from blockmerge.merging.planning.written import from_asked
 from blockmerge.merging.recipe_changes import with_changes
 from blockmerge.merging.recipe_tables import OF_FILE, TOP, is_name, models_of, split, with_result
+from blockmerge.merging.tree import Node
 
 _LARGEST = 1 << 20  # bytes; a recipe is a page of text
 
@@ -131,30 +131,33 @@ def is_recipe_file(path: object) -> bool:
     return isinstance(path, (str, os.PathLike)) and os.fspath(path).lower().endswith((".toml", ".json"))
 
 
+R = TypeVar("R", bound=Node)
+
+
 def load(
+    kind: type[R],
     path: str | os.PathLike[str],
     *,
     models: Sequence[str | os.PathLike[str]] = (),
     changes: Sequence[str] = (),
     methods: Mapping[str, object] | None = None,
-) -> Recipe:
+) -> R:
     """Return the recipe of a file, as `Recipe.load` does; `changes` are texts as ``--set`` takes them."""
     written = read_recipe(path)
-    folder = os.path.dirname(os.fspath(path))
-    if isinstance(models, (str, os.PathLike)):
-        models = [models]
+    searched = [models] if isinstance(models, (str, os.PathLike)) else models
+    places = Places(os.path.dirname(os.fspath(path)), tuple(os.fspath(folder) for folder in searched))
     try:
-        if is_as_run(written):
-            return Recipe.from_dict(written, methods=methods)
-        written = with_changes(written, changes)
-        return recipe_of(written, Places(folder, tuple(os.fspath(folder) for folder in models)), methods)
+        return recipe_of(kind, with_changes(written, changes), places, methods)
     except BlockmergeError as error:
         raise type(error)(f"{shown(path)}: {error}") from error
 
 
 def recipe_of(
-    written: Mapping[str, Any], places: Places, methods: Mapping[str, object] | None = None
-) -> Recipe:
+    kind: type[R],
+    written: Mapping[str, Any],
+    places: Places,
+    methods: Mapping[str, object] | None = None,
+) -> R:
     """Return the recipe that a table says, with its stages in tables of their own.
 
     Raises RecipeError, naming stage and key.
@@ -166,7 +169,7 @@ def recipe_of(
     output = _output(top.pop("output", None), places.folder)
     places = places.within(top.pop("models_folder")) if top.get("models_folder") else places
     stages, result = with_result(top, stages)
-    recipe = _Building(stages, places, methods).stage(result)
+    recipe = _Building(kind, stages, places, methods).stage(result)
     return recipe.named(None if result == TOP else result, output)
 
 
@@ -185,20 +188,22 @@ def _output(text: str | None, folder: str) -> str | None:
     return os.path.join(folder, text)
 
 
-class _Building:
+class _Building(Generic[R]):
     """Makes recipes of stages, each once."""
 
     def __init__(
         self,
+        kind: type[R],
         stages: Mapping[str, Mapping[str, Any]],
         places: Places,
         methods: Mapping[str, object] | None,
     ) -> None:
+        self._kind = kind
         self._stages, self._places, self._methods = stages, places, methods
-        self._made: dict[str, Recipe] = {}
+        self._made: dict[str, R] = {}
         self._under_way: list[str] = []
 
-    def stage(self, name: str) -> Recipe:
+    def stage(self, name: str) -> R:
         """The recipe of a stage."""
         if name in self._under_way:
             circle = " → ".join([*self._under_way[self._under_way.index(name) :], name])
@@ -212,7 +217,7 @@ class _Building:
             self._under_way.pop()
         return self._made[name]
 
-    def _make(self, name: str, written: Mapping[str, Any]) -> Recipe:
+    def _make(self, name: str, written: Mapping[str, Any]) -> R:
         try:
             if not models_of(written):
                 raise RecipeError("recipe: models are a list of files, A first")
@@ -224,11 +229,11 @@ class _Building:
             if name == TOP or str(error).startswith("stage"):
                 raise
             raise type(error)(f"stage {shown(name)}: {_plain(error)}") from error
-        return Recipe.of(leaves, request, None if name == TOP else name)
+        return self._kind.of(leaves, request, None if name == TOP else name)
 
-    def _leaf(self, text: object) -> Recipe | str:
+    def _leaf(self, text: object) -> R | str:
         if isinstance(text, Mapping):
-            return Recipe.from_dict(text, methods=self._methods)
+            return recipe_of(self._kind, text, self._places, self._methods)
         if not isinstance(text, str):
             raise RecipeError(f"recipe: a model is a file; {type(text).__name__} given")
         if text in self._stages:
@@ -280,21 +285,39 @@ def _plain(error: BlockmergeError) -> str:
     return str(error).removeprefix("recipe: ")
 
 
-def expanded(recipe: Recipe, within: tuple[str, ...] = ()) -> Recipe:
-    """The recipe with those that it names as files in their place; what belongs to a result, they lose."""
-    if not any(is_recipe_file(one) or isinstance(one, Recipe) for one in recipe.models):
-        return recipe
-    made: dict[int, Recipe] = {}
+def expanded(recipe: R) -> R:
+    """The recipe with those that it names as files in their place; what belongs to a result, they lose.
 
-    def leaf(one: Any) -> Any:
-        if isinstance(one, Recipe):
-            return made.setdefault(id(one), expanded(one, within))
+    Raises RecipeError for a file that is made of itself, and for what is no recipe.
+    """
+    return _Expanding(type(recipe)).expanded(recipe, ())
+
+
+class _Expanding(Generic[R]):
+    def __init__(self, kind: type[R]) -> None:
+        self._kind = kind
+        self._made: dict[int, R] = {}
+        self._loaded: dict[str, R] = {}
+
+    def expanded(self, recipe: R, within: tuple[str, ...]) -> R:
+        """A recipe, each once; `within` are the files that it stands in."""
+        if id(recipe) not in self._made:
+            models = [self._model(one, within) for one in recipe.models]
+            is_same = all(new is old for new, old in zip(models, recipe.models, strict=True))
+            made = recipe if is_same else self._kind.of(models, recipe.request, recipe.name)
+            self._made[id(recipe)] = made
+        return self._made[id(recipe)]
+
+    def _model(self, one: Any, within: tuple[str, ...]) -> Any:
+        if isinstance(one, self._kind):
+            return self.expanded(one, within)
         if not is_recipe_file(one) or not os.path.isfile(one):
             return one
         place = os.path.realpath(one)
         if place in within:
             raise RecipeError(f"{shown(one)} is made of itself")
-        found = expanded(load(one), (*within, place))
-        return Recipe.of(found.models, found.request.as_stage, os.path.splitext(os.path.basename(one))[0])
-
-    return Recipe.of(list(map(leaf, recipe.models)), recipe.request, recipe.name)
+        if place not in self._loaded:
+            found = self.expanded(load(self._kind, one), (*within, place))
+            name = os.path.splitext(os.path.basename(one))[0]
+            self._loaded[place] = self._kind.of(found.models, found.request.as_stage, name)
+        return self._loaded[place]

@@ -4,53 +4,61 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from blockmerge.adapters import Lora
 from blockmerge.merging.planning.request import is_vae_of_models
-from blockmerge.merging.recipe import Recipe
+from blockmerge.merging.planning.written import as_asked, path_of
 from blockmerge.merging.recipe_tables import OF_RESULT
+from blockmerge.merging.tree import Node
 
 _RESULT = "result"
 """What the result is called where it has no name."""
 
 
-def as_stages(recipe: Recipe, folder: str = "") -> dict[str, Any]:
+def as_stages(recipe: Node, folder: str = "") -> dict[str, Any]:
     """Return a recipe as a table with its stages in tables of their own; paths are relative to `folder`."""
     written: dict[str, Any] = {}
     names: dict[int, str] = {}
     for stage in _inner_first(recipe):
         if stage is recipe and not names:
-            return {**_output_in(folder, recipe), **_placed_in(folder, recipe.to_dict())}
+            return {**_output_in(folder, recipe), **_placed_in(folder, _flat(recipe, names))}
         name = stage.name or (_RESULT if stage is recipe else f"stage{len(names) + 1}")
         while name in written:
             name += "_"
         names[id(stage)] = name
-        models = [names[id(one)] if isinstance(one, Recipe) else one for one in stage.models]
-        flat = Recipe.of(models, stage.request).to_dict()
-        written[name] = _placed_in(folder, flat, set(names.values()))
+        written[name] = _placed_in(folder, _flat(stage, names), set(names.values()))
     result = written[names[id(recipe)]]
     top = {key: result.pop(key) for key in OF_RESULT if key in result}
     return {**_output_in(folder, recipe), **top, **written}
 
 
-def _output_in(folder: str, recipe: Recipe) -> dict[str, str]:
+def _flat(stage: Node, names: Mapping[int, str]) -> dict[str, Any]:
+    """One merge, with the names of stages among its models."""
+    models = [
+        names[id(one)] if isinstance(one, Node) else path_of(one, f"model {number}")
+        for number, one in enumerate(stage.models, start=1)
+    ]
+    return {"models": models, **as_asked(stage.request)}
+
+
+def _output_in(folder: str, recipe: Node) -> dict[str, str]:
     """Where the result goes, where that is in the folder."""
     path = "" if recipe.output is None else _from(folder, recipe.output)
     is_beside = path and not os.path.isabs(path) and not path.startswith("..")
     return {"output": path} if is_beside else {}
 
 
-def _inner_first(recipe: Recipe) -> Iterator[Recipe]:
+def _inner_first(recipe: Node) -> Iterator[Node]:
     seen: set[int] = set()
 
-    def walk(one: Recipe) -> Iterator[Recipe]:
+    def walk(one: Node) -> Iterator[Node]:
         if id(one) in seen:
             return
         seen.add(id(one))
         for model in one.models:
-            if isinstance(model, Recipe):
+            if isinstance(model, Node):
                 yield from walk(model)
         yield one
 
@@ -85,7 +93,7 @@ def _from(folder: str, path: str) -> str:
         return os.path.abspath(path).replace(os.sep, "/")
 
 
-def dumped(recipe: Recipe, path: str | os.PathLike[str]) -> str:
+def dumped(recipe: Node, path: str | os.PathLike[str]) -> str:
     """Return the text of a recipe's file: TOML, or JSON where its name ends so."""
     folder = os.path.dirname(os.fspath(path))
     written = as_stages(recipe, folder)

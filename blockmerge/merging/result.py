@@ -38,6 +38,7 @@ class MergeResult:
     how many of its modules met a tensor, and as ``"change"`` how large what it adds is in each block that it
     changes: ‖ΔW‖/‖W‖, ‖W‖ being that of the weights that any LoRA changes there. `change` is that of all
     together. None stands for what is not known, as where one LoRA looks at weights that another has changed.
+    `stages` are what the recipe merges on the way, each as `recipe` has it.
     """
 
     output: Path
@@ -58,6 +59,7 @@ class MergeResult:
     dry_run: bool = False
     loras: tuple[Mapping[str, Any], ...] = ()
     change: Mapping[str, float | None] = field(default_factory=dict)
+    stages: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain data, ready for JSON, with the keys of `docs/json.md`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from typing import Self
 
 from blockmerge.checkpoints import Checkpoint, CheckpointLike, Model, state_dict_name, told_apart
 from blockmerge.errors import RecipeError, counted, shown
@@ -22,6 +23,18 @@ class Node:
     models: Sequence[CheckpointLike | Node]
     request: MergeRequest
     name: str | None
+    output: str | None
+
+    @classmethod
+    def of(
+        cls, models: Sequence[CheckpointLike | Node], request: MergeRequest, name: str | None = None
+    ) -> Self:
+        """Return the recipe of a request that is made already; as a stage, it has a name."""
+        raise NotImplementedError
+
+    def named(self, name: str | None, output: str | None = None) -> Self:
+        """The same with the name that a stage has, and where its file says that the result goes."""
+        raise NotImplementedError
 
 
 def open_models(recipe: Node) -> list[Model]:
@@ -35,10 +48,15 @@ def open_models(recipe: Node) -> list[Model]:
     return [tree.model(one, recipe.request) for one in recipe.models]
 
 
+def check_size(recipe: Node) -> None:
+    """Raise RecipeError for a tree that is too deep, or too large."""
+    _Counting().check(recipe)
+
+
 class _Tree:
     def __init__(self, recipe: Node) -> None:
         self._names: dict[int, str] = {}  # of stages, by identity: two may ask for the same
-        _Counting().check(recipe)
+        check_size(recipe)
         self._opened = self._open(recipe)
         labels = told_apart(list(self._opened.values()))
         self._labels = {id(one): label for one, label in zip(self._opened.values(), labels, strict=True)}
@@ -119,12 +137,13 @@ class _Counting:
 
     def _size(self, node: Node, depth: int) -> tuple[int, int]:
         """The merges for a tensor, and how deep they go."""
-        if id(node) not in self._found:
+        is_deep = depth > _DEEPEST
+        if not is_deep and id(node) not in self._found:
             inner = [self._size(one, depth + 1) for one in node.models if isinstance(one, Node)]
             deep = 1 + max((deep for _, deep in inner), default=0)
             self._found[id(node)] = (1 + sum(merges for merges, _ in inner), deep)
-        found = self._found[id(node)]
-        if depth + found[1] > _DEEPEST + 1:
+        found = self._found.get(id(node), (1, 1))
+        if is_deep or depth + found[1] > _DEEPEST + 1:
             raise RecipeError(
                 f"this recipe has more than {_DEEPEST} stages in one another: merge the first of them into a "
                 "file first"

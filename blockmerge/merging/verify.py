@@ -16,7 +16,7 @@ from blockmerge.errors import listing
 from blockmerge.merging.again import Recorded, Searched
 from blockmerge.merging.execute import compute
 from blockmerge.merging.planning.runs import PlannedFile
-from blockmerge.streaming import Progress
+from blockmerge.streaming import Progress, aligned_buffer
 
 _MOST_DIFFERENT = 10
 """Tensors that differ before nobody needs to know more."""
@@ -148,17 +148,17 @@ class _Compared:
         with self._source.reader() as reader:
             yield _Comparing(self, reader)
 
-    def compare(self, reader: Reader, offset: int, piece: memoryview) -> None:
-        """Hold a piece of the planned file against the tensors that are there."""
+    def compare(self, reader: Reader, memory: memoryview, offset: int, piece: memoryview) -> None:
+        """Hold a piece of the planned file against the tensors that are there, which are read into memory."""
         for name, planned in self.file.tensors_between(offset, offset + len(piece)):
             if name not in self._source.tensors or name in self.other:
                 continue
             start = max(offset, planned.offset)
             stop = min(offset + len(piece), planned.offset + planned.nbytes)
-            there = memoryview(bytearray(stop - start))
+            there = memory[: stop - start]
             reader.read_into(self._source.tensors[name].offset + start - planned.offset, there)
             made = piece[start - offset : stop - offset]
-            if made != there:
+            if not _are_equal(made, there):
                 self._note(name, _steps(made, there, planned))
 
     def _note(self, name: str, steps: int) -> None:
@@ -168,14 +168,26 @@ class _Compared:
                 raise _EnoughError
 
 
-@dataclass(frozen=True)
 class _Comparing:
-    compared: _Compared
-    reader: Reader
+    """One worker's reader, and memory to read into."""
+
+    def __init__(self, compared: _Compared, reader: Reader) -> None:
+        self._compared, self._reader = compared, reader
+        self._memory = memoryview(b"")
 
     def write(self, offset: int, piece: memoryview) -> None:
         """Compare a piece."""
-        self.compared.compare(self.reader, offset, piece)
+        if len(self._memory) < len(piece):
+            self._memory = aligned_buffer(len(piece))
+        self._compared.compare(self._reader, self._memory, offset, piece)
+
+
+def _are_equal(one: memoryview, other: memoryview) -> bool:
+    import numpy as np
+
+    words = len(one) // 8 * 8  # Python itself compares byte by byte
+    first, second = (np.frombuffer(data[:words], np.int64) for data in (one, other))
+    return one[words:] == other[words:] and bool((first == second).all())
 
 
 def _steps(made: memoryview, there: memoryview, tensor: TensorInfo) -> int:

@@ -64,19 +64,19 @@ def command_of(table: Mapping[str, Any]) -> str | None:
 
 
 def _option(key: str, value: Any) -> Iterator[str]:
-    name = {"loras": "lora"}.get(key, key).replace("_", "-")
+    option = "-" * 2 + {"loras": "lora"}.get(key, key).replace("_", "-")
     if value is True:
-        yield f"--{name}"
+        yield option
     elif key == "loras":
         for one in value:
             yield from ("--lora", _lora(one))
     elif key in ("preset", "preset_beta", "rules") and not isinstance(value, str):
         for one in value:
-            yield from (f"--{name}", str(one))
+            yield from (option, str(one))
     elif isinstance(value, (list, tuple)):
-        yield from (f"--{name}", ",".join(map(str, value)))
+        yield from (option, ",".join(map(str, value)))
     else:
-        yield from (f"--{name}", str(value))
+        yield from (option, str(value))
 
 
 def _lora(written: Any) -> str:

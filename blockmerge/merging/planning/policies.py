@@ -59,9 +59,8 @@ def decide(
     """Apply the policies; the output has the names of `naming`, by default A's, spelled as an `Output` of
     such `names_components` says.
 
-    Raises IncompatibleModelsError, naming the first few tensors and counting the rest, when U-Nets hold
-    different tensors, or floats in one model only, when shapes differ, or the VAE that was asked for is not
-    there.
+    Raises IncompatibleModelsError, naming the first few tensors and counting the rest, for U-Nets of
+    different tensors or shapes, floats in one model only, and a VAE that was asked for and is not there.
     """
     naming = naming or models[0].anatomy.naming
     policies = Policies.of(models, request, resolved, naming, adapted)
@@ -117,10 +116,8 @@ def looked_at(models: Sequence[Model]) -> Iterator[tuple[Expression, ...]]:
 
 
 class Policies:
-    """The policies, for one merge: each tensor is asked about once, by its LDM name.
-
-    `held` says in which dtype a tensor of a stage is held until the result is rounded, by its name; without
-    it, all are rounded.
+    """The policies, for one merge: each tensor is asked about once, by its LDM name. `held` says in which
+    dtype one of a stage is held until the result is rounded; without it, all are rounded.
     """
 
     @classmethod
