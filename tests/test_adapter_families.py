@@ -68,7 +68,7 @@ def test_a_model_with_other_widths_tells_its_own(family):
     alone = opened(tensors)
     assert alone.family.name == family
     assert alone.notes == (f"the widths of x are not those of {TITLES[family]}, whose modules it has",)
-    with pytest.raises(IncompatibleModelsError, match=f"does not fit this {TITLES[family]} model"):
+    with pytest.raises(IncompatibleModelsError, match=f"is for a {TITLES[family]} model of other widths"):
         opened(made(family, program), family=family, shapes=thin)
 
 
@@ -111,6 +111,62 @@ def test_one_module_that_does_not_fit_is_named():
         assert (
             "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight is [1288, 1], expected 1280 rows" in line
         )
+
+
+DEEP = "lora_unet_input_blocks_7_1_transformer_blocks_{}_attn1_to_q"
+"""A layer that SDXL has ten of, and the others one."""
+
+
+def deep(numbers, shape):
+    return {key: one for n in numbers for key, one in lora_of(DEEP.format(n), shape=shape).items()}
+
+
+def test_a_family_that_knows_only_some_of_the_modules_is_not_the_one():
+    """The first layer alone would fit SD1, which has none of the others."""
+    first = deep([0], (1280, 1280))
+    assert opened(first | deep(range(1, 10), (1280, 1280))).family.name == "sdxl"
+    line = refused(first | deep(range(1, 10), (64, 48)), UnknownFamilyError, family=None, shapes=None)
+    assert line == (
+        "x has the module names of Stable Diffusion XL, and does not fit it: "
+        f"{DEEP.format(1)}.lora_up.weight is [64, 2], expected 1280 rows; 8 other modules do not fit either"
+    )
+    others = deep(range(10), (64, 48))
+    assert opened(others).family.name == "sdxl"
+    line = refused(others, IncompatibleModelsError, family="sd1", shapes=None)
+    lacking = ", ".join(map(DEEP.format, (1, 2, 3)))
+    assert line == (
+        "x is a LoRA for Stable Diffusion XL, not for Stable Diffusion 1.x: "
+        f"that lacks 9 of its modules ({lacking} and 6 more)"
+    )
+    line = refused(others, IncompatibleModelsError, family="sd1", shapes=demo_layout("sd1"))
+    assert line.startswith(
+        "x has the module names of Stable Diffusion XL, and is not for this Stable Diffusion 1.x"
+    )
+
+
+def of_convolution(*kernel, channels=8, mid=None):
+    parts = {"lora_up.weight": (8, 2, 1, 1), "lora_down.weight": (2, channels, *kernel)}
+    return tensors_of(CONV, parts | ({} if mid is None else {"lora_mid.weight": (2, 2, *mid)}))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        (of_convolution(1, 1), "lora_down.weight is [2, 8, 1, 1], expected a kernel of 3×3"),
+        (of_convolution(5, 5, channels=9), "lora_down.weight is [2, 9, 5, 5], expected a kernel of 3×3"),
+        (of_convolution(1, 1, mid=(5, 5)), "lora_mid.weight is [2, 2, 5, 5], expected a kernel of 3×3"),
+        (lora_of(LINEAR, shape=(8, 6, 3, 3)), "lora_down.weight is [2, 6, 3, 3], expected no kernel"),
+    ],
+)
+def test_whatever_the_widths_a_kernel_is_the_layers(tensors, said):
+    line = refused(tensors, UnknownFamilyError, family=None, shapes=None)
+    assert line.startswith("x has the module names of Stable Diffusion 1.x, and does not fit it: ")
+    assert said in line
+
+
+def test_a_kernel_of_both_factors_is_refused():
+    line = refused(of_convolution(3, 3, mid=(3, 3)), family=None, shapes=None)
+    assert f"{CONV}.lora_down.weight is [2, 8, 3, 3], expected no kernel" in line
 
 
 def test_a_lora_of_no_known_family_says_what_it_has():

@@ -483,7 +483,7 @@ def twice(lora):
 
 BAD = {
     "rank 0": (of_rank_0, "rank 0"),
-    "rows": (lambda lora: with_others(lora, "up.weight", lambda one: one[:-1]), "does not fit this Stable Diffusion 1.x model"),
+    "rows": (lambda lora: with_others(lora, "up.weight", lambda one: one[:-1]), "is for a Stable Diffusion 1.x model of other widths than this one"),
     "alpha": (lambda lora: with_others(lora, "alpha", lambda one: one * float("nan")), "has alpha nan"),
     "twice": (twice, "twice, under two names (lora_unet_conv_in and unet.conv_in)"),
     "a model": (lambda _: small_model("sd1", seed=1), "bad.safetensors is a model (a checkpoint), not a LoRA"),

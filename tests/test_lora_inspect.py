@@ -386,6 +386,26 @@ def test_of_one_that_fits_several_families_the_other_tells_which():
         assert 0 < found.similarity < 1
 
 
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_fewer_input_channels_change_nothing_in_the_others(kind):
+    """LoRAs for a model and for its inpainting variant."""
+    name, narrow, wide = "lora_unet_conv_in", (320, 4, 3, 3), (320, 9, 3, 3)
+    one, two = (lora_of(kind, seed, {name: (shape, "IN00")}) for seed, shape in enumerate((narrow, wide)))
+    filled = torch.zeros(wide, dtype=torch.float64)
+    filled[:, :4] = added(one[name], narrow).view(narrow)
+    b = added(two[name], wide).reshape(-1)
+    found = blockmerge.lora_similarity(in_a_file(one), in_a_file(two))
+    assert found.similarity == pytest.approx(cosine(filled.view(-1), b), abs=1e-12)
+
+
+def test_loras_for_models_of_different_widths_are_refused():
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    one, two = pair(name, 8, 8, 0), pair(name, 16, 8, 0)
+    with pytest.raises(IncompatibleModelsError, match="different widths") as caught:
+        blockmerge.lora_similarity((one, 0.5), two)
+    assert f"{name} changes [8, 8] and [16, 8]" in str(caught.value)
+
+
 def test_those_that_look_at_the_weight_are_refused():
     lora = lora_of("lora")
     lora[next(iter(lora))]["dora_scale"] = torch.ones(8, 1)

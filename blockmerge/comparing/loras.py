@@ -20,8 +20,9 @@ from blockmerge.adapters import (
 )
 from blockmerge.anatomy import Family
 from blockmerge.checkpoints import made
+from blockmerge.dtypes import size_of
 from blockmerge.errors import IncompatibleModelsError, NonFiniteError, counted, listing, shown
-from blockmerge.expressions import Expression, simplify
+from blockmerge.expressions import Expression, Joined, Known, simplify
 from blockmerge.streaming import Progress
 
 
@@ -148,7 +149,7 @@ def _sums_of(
     a, b = (_by_place(side, blocks) for side in sides)
     a, b = _in_parts(a, b, family, blocks), _in_parts(b, a, family, blocks)
     places = list(dict.fromkeys((*a, *b)))
-    terms = [[*a.get(place, ()), *b.get(place, ())] for place in places]
+    terms = [_of_one_width(place, [*a.get(place, ()), *b.get(place, ())], sides, family) for place in places]
     products = products_of([[one.change for one in some] for some in terms], threads, progress)
     each: dict[str, list[_Sums]] = defaultdict(list)
     for place, some, inner in zip(places, terms, products, strict=True):
@@ -192,6 +193,37 @@ def _in_parts(side: Side, other: Side, family: Family, blocks: dict[Whereabouts,
                 for one in terms
             ]
     return found
+
+
+def _of_one_width(
+    place: Whereabouts, terms: list[_Term], sides: Sequence[Applied], family: Family
+) -> list[_Term]:
+    """The terms of both LoRAs at a place. Those of a first convolution that change fewer input channels than
+    others change nothing in the rest.
+
+    Raises IncompatibleModelsError where they are for models of different widths.
+    """
+    shapes = dict.fromkeys(one.change.shape for one in terms)
+    if len(shapes) == 1:
+        return terms
+    rows = {shape[0] for shape in shapes}
+    if place.ldm != family.input_layer or len(rows) > 1:
+        each = " and ".join(map(str, map(list, shapes)))
+        raise IncompatibleModelsError(
+            f"{' and '.join(shown(side.adapter.name) for side in sides)} are for models of different widths: "
+            f"{shown(terms[0].name)} changes {each}; give two for models of one width"
+        )
+    columns = max(shape[1] for shape in shapes)
+    return [one._replace(change=_widened(one.change, columns)) for one in terms]
+
+
+def _widened(change: Expression, columns: int) -> Expression:
+    """The same with zeros in the columns that it lacks."""
+    rows, own = change.shape
+    if own == columns:
+        return change
+    zeros = bytes(rows * (columns - own) * size_of(change.dtype))
+    return Joined((change, Known(zeros, change.dtype, (rows, columns - own))), axis=1)
 
 
 def _added(sums: Sequence[_Sums]) -> _Sums:

@@ -230,7 +230,9 @@ def _shape(name: str, terms: Sequence[Term], target: Target, family: Family) -> 
     rows, inputs = ({extent[axis] for extent in labels} for axis in (0, 1))
     if len(rows) > 1 or (len(inputs - {1}) > 1 and target.ldm != family.input_layer):
         each = " and ".join(f"{shown(label)} for {list(extent)}" for extent, label in labels.items())
-        raise IncompatibleModelsError(f"{shown(name)} is of different widths: {each}")
+        raise IncompatibleModelsError(
+            f"{shown(name)} is of different widths: {each}; only LoRAs for models of one width can be merged"
+        )
     return (*rows, max(inputs), *kernel)
 
 
