@@ -536,10 +536,16 @@ def test_settings_nested_too_deep(files, capsys, lora):
 def test_what_is_not_finite_names_the_lora(files, capsys, model, value, kind):
     where = PLACES[0]
     bad = written(lora_for([where], model, kind))
-    next(tensor for name, tensor in bad.items() if "alpha" not in name).view(-1)[-1] = value
+    part, tensor = next((name, tensor) for name, tensor in bad.items() if "alpha" not in name)
+    tensor.view(-1)[-1] = value
     write("bad.safetensors", bad)
     arguments = ["bake", "a.safetensors", "lora.safetensors", "bad.safetensors:0.5", "-o", "o.safetensors"]
-    assert_refused(capsys, files, *arguments, says=[where.weight, "bad.safetensors", "nothing was written"])
+    assert_refused(
+        capsys,
+        files,
+        *arguments,
+        says=[f"{where.weight} (NaN or infinity in bad.safetensors: {part})", "nothing was written"],
+    )
     with pytest.raises(NonFiniteError, match=rf"{re.escape(where.weight)}.*bad\.safetensors"):
         bake("bad.safetensors")
     out, _ = bake("bad.safetensors", allow_nonfinite=True)
@@ -551,7 +557,8 @@ def test_a_result_that_overflows(files, model):
     where = PLACES[0]
     huge = {where: {"diff": Factors(model[where.weight].shape).full()["diff"].float() * 1e6}}
     write("huge.safetensors", written(huge))
-    with pytest.raises(NonFiniteError, match=re.escape(where.weight)):
+    cause = re.escape(f"{where.weight} (values too large for F16, with what huge.safetensors adds)")
+    with pytest.raises(NonFiniteError, match=cause):
         bake("huge.safetensors")
     out, _ = bake("huge.safetensors", dtype="fp32")
     assert_baked(out, model, [(huge, 1)], torch.float32)

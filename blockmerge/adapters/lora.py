@@ -13,8 +13,9 @@ from blockmerge.adapters.block_texts import LoraBlocks, read_blocks
 from blockmerge.adapters.targets import Shape
 from blockmerge.anatomy import Family
 from blockmerge.checkpoints import Checkpoint, CheckpointLike, in_cache, open_source
-from blockmerge.errors import CheckpointError, RecipeError, shown
+from blockmerge.errors import CheckpointError, RecipeError, WeightsError, shown
 from blockmerge.weights import BlockWeights
+from blockmerge.weights.block_lists import family_named
 from blockmerge.weights.grammar import finite_number
 
 _FORM = "FILE[:STRENGTH[:BLOCKS]], as in style.safetensors:0.8 or style.safetensors:0.5:OUTALL"
@@ -120,9 +121,16 @@ class Lora:
     def weights(self, family: Family | str, seed: int = 0) -> BlockWeights:
         """Return the weight of every block of a family, which multiplies the strength: 1 without `blocks`.
 
-        Raises WeightsError for blocks, counts of numbers and presets that the family does not have.
+        Raises WeightsError, naming the LoRA, for blocks, counts of numbers and presets that the family does
+        not have.
         """
-        return read_blocks(self.blocks, family, seed)
+        family = family_named(family) if isinstance(family, str) else family
+        try:
+            return read_blocks(self.blocks, family, seed)
+        except WeightsError as error:
+            is_path = self.name is None and isinstance(self.file, (str, os.PathLike))
+            called = os.path.basename(self.file) if is_path else self.label  # type: ignore[arg-type]
+            raise type(error)(f"the blocks of {shown(called)}: {error}") from error
 
 
 LoraLike = Union[str, "os.PathLike[str]", Checkpoint, Mapping[str, Any], Sequence[Any], Lora]
