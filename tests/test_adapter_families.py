@@ -253,6 +253,7 @@ def test_parts_that_are_not_read_are_named(part, said):
     assert line.startswith("x cannot be read as a LoRA: 1 module of 1 cannot be used: ")
     assert f"{LINEAR}.{part}" in line
     assert said in line
+    assert ("lora extract" in line) == ("is not read" in line)
 
 
 @pytest.mark.parametrize(
@@ -297,14 +298,17 @@ def test_a_bias_where_the_layer_has_none_does_not_fit():
 )
 def test_a_module_under_two_names_is_refused(other):
     line = refused(lora_of(LINEAR) | lora_of(other))
-    assert line == f"x has 1 module twice, under two names ({LINEAR} and {other}): take one of each out"
+    assert line == (
+        f"x has 1 module twice, under two names ({LINEAR} and {other}): nothing says which counts; "
+        "save it again with one of each"
+    )
 
 
 def test_a_tensor_under_two_names_is_refused():
     line = refused(lora_of(LINEAR) | {f"{LINEAR}.lora_A.weight": torch.ones(2, 6)})
     assert line == (
         f"x holds 1 tensor of modules a second time, under other names ({LINEAR}.lora_A.weight): "
-        "take one of each out"
+        "nothing says which counts; save it again with one of each"
     )
 
 
@@ -314,7 +318,9 @@ def test_many_faults_are_counted_and_the_first_named():
         tensors[f"lora_unet_module_{number:02}.lora_down.weight"] = torch.ones(2, 6)
     line = refused(tensors)
     assert "40 modules of 40 cannot be used: lora_unet_module_00." in line
-    assert line.endswith("lora_unet_module_01.lora_down.weight without up and 38 more")
+    assert line.endswith(
+        "lora_unet_module_01.lora_down.weight without up and 38 more; download it again, or save it without them"
+    )
     assert len(line) < 400
 
 

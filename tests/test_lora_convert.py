@@ -649,7 +649,7 @@ BAD = {
     "a near form": (small, "diffuser", {}, RecipeError, "did you mean 'diffusers'"),
     "a dtype": (small, "kohya", {"dtype": "fp8_e4m3fn"}, RecipeError, "is no dtype"),
     "unknown modules": (lambda: small() | small(place="lora_unet_strange"), "kohya", {}, CheckpointError,
-                        r"1 module that no table knows.*lora_unet_strange"),
+                        r"1 module that Stable Diffusion 1\.x does not have \(lora_unet_strange\): .*bake --partial"),
     "a model": (lambda: small_model("sd1"), "kohya", {}, CheckpointError, "not a LoRA"),
     "twice": (lambda: small() | small(place=THERE), "kohya", {}, CheckpointError, "twice"),
 }  # fmt: skip

@@ -273,7 +273,7 @@ def test_modules_that_no_table_knows(refused, tmp_path):
     tensors |= {f"lora_unet_strange.{part}": one for part, one in Factors((8, 6)).lora().items()}
     save_file(tensors, tmp_path / "b.safetensors")
     said = refused([tmp_path / "b.safetensors"], blockmerge.CheckpointError)
-    assert "1 module of which it is not known what they change (lora_unet_strange)" in said
+    assert "1 module that Stable Diffusion 1.x does not have (lora_unet_strange): " in said
 
 
 def test_outputs_that_cannot_be(refused, tmp_path):

@@ -193,7 +193,7 @@ def test_what_people_look_for_in_the_metadata(file):
         "ss_network_dim": "3",
         "ss_network_alpha": "1.5",
     }
-    assert blockmerge.inspect_lora(Lora(file, 0.5)).norm == blockmerge.inspect_lora(file).norm
+    assert blockmerge.inspect_lora(Lora(file)).norm == blockmerge.inspect_lora(file).norm
 
 
 @pytest.mark.parametrize(
@@ -230,6 +230,15 @@ def test_inspect_on_the_command_line(file, capsys):
     assert "OUT11" in out
     assert "IN00" in out
     assert "%" in out
+
+
+@pytest.mark.parametrize("given", ["0.5", "1:OUTALL"])
+@pytest.mark.parametrize("command", [["inspect"], ["convert", "--to", "kohya", "-o", "out.safetensors"]])
+def test_a_strength_without_effect_is_refused(command, given, file, here, capsys):
+    said = f"Error: cats.safetensors is {command[0]}ed as it is: give the file without strength and blocks"
+    assert run(["lora", *command, f"{file}:{given}"]) == 1
+    assert capsys.readouterr().err.startswith(said)
+    assert [*here.iterdir()] in ([], [file])
 
 
 def test_inspect_names_it(file, capsys):

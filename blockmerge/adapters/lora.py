@@ -106,6 +106,24 @@ class Lora:
             return Path(self.file).stem
         return Path(self.file.name).stem if isinstance(self.file, Checkpoint) else "state dict"
 
+    @property
+    def _told(self) -> str:
+        """What messages call it that come before it is opened: as its label, but with the file's ending."""
+        is_path = self.name is None and isinstance(self.file, (str, os.PathLike))
+        return Path(self.file).name if is_path else self.label  # type: ignore[arg-type]
+
+    def as_it_is(self, done: str) -> Lora:
+        """Return it, to be ``"converted"``, say, as it is.
+
+        Raises RecipeError for a strength or blocks, which would have no effect then.
+        """
+        if self.strength != 1 or self.blocks is not None:
+            raise RecipeError(
+                f"{shown(self._told)} is {done} as it is: give the file without strength and blocks, or make "
+                "a LoRA that has them in it first (blockmerge lora merge)"
+            )
+        return self
+
     def open(self, family: Family | None = None, shapes: Mapping[str, Shape] | None = None) -> Adapter:
         """Open the file, and look at its names and shapes. `family` and `shapes` are those of `Adapter.of`.
 
@@ -128,9 +146,7 @@ class Lora:
         try:
             return read_blocks(self.blocks, family, seed)
         except WeightsError as error:
-            is_path = self.name is None and isinstance(self.file, (str, os.PathLike))
-            called = os.path.basename(self.file) if is_path else self.label  # type: ignore[arg-type]
-            raise type(error)(f"the blocks of {shown(called)}: {error}") from error
+            raise type(error)(f"the blocks of {shown(self._told)}: {error}") from error
 
 
 LoraLike = Union[str, "os.PathLike[str]", Checkpoint, Mapping[str, Any], Sequence[Any], Lora]

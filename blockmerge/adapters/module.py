@@ -93,7 +93,8 @@ def modules_of(
     alphas = dict(zip(tensors, numbers(tensors.values()), strict=True))
     if odd := [f"{module} has alpha {value}" for module, value in alphas.items() if not math.isfinite(value)]:
         raise CheckpointError(
-            f"{shown(name)}: {listing(odd)}: no number to scale {counted(len(odd), 'module')} by"
+            f"{shown(name)} has {counted(len(odd), 'module')} without a finite alpha to scale by "
+            f"({listing(odd)}): download it again, or have its trainer save it anew"
         )
     configs = Configs.of(checkpoint, chosen)
     modules = tuple(_module(module, *one, alphas.get(module), configs) for module, one in chosen.items())

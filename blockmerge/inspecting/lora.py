@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from blockmerge.adapters import Adapter, Lora, Module
-from blockmerge.checkpoints import CheckpointLike
+from blockmerge.adapters import Adapter, Lora, LoraLike, Module
 from blockmerge.comparing import squares_of
 from blockmerge.errors import counted, listing, shown
 from blockmerge.inspecting.lora_metadata import looked_for
@@ -66,7 +65,7 @@ class LoraInspection:
 
 
 def inspect_lora(
-    lora: CheckpointLike | Lora, *, threads: int | None = None, progress: Progress | None = None
+    lora: LoraLike, *, threads: int | None = None, progress: Progress | None = None
 ) -> LoraInspection:
     """Look at a LoRA: its kind, family, ranks and alphas, and the share of its change in every block.
 
@@ -74,15 +73,15 @@ def inspect_lora(
     >>> found.kinds, found.ranks, found.blocks["IN04"].norm  # doctest: +SKIP
     ({'lora': 722}, {32: 722}, 1.742)
 
-    `lora` is a path, an opened checkpoint, a state dict, or a Lora, of which the file counts. The share is
+    `lora` is a path, an opened checkpoint, a state dict, or a Lora without strength and blocks. The share is
     ‖ΔW‖ at strength 1, summed in float64 from the factors alone. That of modules that look at the weights
     (DoRA, GLoRA, IA3, OFT, BOFT) depends on the model: their blocks' is None. `progress(done, total)` is told
     the bytes.
 
-    Raises CheckpointError for what is no LoRA or cannot be read, and UnknownFamilyError for one of no family
-    that is known.
+    Raises CheckpointError for what is no LoRA or cannot be read, RecipeError for a strength or blocks, and
+    UnknownFamilyError for one of no family that is known.
     """
-    adapter = (lora if isinstance(lora, Lora) else Lora(lora)).open()
+    adapter = Lora.of(lora).as_it_is("inspected").open()
     said, fault = looked_for(adapter.source.metadata)
     blocks, notes = _blocks(adapter, threads, progress)
     norms = [one.norm for one in blocks.values()]

@@ -16,6 +16,7 @@ from blockmerge.adapters import Adapter, Module, Whereabouts, diffusers_names, w
 from blockmerge.dtypes import FLOAT_DTYPES, precision_of, size_of
 from blockmerge.errors import CheckpointError, RecipeError, counted, did_you_mean, listing, shown
 from blockmerge.expressions import Expression, Reshaped, simplify
+from blockmerge.lora_making.making import check_known
 from blockmerge.lora_making.tasks import Shape
 
 FORMS = ("kohya", "diffusers")
@@ -247,11 +248,7 @@ def _components(adapter: Adapter) -> Iterator[tuple[str, list[Module]]]:
 
 def _check_names(adapter: Adapter, names: Mapping[Whereabouts, str]) -> None:
     """Raise CheckpointError for modules that have no name in the form, or one that another has too."""
-    if adapter.unmet:
-        raise CheckpointError(
-            f"{shown(adapter.name)} has {counted(len(adapter.unmet), 'module')} that no table knows, so that "
-            f"nothing says what they are called elsewhere ({listing(adapter.unmet)})"
-        )
+    check_known(adapter)
     unnamed = [
         one.name
         for one in adapter.modules
