@@ -103,6 +103,19 @@ def test_kinds_ranks_and_alphas_are_counted():
     assert found.dtypes == {"F32": len(in_a_file(lora))}
 
 
+def test_alphas_are_those_of_the_file(tmp_path, capsys):
+    """0 and none count as the rank, and are shown as what they are."""
+    lora = lora_of("lora", alpha=torch.tensor(1.5))
+    first, second, *_ = lora
+    lora[first]["alpha"] = torch.tensor(0.0)
+    del lora[second]["alpha"]
+    save_file({name: one.clone() for name, one in in_a_file(lora).items()}, tmp_path / "x.safetensors")
+    assert blockmerge.inspect_lora(tmp_path / "x.safetensors").alphas == {0.0: 1, 1.5: 3}
+    out = ok(capsys, "lora", "inspect", tmp_path / "x.safetensors")
+    assert "alpha  1.5 (3), 0 (1), none, for which the rank counts (1)\n" in out
+    assert "has alpha 0 in 1 module: the rank is taken in its place" in out
+
+
 @pytest.mark.parametrize(
     ("program", "family"), [("sd15-kohya", "sd1"), ("sdxl-kohya", "sdxl"), ("sdxl-peft", "sdxl")]
 )

@@ -30,11 +30,12 @@ class LoraBlock:
 class LoraInspection:
     """What `inspect_lora` found.
 
-    `kinds`, `ranks`, `alphas` and `dtypes` count the modules of each, the dtypes the tensors; modules without
-    a rank have no alpha that counts. `blocks` are those that it changes, in the family's order. `norm` is
-    that of all blocks, None where one of theirs is. `unmet` are modules that no table knows, `embeddings`
-    tensors that travel along. `metadata` is what people look for first, under the file's own keys, and
-    ``"trigger_words"``, the most frequent tags of what it was trained on: {tag: how often}. `notes` are texts
+    `kinds`, `ranks`, `alphas` and `dtypes` count the modules of each, the dtypes the tensors. `alphas` are
+    those that the file says of modules with a rank; where it says none, or 0, the rank counts. `blocks` are
+    those that it changes, in the family's order. `norm` is that of all blocks, None where one of theirs is.
+    `unmet` are modules that no table knows, `embeddings` tensors that travel along. `metadata` is what people
+    look for first, under the file's own keys, and ``"trigger_words"``, the most frequent tags of what it was
+    trained on: {tag: how often}. `notes` are texts
     for the user.
     """
 
@@ -91,7 +92,7 @@ def inspect_lora(
         family=adapter.family.name,
         kinds=adapter.kinds,
         ranks=_counted(one.rank for one in ranked if one.rank is not None),
-        alphas=_counted(one.alpha for one in ranked if one.alpha is not None),
+        alphas=_counted(one.stored_alpha for one in ranked if one.stored_alpha is not None),
         dtypes=dict(Counter(info.dtype for info in adapter.source.tensors.values()).most_common()),
         blocks=blocks,
         norm=None if None in norms else math.hypot(*(norm for norm in norms if norm is not None)),

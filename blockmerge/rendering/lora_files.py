@@ -31,7 +31,7 @@ def print_lora_inspection(console: Console, found: LoraInspection) -> None:
     facts = [
         ("kind", _listed(found.kinds)),
         ("rank", _listed({_short(rank): count for rank, count in found.ranks.items()})),
-        ("alpha", _listed({_short(alpha): count for alpha, count in found.alphas.items()})),
+        ("alpha", _listed(_alphas(found))),
         ("dtype", _listed(found.dtypes)),
         ("‖ΔW‖", "" if found.norm is None else f"{found.norm:.4g} at strength 1"),
     ]
@@ -82,6 +82,13 @@ def _shares(found: LoraInspection) -> dict[str, float | None]:
     whole = sum(square for square in squares.values() if square is not None) or 1.0
     shares: dict[str, float | None] = dict.fromkeys(FAMILIES[found.family].blocks, 0.0)
     return {**shares, **{block: square and square / whole for block, square in squares.items()}}
+
+
+def _alphas(found: LoraInspection) -> dict[str, int]:
+    """{alpha: modules}, those that have none among them."""
+    alphas = {_short(alpha): count for alpha, count in found.alphas.items()}
+    without = sum(found.ranks.values()) - sum(alphas.values())
+    return {**alphas, **({"none, for which the rank counts": without} if without else {})}
 
 
 def _listed(counts: Mapping[str, int]) -> str:
