@@ -573,6 +573,13 @@ def test_a_lora_given_as_a_model(files, capsys):
     assert_refused(capsys, files, *arguments, says=says)
 
 
+def test_a_lora_given_twice_counts_twice_and_is_noted_once(files, model, lora):
+    out, result = bake("lora.safetensors", ("lora.safetensors", 0.5))
+    assert_baked(out, model, [(lora, 1.5)])
+    assert len(result.notes) == len({*result.notes})
+    assert sum("met a tensor" in note for note in result.notes) == 1
+
+
 @pytest.mark.parametrize("output", ["a.safetensors", "lora.safetensors"])
 def test_no_input_is_replaced(files, capsys, output):
     arguments = ["bake", "a.safetensors", "lora.safetensors", "-o", output, "--overwrite"]

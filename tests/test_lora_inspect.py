@@ -297,6 +297,10 @@ def test_the_same_in_another_spelling_and_rank_is_the_same():
     found = blockmerge.lora_similarity(in_a_file(one), renamed, blocks=True)
     assert found.similarity == pytest.approx(1, abs=1e-12)
     assert found.parts == pytest.approx(dict.fromkeys(PLACES_OF, 1.0), abs=1e-12)
+    zero = {name: {**parts, "alpha": torch.tensor(0.0)} for name, parts in one.items()}
+    notes = blockmerge.lora_similarity(in_a_file(zero), in_a_file(zero)).notes
+    assert sum("has alpha 0 in 5 modules" in note for note in notes) == 1
+    assert len(notes) == len({*notes})
     negative = blockmerge.lora_similarity((in_a_file(one), -2), renamed)
     assert negative.similarity == pytest.approx(-1, abs=1e-12)
     assert negative.parts == {}

@@ -41,7 +41,8 @@ from blockmerge.streaming import Progress
 if TYPE_CHECKING:
     import torch
 
-Scaled = tuple[Applied, float, Module]
+AppliedModule = tuple[Applied, float, Module]
+"""A LoRA with its strength, one of its modules, and how much of that is added."""
 
 
 def merge_loras(
@@ -185,7 +186,7 @@ def _check(one: Applied) -> None:
 def _sums(applied: Sequence[Applied], family: Family) -> list[Sum]:
     """The modules of the output, in the order of their names."""
     names = written_names(family)
-    together: dict[Whereabouts, list[Scaled]] = defaultdict(list)
+    together: dict[Whereabouts, list[AppliedModule]] = defaultdict(list)
     for one in applied:
         for scale, module in one.scaled():
             assert module.target is not None
@@ -194,7 +195,7 @@ def _sums(applied: Sequence[Applied], family: Family) -> list[Sum]:
     return sorted(found, key=lambda one: f"{one.layer.name}.")
 
 
-def _sum(name: str, scaled: Sequence[Scaled], family: Family) -> Sum:
+def _sum(name: str, scaled: Sequence[AppliedModule], family: Family) -> Sum:
     target = scaled[0][2].target
     assert target is not None
     vectors: dict[str, list[Term]] = defaultdict(list)
