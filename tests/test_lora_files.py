@@ -416,6 +416,31 @@ def test_what_commands_refuse(arguments, said, here, capsys):
     assert [*here.iterdir()] == []
 
 
+@pytest.mark.parametrize(
+    ("code", "arguments"),
+    [  # 2 is for what is no command line; all values are looked at by the library, which refuses with 1
+        (2, ["--rank", "x"]),
+        (2, ["--rank", "1.5"]),
+        (2, ["--energy", "x"]),
+        (2, ["--threads", "x"]),
+        (2, ["--nothing"]),
+        (1, ["--rank", "0"]),
+        (1, ["--rank", "-1"]),
+        (1, ["--energy", "1.5"]),
+        (1, ["--energy", "nan"]),
+        (1, ["--rank", "1", "--energy", "0.5"]),
+        (1, ["--rank", "1", "--threads", "0"]),
+        (1, ["--rank", "1", "--dtype", "fp64"]),
+        (0, ["--rank", "99999999999"]),
+    ],
+)
+def test_exit_codes_of_values(code, arguments, here, capsys):
+    make_lora(here / "a.safetensors", "sd1", only=lambda name: "mid_block" in name)
+    assert run(["lora", "resize", "a.safetensors", "-o", "b.safetensors", *arguments]) == code
+    assert (here / "b.safetensors").exists() == (code == 0)
+    assert (capsys.readouterr().err.count("\n") == 1) == (code == 1)
+
+
 def test_nothing_loads_torch_before_it_computes(tmp_path):
     code = "import blockmerge, sys; blockmerge.merge_loras, blockmerge.extract_lora; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -41,12 +41,12 @@ def convert_lora(
 
     ``"kohya"`` are sd-scripts' names (``lora_unet_….lora_down.weight``), which most programs read;
     ``"diffusers"`` PEFT's with the component (``unet.….lora_A.weight``). Only the names change, but that
-    diffusers' form has no alphas: alpha / rank goes into ``lora_B``. For powers of two that is exact, and
-    taken out again on the way back; else it is one rounding, which the notes tell. What diffusers has no
-    place for (LoHa and other kinds, norms) is refused. What the metadata say of the training stays where it
-    stays true. `lora` is a path, an opened checkpoint, a state dict, or a Lora without strength and blocks;
-    `dtype` is ``"fp16"``, ``"bf16"`` or ``"fp32"``, by default each tensor's own. `progress(done, total)` is
-    told the bytes that were read.
+    diffusers' form has no alphas: alpha / rank goes into ``lora_B``. For powers of two that is exact (but for
+    fp16 values below 6e-5, which lose digits) and taken out again on the way back; else it is one rounding.
+    The notes tell both. What diffusers has no place for (LoHa and other kinds, norms) is refused. What the
+    metadata say of the training stays where it stays true. `lora` is a path, an opened checkpoint, a state
+    dict, or a Lora without strength and blocks; `dtype` is ``"fp16"``, ``"bf16"`` or ``"fp32"``, by default
+    each tensor's own. `progress(done, total)` is told the bytes that were read.
 
     Raises a BlockmergeError: CheckpointError and UnknownFamilyError for files, and for what the form has no
     place for, RecipeError for what is asked for, NonFiniteError for values, OutputError for the output.
