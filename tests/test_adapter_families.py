@@ -173,7 +173,7 @@ def test_a_lora_of_no_known_family_says_what_it_has():
     tensors = lora_of("transformer.single_transformer_blocks.0.attn.to_q", shape=(8, 8))
     line = refused(tensors, UnknownFamilyError, family=None, shapes=None)
     assert line == (
-        "x is a LoRA for a model of no family that is known: its 1 module are called "
+        "x is a LoRA for a model of no family that is known: its modules are called "
         "transformer.single_transformer_blocks.0.attn.to_q"
     )
     with pytest.raises(IncompatibleModelsError, match=r"has no module that Stable Diffusion 1\.x has"):
@@ -263,7 +263,8 @@ def test_parts_that_are_not_read_are_named(part, said):
         ({f"{LINEAR}.lora_up.weight": torch.ones(8, 2)}, f"{LINEAR}.lora_up.weight without down"),
         ({f"{LINEAR}.alpha": torch.ones(())}, f"{LINEAR}.alpha without anything that it belongs to"),
         ({f"{LINEAR}.hada_w1_a": torch.ones(8, 2)}, "without hada_w1_b and hada_w2_a and hada_w2_b"),
-        (lora_of(LINEAR, rank=0), f"{LINEAR}.lora_down.weight is [0, 6]: rank 0"),
+        (lora_of(LINEAR, rank=0), f"{LINEAR}.lora_down.weight is [0, 6]: rank 0, which changes nothing"),
+        (lora_of(LINEAR, shape=(0, 6)), f"{LINEAR}.lora_up.weight is [0, 2]: it is empty"),
         (lora_of(LINEAR, dtype=torch.int8), f"{LINEAR}.lora_down.weight is I8, expected floats"),
         (lora_of(LINEAR, dtype=torch.complex64), f"{LINEAR}.lora_down.weight is C64, expected floats"),
         (

@@ -25,6 +25,7 @@ _LARGEST = 1e300
 _PEFT = "base_model.model."
 _ALPHA, _PATTERN, _KIND, _LORA = "lora_alpha", "alpha_pattern", "peft_type", "LORA"
 _BY_ROOT = "use_rslora"
+_ANEW = "download it again, or have its trainer save it anew"
 _PLAIN = re.compile(r"[\w.]+", re.ASCII)
 
 Settings = Mapping[str, Any]
@@ -141,7 +142,9 @@ def _parsed(text: str, where: str, whose: str) -> Settings:
     except (ValueError, RecursionError):
         said = None
     if not isinstance(said, dict):
-        raise CheckpointError(f"{shown(whose)}: {where} cannot be read: it is not a JSON object of settings")
+        raise CheckpointError(
+            f"{shown(whose)}: {where} cannot be read: it is not a JSON object of settings; {_ANEW}"
+        )
     return said
 
 
@@ -163,7 +166,7 @@ def _checked(found: dict[str, Settings], where: str, whose: str) -> dict[str, Se
         pattern = settings.get(_PATTERN) or {}
         values = [settings.get(_ALPHA), *(pattern.values() if isinstance(pattern, dict) else [None])]
         if not all(map(_is_number, values)):
-            raise CheckpointError(f"{shown(whose)}: {where} has an alpha that is not a number")
+            raise CheckpointError(f"{shown(whose)}: {where} has an alpha that is not a number; {_ANEW}")
         if odd := [name for name in pattern if not _PLAIN.fullmatch(name)]:
             raise CheckpointError(
                 f"{shown(whose)}: {where} has an alpha for {listing(odd)}: only names of modules are read"

@@ -167,8 +167,8 @@ def _of_none(standings: Sequence[Standing], names: Sequence[str], name: str) -> 
             f"{_first(nearest)}"
         )
     return UnknownFamilyError(
-        f"{shown(name)} is a LoRA for a model of no family that is known: its "
-        f"{counted(len(names), 'module')} are called {listing(names)}"
+        f"{shown(name)} is a LoRA for a model of no family that is known: its modules are called "
+        f"{listing(names)}"
     )
 
 

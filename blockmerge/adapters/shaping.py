@@ -18,8 +18,6 @@ Parts = Mapping[str, Stored]
 _NUMBERS = ("alpha", "on_input")
 _NO_NUMBERS = ("C64", "F8_E8M0")
 _SCALED = "ia3_weight"
-_EMPTY = {True: "rank 0, which changes nothing", False: "it is empty"}
-"""{whether it has a rank: what a tensor without elements is called}"""
 
 
 @dataclass(frozen=True)
@@ -174,7 +172,8 @@ def _bound(form: Form, parts: Parts) -> Shaped | str:
         if words[1:] and words[-1] == "inputs" and prod(tensor.shape[len(words) :]) > 1:
             return f"{_described(tensor)}, expected no kernel: that is in another of the module's tensors"
         if 0 in tensor.shape:
-            return f"{_described(tensor)}: {_EMPTY[bool(form.rank)]}"
+            is_rank = (form.rank, 0) in _each(words, tensor.shape)
+            return f"{_described(tensor)}: {'rank 0, which changes nothing' if is_rank else 'it is empty'}"
         for word, size in _each(words, tensor.shape):
             known, other = sizes.setdefault(word, (size, tensor))
             if known != size and other is tensor:

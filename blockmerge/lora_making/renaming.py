@@ -112,6 +112,7 @@ def renamed(adapter: Adapter, form: str, dtype: str | None, recorded: Mapping[st
         _check_kinds(adapter)
         return [_in_diffusers(one, _name_of(one, names), dtype) for one in adapter.modules]
     _check_biases(adapter)
+    _check_alphas(adapter)
     return [_in_kohya(one, _name_of(one, names), dtype, recorded.get(one.name)) for one in adapter.modules]
 
 
@@ -147,6 +148,19 @@ def _check_biases(adapter: Adapter) -> None:
         raise CheckpointError(
             f"{shown(adapter.name)} has {counted(len(twice), 'module')} with two biases, lora_B.bias and "
             f"diff_b, of which that form has one ({listing(twice)})"
+        )
+
+
+def _check_alphas(adapter: Adapter) -> None:
+    """Raise CheckpointError for alphas of 0 in settings, where 0 counts: a tensor's would be taken for the
+    rank.
+    """
+    zeros = [one.name for one in adapter.modules if one.rank is not None and one.alpha == 0]
+    if zeros:
+        raise CheckpointError(
+            f"{shown(adapter.name)} has alpha 0 in the settings of {counted(len(zeros), 'module')}, which "
+            f"therefore add nothing ({listing(zeros)}), and kohya's form would take 0 for the rank: save it "
+            "again without them"
         )
 
 

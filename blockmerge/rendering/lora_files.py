@@ -109,7 +109,7 @@ def _tags(tags: Mapping[str, int]) -> Iterator[str]:
 
 
 def _short(number: float) -> str:
-    return f"{number:g}"
+    return f"{number + 0.0:g}"  # -0.0 + 0.0 is 0.0
 
 
 def _cosine(value: float) -> str:
