@@ -204,6 +204,17 @@ def test_a_module_that_meets_no_tensor_is_named_and_may_be_left_out(files, model
         blockmerge.merge_state_dicts(model, model, weights=0, loras=[more])
 
 
+def test_partial_without_a_lora_is_noted(files, model):
+    for partial in (True, False):
+        result = blockmerge.merge(
+            model, model, weights=0.5, partial=partial, output="o.safetensors", overwrite=True
+        )
+        assert (
+            any("partial (--partial, of merge and bake) without effect" in note for note in result.notes)
+            == partial
+        )
+
+
 def test_a_lora_of_which_no_module_meets_anything_is_always_an_error(files, model):
     for lora in (
         {f"{BOGUS}.lora_up.weight": torch.ones(3, 2), f"{BOGUS}.lora_down.weight": torch.ones(2, 3)},

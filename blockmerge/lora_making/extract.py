@@ -114,7 +114,9 @@ def extract_lora(
     def if_nothing(made: Sequence[Made]) -> str:
         others = _left_out(list(zip(tasks, made, strict=True)))
         alike = f"{names_of(models)} are alike in all layers that it can hold"
-        return "; ".join((alike, *others)) if others else f"{names_of(models)} do not differ"
+        return (
+            "; ".join((alike, *others)) if others else f"{names_of(models)} do not differ in what both have"
+        )
 
     done = job.write(tasks, slots, work, lambda task: task.nbytes, size, if_nothing)
     found = list(zip(tasks, done.made, strict=True))
