@@ -151,13 +151,18 @@ class _Rounding:
 
     def round_into(self, out: torch.Tensor, values: torch.Tensor) -> None:
         """Round values into a tensor of another dtype; the values are no longer there then."""
-        self._all += float(values.square().sum())
+        self._all += _energy(values)
         out.copy_(values)
-        self._lost += float(values.sub_(out).square().sum())
+        self._lost += _energy(values.sub_(out))
 
     @property
     def share(self) -> float:
         return math.sqrt(self._lost / self._all) if self._all else 0.0
+
+
+def _energy(values: torch.Tensor) -> float:
+    norm = float(torch.linalg.vector_norm(values))
+    return norm * norm
 
 
 def _factors(pair: Pair, layer: Layer, dtype: str) -> tuple[Parts, float]:
