@@ -17,7 +17,7 @@ Written by `make docs` from the commands' own `--help`. Results go to stdout, ev
 | --- | --- |
 | 0 | done |
 | 1 | something blockmerge refuses: one line on stderr says what and why, and nothing was written |
-| 2 | an unknown option or a missing argument |
+| 2 | what is no command line: an unknown option, a missing argument, a text where a number belongs |
 | 130 | interrupted (Ctrl-C) |
 
 A result that cannot be printed (stdout is a full disk) is exit code 1 too; all else is done then.

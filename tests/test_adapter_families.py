@@ -68,7 +68,7 @@ def test_a_model_with_other_widths_tells_its_own(family):
     alone = opened(tensors)
     assert alone.family.name == family
     assert alone.notes == (f"the widths of x are not those of {TITLES[family]}, whose modules it has",)
-    with pytest.raises(IncompatibleModelsError, match=f"does not fit this {TITLES[family]} model"):
+    with pytest.raises(IncompatibleModelsError, match=f"is for a {TITLES[family]} model of other widths"):
         opened(made(family, program), family=family, shapes=thin)
 
 
@@ -113,11 +113,67 @@ def test_one_module_that_does_not_fit_is_named():
         )
 
 
+DEEP = "lora_unet_input_blocks_7_1_transformer_blocks_{}_attn1_to_q"
+"""A layer that SDXL has ten of, and the others one."""
+
+
+def deep(numbers, shape):
+    return {key: one for n in numbers for key, one in lora_of(DEEP.format(n), shape=shape).items()}
+
+
+def test_a_family_that_knows_only_some_of_the_modules_is_not_the_one():
+    """The first layer alone would fit SD1, which has none of the others."""
+    first = deep([0], (1280, 1280))
+    assert opened(first | deep(range(1, 10), (1280, 1280))).family.name == "sdxl"
+    line = refused(first | deep(range(1, 10), (64, 48)), UnknownFamilyError, family=None, shapes=None)
+    assert line == (
+        "x has the module names of Stable Diffusion XL, and does not fit it: "
+        f"{DEEP.format(1)}.lora_up.weight is [64, 2], expected 1280 rows; 8 other modules do not fit either"
+    )
+    others = deep(range(10), (64, 48))
+    assert opened(others).family.name == "sdxl"
+    line = refused(others, IncompatibleModelsError, family="sd1", shapes=None)
+    lacking = ", ".join(map(DEEP.format, (1, 2, 3)))
+    assert line == (
+        "x is a LoRA for Stable Diffusion XL, not for Stable Diffusion 1.x: "
+        f"that lacks 9 of its modules ({lacking} and 6 more)"
+    )
+    line = refused(others, IncompatibleModelsError, family="sd1", shapes=demo_layout("sd1"))
+    assert line.startswith(
+        "x has the module names of Stable Diffusion XL, and is not for this Stable Diffusion 1.x"
+    )
+
+
+def of_convolution(*kernel, channels=8, mid=None):
+    parts = {"lora_up.weight": (8, 2, 1, 1), "lora_down.weight": (2, channels, *kernel)}
+    return tensors_of(CONV, parts | ({} if mid is None else {"lora_mid.weight": (2, 2, *mid)}))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        (of_convolution(1, 1), "lora_down.weight is [2, 8, 1, 1], expected a kernel of 3×3"),
+        (of_convolution(5, 5, channels=9), "lora_down.weight is [2, 9, 5, 5], expected a kernel of 3×3"),
+        (of_convolution(1, 1, mid=(5, 5)), "lora_mid.weight is [2, 2, 5, 5], expected a kernel of 3×3"),
+        (lora_of(LINEAR, shape=(8, 6, 3, 3)), "lora_down.weight is [2, 6, 3, 3], expected no kernel"),
+    ],
+)
+def test_whatever_the_widths_a_kernel_is_the_layers(tensors, said):
+    line = refused(tensors, UnknownFamilyError, family=None, shapes=None)
+    assert line.startswith("x has the module names of Stable Diffusion 1.x, and does not fit it: ")
+    assert said in line
+
+
+def test_a_kernel_of_both_factors_is_refused():
+    line = refused(of_convolution(3, 3, mid=(3, 3)), family=None, shapes=None)
+    assert f"{CONV}.lora_down.weight is [2, 8, 3, 3], expected no kernel" in line
+
+
 def test_a_lora_of_no_known_family_says_what_it_has():
     tensors = lora_of("transformer.single_transformer_blocks.0.attn.to_q", shape=(8, 8))
     line = refused(tensors, UnknownFamilyError, family=None, shapes=None)
     assert line == (
-        "x is a LoRA for a model of no family that is known: its 1 module are called "
+        "x is a LoRA for a model of no family that is known: its modules are called "
         "transformer.single_transformer_blocks.0.attn.to_q"
     )
     with pytest.raises(IncompatibleModelsError, match=r"has no module that Stable Diffusion 1\.x has"):
@@ -197,6 +253,7 @@ def test_parts_that_are_not_read_are_named(part, said):
     assert line.startswith("x cannot be read as a LoRA: 1 module of 1 cannot be used: ")
     assert f"{LINEAR}.{part}" in line
     assert said in line
+    assert ("lora extract" in line) == ("is not read" in line)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +263,8 @@ def test_parts_that_are_not_read_are_named(part, said):
         ({f"{LINEAR}.lora_up.weight": torch.ones(8, 2)}, f"{LINEAR}.lora_up.weight without down"),
         ({f"{LINEAR}.alpha": torch.ones(())}, f"{LINEAR}.alpha without anything that it belongs to"),
         ({f"{LINEAR}.hada_w1_a": torch.ones(8, 2)}, "without hada_w1_b and hada_w2_a and hada_w2_b"),
-        (lora_of(LINEAR, rank=0), f"{LINEAR}.lora_down.weight is [0, 6]: rank 0"),
+        (lora_of(LINEAR, rank=0), f"{LINEAR}.lora_down.weight is [0, 6]: rank 0, which changes nothing"),
+        (lora_of(LINEAR, shape=(0, 6)), f"{LINEAR}.lora_up.weight is [0, 2]: it is empty"),
         (lora_of(LINEAR, dtype=torch.int8), f"{LINEAR}.lora_down.weight is I8, expected floats"),
         (lora_of(LINEAR, dtype=torch.complex64), f"{LINEAR}.lora_down.weight is C64, expected floats"),
         (
@@ -241,14 +299,17 @@ def test_a_bias_where_the_layer_has_none_does_not_fit():
 )
 def test_a_module_under_two_names_is_refused(other):
     line = refused(lora_of(LINEAR) | lora_of(other))
-    assert line == f"x has 1 module twice, under two names ({LINEAR} and {other}): take one of each out"
+    assert line == (
+        f"x has 1 module twice, under two names ({LINEAR} and {other}): nothing says which counts; "
+        "save it again with one of each"
+    )
 
 
 def test_a_tensor_under_two_names_is_refused():
     line = refused(lora_of(LINEAR) | {f"{LINEAR}.lora_A.weight": torch.ones(2, 6)})
     assert line == (
         f"x holds 1 tensor of modules a second time, under other names ({LINEAR}.lora_A.weight): "
-        "take one of each out"
+        "nothing says which counts; save it again with one of each"
     )
 
 
@@ -258,7 +319,9 @@ def test_many_faults_are_counted_and_the_first_named():
         tensors[f"lora_unet_module_{number:02}.lora_down.weight"] = torch.ones(2, 6)
     line = refused(tensors)
     assert "40 modules of 40 cannot be used: lora_unet_module_00." in line
-    assert line.endswith("lora_unet_module_01.lora_down.weight without up and 38 more")
+    assert line.endswith(
+        "lora_unet_module_01.lora_down.weight without up and 38 more; download it again, or save it without them"
+    )
     assert len(line) < 400
 
 

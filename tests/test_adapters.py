@@ -239,14 +239,18 @@ def test_without_alpha_the_factor_is_one():
 
 def test_alpha_0_is_the_rank_with_a_note():
     adapter = narrow(lora_of(LINEAR, rank=4, alpha=0.0))
-    assert (adapter.modules[0].alpha, adapter.modules[0].factor) == (4.0, 1.0)
+    module = adapter.modules[0]
+    assert (module.alpha, module.stored_alpha, module.factor) == (4.0, 0.0, 1.0)
     assert adapter.notes == ("x has alpha 0 in 1 module: the rank is taken in its place, as trainers do",)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_an_alpha_that_is_not_finite_is_refused(value):
     said = refused(lora_of(LINEAR, alpha=value))
-    assert said == f"x: {LINEAR} has alpha {value}: no number to scale 1 module by"
+    assert said == (
+        f"x has 1 module without a finite alpha to scale by ({LINEAR} has alpha {value}): download it again, or "
+        "have its trainer save it anew"
+    )
 
 
 @pytest.mark.parametrize("shape", [(2,), (0,), (1, 2)])
@@ -299,6 +303,9 @@ def test_alpha_is_in_what_diffusers_writes(settings, factor):
     adapter = narrow(peft_of(PEFT), {"lora_adapter_metadata": json.dumps(settings)})
     assert adapter.modules[0].factor == factor
     assert adapter.modules[0].alpha == 4 * factor
+    if "unet.use_rslora" in settings:
+        assert adapter.modules[0].stored_alpha == settings["unet.lora_alpha"]
+        assert adapter.notes == ("x is an rs-LoRA (use_rslora): alpha counts times the root of the rank",)
 
 
 def test_a_tensors_alpha_wins_over_what_diffusers_writes():

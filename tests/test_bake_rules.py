@@ -204,6 +204,17 @@ def test_a_module_that_meets_no_tensor_is_named_and_may_be_left_out(files, model
         blockmerge.merge_state_dicts(model, model, weights=0, loras=[more])
 
 
+def test_partial_without_a_lora_is_noted(files, model):
+    for partial in (True, False):
+        result = blockmerge.merge(
+            model, model, weights=0.5, partial=partial, output="o.safetensors", overwrite=True
+        )
+        assert (
+            any("partial (--partial, of merge and bake) without effect" in note for note in result.notes)
+            == partial
+        )
+
+
 def test_a_lora_of_which_no_module_meets_anything_is_always_an_error(files, model):
     for lora in (
         {f"{BOGUS}.lora_up.weight": torch.ones(3, 2), f"{BOGUS}.lora_down.weight": torch.ones(2, 3)},
@@ -483,7 +494,7 @@ def twice(lora):
 
 BAD = {
     "rank 0": (of_rank_0, "rank 0"),
-    "rows": (lambda lora: with_others(lora, "up.weight", lambda one: one[:-1]), "does not fit this Stable Diffusion 1.x model"),
+    "rows": (lambda lora: with_others(lora, "up.weight", lambda one: one[:-1]), "is for a Stable Diffusion 1.x model of other widths than this one"),
     "alpha": (lambda lora: with_others(lora, "alpha", lambda one: one * float("nan")), "has alpha nan"),
     "twice": (twice, "twice, under two names (lora_unet_conv_in and unet.conv_in)"),
     "a model": (lambda _: small_model("sd1", seed=1), "bad.safetensors is a model (a checkpoint), not a LoRA"),
@@ -536,10 +547,16 @@ def test_settings_nested_too_deep(files, capsys, lora):
 def test_what_is_not_finite_names_the_lora(files, capsys, model, value, kind):
     where = PLACES[0]
     bad = written(lora_for([where], model, kind))
-    next(tensor for name, tensor in bad.items() if "alpha" not in name).view(-1)[-1] = value
+    part, tensor = next((name, tensor) for name, tensor in bad.items() if "alpha" not in name)
+    tensor.view(-1)[-1] = value
     write("bad.safetensors", bad)
     arguments = ["bake", "a.safetensors", "lora.safetensors", "bad.safetensors:0.5", "-o", "o.safetensors"]
-    assert_refused(capsys, files, *arguments, says=[where.weight, "bad.safetensors", "nothing was written"])
+    assert_refused(
+        capsys,
+        files,
+        *arguments,
+        says=[f"{where.weight} (NaN or infinity in bad.safetensors: {part})", "nothing was written"],
+    )
     with pytest.raises(NonFiniteError, match=rf"{re.escape(where.weight)}.*bad\.safetensors"):
         bake("bad.safetensors")
     out, _ = bake("bad.safetensors", allow_nonfinite=True)
@@ -551,7 +568,8 @@ def test_a_result_that_overflows(files, model):
     where = PLACES[0]
     huge = {where: {"diff": Factors(model[where.weight].shape).full()["diff"].float() * 1e6}}
     write("huge.safetensors", written(huge))
-    with pytest.raises(NonFiniteError, match=re.escape(where.weight)):
+    cause = re.escape(f"{where.weight} (values too large for F16, with what huge.safetensors adds)")
+    with pytest.raises(NonFiniteError, match=cause):
         bake("huge.safetensors")
     out, _ = bake("huge.safetensors", dtype="fp32")
     assert_baked(out, model, [(huge, 1)], torch.float32)
@@ -564,6 +582,13 @@ def test_a_lora_given_as_a_model(files, capsys):
     )
     arguments = ["a.safetensors", "lora.safetensors", "-w", "0.3", "-o", "o.safetensors"]
     assert_refused(capsys, files, *arguments, says=says)
+
+
+def test_a_lora_given_twice_counts_twice_and_is_noted_once(files, model, lora):
+    out, result = bake("lora.safetensors", ("lora.safetensors", 0.5))
+    assert_baked(out, model, [(lora, 1.5)])
+    assert len(result.notes) == len({*result.notes})
+    assert sum("met a tensor" in note for note in result.notes) == 1
 
 
 @pytest.mark.parametrize("output", ["a.safetensors", "lora.safetensors"])

@@ -247,7 +247,7 @@ def test_lists_of_another_length_are_refused(family, count, said):
         if written:
             with pytest.raises(WeightsError) as caught:
                 weights(written, family)
-            assert str(caught.value).startswith(said)
+            assert str(caught.value).startswith(f"the blocks of a: {said}")
 
 
 @pytest.mark.parametrize(("family", "preset"), [(f, name) for f in ("sd1", "sd2") for name in PRESETS])
@@ -284,17 +284,25 @@ def test_there_are_no_other_presets():
         ("ALL", "sdxl_refiner", "unknown LoRA preset 'ALL': Stable Diffusion XL refiner has none; or write"),
         ("", "sd1", "unknown LoRA preset ''"),
         ("OUT11=1", "sdxl", "unknown block 'OUT11'"),
-        ("OUT03=x", "sdxl", "'x' is not a number"),
+        ("OUT03=x", "sdxl", "OUT03=x: 'x' is not a number"),
+        ("IN04=nan", "sd1", "IN04=nan: 'nan' is not a number"),
+        ("1:1", "sd1", "there is a third ':', and a LoRA is given as FILE[:STRENGTH[:BLOCKS]]"),
         ("1,a," * 8 + "1", "sd1", "weight of IN01 is not a number: 'a'"),
         (math.nan, "sd1", "weight of BASE is not a number"),
         (BlockWeights.flat(1.0), "sdxl", "weights of 26 blocks are given for a LoRA of Stable Diffusion XL, which has 20"),
-        (1, "sd9", "unknown family 'sd9'"),
     ],
 )  # fmt: skip
 def test_blocks_that_a_family_does_not_have_are_refused(blocks, family, said):
     with pytest.raises(WeightsError) as caught:
         weights(blocks, family)
-    assert str(caught.value).startswith(said)
+    assert str(caught.value).startswith(f"the blocks of a: {said}")
+
+
+def test_blocks_that_cannot_be_read_name_the_file_and_an_unknown_family_does_not():
+    with pytest.raises(WeightsError, match=r"^the blocks of style\.safetensors: unknown LoRA preset 'foo'"):
+        Lora("folder/style.safetensors", 1, "foo").weights("sd1")
+    with pytest.raises(WeightsError, match=r"^unknown family 'sd9'"):
+        weights(1, "sd9")
 
 
 def test_any_weights_are_taken():

@@ -649,7 +649,7 @@ BAD = {
     "a near form": (small, "diffuser", {}, RecipeError, "did you mean 'diffusers'"),
     "a dtype": (small, "kohya", {"dtype": "fp8_e4m3fn"}, RecipeError, "is no dtype"),
     "unknown modules": (lambda: small() | small(place="lora_unet_strange"), "kohya", {}, CheckpointError,
-                        r"1 module that no table knows.*lora_unet_strange"),
+                        r"1 module that Stable Diffusion 1\.x does not have \(lora_unet_strange\): .*bake --partial"),
     "a model": (lambda: small_model("sd1"), "kohya", {}, CheckpointError, "not a LoRA"),
     "twice": (lambda: small() | small(place=THERE), "kohya", {}, CheckpointError, "twice"),
 }  # fmt: skip
@@ -663,6 +663,19 @@ def test_what_cannot_be_done_is_one_line_and_writes_nothing(case, tmp_path):
         blockmerge.convert_lora(path, output=tmp_path / "b.safetensors", to=to, **how)
     assert "\n" not in str(caught.value)
     assert [*tmp_path.iterdir()] == [path]
+
+
+def test_an_alpha_of_0_that_counts_is_not_made_one_that_is_taken_for_the_rank(tmp_path):
+    """PEFT's 0 adds nothing, and a tensor of 0 is the rank."""
+    path, out = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    tensors = {f"{THERE}.lora_A.weight": torch.ones(2, 1280), f"{THERE}.lora_B.weight": torch.ones(1280, 2)}
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 0})})
+    assert blockmerge.inspect_lora(path).norm == 0
+    with pytest.raises(CheckpointError, match="alpha 0 in the settings of 1 module, which therefore add"):
+        blockmerge.convert_lora(path, output=out, to="kohya")
+    assert not out.exists()
+    blockmerge.convert_lora(path, output=out, to="diffusers")
+    assert blockmerge.inspect_lora(out).norm == 0
 
 
 def test_the_input_is_spared(file, tmp_path):

@@ -296,7 +296,31 @@ def test_models_that_are_no_pair(refused, pairs, tmp_path):
     assert "[8, 4, 3, 3]" in said
     lacking = {name: tensor for name, tensor in model.items() if not name.startswith(f"{UNET}middle_block.2")}
     assert "takes nothing away" in refused(lacking, base, blockmerge.IncompatibleModelsError)
-    assert "would change no weight" in refused(base, base, blockmerge.RecipeError)
+    said = refused(base, base, blockmerge.RecipeError)
+    assert (
+        said
+        == "nothing would be in the LoRA: a.safetensors and a.safetensors do not differ in what both have"
+    )
+    model = load_file(base)
+    model[f"{UNET}input_blocks.0.0.weight"] += 1
+    said = refused(model, base, blockmerge.RecipeError)
+    assert (
+        "tuned and a.safetensors are alike in all layers that it can hold; left out, though they differ: "
+        in said
+    )
+    assert f"({UNET}input_blocks.0.0.weight): conv_rank (--conv-rank) takes them in" in said
+
+
+def test_layers_that_are_alike_are_counted(pairs, tmp_path):
+    base, tuned = pairs("sd1")
+    said = extract_lora(tuned, base, output=tmp_path / "all.safetensors", rank=1)
+    assert said.notes[0] == f"all {said.modules} layers that it can hold differ"
+    one = load_file(base)
+    one[f"{UNET}middle_block.1.proj_in.weight"] += 1
+    few = extract_lora(one, base, output=tmp_path / "one.safetensors", rank=1)
+    assert (
+        f"of {said.modules} layers that it can hold, {said.modules - 1} are alike and left out" in few.notes
+    )
 
 
 def test_values_that_are_none(refused, pairs):

@@ -273,7 +273,7 @@ def test_modules_that_no_table_knows(refused, tmp_path):
     tensors |= {f"lora_unet_strange.{part}": one for part, one in Factors((8, 6)).lora().items()}
     save_file(tensors, tmp_path / "b.safetensors")
     said = refused([tmp_path / "b.safetensors"], blockmerge.CheckpointError)
-    assert "1 module of which it is not known what they change (lora_unet_strange)" in said
+    assert "1 module that Stable Diffusion 1.x does not have (lora_unet_strange): " in said
 
 
 def test_outputs_that_cannot_be(refused, tmp_path):
@@ -414,6 +414,31 @@ def test_what_commands_refuse(arguments, said, here, capsys):
     assert said in err
     assert err.count("\n") == 1
     assert [*here.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments"),
+    [  # 2 is for what is no command line; all values are looked at by the library, which refuses with 1
+        (2, ["--rank", "x"]),
+        (2, ["--rank", "1.5"]),
+        (2, ["--energy", "x"]),
+        (2, ["--threads", "x"]),
+        (2, ["--nothing"]),
+        (1, ["--rank", "0"]),
+        (1, ["--rank", "-1"]),
+        (1, ["--energy", "1.5"]),
+        (1, ["--energy", "nan"]),
+        (1, ["--rank", "1", "--energy", "0.5"]),
+        (1, ["--rank", "1", "--threads", "0"]),
+        (1, ["--rank", "1", "--dtype", "fp64"]),
+        (0, ["--rank", "99999999999"]),
+    ],
+)
+def test_exit_codes_of_values(code, arguments, here, capsys):
+    make_lora(here / "a.safetensors", "sd1", only=lambda name: "mid_block" in name)
+    assert run(["lora", "resize", "a.safetensors", "-o", "b.safetensors", *arguments]) == code
+    assert (here / "b.safetensors").exists() == (code == 0)
+    assert (capsys.readouterr().err.count("\n") == 1) == (code == 1)
 
 
 def test_nothing_loads_torch_before_it_computes(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -129,6 +131,62 @@ def test_a_rank_that_alpha_cannot_say_counts_all_the_same(tmp_path):
     found = parts_in(result.output)[LINEAR]
     assert found["alpha"].item() != 301 == len(found["lora_down.weight"])
     assert_near({LINEAR: change(found)}, {LINEAR: change(parts)}, 5e-3)
+
+
+@pytest.mark.parametrize("size", [{"rank": 2}, {"energy": 0.9}], ids=str)
+def test_what_cancels_out_is_nothing(size, tmp_path):
+    a = make_lora(tmp_path / "a.safetensors", "sd1")
+    with pytest.raises(blockmerge.RecipeError, match="what is to go into it adds up to 0"):
+        merge_loras([a, (a, -1)], output=tmp_path / "out.safetensors", **size)
+
+
+@pytest.mark.parametrize("strength", [1e160, 1e300])
+@pytest.mark.parametrize("size", [{}, {"rank": 2}], ids=str)
+def test_strengths_too_large_for_any_dtype(size, strength, tmp_path):
+    a = make_lora(tmp_path / "a.safetensors", "sd1")
+    with pytest.raises(blockmerge.NonFiniteError, match=r"too large for F32: give smaller strengths"):
+        merge_loras([(a, strength)], output=tmp_path / "out.safetensors", dtype="fp32", **size)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "least", "most"), [("fp16", 1e-4, 5e-4), ("bf16", 1e-3, 4e-3), ("fp32", 0, 0)]
+)
+def test_what_rounding_takes_is_told(dtype, least, most, tmp_path):
+    """As large as it is: against the products before and after."""
+    a = make_lora(tmp_path / "a.safetensors", "sd1", dtype=torch.float32)
+    b = make_lora(tmp_path / "b.safetensors", "sd1", dtype=torch.float32, seed=1)
+    for size in ({}, {"rank": 8}):
+        result = merge_loras([(a, 0.7), b], output=tmp_path / f"{len(size)}.safetensors", dtype=dtype, **size)
+        told = [
+            float(found[1]) / 100
+            for note in result.notes
+            if (found := re.search(r"rounding to .* (\S+) %", note))
+        ]
+        if not most:
+            assert told == []
+            continue
+        whole, rounded = changes(a), changes(result.output)
+        other = changes(b)
+        wanted = {name: 0.7 * one + other[name] for name, one in whole.items()}
+        errors = [float((rounded[name] - one).norm() / one.norm()) for name, one in wanted.items()]
+        [share] = told
+        assert least < share < most
+        assert share == pytest.approx(max(errors), rel=0.6)
+
+
+def test_a_strength_and_blocks_are_in_a_resized_lora_and_told(tmp_path):
+    a = make_lora(tmp_path / "a.safetensors", "sd1", dtype=torch.float32)
+    out = tmp_path / "out.safetensors"
+    result = resize_lora((a, 0.5, "BASE=1,M00=2"), output=out, rank=4)
+    assert result.notes[0] == (
+        "a.safetensors is taken at strength 0.5, times its block weights: at strength 1 the new LoRA does what "
+        "that does"
+    )
+    scales = {name: {"BASE": 0.5, "M00": 1.0}.get(block) for name, (block, _) in own_shapes("sd1").items()}
+    whole = changes(a)
+    assert_near(changes(out), {name: scale * whole[name] for name, scale in scales.items() if scale}, 1e-5)
+    plain = resize_lora(a, output=tmp_path / "plain.safetensors", rank=4)
+    assert not any("at strength" in note for note in plain.notes)
 
 
 def test_many_at_once(tmp_path):

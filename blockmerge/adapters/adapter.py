@@ -10,6 +10,7 @@ from blockmerge.adapters.alphas import numbers
 from blockmerge.adapters.fitting import Modules, fitting
 from blockmerge.adapters.found import Found
 from blockmerge.adapters.module import Module, modules_of
+from blockmerge.adapters.parts import NOT_READ
 from blockmerge.adapters.shaping import Shaped, shaped
 from blockmerge.adapters.targets import Shape, Target
 from blockmerge.anatomy import FAMILIES, Family
@@ -111,9 +112,19 @@ def _shaped(found: Found, name: str) -> Modules:
     if faults:
         raise CheckpointError(
             f"{shown(name)} cannot be read as a LoRA: {counted(len(faults), 'module')} of "
-            f"{len(found.modules)} cannot be used: {listing(faults, 2, 400)}"
+            f"{len(found.modules)} cannot be used: {listing(faults, 2, 400)}{_advice(found)}"
         )
     return forms
+
+
+def _advice(found: Found) -> str:
+    """What to do about modules that cannot be used."""
+    if any(part in NOT_READ for parts in found.modules.values() for part in parts):
+        return (
+            "; bake it in with the program that made it, and extract a LoRA from the result (blockmerge lora "
+            "extract)"
+        )
+    return "; download it again, or save it without them"
 
 
 def _is_set(flag: Stored) -> bool:
@@ -139,7 +150,7 @@ def _refuse_doubles(known: Mapping[str, tuple[Shaped, Target]], name: str) -> No
     if twice:
         raise CheckpointError(
             f"{shown(name)} has {counted(len(twice), 'module')} twice, under two names "
-            f"({listing(twice, 3, 400)}): take one of each out"
+            f"({listing(twice, 3, 400)}): nothing says which counts; save it again with one of each"
         )
 
 

@@ -24,6 +24,8 @@ _LARGEST_CONFIG = 1 << 20
 _LARGEST = 1e300
 _PEFT = "base_model.model."
 _ALPHA, _PATTERN, _KIND, _LORA = "lora_alpha", "alpha_pattern", "peft_type", "LORA"
+_BY_ROOT = "use_rslora"
+_ANEW = "download it again, or have its trainer save it anew"
 _PLAIN = re.compile(r"[\w.]+", re.ASCII)
 
 Settings = Mapping[str, Any]
@@ -93,15 +95,22 @@ class Configs:
         settings = _parsed(text, _CONFIG_FILE, checkpoint.name)
         return cls(_checked(dict.fromkeys(prefixes, settings), _CONFIG_FILE, checkpoint.name))
 
-    def alpha_of(self, module: str, rank: int) -> float | None:
-        """The factor of a module times its rank; None where nothing says so."""
+    def alpha_of(self, module: str, rank: int) -> tuple[float, float] | None:
+        """The alpha that a module has, and the one that counts, its factor times its rank; None where nothing
+        says so.
+        """
         words = module.split(".")
         for count in range(len(words) - 1, -1, -1):
             settings = self.each.get(".".join(words[:count]))
             if settings is not None:
                 alpha = _alpha(settings, words[count:])
-                return alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
+                return alpha, alpha * math.sqrt(rank) if settings.get(_BY_ROOT) else alpha
         return None
+
+    @property
+    def are_by_root(self) -> bool:
+        """Whether alphas are divided by the root of the rank (rs-LoRA)."""
+        return any(settings.get(_BY_ROOT) for settings in self.each.values())
 
 
 def _alpha(settings: Settings, words: Sequence[str]) -> float:
@@ -133,7 +142,9 @@ def _parsed(text: str, where: str, whose: str) -> Settings:
     except (ValueError, RecursionError):
         said = None
     if not isinstance(said, dict):
-        raise CheckpointError(f"{shown(whose)}: {where} cannot be read: it is not a JSON object of settings")
+        raise CheckpointError(
+            f"{shown(whose)}: {where} cannot be read: it is not a JSON object of settings; {_ANEW}"
+        )
     return said
 
 
@@ -155,7 +166,7 @@ def _checked(found: dict[str, Settings], where: str, whose: str) -> dict[str, Se
         pattern = settings.get(_PATTERN) or {}
         values = [settings.get(_ALPHA), *(pattern.values() if isinstance(pattern, dict) else [None])]
         if not all(map(_is_number, values)):
-            raise CheckpointError(f"{shown(whose)}: {where} has an alpha that is not a number")
+            raise CheckpointError(f"{shown(whose)}: {where} has an alpha that is not a number; {_ANEW}")
         if odd := [name for name in pattern if not _PLAIN.fullmatch(name)]:
             raise CheckpointError(
                 f"{shown(whose)}: {where} has an alpha for {listing(odd)}: only names of modules are read"

@@ -9,7 +9,7 @@ from typing import Any
 from blockmerge.anatomy import FAMILIES, Family
 from blockmerge.errors import WeightsError, counted, did_you_mean, shown
 from blockmerge.weights import BlockWeights, WeightsLike, parse_weights
-from blockmerge.weights.block_lists import example, family_named, spans
+from blockmerge.weights.block_lists import example, spans
 from blockmerge.weights.grammar import finite_number, names_blocks
 from blockmerge.weights.random_weights import is_random
 
@@ -32,12 +32,11 @@ def lora_lists(family: Family) -> Mapping[int, tuple[str, ...]]:
     return {len(blocks): tuple(blocks) for blocks in (*lists, family.blocks)}
 
 
-def read_blocks(blocks: LoraBlocks | None, family: Family | str, seed: int = 0) -> BlockWeights:
+def read_blocks(blocks: LoraBlocks | None, family: Family, seed: int = 0) -> BlockWeights:
     """Return the weight of every block of a family; blocks that a text or list leaves out, or skips, are 0.
 
     Raises WeightsError for blocks, counts of numbers and presets that the family does not have.
     """
-    family = family_named(family) if isinstance(family, str) else family
     if blocks is None:
         return BlockWeights.flat(1.0, family.blocks)
     if isinstance(blocks, BlockWeights):
@@ -61,6 +60,8 @@ def _of_text(text: str, family: Family, seed: int) -> BlockWeights:
     preset = next((said for name, said in presets.items() if _fold(name) == _fold(text)), None)
     if preset is not None or "=" in text:
         return parse_weights(text if preset is None else preset, family.name, seed=seed)
+    if ":" in text:
+        raise WeightsError("there is a third ':', and a LoRA is given as FILE[:STRENGTH[:BLOCKS]]")
     words = _WORD.findall(text)
     if len(words) > 1:
         return _of_list(words, family, seed)

@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from blockmerge.adapters.adapter import Adapter
-from blockmerge.adapters.factors import down_of, loha_factors, lokr_factor
+from blockmerge.adapters.factors import down_of, loha_factors, lokr_factor, reshaped
 from blockmerge.adapters.module import Module
 from blockmerge.adapters.targets import Whereabouts
 from blockmerge.anatomy import Family
@@ -31,7 +31,6 @@ from blockmerge.expressions import (
     LowRank,
     Part,
     Rescaled,
-    Reshaped,
     Rotated,
     Stepped,
     WeightChange,
@@ -40,7 +39,7 @@ from blockmerge.expressions import (
 from blockmerge.weights import BlockWeights
 
 
-class Scaled(NamedTuple):
+class ScaledModule(NamedTuple):
     """A module, how much of its change is added, and the number of the adapter that it is of."""
 
     scale: float
@@ -48,7 +47,7 @@ class Scaled(NamedTuple):
     source: int
 
 
-class Term(NamedTuple):
+class Addend(NamedTuple):
     """What is added to a weight, with its factor, and the numbers of the adapters that it is of."""
 
     scale: float
@@ -78,9 +77,13 @@ class Changes:
 
     def __init__(self, applied: Sequence[Applied], family: Family) -> None:
         self._family = family
-        self._weights: dict[str, dict[str | None, list[Scaled]]] = defaultdict(lambda: defaultdict(list))
-        self._biases: dict[str, dict[str | None, list[Scaled]]] = defaultdict(lambda: defaultdict(list))
-        for one in (Scaled(*scaled, source) for source, a in enumerate(applied) for scaled in a.scaled()):
+        self._weights: dict[str, dict[str | None, list[ScaledModule]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
+        self._biases: dict[str, dict[str | None, list[ScaledModule]]] = defaultdict(lambda: defaultdict(list))
+        for one in (
+            ScaledModule(*scaled, source) for source, a in enumerate(applied) for scaled in a.scaled()
+        ):
             target = one.module.target
             assert target is not None, one
             if one.module.changes_weight:
@@ -98,21 +101,22 @@ class Changes:
     def of(self, ldm: str, tensor: Expression, dtype: str) -> Expression:
         """The tensor with all that is done to it, rounded once to `dtype`."""
         if ldm in self._biases:
-            return self._changed(ldm, tensor, self._biases[ldm], _bias_terms, dtype)
-        return self._changed(ldm, tensor, self._weights[ldm], _weight_terms, dtype)
+            return self._changed(ldm, tensor, self._biases[ldm], dtype, is_bias=True)
+        return self._changed(ldm, tensor, self._weights[ldm], dtype, is_bias=False)
 
     def _changed(
         self,
         ldm: str,
         tensor: Expression,
-        modules: Mapping[str | None, Sequence[Scaled]],
-        terms: _MakeTerms,
+        modules: Mapping[str | None, Sequence[ScaledModule]],
         dtype: str,
+        *,
+        is_bias: bool,
     ) -> Expression:
         parts = {place: found for place, found in modules.items() if place is not None}
         wide = "F64" if size_of(dtype) >= size_of("F32") else "F32"
         if None in modules:
-            tensor = _with(tensor, modules[None], terms, wide if parts else dtype, wide)
+            tensor = _with(tensor, modules[None], wide if parts else dtype, wide, is_bias=is_bias)
         if not parts:
             return tensor
         # A module's own weight is a part of the tensor, or stands another way in it.
@@ -120,67 +124,67 @@ class Changes:
         own: dict[str, Expression] = {}
         for place, origin in relation.origins_in_diffusers(ldm).items():
             one = simplify(made(origin, {ldm: tensor}, ldm))
-            own[place] = _with(one, parts.get(place, ()), terms, dtype, wide)
+            own[place] = _with(one, parts.get(place, ()), dtype, wide, is_bias=is_bias)
         return simplify(made(relation.origin_in_ldm(), own, ldm))
 
 
 def _with(
-    tensor: Expression, modules: Sequence[Scaled], terms: _MakeTerms, dtype: str, wide: str
+    tensor: Expression, modules: Sequence[ScaledModule], dtype: str, wide: str, *, is_bias: bool
 ) -> Expression:
     """A module's own weight with all changes; those that look at it, at what the ones before have left."""
     if not modules:
         return Cast(tensor, dtype)
-    together = [list(group) for _, group in groupby(modules, lambda one: _alike(one.module, tensor, terms))]
+    together = [
+        list(group) for _, group in groupby(modules, lambda one: _alike(one.module, tensor, is_bias=is_bias))
+    ]
     for number, group in enumerate(together):
         is_last = number == len(together) - 1
-        tensor = _step(tensor, group, terms, dtype if is_last else wide, wide)
+        tensor = _step(tensor, group, dtype if is_last else wide, wide, is_bias=is_bias)
     return tensor
 
 
-def _alike(module: Module, tensor: Expression, terms: _MakeTerms) -> tuple[int, int | None]:
+def _alike(module: Module, tensor: Expression, *, is_bias: bool) -> tuple[int, int | None]:
     """What is the same of modules whose changes are added at once; one that looks at the weight is alone."""
-    is_alone = module.looks_at_weights and terms is _weight_terms
+    is_alone = module.looks_at_weights and not is_bias
     return module.inputs_of(tensor.shape), id(module) if is_alone else None
 
 
 def _step(
-    tensor: Expression, modules: Sequence[Scaled], terms: _MakeTerms, dtype: str, wide: str
+    tensor: Expression, modules: Sequence[ScaledModule], dtype: str, wide: str, *, is_bias: bool
 ) -> Expression:
     inputs = modules[0].module.inputs_of(tensor.shape)
     if len(tensor.shape) > 1 and inputs < tensor.shape[1]:
         # A first convolution that takes more channels than the module's: the others stay.
-        changed = _step(Part(tensor, 0, inputs, axis=1), modules, terms, dtype, wide)
+        changed = _step(Part(tensor, 0, inputs, axis=1), modules, dtype, wide, is_bias=is_bias)
         rest = Cast(Part(tensor, inputs, tensor.shape[1], axis=1), dtype)
         return Joined((changed, rest), axis=1)
-    if (look := _OF_WEIGHT.get(modules[0].module.kind)) and terms is _weight_terms:
+    if not is_bias and (look := _OF_WEIGHT.get(modules[0].module.kind)):
         [one] = modules
         return Stepped(look(one.module, tensor, wide), one.scale, dtype, one.source)
-    scales, changes, sources = zip(*terms(modules, tensor, wide), strict=True)
+    addends = _of_bias(modules, tensor) if is_bias else _of_weight(modules, tensor, wide)
+    scales, changes, sources = zip(*addends, strict=True)
     return Changed(tensor, changes, scales, dtype, sources)
 
 
-_MakeTerms = Callable[[Sequence[Scaled], Expression, str], list[Term]]
-
-
-def _bias_terms(modules: Sequence[Scaled], tensor: Expression, wide: str) -> list[Term]:
+def _of_bias(modules: Sequence[ScaledModule], tensor: Expression) -> list[Addend]:
     return [
-        Term(scale * factor, _as(tensor, added), (source,))
+        Addend(scale * factor, reshaped(added, tensor.shape), (source,))
         for scale, module, source in modules
         for _, factor, added in module.of_bias
     ]
 
 
-def _weight_terms(modules: Sequence[Scaled], tensor: Expression, wide: str) -> list[Term]:
+def _of_weight(modules: Sequence[ScaledModule], tensor: Expression, wide: str) -> list[Addend]:
     """Products of two factors are joined, and come first."""
     products = [one for one in modules if one.module.is_product]
     others = [one for one in modules if not one.module.is_product]
     return [
         *(
-            Term(1.0, _product(some, tensor, wide), tuple(one.source for one in some))
+            Addend(1.0, _product(some, tensor, wide), tuple(one.source for one in some))
             for some in _by_rank(products)
         ),
         *(
-            Term(*_LYCORIS[module.kind](scale, module, tensor, wide), (source,))
+            Addend(*_LYCORIS[module.kind](scale, module, tensor, wide), (source,))
             for scale, module, source in others
         ),
     ]
@@ -189,9 +193,9 @@ def _weight_terms(modules: Sequence[Scaled], tensor: Expression, wide: str) -> l
 _MOST_RANK = 512  # of one product
 
 
-def _by_rank(modules: Sequence[Scaled]) -> Iterator[Sequence[Scaled]]:
+def _by_rank(modules: Sequence[ScaledModule]) -> Iterator[Sequence[ScaledModule]]:
     """Modules in groups whose joined factors stay small."""
-    some: list[Scaled] = []
+    some: list[ScaledModule] = []
     rank = 0
     for one in modules:
         more = one.module.rank or 0
@@ -204,7 +208,7 @@ def _by_rank(modules: Sequence[Scaled]) -> Iterator[Sequence[Scaled]]:
         yield some
 
 
-def _product(modules: Sequence[Scaled], tensor: Expression, wide: str) -> Expression:
+def _product(modules: Sequence[ScaledModule], tensor: Expression, wide: str) -> Expression:
     ups = tuple(one.module.parts["up"] for one in modules)
     downs = tuple(down_of(one.module, wide) for one in modules)
     scales = tuple(one.scale * one.module.factor for one in modules)
@@ -223,7 +227,7 @@ def _lokr(scale: float, module: Module, tensor: Expression, wide: str) -> tuple[
 
 
 def _full(scale: float, module: Module, tensor: Expression, wide: str) -> tuple[float, Expression]:
-    return scale, _as(tensor, module.parts["diff" if "diff" in module.parts else "w_norm"])
+    return scale, reshaped(module.parts["diff" if "diff" in module.parts else "w_norm"], tensor.shape)
 
 
 _LYCORIS: Mapping[str, Callable[[float, Module, Expression, str], tuple[float, Expression]]] = {
@@ -236,7 +240,7 @@ _LYCORIS: Mapping[str, Callable[[float, Module, Expression, str], tuple[float, E
 
 
 def _dora(module: Module, tensor: Expression, wide: str) -> WeightChange:
-    under = [Scaled(1.0, module, 0)]
+    under = [ScaledModule(1.0, module, 0)]
     if module.is_product:
         change = _product(under, tensor, wide)
     else:
@@ -269,11 +273,3 @@ _OF_WEIGHT: Mapping[str, Callable[[Module, Expression, str], WeightChange]] = {
     "boft": _oft,
 }
 """{kind: what it adds to a weight that it looks at, at strength 1}."""
-
-
-def _as(weight: Expression, tensor: Expression) -> Expression:
-    return _reshaped(tensor, weight.shape)
-
-
-def _reshaped(tensor: Expression, shape: tuple[int, ...]) -> Expression:
-    return simplify(Reshaped(tensor, shape))

@@ -55,7 +55,7 @@ def down_of(module: Module, wide: str) -> Expression:
     mid = module.parts["mid"]
     rank, _, *kernel = mid.shape
     shape = (rank, down.shape[1], *kernel)
-    return Contracted("nm...,mi->ni...", (mid, _reshaped(down, down.shape[:2])), shape, wide)
+    return Contracted("nm...,mi->ni...", (mid, reshaped(down, down.shape[:2])), shape, wide)
 
 
 def loha_factors(module: Module, wide: str) -> tuple[Expression, ...]:
@@ -132,5 +132,6 @@ def _identity(size: int) -> Expression:
     return Known(bytes(data), "F32", (size, size))
 
 
-def _reshaped(tensor: Expression, shape: Sequence[int]) -> Expression:
+def reshaped(tensor: Expression, shape: Sequence[int]) -> Expression:
+    """A tensor in another shape of as many elements; the same where it has that."""
     return simplify(Reshaped(tensor, tuple(shape)))

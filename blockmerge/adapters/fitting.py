@@ -17,17 +17,18 @@ Modules = Mapping[str, Sequence[Shaped]]
 @dataclass(frozen=True)
 class Standing:
     """How an adapter stands to a family: {module that it knows: (form, target)}, and {module: what does
-    not fit} of these.
+    not fit} of these; `unfit` are those of them that would not fit whatever the widths.
     """
 
     family: Family
     known: Mapping[str, tuple[Shaped, Target]]
     misfits: Mapping[str, str]
+    unfit: Mapping[str, str]
 
     @property
-    def is_narrower(self) -> bool:
+    def is_of_other_widths(self) -> bool:
         """Whether it may be the family's with other widths: hardly anything has the usual ones."""
-        return 2 * len(self.misfits) > len(self.known)
+        return not self.unfit and 2 * len(self.misfits) > len(self.known)
 
     @property
     def alike(self) -> int:
@@ -39,6 +40,7 @@ class Standing:
         """Hold modules against a family's layout, or against the `shapes` of a model of it."""
         known: dict[str, tuple[Shaped, Target]] = {}
         misfits: dict[str, str] = {}
+        unfit: dict[str, str] = {}
         targets = targets_of(family)
         for name, forms in modules.items():
             target = targets.get(name)
@@ -49,7 +51,11 @@ class Standing:
             known[name] = forms[faults.index(fault)], target
             if fault is not None:
                 misfits[name] = fault
-        return cls(family, known, misfits)
+                if (
+                    why := known[name][0].misfit_at_any_width(target.shape, has_bias=_has_bias(target))
+                ) is not None:
+                    unfit[name] = why
+        return cls(family, known, misfits, unfit)
 
 
 def _misfit(form: Shaped, target: Target, family: Family, shapes: Mapping[str, Shape] | None) -> str | None:
@@ -57,10 +63,14 @@ def _misfit(form: Shaped, target: Target, family: Family, shapes: Mapping[str, S
     if shape is None:  # the model lacks the tensor: what is not there is not changed
         return None
     faults = [
-        form.misfit(one, has_bias=target.bias is not None)
+        form.misfit(one, has_bias=_has_bias(target))
         for one in _shapes_of(target, shape, family, is_known=shapes is not None)
     ]
     return None if None in faults else faults[0]
+
+
+def _has_bias(target: Target) -> bool:
+    return target.bias is not None
 
 
 def _shapes_of(target: Target, shape: Shape, family: Family, *, is_known: bool) -> list[Shape]:
@@ -87,14 +97,15 @@ def fitting(
     Raises IncompatibleModelsError when it is not of `family`, and UnknownFamilyError when it is of none.
     """
     standings = [Standing.of(modules, one, shapes if one is family else None) for one in FAMILIES.values()]
-    fits = [one for one in standings if one.known and not one.misfits]
-    if not fits and shapes is None and all(one.is_narrower for one in standings if one.known):
-        fits = [one for one in standings if one.known]
-    most = max((len(one.known) for one in fits), default=0)
-    best = [one for one in fits if len(one.known) == most]
+    # Of a family that knows fewer of the modules than another, it is none, whatever fits.
+    most = max(len(one.known) for one in standings)
+    fullest = [one for one in standings if one.known and len(one.known) == most]
+    best = [one for one in fullest if not one.misfits]
+    if not best and shapes is None and all(one.is_of_other_widths for one in standings if one.known):
+        best = fullest
     own = next((one for one in standings if one.family is family), None)
     if own is not None and own not in best:
-        raise _of_another(own, best, name)
+        raise _of_another(own, best, fullest, name)
     if not best:
         raise _of_none(standings, list(modules), name)
     found = own or _told(best, metadata)
@@ -117,34 +128,57 @@ def _told(best: Sequence[Standing], metadata: Mapping[str, str]) -> Standing:
 def _notes(found: Standing, best: Sequence[Standing], name: str) -> Iterator[str]:
     others = [one.family.title for one in best if one is not found and one.alike == found.alike]
     if others:
-        yield f"{shown(name)} fits {' and '.join(others)} as well: it is taken for {found.family.title}"
+        how = "has the module names of" if found.misfits else "fits"
+        yield f"{shown(name)} {how} {' and '.join(others)} as well: it is taken for {found.family.title}"
     if found.misfits:
         yield f"the widths of {shown(name)} are not those of {found.family.title}, whose modules it has"
 
 
-def _of_another(own: Standing, best: Sequence[Standing], name: str) -> IncompatibleModelsError:
+def _of_another(
+    own: Standing, best: Sequence[Standing], fullest: Sequence[Standing], name: str
+) -> IncompatibleModelsError:
     wanted = own.family.title
+    others = [one for one in best or fullest if one is not own]
+    titles = " or ".join(one.family.title for one in others)
+    lacking = [module for one in others[:1] for module in one.known if module not in own.known]
+    absent = f"that lacks {len(lacking)} of its modules ({listing(lacking)})"
     if best:
-        titles = " or ".join(one.family.title for one in best)
-        lacking = listing((module for module in best[0].known if module not in own.known), 1)
-        why = _first(own) if own.misfits else f"that has no {lacking}"
+        # Where the widths are other ones in every family, they tell nothing.
+        is_told_by_widths = own.misfits and not best[0].misfits
+        why = _first(own) if is_told_by_widths else absent
         return IncompatibleModelsError(f"{shown(name)} is a LoRA for {titles}, not for {wanted}: {why}")
+    if lacking:
+        why = _first(own) if own.misfits else absent
+        return IncompatibleModelsError(
+            f"{shown(name)} has the module names of {titles}, and is not for this {wanted} model: {why}"
+        )
     if own.misfits:
-        return IncompatibleModelsError(f"{shown(name)} does not fit this {wanted} model: {_first(own)}")
+        how = f"is for a {wanted} model of other widths than this one" if own.is_of_other_widths else None
+        how = how or f"does not fit this {wanted} model"
+        return IncompatibleModelsError(f"{shown(name)} {how}: {_first(own)}")
     return IncompatibleModelsError(f"{shown(name)} has no module that {wanted} has")
 
 
 def _of_none(standings: Sequence[Standing], names: Sequence[str], name: str) -> UnknownFamilyError:
-    nearest = max(standings, key=lambda one: len(one.known) - len(one.misfits))
+    nearest = max(standings, key=lambda one: (len(one.known), len(one.known) - len(one.misfits)))
     if nearest.known:
         return UnknownFamilyError(
-            f"{shown(name)} fits no family that is known, not even {nearest.family.title}: {_first(nearest)}"
+            f"{shown(name)} has the module names of {nearest.family.title}, and does not fit it: "
+            f"{_first(nearest)}"
         )
     return UnknownFamilyError(
-        f"{shown(name)} is a LoRA for a model of no family that is known: its "
-        f"{counted(len(names), 'module')} are called {listing(names)}"
+        f"{shown(name)} is a LoRA for a model of no family that is known: its modules are called "
+        f"{listing(names)}"
     )
 
 
 def _first(standing: Standing) -> str:
-    return listing(standing.misfits.values(), 1, 400)
+    """The first module that does not fit, and how many others do not."""
+    # What fits at no width says more than a width.
+    misfits = standing.unfit or standing.misfits
+    [first, *others] = misfits.values()
+    told = shown(first, 400)
+    if not others:
+        return told
+    verb = "does" if len(others) == 1 else "do"
+    return f"{told}; {counted(len(others), 'other module')} {verb} not fit either"

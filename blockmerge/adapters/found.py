@@ -63,7 +63,8 @@ class Found:
         if self.twice:
             raise CheckpointError(
                 f"{shown(name)} holds {counted(len(self.twice), 'tensor')} of modules a second time, under "
-                f"other names ({listing(self.twice)}): take one of each out"
+                f"other names ({listing(self.twice)}): nothing says which counts; save it again with one of "
+                "each"
             )
 
 

@@ -13,8 +13,9 @@ from blockmerge.adapters.block_texts import LoraBlocks, read_blocks
 from blockmerge.adapters.targets import Shape
 from blockmerge.anatomy import Family
 from blockmerge.checkpoints import Checkpoint, CheckpointLike, in_cache, open_source
-from blockmerge.errors import CheckpointError, RecipeError, shown
+from blockmerge.errors import CheckpointError, RecipeError, WeightsError, shown
 from blockmerge.weights import BlockWeights
+from blockmerge.weights.block_lists import family_named
 from blockmerge.weights.grammar import finite_number
 
 _FORM = "FILE[:STRENGTH[:BLOCKS]], as in style.safetensors:0.8 or style.safetensors:0.5:OUTALL"
@@ -105,6 +106,24 @@ class Lora:
             return Path(self.file).stem
         return Path(self.file.name).stem if isinstance(self.file, Checkpoint) else "state dict"
 
+    @property
+    def _told(self) -> str:
+        """What messages call it that come before it is opened: as its label, but with the file's ending."""
+        is_path = self.name is None and isinstance(self.file, (str, os.PathLike))
+        return Path(self.file).name if is_path else self.label  # type: ignore[arg-type]
+
+    def as_it_is(self, done: str) -> Lora:
+        """Return it, to be ``"converted"``, say, as it is.
+
+        Raises RecipeError for a strength or blocks, which would have no effect then.
+        """
+        if self.strength != 1 or self.blocks is not None:
+            raise RecipeError(
+                f"{shown(self._told)} is {done} as it is: give the file without strength and blocks, or make "
+                "a LoRA that has them in it first (blockmerge lora merge)"
+            )
+        return self
+
     def open(self, family: Family | None = None, shapes: Mapping[str, Shape] | None = None) -> Adapter:
         """Open the file, and look at its names and shapes. `family` and `shapes` are those of `Adapter.of`.
 
@@ -120,9 +139,14 @@ class Lora:
     def weights(self, family: Family | str, seed: int = 0) -> BlockWeights:
         """Return the weight of every block of a family, which multiplies the strength: 1 without `blocks`.
 
-        Raises WeightsError for blocks, counts of numbers and presets that the family does not have.
+        Raises WeightsError, naming the LoRA, for blocks, counts of numbers and presets that the family does
+        not have.
         """
-        return read_blocks(self.blocks, family, seed)
+        family = family_named(family) if isinstance(family, str) else family
+        try:
+            return read_blocks(self.blocks, family, seed)
+        except WeightsError as error:
+            raise type(error)(f"the blocks of {shown(self._told)}: {error}") from error
 
 
 LoraLike = Union[str, "os.PathLike[str]", Checkpoint, Mapping[str, Any], Sequence[Any], Lora]

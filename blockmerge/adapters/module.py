@@ -30,8 +30,10 @@ class Module:
     `name` is the file's own; `target` is None where no table knows it. `kind` is one of KINDS, and `form` the
     same but for DoRA, where it is the low-rank kind that the magnitudes are over. `parts` are {part: tensor},
     by the words of `forms.py`. `rank` is None where the kind has none. `factor`, which is alpha / rank, is
-    what the product of the parts is multiplied by. Where there is no product, `alpha` is the limit of OFT,
-    None without one. `on_input` is IA3's: whether it scales columns in place of rows.
+    what the product of the parts is multiplied by. `alpha` is the one that counts, which is the rank where
+    none is stored, or 0; `stored_alpha` what the file says, None where it says nothing. Where there is no
+    product, `alpha` is the limit of OFT, None without one. `on_input` is IA3's: whether it scales columns in
+    place of rows.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Module:
     parts: Mapping[str, Stored]
     rank: int | None = None
     alpha: float | None = None
+    stored_alpha: float | None = None
     factor: float = 1.0
     on_input: bool = False
     columns: int | None = field(default=None, repr=False)
@@ -93,7 +96,8 @@ def modules_of(
     alphas = dict(zip(tensors, numbers(tensors.values()), strict=True))
     if odd := [f"{module} has alpha {value}" for module, value in alphas.items() if not math.isfinite(value)]:
         raise CheckpointError(
-            f"{shown(name)}: {listing(odd)}: no number to scale {counted(len(odd), 'module')} by"
+            f"{shown(name)} has {counted(len(odd), 'module')} without a finite alpha to scale by "
+            f"({listing(odd)}): download it again, or have its trainer save it anew"
         )
     configs = Configs.of(checkpoint, chosen)
     modules = tuple(_module(module, *one, alphas.get(module), configs) for module, one in chosen.items())
@@ -103,11 +107,12 @@ def modules_of(
 def _module(name: str, form: Shaped, target: Target | None, alpha: float | None, configs: Configs) -> Module:
     own, rank = form.form.kind, form.rank
     factor = 1.0
+    stored = alpha
     if rank is not None:
         if alpha is None:
-            alpha = configs.alpha_of(name, rank)
+            stored, alpha = configs.alpha_of(name, rank) or (None, None)
         elif alpha == 0:
-            alpha = float(rank)
+            alpha = None
         alpha = float(rank) if alpha is None else alpha
         factor = alpha / rank
     elif alpha == 0 and not name.startswith(_LIMITED):
@@ -122,6 +127,7 @@ def _module(name: str, form: Shaped, target: Target | None, alpha: float | None,
         parts=form.parts,
         rank=rank,
         alpha=alpha if own != "lokr" or rank is not None else None,
+        stored_alpha=stored,
         factor=factor,
         on_input=form.is_on_input,
         columns=form.columns,
@@ -140,6 +146,8 @@ def _notes(
     if zeros:
         count = counted(len(zeros), "module")
         yield f"{shown(name)} has alpha 0 in {count}: the rank is taken in its place, as trainers do"
+    if configs.are_by_root:
+        yield f"{shown(name)} is an rs-LoRA (use_rslora): alpha counts times the root of the rank"
     if configs.are_missing and not alphas:
         yield (
             f"{shown(name)} is as PEFT saves it, without the adapter_config.json that has its alpha: "

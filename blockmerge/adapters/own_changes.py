@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
-from blockmerge.adapters.factors import down_of, loha_factors, lokr_factor
+from blockmerge.adapters.factors import down_of, loha_factors, lokr_factor, reshaped
 from blockmerge.adapters.module import Module
-from blockmerge.expressions import Change, Expression, Hadamard, Kronecker, LowRank, Reshaped, simplify
+from blockmerge.expressions import Change, Expression, Hadamard, Kronecker, LowRank
 
 
 def own_change(module: Module, dtype: str = "F64") -> Expression | None:
@@ -26,7 +26,7 @@ def own_change(module: Module, dtype: str = "F64") -> Expression | None:
     parts = module.parts
     stored = parts.get("diff", parts.get("w_norm"))
     if stored is not None:
-        return _reshaped(stored, (stored.shape[0], prod(stored.shape[1:])))
+        return reshaped(stored, (stored.shape[0], prod(stored.shape[1:])))
     if not module.changes_weight:
         return None
     change: Change
@@ -43,8 +43,4 @@ def own_change(module: Module, dtype: str = "F64") -> Expression | None:
 
 def own_bias(module: Module) -> tuple[tuple[float, Expression], ...]:
     """Return what a module adds to its bias at strength 1: (factor, vector) of each, which are added up."""
-    return tuple((factor, _reshaped(tensor, (tensor.elements,))) for _, factor, tensor in module.of_bias)
-
-
-def _reshaped(tensor: Expression, shape: tuple[int, ...]) -> Expression:
-    return simplify(Reshaped(tensor, shape))
+    return tuple((factor, reshaped(tensor, (tensor.elements,))) for _, factor, tensor in module.of_bias)

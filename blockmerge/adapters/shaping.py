@@ -50,6 +50,9 @@ class Shaped:
 
     def misfit(self, shape: Shape, *, has_bias: bool) -> str | None:
         """Say what does not fit a module whose own weight has that shape; None where everything does."""
+        fault = self.misfit_at_any_width(shape, has_bias=has_bias)
+        if fault is not None:
+            return fault
         rows, inputs, kernel = (*shape[:1], 1)[0], (*shape[1:2], 1)[0], prod(shape[2:])
         for words, what, expected in (
             (self.form.rows, "rows", rows),
@@ -57,15 +60,34 @@ class Shaped:
             (self.form.columns, "columns", inputs * kernel),
             ("columns", "columns", inputs * kernel),
             ("inputs", "input channels", inputs),
-            ("kernel", "elements in its kernel", kernel),
         ):
             found = self._size(words)
             if found is not None and found != expected:
                 return f"{self._told(words)}, expected {expected} {what}"
+        return None
+
+    def misfit_at_any_width(self, shape: Shape, *, has_bias: bool) -> str | None:
+        """Say what does not fit a module whose own weight has that shape, but for rows and input channels:
+        its kernel, and its bias.
+        """
+        if self.form.columns and not self._has_kernel(prod(shape[2:])):
+            expected = f"a kernel of {'×'.join(map(str, shape[2:]))}" if len(shape) > 2 else "no kernel"
+            return f"{self._told(self.form.columns)}, expected {expected}"
         bias = next((part for part in OF_BIASES if part in self.parts), None)
         if bias is not None and not has_bias:
             return f"{shown(self.parts[bias].name)} is there, expected none: that layer has no bias"
         return None
+
+    def _has_kernel(self, elements: int) -> bool:
+        """Whether its kernel may be one of so many elements, by what has columns of the weight."""
+        words = self.form.columns.split()
+        own = [
+            prod(one.shape[2:])
+            for part, one in self.parts.items()
+            if self.form.parts.get(part, "").split()[-1:] in [[word] for word in words]
+        ]
+        columns = self._size(self.form.columns) or 0
+        return self._size("kernel") in (None, elements) and {*own} <= {1, elements} and not columns % elements
 
     def _size(self, words: str) -> int | None:
         """A product of sizes; None where the parts do not tell."""
@@ -147,8 +169,11 @@ def _bound(form: Form, parts: Parts) -> Shaped | str:
         words = _words(form, part, tensor.shape)
         if len(tensor.shape) < len(words):
             return f"{_described(tensor)}, expected {len(words)} axes"
+        if words[1:] and words[-1] == "inputs" and prod(tensor.shape[len(words) :]) > 1:
+            return f"{_described(tensor)}, expected no kernel: that is in another of the module's tensors"
         if 0 in tensor.shape:
-            return f"{_described(tensor)}: {'rank 0' if form.rank else 'it is empty'}"
+            is_rank = (form.rank, 0) in _each(words, tensor.shape)
+            return f"{_described(tensor)}: {'rank 0, which changes nothing' if is_rank else 'it is empty'}"
         for word, size in _each(words, tensor.shape):
             known, other = sizes.setdefault(word, (size, tensor))
             if known != size and other is tensor:

@@ -20,8 +20,9 @@ from blockmerge.adapters import (
 )
 from blockmerge.anatomy import Family
 from blockmerge.checkpoints import made
+from blockmerge.dtypes import size_of
 from blockmerge.errors import IncompatibleModelsError, NonFiniteError, counted, listing, shown
-from blockmerge.expressions import Expression, simplify
+from blockmerge.expressions import Expression, Joined, Known, simplify
 from blockmerge.streaming import Progress
 
 
@@ -81,7 +82,9 @@ def lora_similarity(
         family=family.name,
         similarity=_cosine(list(sums.values())),
         parts={block: _cosine([one]) for block, one in sums.items()} if blocks else {},
-        notes=tuple(note for adapter in adapters for note in (*adapter.notes, *_of_unmet(adapter))),
+        notes=tuple(
+            dict.fromkeys(note for one in adapters for note in (*one.notes, *_of_unmet(one)))
+        ),  # both may be one file
     )
 
 
@@ -104,7 +107,7 @@ def squares_of(
     return found
 
 
-class _Term(NamedTuple):
+class _Addend(NamedTuple):
     """What is added to a tensor or a part of one: how often, and what; and the name of the module."""
 
     scale: float
@@ -112,7 +115,7 @@ class _Term(NamedTuple):
     name: str
 
 
-def _terms_of(module: Module, scale: float = 1.0) -> Iterator[tuple[Whereabouts, list[_Term]]]:
+def _terms_of(module: Module, scale: float = 1.0) -> Iterator[tuple[Whereabouts, list[_Addend]]]:
     """Yield what a module adds to its weight and to its bias, and where these are.
 
     A bias that its layer does not have is left out, as when it is baked in.
@@ -121,13 +124,13 @@ def _terms_of(module: Module, scale: float = 1.0) -> Iterator[tuple[Whereabouts,
     assert target is not None, module
     change = own_change(module)
     if change is not None:
-        yield Whereabouts(target.ldm, target.place), [_Term(scale, change, module.name)]
+        yield Whereabouts(target.ldm, target.place), [_Addend(scale, change, module.name)]
     vectors = own_bias(module)
     if vectors and target.bias is not None:
-        yield target.bias, [_Term(scale * factor, one, module.name) for factor, one in vectors]
+        yield target.bias, [_Addend(scale * factor, one, module.name) for factor, one in vectors]
 
 
-Side = Mapping[Whereabouts, Sequence[_Term]]
+Side = Mapping[Whereabouts, Sequence[_Addend]]
 
 
 class _Sums(NamedTuple):
@@ -148,7 +151,7 @@ def _sums_of(
     a, b = (_by_place(side, blocks) for side in sides)
     a, b = _in_parts(a, b, family, blocks), _in_parts(b, a, family, blocks)
     places = list(dict.fromkeys((*a, *b)))
-    terms = [[*a.get(place, ()), *b.get(place, ())] for place in places]
+    terms = [_of_one_width(place, [*a.get(place, ()), *b.get(place, ())], sides, family) for place in places]
     products = products_of([[one.change for one in some] for some in terms], threads, progress)
     each: dict[str, list[_Sums]] = defaultdict(list)
     for place, some, inner in zip(places, terms, products, strict=True):
@@ -167,7 +170,7 @@ def _sums_of(
 
 def _by_place(side: Applied, blocks: dict[Whereabouts, str]) -> Side:
     """What a LoRA adds, by where; the block of every place is entered in `blocks`."""
-    found: dict[Whereabouts, list[_Term]] = {}
+    found: dict[Whereabouts, list[_Addend]] = {}
     for scale, module in side.scaled():
         for place, terms in _terms_of(module, scale):
             assert module.target is not None, module
@@ -179,7 +182,7 @@ def _by_place(side: Applied, blocks: dict[Whereabouts, str]) -> Side:
 def _in_parts(side: Side, other: Side, family: Family, blocks: dict[Whereabouts, str]) -> Side:
     """The same, each change of a whole tensor of which the other LoRA changes parts cut into these."""
     cut = {place.ldm for place in other if place.place is not None}
-    found: dict[Whereabouts, Sequence[_Term]] = {}
+    found: dict[Whereabouts, Sequence[_Addend]] = {}
     for place, terms in side.items():
         if place.place is not None or place.ldm not in cut:
             found[place] = terms
@@ -192,6 +195,37 @@ def _in_parts(side: Side, other: Side, family: Family, blocks: dict[Whereabouts,
                 for one in terms
             ]
     return found
+
+
+def _of_one_width(
+    place: Whereabouts, terms: list[_Addend], sides: Sequence[Applied], family: Family
+) -> list[_Addend]:
+    """The terms of both LoRAs at a place. Those of a first convolution that change fewer input channels than
+    others change nothing in the rest.
+
+    Raises IncompatibleModelsError where they are for models of different widths.
+    """
+    shapes = dict.fromkeys(one.change.shape for one in terms)
+    if len(shapes) == 1:
+        return terms
+    rows = {shape[0] for shape in shapes}
+    if place.ldm != family.input_layer or len(rows) > 1:
+        each = " and ".join(map(str, map(list, shapes)))
+        raise IncompatibleModelsError(
+            f"{' and '.join(shown(side.adapter.name) for side in sides)} are for models of different widths: "
+            f"{shown(terms[0].name)} changes {each}; give two for models of one width"
+        )
+    columns = max(shape[1] for shape in shapes)
+    return [one._replace(change=_widened(one.change, columns)) for one in terms]
+
+
+def _widened(change: Expression, columns: int) -> Expression:
+    """The same with zeros in the columns that it lacks."""
+    rows, own = change.shape
+    if own == columns:
+        return change
+    zeros = bytes(rows * (columns - own) * size_of(change.dtype))
+    return Joined((change, Known(zeros, change.dtype, (rows, columns - own))), axis=1)
 
 
 def _added(sums: Sequence[_Sums]) -> _Sums:

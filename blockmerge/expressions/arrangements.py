@@ -204,7 +204,7 @@ class Transposed(Arrangement):
         matrix = self.matrix
         if isinstance(matrix, Transposed):
             return matrix.matrix
-        if _is_by_element(matrix) and not matrix.is_chance:
+        if _is_by_element(matrix) and not matrix.depends_on_place:
             inputs = tuple(Transposed(one).simplified() for one in matrix.inputs)
             return matrix.with_inputs(inputs).simplified()
         return self

@@ -70,7 +70,9 @@ class Changed(Expression):
     @cached_property
     def products(self) -> tuple[tuple[LowRank, tuple[int, ...]], ...]:
         """The products that are added, and whose they are: how large these are, their factors tell."""
-        found = zip(map(_product_in, self.changes), self.sources, strict=False)
+        if not self.is_measured:
+            return ()
+        found = zip(map(_product_in, self.changes), self.sources, strict=True)
         return tuple((product, sources) for product, sources in found if product)
 
     def squares_of_products(self, inputs: Iterable[Sequence[torch.Tensor]]) -> Squares:
@@ -140,14 +142,14 @@ class Changed(Expression):
 
     def _terms(
         self, given: Sequence[Any], first: int, flat: torch.Tensor, tiles: Sequence[Tile]
-    ) -> dict[int | None, list[_Term]]:
+    ) -> dict[int | None, list[_InTiles]]:
         """What is added, by its source; None for products, whose squares their factors tell."""
-        terms: dict[int | None, list[_Term]] = defaultdict(list)
+        terms: dict[int | None, list[_InTiles]] = defaultdict(list)
         each = zip(self.changes, self.scales, given, strict=True)
         for number, (change, scale, one) in enumerate(each):
             is_told = _product_in(change) or not self.sources
             source = None if is_told else self.sources[number][0]
-            terms[source].append(_Term(change, scale, one, first, flat, tiles))
+            terms[source].append(_InTiles(change, scale, one, first, flat, tiles))
         return terms
 
     @cached_property
@@ -182,7 +184,7 @@ class Changed(Expression):
         return [str(self.base), *each, self.dtype]
 
 
-class _Term:
+class _InTiles:
     """What is added to a stretch `out` of a weight, in tiles: `given` are the factors of a change, or a
     tensor.
     """
@@ -299,7 +301,7 @@ def unmeasured(expression: Expression) -> Expression:
 
 
 def _add(
-    terms: Sequence[_Term],
+    terms: Sequence[_InTiles],
     source: int | None,
     number: int,
     total: torch.Tensor,

@@ -74,7 +74,7 @@ class Change(Expression):
     reads_whole: ClassVar[bool] = True
 
     @property
-    def is_chance(self) -> bool:
+    def depends_on_place(self) -> bool:
         """An element depends on its place in the weight."""
         return True
 

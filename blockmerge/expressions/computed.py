@@ -264,7 +264,7 @@ class Merged(Expression):
         return self.method.locality == "element"
 
     @property
-    def is_chance(self) -> bool:
+    def depends_on_place(self) -> bool:
         """Whether the method draws numbers."""
         return self.method.random
 
@@ -276,7 +276,7 @@ class Merged(Expression):
                 given[weight] = value
         if self.gathered is not None:
             *inputs, given["gathered"] = inputs
-        if self.is_chance:
+        if self.depends_on_place:
             given.update(key=self.key, position=self.begin + first)
         if self.method.locality == "element" and out.dim() != 1:
             inputs, out = [tensor.reshape(-1) for tensor in inputs], out.view(-1)
@@ -302,7 +302,7 @@ class Merged(Expression):
 
     def later(self, begin: int) -> Merged:
         """Chance goes by the place in the whole tensor."""
-        return replace(self, begin=self.begin + begin) if self.is_chance else self
+        return replace(self, begin=self.begin + begin) if self.depends_on_place else self
 
     def __str__(self) -> str:
         weights = [

@@ -36,7 +36,7 @@ class Expression(ABC):
     Expressions are equal when they say the same of the same sources. A kind is a frozen dataclass with
     `dtype` (as safetensors spells it) and `shape`, as fields or properties; `inputs` and `with_inputs`; and
     `compute`. Whatever plans or evaluates asks these, and knows no kinds of what is computed. `locality` and
-    `is_chance` are of the kind alone; `Program` adds them up over a tree.
+    `depends_on_place` are of the kind alone; `Program` adds them up over a tree.
     """
 
     locality: ClassVar[Locality] = "element"
@@ -84,7 +84,7 @@ class Expression(ABC):
         return None
 
     @property
-    def is_chance(self) -> bool:
+    def depends_on_place(self) -> bool:
         """Whether the values depend on their place in the tensor."""
         return False
 

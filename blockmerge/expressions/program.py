@@ -49,7 +49,7 @@ class Program:
     root: Expression
     locality: Locality
     placeholders: tuple[Placeholder, ...]
-    is_chance: bool
+    depends_on_place: bool
 
     def __hash__(self) -> int:
         return self._hash
@@ -71,7 +71,7 @@ class Program:
     @property
     def joins(self) -> bool:
         """Whether two tensors of this program may be computed as one, where they lie one behind the other."""
-        return self.locality == "element" and not self.is_chance and not self.is_measured
+        return self.locality == "element" and not self.depends_on_place and not self.is_measured
 
     @cached_property
     def is_measured(self) -> bool:
@@ -292,7 +292,7 @@ class Programs:
 def _program(root: Expression, locality: Locality) -> Program:
     nodes = list(_nodes(root))
     placeholders = dict.fromkeys(one for one in nodes if isinstance(one, Placeholder))
-    return Program(root, locality, tuple(placeholders), any(one.is_chance for one in nodes))
+    return Program(root, locality, tuple(placeholders), any(one.depends_on_place for one in nodes))
 
 
 def _at(node: Expression, alpha: float | None, beta: float | None) -> Expression:
@@ -358,7 +358,9 @@ def _locality(expression: Expression) -> Locality:
     rows = expression.shape[:1]
     has_rows = len(expression.shape) > 1 and rows[0] > 0
     are_the_same = all(one.shape[:1] == rows for one in (*computed, *operands_of(expression)))
-    return "row" if has_rows and are_the_same and not any(one.is_chance for one in computed) else "tensor"
+    return (
+        "row" if has_rows and are_the_same and not any(one.depends_on_place for one in computed) else "tensor"
+    )
 
 
 def _nodes_computed(expression: Expression) -> Iterator[Expression]:

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from blockmerge.adapters import Adapter, Lora, Module
-from blockmerge.checkpoints import CheckpointLike
+from blockmerge.adapters import Adapter, Lora, LoraLike, Module
 from blockmerge.comparing import squares_of
 from blockmerge.errors import counted, listing, shown
 from blockmerge.inspecting.lora_metadata import looked_for
@@ -31,11 +30,12 @@ class LoraBlock:
 class LoraInspection:
     """What `inspect_lora` found.
 
-    `kinds`, `ranks`, `alphas` and `dtypes` count the modules of each, the dtypes the tensors; modules without
-    a rank have no alpha that counts. `blocks` are those that it changes, in the family's order. `norm` is
-    that of all blocks, None where one of theirs is. `unmet` are modules that no table knows, `embeddings`
-    tensors that travel along. `metadata` is what people look for first, under the file's own keys, and
-    ``"trigger_words"``, the most frequent tags of what it was trained on: {tag: how often}. `notes` are texts
+    `kinds`, `ranks`, `alphas` and `dtypes` count the modules of each, the dtypes the tensors. `alphas` are
+    those that the file says of modules with a rank; where it says none, or 0, the rank counts. `blocks` are
+    those that it changes, in the family's order. `norm` is that of all blocks, None where one of theirs is.
+    `unmet` are modules that no table knows, `embeddings` tensors that travel along. `metadata` is what people
+    look for first, under the file's own keys, and ``"trigger_words"``, the most frequent tags of what it was
+    trained on: {tag: how often}. `notes` are texts
     for the user.
     """
 
@@ -66,7 +66,7 @@ class LoraInspection:
 
 
 def inspect_lora(
-    lora: CheckpointLike | Lora, *, threads: int | None = None, progress: Progress | None = None
+    lora: LoraLike, *, threads: int | None = None, progress: Progress | None = None
 ) -> LoraInspection:
     """Look at a LoRA: its kind, family, ranks and alphas, and the share of its change in every block.
 
@@ -74,15 +74,15 @@ def inspect_lora(
     >>> found.kinds, found.ranks, found.blocks["IN04"].norm  # doctest: +SKIP
     ({'lora': 722}, {32: 722}, 1.742)
 
-    `lora` is a path, an opened checkpoint, a state dict, or a Lora, of which the file counts. The share is
+    `lora` is a path, an opened checkpoint, a state dict, or a Lora without strength and blocks. The share is
     ‖ΔW‖ at strength 1, summed in float64 from the factors alone. That of modules that look at the weights
     (DoRA, GLoRA, IA3, OFT, BOFT) depends on the model: their blocks' is None. `progress(done, total)` is told
     the bytes.
 
-    Raises CheckpointError for what is no LoRA or cannot be read, and UnknownFamilyError for one of no family
-    that is known.
+    Raises CheckpointError for what is no LoRA or cannot be read, RecipeError for a strength or blocks, and
+    UnknownFamilyError for one of no family that is known.
     """
-    adapter = (lora if isinstance(lora, Lora) else Lora(lora)).open()
+    adapter = Lora.of(lora).as_it_is("inspected").open()
     said, fault = looked_for(adapter.source.metadata)
     blocks, notes = _blocks(adapter, threads, progress)
     norms = [one.norm for one in blocks.values()]
@@ -92,7 +92,7 @@ def inspect_lora(
         family=adapter.family.name,
         kinds=adapter.kinds,
         ranks=_counted(one.rank for one in ranked if one.rank is not None),
-        alphas=_counted(one.alpha for one in ranked if one.alpha is not None),
+        alphas=_counted(one.stored_alpha for one in ranked if one.stored_alpha is not None),
         dtypes=dict(Counter(info.dtype for info in adapter.source.tensors.values()).most_common()),
         blocks=blocks,
         norm=None if None in norms else math.hypot(*(norm for norm in norms if norm is not None)),

@@ -34,11 +34,13 @@ def merged(task: Sum, size: Size, dtype: str, readers: Readers) -> Made:
     if not task.terms:
         return Made(parts, 0, 0.0, 0.0)
     if size.is_exact and task.ranks is not None and task.ranks <= task.most:
-        return Made({**_joined(task, task.ranks, dtype, readers), **parts}, task.ranks, 1.0, 1.0)
+        factors, rounding = _joined(task, task.ranks, dtype, readers)
+        return Made({**factors, **parts}, task.ranks, 1.0, 1.0, rounding)
     pair = _cut(task, size, readers)
     if not pair.rank:
         return Made(parts, 0, 0.0, 0.0)
-    return Made({**_factors(pair, task.layer, dtype), **parts}, pair.rank, pair.total, pair.kept)
+    factors, rounding = _factors(pair, task.layer, dtype)
+    return Made({**factors, **parts}, pair.rank, pair.total, pair.kept, rounding)
 
 
 def extracted(task: Difference, size: Size | None, dtype: str, readers: Readers) -> Made:
@@ -58,23 +60,25 @@ def extracted(task: Difference, size: Size | None, dtype: str, readers: Readers)
         return Made({}, 0, total, 0.0)
     pair = cut_matrix(difference, total, size, task.layer.name)
     del difference
-    return Made(_factors(pair, task.layer, dtype), pair.rank, total, pair.kept)
+    factors, rounding = _factors(pair, task.layer, dtype)
+    return Made(factors, pair.rank, total, pair.kept, rounding)
 
 
-def _joined(task: Sum, rank: int, dtype: str, readers: Readers) -> Parts:
-    """The factors of all terms side by side."""
+def _joined(task: Sum, rank: int, dtype: str, readers: Readers) -> tuple[Parts, float]:
+    """The factors of all terms side by side, and what rounding does to them."""
     rows, columns = task.layer.shape[0], math.prod(task.layer.shape[1:])
     alpha, correction = _alpha(rank, dtype)
     up = torch.empty(rows, rank, dtype=torch_dtype(dtype))
     down = torch.empty(rank, columns, dtype=torch_dtype(dtype))
     at = 0
+    of_up, of_down = _Rounding(), _Rounding()
     for term in task.terms:
         own_up, own_down = _product(term, columns, readers)
         own_up, own_down = _balanced(own_up.mul_(correction), own_down)
-        up[:, at : at + len(own_down)] = own_up
-        down[at : at + len(own_down)] = own_down
+        of_up.round_into(up[:, at : at + len(own_down)], own_up)
+        of_down.round_into(down[at : at + len(own_down)], own_down)
         at += len(own_down)
-    return _parts(alpha, up, down, task.layer, dtype)
+    return _parts(alpha, up, down, task.layer, dtype), math.hypot(of_up.share, of_down.share)
 
 
 def _cut(task: Sum, size: Size, readers: Readers) -> Pair:
@@ -139,11 +143,42 @@ def _balanced(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch
     return up.mul_(powers), down.div_(powers.unsqueeze(1))
 
 
-def _factors(pair: Pair, layer: Layer, dtype: str) -> Parts:
-    """The tensors of a module."""
+class _Rounding:
+    """How large a part of what was rounded is lost: by Frobenius norms."""
+
+    def __init__(self) -> None:
+        self._lost = self._all = 0.0
+
+    def round_into(self, out: torch.Tensor, values: torch.Tensor) -> None:
+        """Round values into a tensor of another dtype; the values are no longer there then."""
+        self._all += _energy(values)
+        out.copy_(values)
+        self._lost += _energy(values.sub_(out))
+
+    @property
+    def share(self) -> float:
+        return math.sqrt(self._lost / self._all) if self._all else 0.0
+
+
+def _energy(values: torch.Tensor) -> float:
+    norm = float(torch.linalg.vector_norm(values))
+    return norm * norm
+
+
+def _factors(pair: Pair, layer: Layer, dtype: str) -> tuple[Parts, float]:
+    """The tensors of a module, and what rounding does to them."""
     alpha, correction = _alpha(pair.rank, dtype)
-    up, down = (one.to(torch_dtype(dtype)) for one in _balanced(pair.up.mul_(correction), pair.down))
-    return _parts(alpha, up, down, layer, dtype)
+    wide_up, wide_down = _balanced(pair.up.mul_(correction), pair.down)
+    up, of_up = _rounded(wide_up, dtype)
+    down, of_down = _rounded(wide_down, dtype)
+    return _parts(alpha, up, down, layer, dtype), math.hypot(of_up, of_down)
+
+
+def _rounded(values: torch.Tensor, dtype: str) -> tuple[torch.Tensor, float]:
+    """Values in another dtype, and which share of them is lost; they are no longer there then."""
+    rounding, out = _Rounding(), torch.empty(values.shape, dtype=torch_dtype(dtype))
+    rounding.round_into(out, values)
+    return out, rounding.share
 
 
 def _alpha(rank: int, dtype: str) -> tuple[torch.Tensor, float]:
@@ -166,9 +201,8 @@ def _bytes(values: torch.Tensor, dtype: str, whose: str) -> memoryview:
     """Their bytes. Raises NonFiniteError when they are too large for that."""
     rounded = values.to(torch_dtype(dtype)).contiguous()
     if not all_finite(rounded):
-        raise NonFiniteError(
-            f"{shown(whose)} would hold values too large for {dtype}: dtype fp32 (--dtype fp32) holds them"
-        )
+        advice = "dtype fp32 (--dtype fp32) holds more" if dtype != "F32" else "give smaller strengths"
+        raise NonFiniteError(f"{shown(whose)} would hold values too large for {dtype}: {advice}")
     return memoryview(rounded.view(-1).view(torch.uint8).numpy())
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blockmerge.adapters import Adapter, Lora
-from blockmerge.checkpoints import CheckpointLike, Readers, TensorInfo, check_output
+from blockmerge.adapters import Adapter, Lora, LoraLike
+from blockmerge.checkpoints import Readers, TensorInfo, check_output
 from blockmerge.errors import counted, listing, shown
 from blockmerge.expressions import Stored
 from blockmerge.lora_making import metadata
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def convert_lora(
-    lora: CheckpointLike | Lora,
+    lora: LoraLike,
     *,
     output: str | os.PathLike[str],
     to: str,
@@ -41,20 +41,19 @@ def convert_lora(
 
     ``"kohya"`` are sd-scripts' names (``lora_unet_….lora_down.weight``), which most programs read;
     ``"diffusers"`` PEFT's with the component (``unet.….lora_A.weight``). Only the names change, but that
-    diffusers' form has no alphas: alpha / rank goes into ``lora_B``. For powers of two that is exact, and
-    taken out again on the way back; else it is one rounding, which the notes tell. What diffusers has no
-    place for (LoHa and other kinds, norms) is refused. What the metadata say of the training stays where it
-    stays true. `lora` is a path, an opened checkpoint, a state dict or a Lora, of which the file counts;
-    `dtype` is ``"fp16"``, ``"bf16"`` or ``"fp32"``, by default each tensor's own. `progress(done, total)` is
-    told the bytes that were read.
+    diffusers' form has no alphas: alpha / rank goes into ``lora_B``. For powers of two that is exact (but for
+    fp16 values below 6e-5, which lose digits) and taken out again on the way back; else it is one rounding.
+    The notes tell both. What diffusers has no place for (LoHa and other kinds, norms) is refused. What the
+    metadata say of the training stays where it stays true. `lora` is a path, an opened checkpoint, a state
+    dict, or a Lora without strength and blocks; `dtype` is ``"fp16"``, ``"bf16"`` or ``"fp32"``, by default
+    each tensor's own. `progress(done, total)` is told the bytes that were read.
 
     Raises a BlockmergeError: CheckpointError and UnknownFamilyError for files, and for what the form has no
     place for, RecipeError for what is asked for, NonFiniteError for values, OutputError for the output.
     """
     check_form(to)
     target = LoraTarget.of(output, dtype, threads, overwrite, progress)
-    asked = lora if isinstance(lora, Lora) else Lora(lora)
-    return _Conversion(asked.open(), to, target).run()
+    return _Conversion(Lora.of(lora).as_it_is("converted").open(), to, target).run()
 
 
 class _Conversion:

@@ -15,6 +15,7 @@ from blockmerge.lora_making.size import Size
 _ITERATIONS = 2
 _MORE = 16  # columns of a sketch beside the wanted ones
 _FIRST = 64  # columns of a sketch where no rank is wanted
+_NOISE = 1e-13  # of the factors' largest numbers: singular values that are rounding
 _CHUNK = 4096  # columns that are widened at once
 
 
@@ -42,7 +43,9 @@ def cut_product(up: torch.Tensor, down: torch.Tensor, size: Size) -> Pair:
     q_up, r_up = torch.linalg.qr(up)
     q_down, r_down = torch.linalg.qr(down.T)
     u, s, vh = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
-    energies = s.square().tolist()
+    # Factors that cancel out leave their rounding.
+    noise = _NOISE * float(r_up.abs().max() * r_down.abs().max())
+    energies = [value * value if value > noise else 0.0 for value in s.tolist()]
     total = float(sum(energies))
     rank = _rank(size, energies, total)
     return _pair(q_up @ u[:, :rank], s[:rank], vh[:rank] @ q_down.T, total)

@@ -110,9 +110,17 @@ def extract_lora(
         return extracted(task, size, job.dtype, readers)
 
     slots = [(layer, layer.factor_shapes(_most(sizes, layer))) for layer in layers]
-    done = job.write(tasks, slots, work, lambda task: task.nbytes, size)
+
+    def if_nothing(made: Sequence[Made]) -> str:
+        others = _left_out(list(zip(tasks, made, strict=True)))
+        alike = f"{names_of(models)} are alike in all layers that it can hold"
+        return (
+            "; ".join((alike, *others)) if others else f"{names_of(models)} do not differ in what both have"
+        )
+
+    done = job.write(tasks, slots, work, lambda task: task.nbytes, size, if_nothing)
     found = list(zip(tasks, done.made, strict=True))
-    notes += _said(found)
+    notes += [_differing(found), *_left_out(found)]
     held = shares(((task.block, one) for task, one in found if one.total), family)
     return job.result(done, layers, notes, held=held)
 
@@ -260,15 +268,24 @@ def _layer(found: Difference, name: str, sizes: Mapping[bool, Size | None]) -> D
     return Difference(found.ldm, found.tuned, found.base, found.block, found.kind, layer)
 
 
-def _said(found: Sequence[tuple[Difference, Made]]) -> Iterator[str]:
-    """Say what differs, and what of it is left out."""
-    layers = [one for task, one in found if task.layer is not None]
-    differing = sum(bool(one.rank) for one in layers)
-    yield f"{differing} of {counted(len(layers), 'layer')} differ"
-    left_out: dict[str, list[str]] = defaultdict(list)
+def _differing(found: Sequence[tuple[Difference, Made]]) -> str:
+    """Say how many layers the LoRA changes, of all that it could."""
+    ranks = [one.rank for task, one in found if task.layer is not None]
+    differing = sum(map(bool, ranks))
+    if differing == len(ranks):
+        return f"all {counted(differing, 'layer')} that it can hold differ"
+    alike = len(ranks) - differing
+    return f"of {counted(len(ranks), 'layer')} that it can hold, {alike} are alike and left out"
+
+
+def _left_out(found: Sequence[tuple[Difference, Made]]) -> list[str]:
+    """Say what differs and has no place in the LoRA."""
+    names: dict[str, list[str]] = defaultdict(list)
     for task, one in found:
         if task.layer is None and one.total:
-            left_out[task.kind].append(task.ldm)
-    for kind, names in left_out.items():
-        how = ": conv_rank (--conv-rank) takes them in" if kind == _KERNELS else ""
-        yield f"left out, though they differ: {len(names)} {kind} ({listing(names)}){how}"
+            names[task.kind].append(task.ldm)
+    how = {_KERNELS: ": conv_rank (--conv-rank) takes them in"}
+    return [
+        f"left out, though they differ: {len(some)} {kind} ({listing(some)}){how.get(kind, '')}"
+        for kind, some in names.items()
+    ]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from blockmerge.adapters import Adapter
 from blockmerge.anatomy import Family
 from blockmerge.checkpoints import Checkpoint, Readers, check_output
 from blockmerge.dtypes import DTYPES, short_dtype
-from blockmerge.errors import OutputError, RecipeError, shown
+from blockmerge.errors import CheckpointError, OutputError, RecipeError, counted, listing, shown
 from blockmerge.lora_making.metadata import of_ranks
 from blockmerge.lora_making.result import LoraResult
 from blockmerge.lora_making.size import Size
@@ -21,6 +22,7 @@ from blockmerge.lora_making.tasks import Layer, Made, Shape
 from blockmerge.lora_making.writing import LoraFile, compute_all, sizes_of
 from blockmerge.streaming import Progress, thread_count
 
+_NEGLIGIBLE = 1e-6
 ENDING = ".safetensors"
 DTYPES_OF_LORAS = ("fp16", "bf16", "fp32")
 
@@ -44,6 +46,8 @@ class LoraTarget:
     def __post_init__(self) -> None:
         if not isinstance(self.output, (str, os.PathLike)):
             raise OutputError(f"the output is a path; {type(self.output).__name__} given")
+        if not os.fspath(self.output):
+            raise OutputError(f"the output is an empty path: give the name of a {ENDING} file")
         if not os.fspath(self.output).endswith(ENDING):
             raise OutputError(f"{shown(self.output)}: a LoRA is a {ENDING} file; end its name so")
         if self.dtype is not None and self.dtype not in DTYPES_OF_LORAS:
@@ -104,9 +108,10 @@ class Job:
         work: Callable[[Task, Readers], Made],
         nbytes: Callable[[Task], int],
         size: Size,
+        if_nothing: Callable[[Sequence[Made]], str],
     ) -> Written:
         """Do all tasks, of which the first are the file's `slots`: layers, and the largest shapes of their
-        tensors. Raises OutputError, and RecipeError when there is nothing to write.
+        tensors. Raises OutputError, and RecipeError, which says `if_nothing`, when there is nothing to write.
         """
         files = [file for one in self.sources for file in one.files]
         place = check_output(self.target.output, files, overwrite=self.target.overwrite)
@@ -128,7 +133,7 @@ class Job:
             for source in self.sources:
                 source.check_unchanged()
             if not file.tensors:
-                raise RecipeError("nothing would be in the LoRA: it would change no weight")
+                raise RecipeError(f"nothing would be in the LoRA: {if_nothing(made)}")
             ranks: dict[bool, list[int]] = {False: [], True: []}
             for (layer, _), one in zip(slots, made, strict=False):
                 if one.rank:
@@ -161,8 +166,29 @@ class Job:
             dtype=self.dtype,
             bytes=written.bytes,
             seconds=time.perf_counter() - self.target.started,
-            notes=tuple(dict.fromkeys((*notes, *written.notes))),
+            notes=tuple(dict.fromkeys((*notes, *_of_rounding(written.made, self.dtype), *written.notes))),
             held=held,
+        )
+
+
+def _of_rounding(made: Iterable[Made], dtype: str) -> Iterator[str]:
+    """Say what the output's dtype takes of the factors' digits, if that is more than float32 does."""
+    largest = max((one.rounding for one in made), default=0.0)
+    if largest > _NEGLIGIBLE:
+        share = f"{100 * min(1, largest):.3g} %"
+        yield (
+            f"rounding to {dtype} changes what a module adds by up to {share}: dtype fp32 (--dtype fp32) "
+            "keeps more digits"
+        )
+
+
+def check_known(adapter: Adapter) -> None:
+    """Raise CheckpointError for a LoRA with modules of which it is not known what they change."""
+    if adapter.unmet:
+        raise CheckpointError(
+            f"{shown(adapter.name)} has {counted(len(adapter.unmet), 'module')} that {adapter.family.title} "
+            f"does not have ({listing(adapter.unmet)}): bake it into a model without them (blockmerge bake "
+            "--partial), and extract a LoRA from the result (blockmerge lora extract)"
         )
 
 

@@ -31,7 +31,7 @@ from blockmerge.errors import (
     listing,
     shown,
 )
-from blockmerge.lora_making.making import Job, LoraTarget
+from blockmerge.lora_making.making import Job, LoraTarget, check_known
 from blockmerge.lora_making.metadata import new_metadata, of_family
 from blockmerge.lora_making.result import LoraResult
 from blockmerge.lora_making.size import Size
@@ -41,7 +41,8 @@ from blockmerge.streaming import Progress
 if TYPE_CHECKING:
     import torch
 
-Scaled = tuple[Applied, float, Module]
+AppliedModule = tuple[Applied, float, Module]
+"""A LoRA with its strength, one of its modules, and how much of that is added."""
 
 
 def merge_loras(
@@ -122,15 +123,22 @@ def opened(asked: Sequence[Lora]) -> tuple[list[Applied], Family]:
 
 
 def added_up(
-    target: LoraTarget, family: Family, applied: Sequence[Applied], size: Size, metadata: Mapping[str, str]
+    target: LoraTarget,
+    family: Family,
+    applied: Sequence[Applied],
+    size: Size,
+    metadata: Mapping[str, str],
+    notes: Sequence[str] = (),
 ) -> LoraResult:
     """Write the LoRA that is a sum of others, cut to a size."""
     for one in applied:
         _check(one)
     sums = _sums(applied, family)
     if not sums:
-        raise RecipeError("nothing would be in the LoRA: every strength, or every block's weight, is 0")
-    notes = [note for one in applied for note in one.adapter.notes]
+        raise RecipeError(
+            "nothing would be in the LoRA: every strength, or every block's weight, is 0; give another"
+        )
+    notes = [*notes, *(note for one in applied for note in one.adapter.notes)]
     notes += _notes(applied, sums, size)
     sources = tuple(one.adapter.source for one in applied)
     job = Job(target, family, sources, target.dtype_for(_widest(applied)), metadata)
@@ -141,8 +149,12 @@ def added_up(
         return merged(task, size, job.dtype, readers)
 
     slots = [(one.layer, one.most_parts(size)) for one in sums]
-    done = job.write(sums, slots, work, lambda one: one.nbytes, size)
+    done = job.write(sums, slots, work, lambda one: one.nbytes, size, _nothing)
     return job.result(done, [one.layer for one in sums], notes, is_exact=size.is_exact)
+
+
+def _nothing(_: Sequence[Made]) -> str:
+    return "what is to go into it adds up to 0; give others, or other strengths"
 
 
 def _widest(applied: Sequence[Applied]) -> str:
@@ -168,17 +180,13 @@ def _check(one: Applied) -> None:
             "model's weights and is no LoRA without them: bake it into its model (blockmerge bake), and "
             "extract a LoRA from the result (blockmerge lora extract)"
         )
-    if one.adapter.unmet:
-        raise CheckpointError(
-            f"{shown(name)} has {counted(len(one.adapter.unmet), 'module')} of which it is not known what "
-            f"they change ({listing(one.adapter.unmet)})"
-        )
+    check_known(one.adapter)
 
 
 def _sums(applied: Sequence[Applied], family: Family) -> list[Sum]:
     """The modules of the output, in the order of their names."""
     names = written_names(family)
-    together: dict[Whereabouts, list[Scaled]] = defaultdict(list)
+    together: dict[Whereabouts, list[AppliedModule]] = defaultdict(list)
     for one in applied:
         for scale, module in one.scaled():
             assert module.target is not None
@@ -187,7 +195,7 @@ def _sums(applied: Sequence[Applied], family: Family) -> list[Sum]:
     return sorted(found, key=lambda one: f"{one.layer.name}.")
 
 
-def _sum(name: str, scaled: Sequence[Scaled], family: Family) -> Sum:
+def _sum(name: str, scaled: Sequence[AppliedModule], family: Family) -> Sum:
     target = scaled[0][2].target
     assert target is not None
     vectors: dict[str, list[Term]] = defaultdict(list)
@@ -230,7 +238,9 @@ def _shape(name: str, terms: Sequence[Term], target: Target, family: Family) -> 
     rows, inputs = ({extent[axis] for extent in labels} for axis in (0, 1))
     if len(rows) > 1 or (len(inputs - {1}) > 1 and target.ldm != family.input_layer):
         each = " and ".join(f"{shown(label)} for {list(extent)}" for extent, label in labels.items())
-        raise IncompatibleModelsError(f"{shown(name)} is of different widths: {each}")
+        raise IncompatibleModelsError(
+            f"{shown(name)} is of different widths: {each}; only LoRAs for models of one width can be merged"
+        )
     return (*rows, max(inputs), *kernel)
 
 

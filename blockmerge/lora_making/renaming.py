@@ -16,6 +16,7 @@ from blockmerge.adapters import Adapter, Module, Whereabouts, diffusers_names, w
 from blockmerge.dtypes import FLOAT_DTYPES, precision_of, size_of
 from blockmerge.errors import CheckpointError, RecipeError, counted, did_you_mean, listing, shown
 from blockmerge.expressions import Expression, Reshaped, simplify
+from blockmerge.lora_making.making import check_known
 from blockmerge.lora_making.tasks import Shape
 
 FORMS = ("kohya", "diffusers")
@@ -111,6 +112,7 @@ def renamed(adapter: Adapter, form: str, dtype: str | None, recorded: Mapping[st
         _check_kinds(adapter)
         return [_in_diffusers(one, _name_of(one, names), dtype) for one in adapter.modules]
     _check_biases(adapter)
+    _check_alphas(adapter)
     return [_in_kohya(one, _name_of(one, names), dtype, recorded.get(one.name)) for one in adapter.modules]
 
 
@@ -146,6 +148,19 @@ def _check_biases(adapter: Adapter) -> None:
         raise CheckpointError(
             f"{shown(adapter.name)} has {counted(len(twice), 'module')} with two biases, lora_B.bias and "
             f"diff_b, of which that form has one ({listing(twice)})"
+        )
+
+
+def _check_alphas(adapter: Adapter) -> None:
+    """Raise CheckpointError for alphas of 0 in settings, where 0 counts: a tensor's would be taken for the
+    rank.
+    """
+    zeros = [one.name for one in adapter.modules if one.rank is not None and one.alpha == 0]
+    if zeros:
+        raise CheckpointError(
+            f"{shown(adapter.name)} has alpha 0 in the settings of {counted(len(zeros), 'module')}, which "
+            f"therefore add nothing ({listing(zeros)}), and kohya's form would take 0 for the rank: save it "
+            "again without them"
         )
 
 
@@ -247,11 +262,7 @@ def _components(adapter: Adapter) -> Iterator[tuple[str, list[Module]]]:
 
 def _check_names(adapter: Adapter, names: Mapping[Whereabouts, str]) -> None:
     """Raise CheckpointError for modules that have no name in the form, or one that another has too."""
-    if adapter.unmet:
-        raise CheckpointError(
-            f"{shown(adapter.name)} has {counted(len(adapter.unmet), 'module')} that no table knows, so that "
-            f"nothing says what they are called elsewhere ({listing(adapter.unmet)})"
-        )
+    check_known(adapter)
     unnamed = [
         one.name
         for one in adapter.modules

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from blockmerge.adapters import Lora, LoraLike
+from blockmerge.adapters import Applied, Lora, LoraLike
+from blockmerge.errors import shown
 from blockmerge.lora_making.making import LoraTarget
 from blockmerge.lora_making.merge import added_up, opened, written
 from blockmerge.lora_making.metadata import new_metadata, of_family, still_true
@@ -33,7 +35,8 @@ def resize_lora(
     >>> blockmerge.resize_lora("big.safetensors", output="small.safetensors", energy=0.99)  # doctest: +SKIP
 
     Either `rank`, which each module gets at most, or `energy`, the share of each one's squared norm that is
-    to stay. What its metadata say of its training stays. The other arguments, and errors, are those of
+    to stay. A strength and block weights that are given with it are in the new one, which a note says. What
+    its metadata say of its training stays. The other arguments, and errors, are those of
     `merge_loras`.
     """
     size = Size(rank, energy)
@@ -44,4 +47,15 @@ def resize_lora(
     of_source = applied[0].adapter.source.metadata
     recipe = {"method": "lora resize", "loras": written(applied), "rank": rank, "energy": energy}
     made = new_metadata(of_family(family, [of_source]), recipe, asked.label)
-    return added_up(target, family, applied, size, {**made, **still_true(of_source, family)})
+    metadata = {**made, **still_true(of_source, family)}
+    return added_up(target, family, applied, size, metadata, list(_weighting(asked, applied[0])))
+
+
+def _weighting(asked: Lora, applied: Applied) -> Iterator[str]:
+    """Say what of a LoRA is resized where that is not all of it as it is."""
+    blocks = "" if asked.blocks is None else ", times its block weights"
+    if asked.strength != 1 or blocks:
+        yield (
+            f"{shown(applied.adapter.name)} is taken at strength {asked.strength:g}{blocks}: at strength 1 "
+            "the new LoRA does what that does"
+        )

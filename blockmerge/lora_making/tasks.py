@@ -132,10 +132,12 @@ class Difference:
 @dataclass(frozen=True)
 class Made:
     """A module as it is to be written; of the energy `total` that was to be in it, `kept` is. `rank` is 0 and
-    `parts` are empty where there is nothing to write.
+    `parts` are empty where there is nothing to write. `rounding` is about how large a part of ‖ΔW‖ is lost by
+    rounding its factors.
     """
 
     parts: Parts
     rank: int
     total: float
     kept: float
+    rounding: float = 0.0

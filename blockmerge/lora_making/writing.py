@@ -11,6 +11,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -199,7 +200,7 @@ def compute_all(
                     made = work(task, readers)
                     if number < in_file:
                         file.put(number, made.parts, 2 * count)
-                    found[number] = Made({}, made.rank, made.total, made.kept)
+                    found[number] = replace(made, parts={})
                     return nbytes(task)
 
                 yield do

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from blockmerge.checkpoints import Readers
-from blockmerge.errors import NonFiniteError, OutputError, reason, shown
+from blockmerge.errors import NonFiniteError, OutputError, listing, reason, shown
 from blockmerge.expressions import Figures, Gathered, methods_of
 from blockmerge.merging.planning.plan import PlannedOutput
 from blockmerge.merging.planning.runs import PlannedFile, Run
@@ -327,27 +327,35 @@ class _Worker:
 
 def _explain_nonfinite(plan: PlannedOutput, names: list[str]) -> str:
     """Say which tensors are not finite and, for the first few, which input is the reason."""
-    from blockmerge.merging.kernel import holds_nonfinite
-
-    why = {}
-    for name in names[:3]:
-        inputs = plan.inputs_of(name)
-        bad = dict.fromkeys(shown(one.source.name) for one in inputs if holds_nonfinite(one))
-        tensor = plan.tensor(name)
-        cause = f"values too large for {tensor.dtype}"
-        if bad:
-            cause = f"NaN or infinity in {' and '.join(bad)}"
-        elif own := [method for method in methods_of(tensor.expression) if method.own]:
-            makes = f"the method {shown(own[0].name)} makes NaN of finite values"
-            cause = f"{makes}, or some too large for {tensor.dtype}"
-        why[shown(name)] = cause
+    why = {shown(name): _cause(plan, name, is_alone=len(names) == 1) for name in names[:3]}
     verb = "merged" if plan.request.changes_values else "baked" if plan.request.loras else "converted"
     what = "tensors" if len(names) > 1 else "tensor"
     same = len(why) > 1 and len(set(why.values())) == 1
     each = ", ".join(f"{name} ({cause})" for name, cause in why.items())
-    named = f"{', '.join(why)} (each: {cause})" if same else each
+    named = f"{', '.join(why)} (each: {next(iter(why.values()))})" if same else each
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return (
         f"{len(names)} {verb} {what} would hold NaN or infinity: {named}{more}; "
         "nothing was written; allow_nonfinite (--allow-nonfinite) keeps them"
     )
+
+
+def _cause(plan: PlannedOutput, name: str, *, is_alone: bool) -> str:
+    """Say why a tensor is not finite; which tensor of a LoRA is the reason only where that is one for all."""
+    from blockmerge.merging.kernel import holds_nonfinite
+
+    inputs, tensor = list(plan.inputs_of(name)), plan.tensor(name)
+    of_loras = [one for one in inputs if plan.request.loras and one.source.name not in plan.models]
+    if bad := [one for one in inputs if holds_nonfinite(one)]:
+        each = (
+            f"{shown(one.source.name)}: {shown(one.name)}"
+            if is_alone and one in of_loras
+            else shown(one.source.name)
+            for one in bad
+        )
+        return f"NaN or infinity in {' and '.join(dict.fromkeys(each))}"
+    if own := [method for method in methods_of(tensor.expression) if method.own]:
+        makes = f"the method {shown(own[0].name)} makes NaN of finite values"
+        return f"{makes}, or some too large for {tensor.dtype}"
+    adding = listing(dict.fromkeys(one.source.name for one in of_loras))
+    return f"values too large for {tensor.dtype}" + (f", with what {adding} adds" if adding else "")

@@ -7,9 +7,13 @@ import threading
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from blockmerge.anatomy import Family
 from blockmerge.expressions import Squares
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass
@@ -42,23 +46,18 @@ class Shares:
 
     def add(self, ldm: str, measured: Sequence[Squares]) -> None:
         """Add what was measured of a stretch of a tensor."""
-        steps = [
-            (
-                0.0 if one.weight is None else float(one.weight),
-                0.0 if one.total is None else float(one.total),
-                {source: float(square) for source, square in one.each.items()},
-                one,
-            )
-            for one in measured
-        ]
+        numbers = iter(
+            _numbers([one for step in measured for one in (step.weight, step.total, *step.each.values())])
+        )
         with self._lock:
             sums = self._blocks[self._family.block_of(ldm)]
-            for weight, total, each, step in steps:
+            for step in measured:
+                weight, total = next(numbers), next(numbers)
                 sums.weight += math.nan if step.is_torn else weight
                 # What one step after the other adds may cancel out: the sum of all is not known.
                 sums.total = None if step.is_later or sums.total is None else sums.total + total
-                for source, square in each.items():
-                    sums.each[source] += square
+                for source in step.each:
+                    sums.each[source] += next(numbers)
 
     def of(self, source: int | None) -> dict[str, float | None]:
         """{block: ‖ΔW‖/‖W‖} of what a source adds, or of all, in the family's order.
@@ -71,6 +70,15 @@ class Shares:
             for block in self._family.blocks
             if (sums := self._blocks.get(block)) and (source is None or source in sums.each)
         }
+
+
+def _numbers(sums: Sequence[torch.Tensor | None]) -> list[float]:
+    """The numbers in all of them, of a GPU in one transfer; 0 for None."""
+    import torch
+
+    there = [one.double() for one in sums if one is not None]
+    numbers = iter(torch.stack(there).tolist() if there else [])
+    return [0.0 if one is None else next(numbers) for one in sums]
 
 
 def _share(change: float | None, weight: float) -> float | None:

@@ -31,7 +31,7 @@ def print_lora_inspection(console: Console, found: LoraInspection) -> None:
     facts = [
         ("kind", _listed(found.kinds)),
         ("rank", _listed({_short(rank): count for rank, count in found.ranks.items()})),
-        ("alpha", _listed({_short(alpha): count for alpha, count in found.alphas.items()})),
+        ("alpha", _listed(_alphas(found))),
         ("dtype", _listed(found.dtypes)),
         ("‖ΔW‖", "" if found.norm is None else f"{found.norm:.4g} at strength 1"),
     ]
@@ -84,6 +84,13 @@ def _shares(found: LoraInspection) -> dict[str, float | None]:
     return {**shares, **{block: square and square / whole for block, square in squares.items()}}
 
 
+def _alphas(found: LoraInspection) -> dict[str, int]:
+    """{alpha: modules}, those that have none among them."""
+    alphas = {_short(alpha): count for alpha, count in found.alphas.items()}
+    without = sum(found.ranks.values()) - sum(alphas.values())
+    return {**alphas, **({"none, for which the rank counts": without} if without else {})}
+
+
 def _listed(counts: Mapping[str, int]) -> str:
     """What there is, the most frequent first, with how often where there are several."""
     ordered = sorted(counts.items(), key=lambda one: -one[1])
@@ -102,7 +109,7 @@ def _tags(tags: Mapping[str, int]) -> Iterator[str]:
 
 
 def _short(number: float) -> str:
-    return f"{number:g}"
+    return f"{number + 0.0:g}"  # -0.0 + 0.0 is 0.0
 
 
 def _cosine(value: float) -> str:

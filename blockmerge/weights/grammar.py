@@ -79,7 +79,10 @@ def parse_assignments(
                 f"{DECIMALS if entry.isdigit() else ''}"
             )
         for block in block_range(names, blocks):
-            weights[block] = _number(number, block, blocks, seed)
+            try:
+                weights[block] = _number(number, block, blocks, seed)
+            except WeightsError as error:
+                raise WeightsError(f"{shown(entry)}: {error}") from error
     return weights
 
 

@@ -22,8 +22,8 @@ def convert(lora: str, as_json: bool, quiet: bool, **options: Any) -> None:
       blockmerge lora convert style.safetensors -o style-peft.safetensors --to diffusers
       blockmerge lora convert style-peft.safetensors -o style.safetensors --to kohya
 
-    diffusers' form has no alphas: alpha / rank goes into a factor, which is exact for powers of two. What it
-    has no place for, as LoHa, is refused.
+    diffusers' form has no alphas: alpha / rank goes into a factor, which is exact for powers of two, but
+    for fp16 values near 0; a note says so. What it has no place for, as LoHa, is refused.
     """
     from blockmerge.lora_making import convert_lora
 

@@ -49,7 +49,7 @@ class Adapted:
             applied.append(Applied(adapter, lora.strength, weights))
             said.append(_said(lora, adapter, unmet, weights))
             notes += [*adapter.notes, *_notes(applied[-1], unmet)]
-        return cls(tuple(applied), Changes(applied, family), tuple(said), tuple(notes))
+        return cls(tuple(applied), Changes(applied, family), tuple(said), tuple(dict.fromkeys(notes)))
 
 
 def _shapes(models: Sequence[Model]) -> dict[str, tuple[int, ...]]:

@@ -293,6 +293,8 @@ class MergeRequest:
             yield "seed (--seed) without effect, since nothing is left to chance"
         if self.weights.sdxl_map and not (self.weights.heeds_map(family) or self.beta.heeds_map(family)):
             yield "sdxl_map (--sdxl-map) without effect, since these weights are the same with any"
+        if self.partial and not self.loras:
+            yield "partial (--partial, of merge and bake) without effect, since there is no LoRA"
 
 
 def vae_choice(vae: CheckpointLike, models: int) -> CheckpointLike | int:
