@@ -120,7 +120,7 @@ def reached_by(command):
     return {short(path) for path in found}
 
 
-AS_KEYS = {"run", "again"}
+AS_KEYS = {"run", "again", "similarity", "explain"}
 """Commands that take the options of a merge as keys of a recipe, of the same names."""
 
 KEYS = {"--" + key.replace("_", "-") for key in WRITTEN_KEYS}
@@ -158,6 +158,7 @@ NEVER_SAID = {
         (command, "merging/recipe_changes.py", "--set"): "only recipes are changed on the way"
         for command in ("convert", "bake", "check")
     },
+    ("explain", "merging/again.py", "--models"): "its candidates are the models",
     ("recipe", "rendering/recipes.py", "--lora"): "a word of the command that it shows",
     ("lora convert", "lora_making/size.py", "--rank"): "a conversion changes no ranks",
     ("lora convert", "lora_making/size.py", "--energy"): "likewise",
@@ -231,7 +232,7 @@ def test_the_source_is_really_looked_through():
     for command in ("inspect", "similarity", "explain", "check", "merge", "convert"):
         assert {"checkpoints/formats/folder.py", "anatomy/identify.py"} <= reached_by(command), command
     assert "merging/recipe.py" in reached_by("check")
-    assert not any(place.startswith("merging/") for place in reached_by("inspect") | reached_by("explain"))
+    assert not any(place.startswith("merging/") for place in reached_by("inspect"))
     assert dict(options_said("give it (--vae, of merge and convert), or merge --clip")) == {
         "--vae": {"merge", "convert"},
         "--clip": {"merge"},

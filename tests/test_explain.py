@@ -6,6 +6,7 @@ Over 500 lines: all merges that are explained are made by one oracle.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from functools import cache
@@ -13,6 +14,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import blockmerge
@@ -361,6 +363,40 @@ def test_our_own_merges(pairs, tmp_path):
     assert blockmerge.explain(tmp_path / "m.safetensors", [b, a]).base == "a.safetensors"  # found, not asked
 
 
+def test_a_true_recipe_is_the_explanation_and_a_false_one_a_warning(pairs, tmp_path):
+    a, b = pairs()
+    output = tmp_path / "m.safetensors"
+    blockmerge.merge(a, b, method="slerp", weights="BASE=0.25,IN04=0.5,M00=skip", output=output)
+    found = blockmerge.explain(output, [b, a])
+    assert (found.method, found.exact, found.parents) == ("slerp", True, ("a.safetensors", "b.safetensors"))
+    assert "made by slerp of a.safetensors and b.safetensors. Its own recipe says so" in found.verdict
+    assert {block: origin.weights["b.safetensors"] for block, origin in found.blocks.items()} == {
+        block: {"BASE": 0.25, "IN04": 0.5}.get(block, 0.0) for block in found.blocks
+    }
+    with safe_open(output, "pt") as file:
+        metadata = file.metadata()
+    false = json.loads(metadata["blockmerge.recipe"])
+    false["weights"] |= {"IN04": 0.75}
+    tensors = load_file(output)
+    save_file(tensors, output, {**metadata, "blockmerge.recipe": json.dumps(false)})
+    found = blockmerge.explain(output, [a, b])
+    assert found.notes[0].startswith("warning: its own recipe is not what made it: ")
+    assert "own recipe says so" not in found.verdict
+    save_file(tensors, output, metadata)
+    alone = blockmerge.explain(output, [a])
+    assert any("it names b.safetensors, not among the candidates" in note for note in alone.notes)
+
+
+def test_a_recipe_of_stages_is_explained_by_its_models(pairs, tmp_path):
+    a, b = pairs()
+    stage = blockmerge.Merge(a, b, preset="high_res")
+    blockmerge.merge(stage, b, preset="low_res", output=tmp_path / "m.safetensors")
+    found = blockmerge.explain(tmp_path / "m.safetensors", [a, b])
+    assert found.exact
+    assert found.parents == ("a.safetensors", "b.safetensors")
+    assert "made in 2 merges of a.safetensors and b.safetensors" in found.verdict
+
+
 def test_a_folder_that_holds_the_merge_too(pairs, tmp_path):
     for path in pairs():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -397,6 +433,7 @@ def test_nan_is_told_by_name(pairs, tmp_path, capsys):
     says = ["candidate.safetensors holds NaN", CONV]
     assert_refused(capsys, tmp_path, "explain", a, tmp_path / "candidate.safetensors", says=says)
     blockmerge.merge(a, b, preset="high_res", output=tmp_path / "m.safetensors")
+    save_file(load_file(tmp_path / "m.safetensors"), tmp_path / "m.safetensors")  # without its recipe
     found = blockmerge.explain(tmp_path / "m.safetensors", [a, tmp_path / "candidate.safetensors", b])
     assert (found.preset, found.exact) == ("high_res", True)
     assert CONV in found.left_out["candidate.safetensors"]

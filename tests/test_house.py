@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "streaming": set(),
     "merging": {"adapters", "streaming", "checkpoints", "expressions", "methods", "weights", "anatomy"},
     "comparing": {"adapters", "streaming", "checkpoints", "expressions", "anatomy"},
-    "explaining": {"comparing", "streaming", "checkpoints", "expressions", "weights", "anatomy"},
+    "explaining": {"merging", "comparing", "streaming", "checkpoints", "expressions", "weights", "anatomy"},
     "inspecting": {
         "merging",
         "comparing",

@@ -59,7 +59,7 @@ EXAMPLES = {
     "merge_from_python.py": "in memory: 1131 tensors, the same as in the file",
     "own_method.py": "as a weighted sum elsewhere: True",
     "sweep_a_preset.py": "best.safetensors has the same bits as the live U-Net\ngiven back: True",
-    "where_it_comes_from.py": "a weighted sum of base.safetensors and detailed.safetensors with the preset high_res. Merged again",
+    "where_it_comes_from.py": "made by weighted_sum of base.safetensors and detailed.safetensors with the preset high_res. Its own recipe",
 }
 
 

@@ -314,6 +314,66 @@ def test_folders_are_made_again_and_verified(tmp_path):
     assert set(blockmerge.verify(tmp_path / "again").different) == {"unet/conv_in.bias"}
 
 
+def test_a_recipe_is_compared_as_its_file_is(mix, cli):
+    final = Recipe.load(mix / "mix.toml").run().output
+    recipe = Recipe.load(mix / "mix.toml")
+    found = blockmerge.similarity(recipe, [final, mix / "a.safetensors"], method="weights")
+    as_file = blockmerge.similarity(final, [final, mix / "a.safetensors"], method="weights")
+    assert [one.similarity for one in found.references] == [one.similarity for one in as_file.references]
+    checkpoint = blockmerge.open_checkpoint(recipe)
+    tensors = load_file(final)
+    assert set(checkpoint.tensors) == set(tensors)
+    for name, tensor in tensors.items():
+        assert checkpoint.read(name) == tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes(), name
+    shown = cli("similarity", mix / "mix.toml", final, mix / "a.safetensors", "--method", "weights", "--json")
+    assert json.loads(shown)["base"]["name"] == "mix.toml"
+    cli("explain", mix / "mix.toml", mix / "a.safetensors", mix / "e.safetensors")
+
+
+def test_methods_that_see_whole_tensors_and_models_are_read_in_parts(mix):
+    recipe = Merge(
+        Merge(mix / "a.safetensors", mix / "b.safetensors", method="cosine_a", weights=0.5),
+        mix / "c.safetensors",
+        method="slerp",
+        weights=0.25,
+    )
+    recipe.run(mix / "made.safetensors")
+    checkpoint = recipe.as_checkpoint()
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    whole = (
+        load_file(mix / "made.safetensors")[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    )
+    with checkpoint.reader() as reader:
+        part = bytearray(7)
+        reader.read_into(checkpoint.tensors[name].offset + 11, memoryview(part))
+    assert bytes(part) == whole[11:18]
+
+
+def test_what_is_said_of_a_release(mix, cli):
+    about = {"title": "Mix", "author": "me", "license": "CC0", "description": "a mix"}
+    words = [word for key, text in about.items() for word in (f"--{key}", text)]
+    a, b, output = (mix / f"{name}.safetensors" for name in ("a", "b", "made"))
+    cli("merge", a, b, "-w", "0.5", *words, "-o", output, "-q")
+    with safe_open(output, "pt") as file:
+        metadata = file.metadata()
+    assert {key: metadata[f"modelspec.{key}"] for key in about} == about
+    assert metadata["modelspec.sai_model_spec"] == "1.0.0"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1"
+    assert metadata["modelspec.merged_from"] == "a.safetensors, b.safetensors"
+    assert len(metadata["modelspec.date"]) == 10
+    assert blockmerge.verify(output).same
+    assert tomllib.loads(cli("recipe", output))["title"] == "Mix"
+    (mix / "about.toml").write_text('title = "Other"\n' + MIX)
+    Recipe.load(mix / "about.toml").run(mix / "other.safetensors")
+    with safe_open(mix / "other.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.title"] == "Other"
+    blockmerge.merge(a, b, weights=0.5, output=mix / "plain.safetensors")
+    with safe_open(mix / "plain.safetensors", "pt") as file:
+        assert not [key for key in file.metadata() if key.startswith("modelspec")]
+    with pytest.raises(RecipeError, match="title"):
+        Merge(a, b, weights=0.5, about={"title": ""})
+
+
 # -- commands ------------------------------------------------------------------------------------------------
 
 

@@ -95,7 +95,10 @@ def test_space_is_told_in_units_that_are_not_0(tmp_path, monkeypatch):
             "prune: no such file or command; did you mean 'blockmerge convert … --prune'?",
         ),
         (("fix", "a.safetensors", "b.safetensors"), "did you mean 'blockmerge check … --fix'?"),
-        (("frobnicate", "a.safetensors"), "commands are merge, convert, bake, lora, inspect, check"),
+        (
+            ("frobnicate", "a.safetensors"),
+            "commands are merge, run, recipe, again, verify, convert, bake, lora, inspect, check",
+        ),
         (("preset",), "did you mean 'presets'?"),
     ],
 )

@@ -1,7 +1,7 @@
 """One lazy `Checkpoint` for every kind of source, the `Model` in it, and a writer that leaves no bad file."""
 
 from blockmerge.checkpoints.assembled import Assembled, Assembly, Piece
-from blockmerge.checkpoints.checkpoint import Checkpoint, Checksummed, Reader, TensorInfo
+from blockmerge.checkpoints.checkpoint import Checkpoint, Checksummed, Makes, Reader, TensorInfo
 from blockmerge.checkpoints.formats.any_file import SUFFIXES
 from blockmerge.checkpoints.formats.file import FileReader
 from blockmerge.checkpoints.formats.folder import (
@@ -57,6 +57,7 @@ __all__ = [
     "FileReader",
     "Hashes",
     "Identity",
+    "Makes",
     "Model",
     "Opening",
     "Piece",

@@ -67,6 +67,14 @@ class Reader(ABC):
         self.close()
 
 
+class Makes:
+    """What is no checkpoint but makes one: a recipe."""
+
+    def as_checkpoint(self) -> Checkpoint:
+        """Return what is made, as a checkpoint that is computed where it is read."""
+        raise NotImplementedError
+
+
 class Checkpoint(ABC):
     """Named tensors that can be looked at without reading them.
 

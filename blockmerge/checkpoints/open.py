@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
-from blockmerge.checkpoints.checkpoint import Checkpoint
+from blockmerge.checkpoints.checkpoint import Checkpoint, Makes
 from blockmerge.checkpoints.formats.any_file import open_file
 from blockmerge.checkpoints.formats.folder import DiffusersFolder, files_of_snapshot, is_diffusers_folder
 from blockmerge.checkpoints.hub import followed, long_name
@@ -17,8 +17,8 @@ from blockmerge.errors import CheckpointError, did_you_mean, listing, shown
 if TYPE_CHECKING:
     import torch
 
-CheckpointLike = Union[str, "os.PathLike[str]", Checkpoint, "Mapping[str, torch.Tensor]"]
-"""What is taken for a model: a path, an opened checkpoint, or a state dict."""
+CheckpointLike = Union[str, "os.PathLike[str]", Checkpoint, "Mapping[str, torch.Tensor]", Makes]
+"""What is taken for a model: a path, an opened checkpoint, a state dict, or a recipe."""
 
 
 def located(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
@@ -64,6 +64,8 @@ def open_source(
     """
     if isinstance(source, Checkpoint):
         return source
+    if isinstance(source, Makes):
+        return source.as_checkpoint()
     if isinstance(source, Mapping):
         return StateDict(source, name)
     if not isinstance(source, (str, os.PathLike)):

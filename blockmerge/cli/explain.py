@@ -6,6 +6,7 @@ import click
 
 from blockmerge.cli.console import progress_bar
 from blockmerge.cli.opening import opening_options
+from blockmerge.cli.recipes_as_models import model_of
 from blockmerge.cli.report import ReportTarget, report_options
 
 
@@ -49,8 +50,8 @@ def explain(
     target = ReportTarget.of(form, as_json, output, overwrite, (merge, *candidates))
     with progress_bar("looking", quiet=target.is_quiet) as progress:
         found = find_origin(
-            merge,
-            candidates,
+            model_of(merge),
+            list(map(model_of, candidates)),
             tensors=tensors,
             variant=variant,
             ema=ema,

@@ -47,13 +47,14 @@ class Commands(DefaultGroup):  # type: ignore[misc]
         return found
 
     def _meant(self, word: str) -> str:
-        """Say which command is near to a word, or has an option of that name; nothing for any other word."""
-        if near := did_you_mean(word, self.commands):
+        """Say which command has an option of that name, or is near to a word; nothing for any other word."""
+        near = did_you_mean(word, self.commands)
+        if any(name.startswith(word) or word.startswith(name) for name in self.commands):
             return near
         for name, command in self.commands.items():
             if any(f"--{word}" in parameter.opts for parameter in command.params):
                 return f"; did you mean 'blockmerge {name} … --{word}'?"
-        return ""
+        return near
 
 
 @click.group(

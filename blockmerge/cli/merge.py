@@ -13,6 +13,7 @@ from blockmerge.cli.console import json_option, not_empty
 from blockmerge.cli.numbers import CommandWithNumbers
 from blockmerge.cli.opening import opening_options
 from blockmerge.cli.output_options import (
+    about_options,
     configs_option,
     dtype_option,
     naming_option,
@@ -133,6 +134,7 @@ if TYPE_CHECKING:
     "--device", metavar="cpu|cuda[:N]|auto", default="cpu", show_default=True, help="Where the sums are done."
 )
 @threads_option
+@about_options
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--allow-nonfinite", is_flag=True, help="Write NaN and infinity instead of refusing them.")
 @click.option(
@@ -161,6 +163,10 @@ def merge(
     dry_run: bool,
     as_json: bool,
     quiet: bool,
+    title: str | None,
+    author: str | None,
+    license: str | None,
+    description: str | None,
     **options: Any,
 ) -> None:
     """Merge A and B (and C, as many as the method takes), block by block, into a new .safetensors file or
@@ -190,6 +196,7 @@ def merge(
         ),
         rules=rules,
         variant=variant,
+        about={"title": title, "author": author, "license": license, "description": description},
         **options,
     )
     if len(models) == 1:

@@ -41,6 +41,14 @@ partial_option = click.option(
 )
 
 
+def about_options(command: Command) -> Command:
+    """The options for what a model's metadata say of it."""
+    for key in reversed(("title", "author", "license", "description")):
+        about = f"The model's {key}, for its metadata (modelspec.{key})."
+        command = click.option(f"--{key}", metavar="TEXT", callback=not_empty, help=about)(command)
+    return command
+
+
 def output_options(command: Command) -> Command:
     """The options of commands that write one model as it is, or with LoRAs."""
     options = (

@@ -8,6 +8,7 @@ import click
 
 from blockmerge.cli.console import progress_bar
 from blockmerge.cli.opening import opening_options
+from blockmerge.cli.recipes_as_models import model_of
 from blockmerge.cli.report import ReportTarget, report_options
 
 
@@ -63,9 +64,10 @@ def similarity(
         form, as_json, output, overwrite, (*models, *([common_base] if common_base else []))
     )
     opening: dict[str, Any] = {"variant": variant, "ema": ema}
+    given = list(map(model_of, models))
     if matrix:
         with progress_bar("comparing", quiet=target.is_quiet) as progress:
-            table = similarity_matrix(models, method, **opening, threads=threads, progress=progress)
+            table = similarity_matrix(given, method, **opening, threads=threads, progress=progress)
         from blockmerge.rendering.comparison import print_matrix
         from blockmerge.rendering.csv_text import matrix_csv
         from blockmerge.rendering.html_page import matrix_html
@@ -81,17 +83,15 @@ def similarity(
         )
         failed = list(table.errors)
     else:
-        base, *references = models
+        base, *references = given
         if not references:
-            raise RecipeError(
-                f"nothing to compare {shown(base)} with: name at least one more model, or a folder of them"
-            )
+            raise RecipeError(f"nothing to compare {shown(models[0])} with: name one more model, or a folder")
         with progress_bar("comparing", quiet=target.is_quiet) as progress:
             result = compare(
                 base,
                 references,
                 method,
-                common_base=common_base,
+                common_base=None if common_base is None else model_of(common_base),
                 **opening,
                 threads=threads,
                 progress=progress,

@@ -17,6 +17,7 @@ from blockmerge.explaining.compared import ComparedTensors
 from blockmerge.explaining.explanation import BlockOrigin, Explanation
 from blockmerge.explaining.fits import GroupFit, MergeFit, fit_parents
 from blockmerge.explaining.groups import MergeSums
+from blockmerge.explaining.own_recipe import explained, own_recipe
 from blockmerge.explaining.parents import find_parents, nearest_pair
 from blockmerge.explaining.verdict import write_verdict
 from blockmerge.streaming import Progress
@@ -47,6 +48,9 @@ def explain(
     merge are opened, as in `merge`. Reads the merge and the candidates twice; `progress(done, total)` gets
     the bytes of each pass.
 
+    A merge that carries its own recipe, with all models of it among the candidates, is made again by that
+    first: if it is the same to the last bit, that is the explanation, and nothing is fitted.
+
     Of more than 24 candidates, those are looked at further that a part of their tensors shows to be most like
     the merge, or to explain most of what these leave; a note names the others.
 
@@ -57,9 +61,14 @@ def explain(
     merged = opening.model(merge, "merge")
     from blockmerge.explaining.screening import screened
 
-    named = screened(merged, Candidates.open(candidates, merged, opening), threads, progress)
+    opened = Candidates.open(candidates, merged, opening)
+    own = own_recipe(merged, opened, threads, progress)
+    if own.is_true:
+        return explained(merged, opened, own)
+    named = screened(merged, opened, threads, progress)
     evidence = _gather(merged, named, threads, progress)
-    return _explanation(merged, evidence, _find_origin(evidence, merged.anatomy.family.name), tensors)
+    found = _explanation(merged, evidence, _find_origin(evidence, merged.anatomy.family.name), tensors)
+    return found if own.note is None else replace(found, notes=(own.note, *found.notes))
 
 
 @dataclass(frozen=True)

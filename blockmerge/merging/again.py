@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from blockmerge.checkpoints import (
     SUFFIXES,
@@ -29,6 +29,13 @@ from blockmerge.merging.recipe_files import Places, recipe_of
 from blockmerge.merging.recipe_recorded import written_down
 from blockmerge.merging.result import MergeResult
 from blockmerge.streaming import Progress
+
+
+class Finder(Protocol):
+    """Finds files by what is recorded of them."""
+
+    def find(self, wanted: Sequence[Mapping[str, Any]]) -> Mapping[str, Checkpoint]:
+        """Return {identity: the checkpoint that has it}. Raises RecipeError for those that are not there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +74,7 @@ class Recorded:
         return cls(source, run, metadata)
 
     def recipe(
-        self, searched: Searched, changes: Sequence[str] = (), methods: Mapping[str, object] | None = None
+        self, finder: Finder, changes: Sequence[str] = (), methods: Mapping[str, object] | None = None
     ) -> Recipe:
         """The recipe with the files that were recorded, and `changes` as ``--set`` takes them.
 
@@ -75,7 +82,7 @@ class Recorded:
         """
         try:
             table, files = written_down(self.run)
-            found = searched.find(list(files.values()))
+            found = finder.find(list(files.values()))
             places = _Found(files={name: found[one["identity"]] for name, one in files.items()})
             return recipe_of(Recipe, with_changes(table, changes), places, methods)
         except BlockmergeError as error:
@@ -143,7 +150,7 @@ class Searched:
 
     folders: Sequence[str | os.PathLike[str]] = ()
     beside: str | os.PathLike[str] | None = None
-    _known: dict[Path, Checkpoint | None] = field(default_factory=dict, repr=False, compare=False)
+    _known: dict[Path, list[Checkpoint]] = field(default_factory=dict, repr=False, compare=False)
     _seen: list[Path] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
@@ -166,12 +173,10 @@ class Searched:
             size = _size(path)
             if size is not None and size not in by_size:
                 continue
-            checkpoint = self._open(path)
-            if checkpoint is None or size_of_files(checkpoint) not in by_size:
-                continue
-            identity = identity_of(checkpoint)
-            for one in by_size[size_of_files(checkpoint)]:
-                if identity is not None and one["identity"] == identity.digest:
+            for checkpoint in self._open(path):
+                wanted_here = by_size.get(size_of_files(checkpoint), ())
+                identity = identity_of(checkpoint) if wanted_here else None
+                if identity is not None and any(one["identity"] == identity.digest for one in wanted_here):
                     found.setdefault(identity.digest, checkpoint)
         if missing := [one for one in wanted if one["identity"] not in found]:
             raise RecipeError(self._missing(missing))
@@ -188,14 +193,20 @@ class Searched:
                 yield Path(parent)
                 yield from (Path(parent, name) for name in sorted(files))
 
-    def _open(self, path: Path) -> Checkpoint | None:
-        """What is at a path, if it may be a model."""
+    def _open(self, path: Path) -> list[Checkpoint]:
+        """What is at a path, if it may be a model: of a folder with several variants, each of them."""
         if path not in self._known:
-            self._known[path] = None
-            is_model = is_diffusers_folder(path) if path.is_dir() else path.suffix.lower() in SUFFIXES
-            if is_model:
-                with suppress(BlockmergeError):  # whatever is wrong with it, it was not recorded so
-                    self._known[path] = open_checkpoint(path)
+            found: list[Checkpoint] = []
+            # Whatever is wrong with a file, it was not recorded so.
+            with suppress(BlockmergeError):
+                if path.is_dir() and is_diffusers_folder(path):
+                    any_of_it = DiffusersFolder(path, any_variant=True)
+                    for variant in (None, *any_of_it.variants):
+                        with suppress(BlockmergeError):
+                            found.append(DiffusersFolder(path, variant))
+                elif path.suffix.lower() in SUFFIXES:
+                    found.append(open_checkpoint(path))
+            self._known[path] = found
         return self._known[path]
 
     def _missing(self, missing: Sequence[Mapping[str, Any]]) -> str:

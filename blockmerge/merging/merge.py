@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from blockmerge.adapters import LoraLike
@@ -45,6 +45,7 @@ def merge(
     variant: str | None = None,
     loras: Sequence[LoraLike] = (),
     partial: bool = False,
+    about: Mapping[str, str] | None = None,
     progress: Progress | None = None,
     **numbers: Any,
 ) -> MergeResult:
@@ -73,6 +74,9 @@ def merge(
     blocks)``, texts as ``"style.safetensors:0.8:OUTALL"``, or `Lora` objects. A module that meets no tensor
     is an error, unless `partial` leaves it out.
 
+    `about` goes into the metadata as ModelSpec has it: ``{"title", "author", "license", "description"}``, any
+    of them.
+
     All checks that headers allow are made before a weight is read. The models are never changed. The output
     appears complete or not at all.
 
@@ -95,6 +99,7 @@ def merge(
         clip=clip,
         loras=loras,
         partial=partial,
+        about=about or {},
         arguments=merge.__kwdefaults__,
     )
     return Recipe.of(models, request).run(

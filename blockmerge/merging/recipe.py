@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Union
 
@@ -16,10 +16,10 @@ from blockmerge.checkpoints import (
     CheckpointLike,
     DiffusersFolder,
     check_output,
-    check_space,
 )
 from blockmerge.errors import OutputError, RecipeError, counted, reason, shown
-from blockmerge.merging.execute import Pace, execute
+from blockmerge.merging.execute import Pace
+from blockmerge.merging.made import MadeCheckpoint
 from blockmerge.merging.outputs import choose_output
 from blockmerge.merging.planning.plan import PlannedOutput, make_plan
 from blockmerge.merging.planning.request import MergeRequest, check_flag, make_request
@@ -31,10 +31,10 @@ from blockmerge.merging.planning.written import (
     is_as_run,
     path_of,
 )
+from blockmerge.merging.ready import Plan
 from blockmerge.merging.recipe_files import Places, expanded, load, read_recipe, recipe_of
 from blockmerge.merging.recipe_writing import dumped
 from blockmerge.merging.result import MergeResult
-from blockmerge.merging.shares import Shares
 from blockmerge.merging.tree import Node, check_size, open_models
 from blockmerge.streaming import Progress
 from blockmerge.weights import AdjustLike, RulesLike, WeightsLike, WeightsRequest
@@ -103,6 +103,7 @@ class Recipe(Node):
         loras: Sequence[LoraLike] = (),
         partial: bool = False,
         rounding: str = "end",
+        about: Mapping[str, str] | None = None,
         **numbers: Any,
     ) -> None:
         request = make_request(
@@ -124,6 +125,7 @@ class Recipe(Node):
             loras=loras,
             partial=partial,
             rounding=rounding,
+            about=about or {},
             arguments=Recipe.__init__.__kwdefaults__,
         )
         self._set(models, request)
@@ -166,7 +168,14 @@ class Recipe(Node):
     def _compared(self) -> tuple[object, ...]:
         loras = self.request.loras
         leaves = (*self.models, self.request.vae, self.request.configs, *(lora.file for lora in loras))
-        told = [leaf if isinstance(leaf, (str, Recipe, type(None))) else id(leaf) for leaf in leaves]
+        told: list[object] = [
+            os.path.abspath(leaf)
+            if isinstance(leaf, str)
+            else leaf
+            if isinstance(leaf, (Recipe, type(None)))
+            else id(leaf)
+            for leaf in leaves
+        ]
         asked = tuple(replace(lora, file="") for lora in loras)
         return (*told, replace(self.request, vae="auto", configs=None, loras=asked))
 
@@ -334,7 +343,7 @@ class Recipe(Node):
         check_flag("overwrite", overwrite)
         output = self.output if output is None else output
         if output is None:
-            raise RecipeError("the recipe names no output: give one (-o)")
+            raise OutputError("the output is a path; NoneType given: the recipe names none (-o)")
         planned, pace, device = self.computed(output, device=device, threads=threads, metadata=metadata)
         target = planned.output.check(_inputs(planned, self.request), overwrite=overwrite)
         seconds = time.perf_counter() - started
@@ -361,6 +370,18 @@ class Recipe(Node):
         kind = choose_output(output, opened[0], self.request.naming, self.request.configs, is_whole=is_whole)
         return make_plan(opened, self.request, kind, metadata), pace, device
 
+    def as_checkpoint(self) -> Checkpoint:
+        """Return what the recipe makes as a checkpoint that is computed where it is read, for all that takes
+        models.
+
+        >>> blockmerge.similarity(blockmerge.Recipe.load("mix.toml"), ["refs/"])  # doctest: +SKIP
+
+        Its bits are those of one file in LDM's names. Raises what `plan` raises.
+        """
+        in_ldm = self.of(self.models, replace(self.request, naming="ldm", configs=None), self.name)
+        planned, pace, _ = in_ldm.computed("made.safetensors")
+        return MadeCheckpoint(planned, pace, self.name or "the recipe")
+
     def run(
         self,
         output: str | os.PathLike[str] | None = None,
@@ -374,80 +395,6 @@ class Recipe(Node):
         """Merge: `plan`, and `run` of the plan. Raises what `merge` raises."""
         plan = self.plan(output, device=device, threads=threads, overwrite=overwrite, metadata=metadata)
         return plan.run(progress)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A recipe with its models opened and everything decided that headers tell, ready to be run.
-
-    >>> plan = blockmerge.Merge("a.safetensors", "b.safetensors", weights=0.5).plan("c.safetensors")
-    ... # doctest: +SKIP
-    >>> print(*plan.summary().notes, sep="\\n")  # doctest: +SKIP
-    >>> result = plan.run()  # doctest: +SKIP
-
-    `target` is where the output will really lie; `planned` is what will be done, byte by byte.
-    """
-
-    recipe: Recipe
-    target: Path
-    planned: PlannedOutput = field(repr=False)
-    pace: Pace
-    device: str
-    overwrite: bool
-    seconds: float
-
-    def summary(self) -> MergeResult:
-        """What the merge will be, as its result would say it, with `dry_run`.
-
-        Raises OutputError when the disk has not the space for it.
-        """
-        check_space(self.target, self.planned.size)
-        return self._result(self.seconds)
-
-    def run(self, progress: Progress | None = None) -> MergeResult:
-        """Write the output; `progress(done, total)` is told the bytes. Raises what `merge` raises."""
-        started = time.perf_counter()
-        plan = self.planned
-        for checkpoint in plan.decided.checkpoints:
-            checkpoint.check_whole()
-        sizes: dict[str, int | bytes] = {file.path: file.size for file in plan.files}
-        with plan.output.reserve(
-            self.target, {**plan.small_files, **sizes}, overwrite=self.overwrite
-        ) as reserved:
-            shares = execute(plan, reserved.path_of, self.pace, self.device, progress, shown_as=self.target)
-            reserved.commit()
-            swept = reserved.swept
-        return self._result(self.seconds + time.perf_counter() - started, swept, shares)
-
-    def _result(
-        self, seconds: float, swept: tuple[str, ...] = (), shares: Shares | None = None
-    ) -> MergeResult:
-        plan, request = self.planned, self.recipe.request
-        has = request.merge_method.weights
-        return MergeResult(
-            output=self.target,
-            family=plan.anatomy.family.name,
-            variant=plan.anatomy.variant,
-            naming=plan.output.naming,
-            method=request.method_name,
-            preset=plan.resolved.preset,
-            weights=dict(plan.resolved.weights) if "alpha" in has else {},
-            weights_beta=dict(plan.resolved.beta) if "beta" in has else None,
-            models=tuple(plan.models),
-            tensors=plan.decided.counts,
-            bytes=plan.size,
-            seconds=seconds,
-            notes=(*plan.decided.notes, *swept),
-            runs=sum(len(file.runs) for file in plan.files),
-            recipe=plan.described,
-            dry_run=shares is None,
-            loras=tuple(
-                {**lora, "change": shares.of(number) if shares else {}}
-                for number, lora in enumerate(plan.loras)
-            ),
-            change=shares.of(None) if shares else {},
-            stages=plan.described.get("stages", {}),
-        )
 
 
 def _check_path(path: object) -> None:

@@ -127,8 +127,8 @@ def _why(error: ValueError | RecursionError, path: str | os.PathLike[str], data:
 
 
 def is_recipe_file(path: object) -> bool:
-    """Whether a path is that of a recipe, by its ending."""
-    return isinstance(path, (str, os.PathLike)) and os.fspath(path).lower().endswith((".toml", ".json"))
+    """Whether a path is that of a recipe that may stand for a model, by its ending."""
+    return isinstance(path, (str, os.PathLike)) and os.fspath(path).lower().endswith(".toml")
 
 
 R = TypeVar("R", bound=Node)

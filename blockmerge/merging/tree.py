@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Self
 
-from blockmerge.checkpoints import Checkpoint, CheckpointLike, Model, state_dict_name, told_apart
+from blockmerge.checkpoints import Checkpoint, CheckpointLike, Makes, Model, state_dict_name, told_apart
 from blockmerge.errors import RecipeError, counted, shown
 from blockmerge.merging.planning.request import MergeRequest
 from blockmerge.merging.planning.stages import Stage, held_for
@@ -17,7 +17,7 @@ _MOST_MERGES = 1000
 """Merges for one tensor of the result. What is used twice counts twice, since it is computed twice."""
 
 
-class Node:
+class Node(Makes):
     """A recipe, as far as its tree is concerned: `name` is what messages call it as a stage."""
 
     models: Sequence[CheckpointLike | Node]
@@ -165,6 +165,7 @@ def _check_options(name: str, request: MergeRequest) -> None:
         "configs": request.configs is not None,
         "round": request.rounding != "end",
         "allow_nonfinite": request.allow_nonfinite,
+        **dict.fromkeys(request.about, True),
     }
     if wrong := [option for option, is_given in given.items() if is_given]:
         raise RecipeError(

@@ -13,7 +13,7 @@ from typing import Any
 from blockmerge.checkpoints import Checkpoint, CheckpointLike, Reader, TensorInfo
 from blockmerge.dtypes import FLOAT_DTYPES, size_of
 from blockmerge.errors import listing
-from blockmerge.merging.again import Recorded, Searched
+from blockmerge.merging.again import Finder, Recorded, Searched
 from blockmerge.merging.execute import compute
 from blockmerge.merging.planning.runs import PlannedFile
 from blockmerge.streaming import Progress, aligned_buffer
@@ -28,8 +28,8 @@ class Verification:
 
     `different` says of tensors by how many steps of their dtype they differ at most (integers: by how much);
     of ten and more, some are there. `missing` are tensors that the recipe makes and the file lacks, `added`
-    those that it has besides, or in another dtype or shape. `recipe` is what was recorded, `models` are the
-    files that it was made from, by the names that they have now.
+    those that it has besides, or in another dtype or shape. `recipe` is what was recorded, `sources` are the
+    files that it was made from, opened, `models` the names that they have now.
     """
 
     name: str
@@ -38,7 +38,12 @@ class Verification:
     missing: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    models: tuple[str, ...] = ()
+    sources: tuple[Checkpoint, ...] = field(default=(), repr=False)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names of `sources`."""
+        return tuple(dict.fromkeys(one.name for one in self.sources))
 
     @property
     def said(self) -> str:
@@ -86,8 +91,22 @@ def verify(
     cannot be read, and what `merge` raises.
     """
     recorded = Recorded.of(file)
+    searched = Searched.beside_file(recorded.source, models)
+    return verified(recorded, searched, device=device, threads=threads, methods=methods, progress=progress)
+
+
+def verified(
+    recorded: Recorded,
+    finder: Finder,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    methods: Mapping[str, object] | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Return what `verify` does, of a file whose recipe is read, with the files that `finder` finds."""
     source = recorded.source
-    recipe = recorded.recipe(Searched.beside_file(source, models), methods=methods)
+    recipe = recorded.recipe(finder, methods=methods)
     path = source.path
     assert path is not None, "what has no path has no recipe"
     planned, pace, device = recipe.computed(path, device=device, threads=threads, metadata=recorded.metadata)
@@ -108,7 +127,7 @@ def verify(
         tuple(sorted(missing)),
         tuple(sorted(added)),
         recorded.run,
-        tuple(dict.fromkeys(one.name for one in planned.decided.checkpoints)),
+        planned.decided.checkpoints,
     )
 
 

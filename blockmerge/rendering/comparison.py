@@ -78,7 +78,7 @@ def print_explanation(console: Console, found: Explanation) -> None:
     _line(console, Text(found.verdict, "bold"))
     console.print()
     single = [name for name in found.parents if name != found.base]
-    if found.method in ("weighted_sum", "add_difference") and found.parents:
+    if found.method in ("weighted_sum", "add_difference") and found.parents and found.blocks:
         weights = {block: origin.weights.get(single[0]) for block, origin in found.blocks.items()}
         _line(
             console, Text(f"how much of {shown(single[0])} each block took ({shown(found.base)} is the base)")
@@ -86,7 +86,8 @@ def print_explanation(console: Console, found: Explanation) -> None:
         if arms_of(weights) is not None:
             console.print(WeightsU(weights, unknown="?"))
             console.print()
-    print_table(console, _origins(found, found.blocks, "block"))
+    if found.blocks:
+        print_table(console, _origins(found, found.blocks, "block"))
     if found.components:
         console.print()
         components = {_TITLES.get(name, name): origin for name, origin in found.components.items()}

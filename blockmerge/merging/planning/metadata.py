@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
 
-from blockmerge.checkpoints import QUANTISATION_KEY, faulty_metadata
+from blockmerge.checkpoints import QUANTISATION_KEY, Model, faulty_metadata, told_prediction
 from blockmerge.errors import listing, shown
 from blockmerge.methods import IDENTITY
 
@@ -49,6 +50,35 @@ def output_metadata(
     if own is not None and not changes_values and _is_of_a_merge(of_a[own]):
         kept[SOURCE_RECIPE_KEY] = of_a[own]
     return {**kept, "format": "pt", RECIPE_KEY: recipe}
+
+
+def about_metadata(about: Mapping[str, str], a: Model, models: Sequence[str]) -> dict[str, str]:
+    """Return ModelSpec's keys (https://github.com/Stability-AI/ModelSpec) for what is said of an output, made
+    of `models`; nothing where nothing is said.
+
+    The date is a day, so that the same request gives the same file.
+    """
+    if not about:
+        return {}
+    return {
+        "modelspec.sai_model_spec": "1.0.0",
+        **_architecture(a),
+        **{f"modelspec.{key}": text for key, text in about.items()},
+        "modelspec.date": date.today().isoformat(),
+        "modelspec.merged_from": ", ".join(models),
+    }
+
+
+def _architecture(a: Model) -> dict[str, str]:
+    """What ModelSpec calls the architecture, where A does not say, and is not of a variant of its own."""
+    family = a.anatomy.family
+    versions = family.adapters.get("written", {}).get("metadata", {})
+    if a.anatomy.inputs != "base" or "modelspec.architecture" in a.source.metadata or not versions:
+        return {}
+    told = told_prediction(a)
+    version = versions.get("" if told is None else told.prediction, next(iter(versions.values())))
+    of_lora = version.get("modelspec.architecture", "")
+    return {"modelspec.architecture": of_lora.removesuffix("/lora")} if of_lora else {}
 
 
 def _is_of_a_merge(recipe: str) -> bool:

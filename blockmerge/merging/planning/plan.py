@@ -16,7 +16,7 @@ from blockmerge.expressions import Expression, Gathered, Stored, leaves_of
 from blockmerge.merging.outputs import Output, WeightFile
 from blockmerge.merging.planning.adapting import Adapted
 from blockmerge.merging.planning.decisions import Decisions
-from blockmerge.merging.planning.metadata import lost_metadata, output_metadata
+from blockmerge.merging.planning.metadata import about_metadata, lost_metadata, output_metadata
 from blockmerge.merging.planning.naming import OutputTensor
 from blockmerge.merging.planning.policies import decide
 from blockmerge.merging.planning.recorded import files_of
@@ -91,6 +91,7 @@ def make_plan(
         described |= {"stages": stages, "round": request.rounding}
     recipe = json.dumps(described, ensure_ascii=False)
     made = output_metadata(a.source.metadata, recipe, family, changes_values=request.changes_values)
+    made |= about_metadata(request.about, a, names)
     metadata = made if metadata is None else metadata
     lost = lost_metadata(a.source.metadata, metadata, a.name)
     anatomy = replace(a.anatomy, inputs=_inputs(a, decided.tensors), naming=output.naming)

@@ -23,6 +23,9 @@ OUTPUT_DTYPES = {dtype.short: name for name, dtype in DTYPES.items() if dtype.sh
 
 NAMINGS = ("ldm", "diffusers")
 
+ABOUT = ("title", "author", "license", "description")
+"""What may be said of a model that is published, in its metadata."""
+
 ROUNDINGS = ("end", "each")
 """When the values of a recipe are rounded: with the result, or with each of its stages as well."""
 
@@ -83,8 +86,8 @@ class MergeRequest:
     out what no loader needs; `configs` is a folder whose configs and tokenizers go into a new one. `beta` and
     `numbers` are for methods that have them; `rules` override the weights of single tensors; `clip`,
     `loras` and `adjust` are done to what the method gives, in this order; `partial` allows LoRAs with modules
-    that meet no tensor; `rounding` is one of ROUNDINGS. `found` are weights that go before those that
-    `weights` and `beta` ask for.
+    that meet no tensor; `rounding` is one of ROUNDINGS; `about` has texts for some of ABOUT. `found` are
+    weights that go before those that `weights` and `beta` ask for.
     """
 
     weights: WeightsRequest
@@ -106,6 +109,7 @@ class MergeRequest:
     loras: tuple[Lora, ...] = ()
     partial: bool = False
     rounding: str = ROUNDINGS[0]
+    about: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         plain = {
@@ -114,6 +118,7 @@ class MergeRequest:
             "dtype": short_dtype(self.dtype) or self.dtype,
             "configs": os.fspath(self.configs) if isinstance(self.configs, os.PathLike) else self.configs,
             "numbers": as_plain(self.numbers),
+            "about": {key: text for key, text in self.about.items() if text is not None},
             "weights": _plain_request(self.weights),
             "beta": _plain_request(self.beta),
         }
@@ -135,6 +140,9 @@ class MergeRequest:
         _ = self.opening  # which refuses what is no way to open a model
         if self.naming not in (None, *NAMINGS):
             raise RecipeError(f"unknown naming '{shown(self.naming)}': {' or '.join(NAMINGS)}")
+        for key, text in self.about.items():
+            if not isinstance(text, str) or not text.strip():
+                raise RecipeError(f"{key} (--{key}) is a text; {shown(repr(text))} given")
         if self.rounding not in ROUNDINGS:
             raise RecipeError(f"unknown rounding '{shown(self.rounding)}' (round): {' or '.join(ROUNDINGS)}")
         if self.loras and self.ema == "keep":
@@ -168,6 +176,7 @@ class MergeRequest:
             configs=None,
             allow_nonfinite=False,
             rounding=ROUNDINGS[0],
+            about={},
         )
 
     @property

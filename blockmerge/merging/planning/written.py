@@ -18,6 +18,7 @@ from blockmerge.adapters import Lora
 from blockmerge.checkpoints import Checkpoint, CheckpointLike, in_cache, name_of
 from blockmerge.errors import RecipeError, counted, listing, shown
 from blockmerge.merging.planning.request import (
+    ABOUT,
     ROUNDINGS,
     Found,
     MergeRequest,
@@ -37,7 +38,7 @@ _ASKED = (*_OF_WEIGHTS, *(f"{key}_beta" for key in _OF_WEIGHTS))
 """What was asked of the weights, which a run replaces with what it has found."""
 
 _TEXTS = (
-    "method", "vae", "dtype", "to", "ema", "variant", "configs", "sdxl_map", "round",
+    "method", "vae", "dtype", "to", "ema", "variant", "configs", "sdxl_map", "round", *ABOUT,
 )  # fmt: skip
 _FLAGS = ("clip", "prune", "allow_nonfinite", "partial")
 OPTIONS = (*_ASKED, *_TEXTS, *_FLAGS, "rules", "adjust", "seed", "numbers", "found", "loras")
@@ -46,7 +47,7 @@ OPTIONS = (*_ASKED, *_TEXTS, *_FLAGS, "rules", "adjust", "seed", "numbers", "fou
 _AS_RUN = frozenset((
     "version", "method", "models", "preset", "weights", "weights_beta", "numbers", "rules", "adjust",
     "clip", "vae", "vae_file", "dtype", "ema", "prune", "naming", "variant", "configs", "allow_nonfinite",
-    "asked", "loras", "partial", "round", "files", "stages",
+    "asked", "loras", "partial", "round", "files", "stages", "about",
 ))  # fmt: skip
 
 _NOT_NUMBERS = (*OPTIONS, "models", "version")
@@ -77,6 +78,7 @@ def as_asked(request: MergeRequest) -> dict[str, Any]:
         "configs": None if request.configs is None else path_of(request.configs, "configs"),
         "allow_nonfinite": request.allow_nonfinite or None,
         "loras": [_lora_asked(lora) for lora in request.loras] or None,
+        **request.about,
         "partial": request.partial or None,
         "round": None if request.rounding == ROUNDINGS[0] else request.rounding,
         "found": found
@@ -131,6 +133,7 @@ def from_asked(
     same = {key: key for key in ("vae", "dtype", "ema", "variant")}
     beside = {**same, "to": "naming", "round": "rounding"}
     options = {name: written[key] for key, name in beside.items() if written.get(key) is not None}
+    about = {key: written[key] for key in ABOUT if written.get(key) is not None}
     flags = {key: written[key] for key in _FLAGS if written.get(key) is not None}
     return make_request(
         _method(_METHOD if written.get("method") is None else written["method"], methods),
@@ -143,6 +146,7 @@ def from_asked(
         configs=written.get("configs") if configs is None else configs,
         loras=_loras(written.get("loras") or (), loras),
         found=_found(written.get("found"), written),
+        about=about,
         **options,
         **flags,
     )
@@ -183,6 +187,8 @@ def as_run(
         "allow_nonfinite": request.allow_nonfinite,
         "asked": _asked_of_a_run(request, resolved.preset),
     }
+    if request.about:
+        run["about"] = dict(request.about)
     if request.loras:
         run |= {"loras": list(map(_lora_run, request.loras, lora_blocks)), "partial": request.partial}
     return {key: _decodable(for_json(value, key)) for key, value in run.items()}
@@ -205,6 +211,8 @@ def asked_of_run(run: Mapping[str, Any], models: int) -> tuple[dict[str, Any], d
     same = ("method", "rules", "adjust", "clip", "dtype", "ema", "prune", "variant")
     asked = {key: run.get(key) for key in (*same, "numbers", "allow_nonfinite", "vae", "loras", "partial")}
     asked["to"] = run.get("naming")
+    _check(run, "about", Mapping, "a table")
+    asked |= {key: text for key, text in (run.get("about") or {}).items() if key in ABOUT}
     for key in ("vae", "vae_file", "configs"):
         _check(run, key, str, "a text")
     _check(run, "asked", Mapping, "a table")

@@ -1,0 +1,119 @@
+"""What a merge says of itself: its own recipe, verified before anything is fitted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from blockmerge.checkpoints import Checkpoint, Model, identity_of
+from blockmerge.errors import BlockmergeError, RecipeError, listing, shown
+from blockmerge.explaining.candidates import Candidates
+from blockmerge.explaining.explanation import BlockOrigin, Explanation
+from blockmerge.merging import Recorded, Verification, verified
+from blockmerge.streaming import Progress
+
+
+@dataclass(frozen=True)
+class OwnRecipe:
+    """What became of a merge's own recipe: `verification` where it could be held against the file, and a
+    `note` where it is not what made it, or could not be.
+    """
+
+    verification: Verification | None = None
+    note: str | None = None
+
+    @property
+    def is_true(self) -> bool:
+        """Whether it makes the file, to the last bit."""
+        return self.verification is not None and self.verification.same
+
+
+def own_recipe(
+    merged: Model, candidates: Candidates, threads: int | None, progress: Progress | None
+) -> OwnRecipe:
+    """Verify the recipe in a merge's metadata, where its models are among the candidates."""
+    try:
+        recorded = Recorded.of(merged.source)
+    except BlockmergeError:
+        return OwnRecipe()
+    among = _Among([model.source for model in candidates.models])
+    try:
+        found = verified(recorded, among, threads=threads, progress=progress)
+    except BlockmergeError as error:
+        return OwnRecipe(note=f"its own recipe could not be verified: {error}")
+    if found.same:
+        return OwnRecipe(found)
+    return OwnRecipe(found, f"warning: its own recipe is not what made it: {found.said}")
+
+
+@dataclass(frozen=True)
+class _Among:
+    """Finds what was recorded among opened checkpoints."""
+
+    checkpoints: Sequence[Checkpoint]
+
+    def find(self, wanted: Sequence[Mapping[str, Any]]) -> dict[str, Checkpoint]:
+        """Return {identity: the checkpoint that has it}. Raises RecipeError for those that are not there."""
+        there = {
+            identity.digest: one for one in self.checkpoints if (identity := identity_of(one)) is not None
+        }
+        if missing := [str(one.get("name", "?")) for one in wanted if one["identity"] not in there]:
+            raise RecipeError(f"it names {listing(missing)}, not among the candidates")
+        return {one["identity"]: there[one["identity"]] for one in wanted}
+
+
+def explained(merged: Model, candidates: Candidates, own: OwnRecipe) -> Explanation:
+    """The explanation that a true recipe gives."""
+    assert own.verification is not None
+    run = own.verification.recipe
+    names = dict(zip((_place(model.source) for model in candidates.models), candidates.names, strict=True))
+    parents = [names[_place(one)] for one in own.verification.sources if _place(one) in names]
+    method, preset, is_flat = str(run.get("method")), run.get("preset"), not run.get("stages")
+    made = f"made by {shown(method)}" if is_flat else f"made in {len(run['stages']) + 1} merges"
+    by = f" with the preset {shown(preset)}" if preset and is_flat else ""
+    tree = "" if is_flat else "; blockmerge recipe --tree draws them"
+    *first, last = map(shown, parents)
+    of = f"{', '.join(first)} and {last}" if first else last
+    return Explanation(
+        merge=merged.name,
+        family=merged.anatomy.family.name,
+        candidates=candidates.names,
+        base=parents[0],
+        method=method,
+        exact=True,
+        preset=preset,
+        parents=tuple(parents),
+        blocks=_blocks(run, parents) if is_flat else {},
+        components={},
+        verdict=(
+            f"{shown(merged.name)} is {made} of {of}{by}. Its own recipe says so, and made again it is the "
+            f"same to the last bit{tree}."
+        ),
+        notes=tuple(note for model in (merged, *candidates.models) for note in model.notes),
+        left_out=candidates.left_out,
+    )
+
+
+def _place(checkpoint: Checkpoint) -> str:
+    """Where a checkpoint lies: verifying has opened it anew."""
+    return os.path.realpath(checkpoint.path or "")
+
+
+def _blocks(run: Mapping[str, Any], parents: Sequence[str]) -> dict[str, BlockOrigin]:
+    """How much each block took of every parent but A, as far as the method says it by weights."""
+    others = parents[1:]
+    alpha, beta = run.get("weights") or {}, run.get("weights_beta") or {}
+    found = {}
+    for block in alpha:
+        first, second = _number(alpha[block]), _number(beta.get(block)) if beta else None
+        if run.get("method") == "add_difference" and first is not None:
+            second = -first
+        weights = dict(zip(others, [first, second, *[None] * len(others)], strict=False))
+        found[block] = BlockOrigin(weights, 0.0, 0.0, determined=True, explained=True)
+    return found
+
+
+def _number(weight: Any) -> float | None:
+    return float(weight) if isinstance(weight, (int, float)) else 0.0  # what is skipped takes nothing

@@ -1,0 +1,89 @@
+"""`Plan`: a recipe that is ready to be run."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from blockmerge.checkpoints import check_space
+from blockmerge.merging.execute import Pace, execute
+from blockmerge.merging.planning.plan import PlannedOutput
+from blockmerge.merging.result import MergeResult
+from blockmerge.merging.shares import Shares
+from blockmerge.merging.tree import Node
+from blockmerge.streaming import Progress
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe with its models opened and everything decided that headers tell, ready to be run.
+
+    >>> plan = blockmerge.Merge("a.safetensors", "b.safetensors", weights=0.5).plan("c.safetensors")
+    ... # doctest: +SKIP
+    >>> print(*plan.summary().notes, sep="\\n")  # doctest: +SKIP
+    >>> result = plan.run()  # doctest: +SKIP
+
+    `target` is where the output will really lie; `planned` is what will be done, byte by byte.
+    """
+
+    recipe: Node
+    target: Path
+    planned: PlannedOutput = field(repr=False)
+    pace: Pace
+    device: str
+    overwrite: bool
+    seconds: float
+
+    def summary(self) -> MergeResult:
+        """What the merge will be, as its result would say it, with `dry_run`.
+
+        Raises OutputError when the disk has not the space for it.
+        """
+        check_space(self.target, self.planned.size)
+        return self._result(self.seconds)
+
+    def run(self, progress: Progress | None = None) -> MergeResult:
+        """Write the output; `progress(done, total)` is told the bytes. Raises what `merge` raises."""
+        started = time.perf_counter()
+        plan = self.planned
+        for checkpoint in plan.decided.checkpoints:
+            checkpoint.check_whole()
+        sizes: dict[str, int | bytes] = {file.path: file.size for file in plan.files}
+        with plan.output.reserve(
+            self.target, {**plan.small_files, **sizes}, overwrite=self.overwrite
+        ) as reserved:
+            shares = execute(plan, reserved.path_of, self.pace, self.device, progress, shown_as=self.target)
+            reserved.commit()
+            swept = reserved.swept
+        return self._result(self.seconds + time.perf_counter() - started, swept, shares)
+
+    def _result(
+        self, seconds: float, swept: tuple[str, ...] = (), shares: Shares | None = None
+    ) -> MergeResult:
+        plan, request = self.planned, self.recipe.request
+        has = request.merge_method.weights
+        return MergeResult(
+            output=self.target,
+            family=plan.anatomy.family.name,
+            variant=plan.anatomy.variant,
+            naming=plan.output.naming,
+            method=request.method_name,
+            preset=plan.resolved.preset,
+            weights=dict(plan.resolved.weights) if "alpha" in has else {},
+            weights_beta=dict(plan.resolved.beta) if "beta" in has else None,
+            models=tuple(plan.models),
+            tensors=plan.decided.counts,
+            bytes=plan.size,
+            seconds=seconds,
+            notes=(*plan.decided.notes, *swept),
+            runs=sum(len(file.runs) for file in plan.files),
+            recipe=plan.described,
+            dry_run=shares is None,
+            loras=tuple(
+                {**lora, "change": shares.of(number) if shares else {}}
+                for number, lora in enumerate(plan.loras)
+            ),
+            change=shares.of(None) if shares else {},
+            stages=plan.described.get("stages", {}),
+        )
