@@ -266,6 +266,37 @@ def test_models_that_are_gone_are_named(mix):
         blockmerge.verify(output)
 
 
+def test_a_pinned_recipe_makes_the_same_file_elsewhere_or_none(mix, tmp_path_factory, cli, capsys):
+    final = Recipe.load(mix / "mix.toml").run().output
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    pin = elsewhere / "release.json"
+    pin.write_text(cli("recipe", final, "--pin"))
+    assert len(pin.read_bytes()) < 20_000
+    assert json.loads(pin.read_text())["sha256"] == sha256(final)
+    for name in "abcde":
+        (mix / f"{name}.safetensors").rename(mix / f"{name}-moved.safetensors")
+    cli("again", pin, "--models", mix, "-o", elsewhere / "same.safetensors", "-q")
+    assert sha256(elsewhere / "same.safetensors") == sha256(final)
+    blockmerge.again(pin, models=[mix], output=elsewhere / "same.safetensors", overwrite=True)
+    wrong = json.loads(pin.read_text())
+    wrong["sha256"] = "0" * 64
+    (elsewhere / "wrong.json").write_text(json.dumps(wrong))
+    words = ["again", elsewhere / "wrong.json", "--models", mix, "-q", "-o"]
+    assert run([str(one) for one in (*words, elsewhere / "other.safetensors")]) == 1
+    assert "is pinned: nothing was written" in capsys.readouterr().err
+    assert not (elsewhere / "other.safetensors").exists()
+    cli(*words, elsewhere / "variant.safetensors", "--set", "OUT05=1")
+    for text in (
+        "{}",
+        "[]",
+        '{"sha256": 3, "metadata": {}}',
+        '{"sha256": "x", "metadata": {"blockmerge.recipe": 3}}',
+    ):
+        (elsewhere / "bad.json").write_text(text)
+        with pytest.raises(RecipeError, match=r"bad\.json"):
+            blockmerge.again(elsewhere / "bad.json", output=elsewhere / "bad.safetensors")
+
+
 def test_names_in_metadata_are_no_paths(mix):
     output = mix / "made.safetensors"
     Merge(mix / "a.safetensors", mix / "b.safetensors", weights=0.5).run(output)
@@ -301,9 +332,7 @@ def test_folders_are_made_again_and_verified(tmp_path):
     Merge(*models, preset="high_res").run(tmp_path / "merged")
     assert blockmerge.verify(tmp_path / "merged").same
     recorded = Recorded.of(tmp_path / "merged")
-    recorded.recipe(Searched.beside_file(recorded.source, ())).run(
-        tmp_path / "again", metadata=recorded.metadata
-    )
+    recorded.recipe(Searched.beside_file(recorded, ())).run(tmp_path / "again", metadata=recorded.metadata)
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert sha256(tmp_path / "again" / weights) == sha256(tmp_path / "merged" / weights)
     tensors = load_file(tmp_path / "again" / weights)

@@ -51,12 +51,14 @@ def again(
       blockmerge again merged.safetensors --models ~/models --set OUT05=0.7 -o variant.safetensors
 
     The models are found by what is in them, whatever they are called now: beside FILE, and in the folders
-    given. A weight that is set goes on top of those that the merge was made with.
+    given. A weight that is set goes on top of those that the merge was made with. FILE may be a pinned recipe,
+    as blockmerge recipe FILE --pin prints it: then the output gets its name only if it is that file.
     """
     from blockmerge.merging.again import Recorded, Searched
 
     recorded = Recorded.of(file)
-    recipe = recorded.recipe(Searched.beside_file(recorded.source, models), changes)
+    recipe = recorded.recipe(Searched.beside_file(recorded, models), changes)
+    pinned = {} if changes or recorded.sha256 is None or dry_run else {"sha256": recorded.sha256}
     carry_out(
         recipe,
         output,
@@ -65,6 +67,7 @@ def again(
         threads=threads,
         overwrite=overwrite,
         metadata=None if changes else recorded.metadata,
+        **pinned,
         dry_run=dry_run,
         as_json=as_json,
         quiet=quiet,

@@ -40,7 +40,7 @@ def own_recipe(
         return OwnRecipe()
     among = _Among([model.source for model in candidates.models])
     try:
-        found = verified(recorded, among, threads=threads, progress=progress)
+        found = verified(merged.source, recorded, among, threads=threads, progress=progress)
     except BlockmergeError as error:
         return OwnRecipe(note=f"its own recipe could not be verified: {error}")
     if found.same:

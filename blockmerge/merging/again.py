@@ -15,6 +15,7 @@ from blockmerge.checkpoints import (
     Checkpoint,
     CheckpointLike,
     DiffusersFolder,
+    hash_file,
     identity_of,
     is_diffusers_folder,
     open_checkpoint,
@@ -25,7 +26,7 @@ from blockmerge.merging.planning.metadata import RECIPE_KEY
 from blockmerge.merging.planning.written import is_as_run
 from blockmerge.merging.recipe import Recipe
 from blockmerge.merging.recipe_changes import with_changes
-from blockmerge.merging.recipe_files import Places, recipe_of
+from blockmerge.merging.recipe_files import Places, read_recipe, recipe_of
 from blockmerge.merging.recipe_recorded import written_down
 from blockmerge.merging.result import MergeResult
 from blockmerge.streaming import Progress
@@ -40,21 +41,26 @@ class Finder(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """What a merged file records of how it was made: `run` is its recipe, `source` the file itself.
+    """What a merged file, or a pinned recipe, records of how it was made: `run` is the recipe, `metadata` all
+    that is written with it, and `sha256` what the file must be where that is pinned. It lies in `folder`.
 
     >>> recorded = Recorded.of("merged.safetensors")  # doctest: +SKIP
     >>> recipe = recorded.recipe(Searched(["/models"]))  # doctest: +SKIP
     """
 
-    source: Checkpoint
+    name: str
+    folder: str
     run: Mapping[str, Any]
     metadata: Mapping[str, str]
+    sha256: str | None = None
 
     @classmethod
     def of(cls, file: CheckpointLike) -> Recorded:
-        """Read a file's metadata. Raises RecipeError when there is no recipe in it, CheckpointError when it
-        cannot be read.
+        """Read a file's metadata, or a pinned recipe. Raises RecipeError when there is no recipe in it,
+        CheckpointError when it cannot be read.
         """
+        if isinstance(file, (str, os.PathLike)) and os.fspath(file).lower().endswith(".json"):
+            return cls._pinned(file)
         source = open_checkpoint(file)
         metadata = source.metadata
         if isinstance(source, DiffusersFolder):  # each of whose files has it
@@ -65,13 +71,23 @@ class Recorded:
                 f"{shown(source.name)} has no recipe in its metadata: it was not made by blockmerge, or was "
                 "saved anew by something else"
             )
-        try:
-            run = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise RecipeError(f"{shown(source.name)}: the recipe in its metadata is not JSON") from error
-        if not isinstance(run, dict) or not is_as_run(run):
-            raise RecipeError(f"{shown(source.name)}: what is in its metadata is not a recipe")
-        return cls(source, run, metadata)
+        folder = os.path.dirname(os.path.abspath(source.path)) if source.path is not None else ""
+        return cls(source.name, folder, _run_in(text, source.name), metadata)
+
+    @classmethod
+    def _pinned(cls, file: str | os.PathLike[str]) -> Recorded:
+        name = os.path.basename(os.fspath(file))
+        written = read_recipe(file)
+        metadata, sha256 = written.get("metadata"), written.get("sha256")
+        if not isinstance(metadata, dict) or not isinstance(sha256, str) or RECIPE_KEY not in metadata:
+            raise RecipeError(
+                f"{shown(name)} is not a pinned recipe, as 'blockmerge recipe' pins one (--pin, of recipe): "
+                "blockmerge run takes others"
+            )
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise RecipeError(f"{shown(name)}: its metadata are not all texts")
+        folder = os.path.dirname(os.path.abspath(file))
+        return cls(name, folder, _run_in(metadata[RECIPE_KEY], name), metadata, sha256)
 
     def recipe(
         self, finder: Finder, changes: Sequence[str] = (), methods: Mapping[str, object] | None = None
@@ -86,7 +102,35 @@ class Recorded:
             places = _Found(files={name: found[one["identity"]] for name, one in files.items()})
             return recipe_of(Recipe, with_changes(table, changes), places, methods)
         except BlockmergeError as error:
-            raise type(error)(f"{shown(self.source.name)}: {error}") from error
+            raise type(error)(f"{shown(self.name)}: {error}") from error
+
+
+def _run_in(text: str, name: str) -> dict[str, Any]:
+    try:
+        run = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{shown(name)}: the recipe in its metadata is not JSON") from error
+    if not isinstance(run, dict) or not is_as_run(run):
+        raise RecipeError(f"{shown(name)}: what is in its metadata is not a recipe")
+    return run
+
+
+def pinned(file: str | os.PathLike[str], progress: Progress | None = None) -> dict[str, Any]:
+    """Return all that is needed to make a merged file again elsewhere, ready for JSON: its metadata, with the
+    recipe, and the hashes that it must have.
+
+    Raises RecipeError where it has no recipe, CheckpointError for a folder, and when it cannot be read.
+    """
+    recorded = Recorded.of(file)
+    source = open_checkpoint(file)
+    hashes = hash_file(source, progress)
+    return {
+        "name": recorded.name,
+        "sha256": hashes.sha256,
+        "autov3": hashes.autov3,
+        "size": size_of_files(source),
+        "metadata": dict(recorded.metadata),
+    }
 
 
 def again(
@@ -113,10 +157,15 @@ def again(
     Raises RecipeError when the file has no recipe, or its models are not found, and what `merge` raises.
     """
     recorded = Recorded.of(file)
-    recipe = recorded.recipe(Searched.beside_file(recorded.source, models), changes, methods)
-    metadata = None if changes else recorded.metadata
+    recipe = recorded.recipe(Searched.beside_file(recorded, models), changes, methods)
     return recipe.run(
-        output, device=device, threads=threads, overwrite=overwrite, metadata=metadata, progress=progress
+        output,
+        device=device,
+        threads=threads,
+        overwrite=overwrite,
+        metadata=None if changes else recorded.metadata,
+        sha256=None if changes else recorded.sha256,
+        progress=progress,
     )
 
 
@@ -154,11 +203,10 @@ class Searched:
     _seen: list[Path] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
-    def beside_file(cls, source: Checkpoint, folders: Sequence[str | os.PathLike[str]]) -> Searched:
+    def beside_file(cls, recorded: Recorded, folders: Sequence[str | os.PathLike[str]]) -> Searched:
         """Beside a file first, then in folders."""
         given = [folders] if isinstance(folders, (str, os.PathLike)) else folders
-        beside = None if source.path is None else os.path.dirname(os.path.abspath(source.path))
-        return cls([os.path.expanduser(folder) for folder in given], beside)
+        return cls([os.path.expanduser(folder) for folder in given], recorded.folder or None)
 
     def find(self, wanted: Sequence[Mapping[str, Any]]) -> dict[str, Checkpoint]:
         """Return {identity: the checkpoint that has it}. Raises RecipeError for those that are not there."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from blockmerge.checkpoints import check_space
+from blockmerge.errors import OutputError, reason, shown
 from blockmerge.merging.execute import Pace, execute
 from blockmerge.merging.planning.plan import PlannedOutput
 from blockmerge.merging.result import MergeResult
 from blockmerge.merging.shares import Shares
 from blockmerge.merging.tree import Node
 from blockmerge.streaming import Progress
+
+_STEP = 1 << 22  # bytes that are hashed at once
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,12 @@ class Plan:
         check_space(self.target, self.planned.size)
         return self._result(self.seconds)
 
-    def run(self, progress: Progress | None = None) -> MergeResult:
-        """Write the output; `progress(done, total)` is told the bytes. Raises what `merge` raises."""
+    def run(self, progress: Progress | None = None, *, sha256: str | None = None) -> MergeResult:
+        """Write the output; `progress(done, total)` is told the bytes.
+
+        With `sha256`, the output gets its name only if it has that hash. Raises what `merge` raises, and
+        OutputError for another hash.
+        """
         started = time.perf_counter()
         plan = self.planned
         for checkpoint in plan.decided.checkpoints:
@@ -54,6 +62,8 @@ class Plan:
             self.target, {**plan.small_files, **sizes}, overwrite=self.overwrite
         ) as reserved:
             shares = execute(plan, reserved.path_of, self.pace, self.device, progress, shown_as=self.target)
+            if sha256 is not None:
+                _check_hash(reserved.path_of(""), plan.size, sha256)
             reserved.commit()
             swept = reserved.swept
         return self._result(self.seconds + time.perf_counter() - started, swept, shares)
@@ -86,4 +96,20 @@ class Plan:
             ),
             change=shares.of(None) if shares else {},
             stages=plan.described.get("stages", {}),
+        )
+
+
+def _check_hash(path: Path, size: int, sha256: str) -> None:
+    found = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while size and (part := file.read(min(size, _STEP))):  # what is beyond is cut off at the end
+                found.update(part)
+                size -= len(part)
+    except OSError as error:
+        raise OutputError(f"cannot read what was written: {reason(error)}") from error
+    if found.hexdigest() != sha256.lower():
+        raise OutputError(
+            f"what was made has the SHA-256 {found.hexdigest()[:12]}…, and {shown(sha256[:12])}… is pinned: "
+            "nothing was written. Bits depend on the kind of processor and on torch's version"
         )

@@ -390,11 +390,12 @@ class Recipe(Node):
         threads: int | None = None,
         overwrite: bool = False,
         metadata: Mapping[str, str] | None = None,
+        sha256: str | None = None,
         progress: Progress | None = None,
     ) -> MergeResult:
-        """Merge: `plan`, and `run` of the plan. Raises what `merge` raises."""
+        """Merge: `plan`, and `run` of the plan. Raises what these raise."""
         plan = self.plan(output, device=device, threads=threads, overwrite=overwrite, metadata=metadata)
-        return plan.run(progress)
+        return plan.run(progress, sha256=sha256)
 
 
 def _check_path(path: object) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blockmerge.checkpoints import Checkpoint, CheckpointLike, Reader, TensorInfo
+from blockmerge.checkpoints import Checkpoint, CheckpointLike, Reader, TensorInfo, open_checkpoint
 from blockmerge.dtypes import FLOAT_DTYPES, size_of
 from blockmerge.errors import listing
 from blockmerge.merging.again import Finder, Recorded, Searched
@@ -90,12 +90,15 @@ def verify(
     Raises RecipeError when the file has no recipe, or its models are not found, CheckpointError for what
     cannot be read, and what `merge` raises.
     """
-    recorded = Recorded.of(file)
-    searched = Searched.beside_file(recorded.source, models)
-    return verified(recorded, searched, device=device, threads=threads, methods=methods, progress=progress)
+    recorded, source = Recorded.of(file), open_checkpoint(file)
+    searched = Searched.beside_file(recorded, models)
+    return verified(
+        source, recorded, searched, device=device, threads=threads, methods=methods, progress=progress
+    )
 
 
 def verified(
+    source: Checkpoint,
     recorded: Recorded,
     finder: Finder,
     *,
@@ -105,7 +108,6 @@ def verified(
     progress: Progress | None = None,
 ) -> Verification:
     """Return what `verify` does, of a file whose recipe is read, with the files that `finder` finds."""
-    source = recorded.source
     recipe = recorded.recipe(finder, methods=methods)
     path = source.path
     assert path is not None, "what has no path has no recipe"

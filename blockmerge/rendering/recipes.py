@@ -40,7 +40,7 @@ def recipe_text(recorded: Recorded) -> str:
 
     table, _ = written_down(recorded.run)
     read = for_reading(table)
-    lines = [f"# {shown(recorded.source.name)}, by blockmerge {shown(recorded.run.get('version', '?'))}"]
+    lines = [f"# {shown(recorded.name)}, by blockmerge {shown(recorded.run.get('version', '?'))}"]
     if command := command_of(read):
         lines.append(f"# {command}")
     return "\n".join([*lines, tomli_w.dumps(read)]).rstrip("\n")
