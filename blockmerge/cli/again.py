@@ -51,8 +51,8 @@ def again(
       blockmerge again merged.safetensors --models ~/models --set OUT05=0.7 -o variant.safetensors
 
     The models are found by what is in them, whatever they are called now: beside FILE, and in the folders
-    given. A weight that is set goes on top of those that the merge was made with. FILE may be a pinned recipe,
-    as blockmerge recipe FILE --pin prints it: then the output gets its name only if it is that file.
+    given. A weight that is set goes on top of those that the merge was made with. FILE may be a pinned
+    recipe, as blockmerge recipe FILE --pin prints it: then the output gets its name only if it is that file.
     """
     from blockmerge.merging.again import Recorded, Searched
 

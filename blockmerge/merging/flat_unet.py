@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from blockmerge.anatomy import Family, Origin, canonical_name, component_of
-from blockmerge.checkpoints import Model, Readers, StateDict, TensorInfo, made
+from blockmerge.checkpoints import Model, Readers, StateDict, TensorInfo, made, state_dict_name
 from blockmerge.dtypes import DTYPES, FLOAT_DTYPES, torch_dtype
 from blockmerge.errors import IncompatibleModelsError, RecipeError, counted, listing, shown
 from blockmerge.expressions import Dequantised, Expression, Stored, simplify
@@ -160,8 +160,8 @@ class FlatUNet:
         """
         *flats, out = self._empty(len(models) + 1)
         copies = [
-            self._copied(buffers, model, letter)
-            for buffers, model, letter in zip(flats, models, "ABC", strict=False)
+            self._copied(buffers, model, state_dict_name(number).removeprefix("state dict "))
+            for number, (buffers, model) in enumerate(zip(flats, models, strict=True))
         ]
         for buffer, of_a in zip(out, flats[0], strict=True):
             buffer.copy_(of_a)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
@@ -13,6 +13,7 @@ from blockmerge.errors import RecipeError, counted, listing, shown
 from blockmerge.merging.planning.combining import Combination
 from blockmerge.merging.planning.describing import differing_predictions
 from blockmerge.merging.planning.request import check_flag, missing_beta
+from blockmerge.merging.tree import Node, check_size, open_leaves
 from blockmerge.methods import Method, find_method
 from blockmerge.weights import BlockWeights, WeightsLike, WeightsRequest
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from blockmerge.merging.flat_unet import Block, FlatUNet
     from blockmerge.merging.launching import Content, Launcher
+    from blockmerge.merging.live_recipe import LiveStages
 
 _OPEN: WeakSet[LiveMerge] = WeakSet()
 _INSTEAD = "let go of other things there, or merge files"
@@ -40,6 +42,10 @@ class LiveMerge:
     models, in either naming; what is no tensor of the U-Net is not looked at. They are copied to the module's
     device in its dtype, once. `method`, `numbers`, `variant` and `ema` are those of `merge`.
 
+    In place of `a`, a recipe of stages may be given (``LiveMerge(pipe.unet, Recipe.load("mix.toml"))``): its
+    files are on the device once each, the module holds its result at once, and `apply` changes the weights
+    of its stages.
+
     From then on the module holds A. `apply` merges; `close`, or leaving a `with` block, gives the module its
     own parameters back. Meanwhile the parameters are views of flat buffers, and must stay where they are: no
     `.to()`, no offloading. Not thread-safe, and not to be applied while the module runs on another stream.
@@ -47,10 +53,12 @@ class LiveMerge:
     Raises a BlockmergeError when the module or the models cannot be used; the module is then as it was.
     """
 
+    _stages: LiveStages | None
+
     def __init__(
         self,
         module: torch.nn.Module,
-        a: CheckpointLike,
+        a: CheckpointLike | Node,
         b: CheckpointLike | None = None,
         c: CheckpointLike | None = None,
         method: str | Method | Callable[..., Any] = "weighted_sum",
@@ -69,6 +77,14 @@ class LiveMerge:
             raise RecipeError(
                 f"LiveMerge takes three models at most: {shown(method)} stands where the method goes"
             )
+        if isinstance(a, Node):
+            given = {"b": b is not None, "c": c is not None, "method": method != "weighted_sum"}
+            given |= {"variant": variant is not None, "ema": ema != "drop", **dict.fromkeys(numbers, True)}
+            if wrong := [name for name, is_there in given.items() if is_there]:
+                raise RecipeError(f"a recipe says all but its weights by itself: leave out {listing(wrong)}")
+            self._merge_recipe(module, a)
+            return
+        self._stages = None
         self._method = find_method(method)
         self._method.check_names(numbers, others=("method", "variant", "ema"))
         sources = [a, b, c]
@@ -102,6 +118,45 @@ class LiveMerge:
         self._weights = BlockWeights.flat(start, self._unet.family.blocks)
         self._weights_beta = BlockWeights.flat(0.0, self._unet.family.blocks)
 
+    def _merge_recipe(self, module: torch.nn.Module, recipe: Node) -> None:
+        """Put a recipe into the module, with the weights that it says."""
+        import torch
+
+        from blockmerge.merging.devices import devices_in, told_of
+        from blockmerge.merging.flat_unet import FlatUNet
+        from blockmerge.merging.live_recipe import LiveStages
+        from blockmerge.merging.recipe_files import expanded
+
+        self._module_class = type(module).__name__
+        self._method = recipe.request.merge_method
+        check_size(recipe)
+        leaves = open_leaves(expanded(recipe))
+        for model in leaves.models:
+            model.source.check_whole()
+        with told_of(devices_in(module), _INSTEAD), torch.inference_mode(False), torch.no_grad():
+            self._opening_notes = (
+                *(note for model in leaves.models for note in model.notes),
+                *differing_predictions(leaves.models),
+            )
+            self._unet = FlatUNet.of(module, leaves.models)
+            if any(other._unet.shares_parameters(self._unet) for other in _OPEN):
+                raise RecipeError("another LiveMerge is open on this module: close() it first")
+            copies, out = self._unet.copies(leaves.models)
+            launcher = LiveStages(self._unet, leaves, copies, out)
+            self._originals = self._unet.place(out)
+        self._launcher = self._stages = launcher
+        self._seed = recipe.request.weights.seed
+        _OPEN.add(self)
+        self._held = {block.name: None for block in self._unet.blocks}
+        self._notes = ()
+        self._apply_stages(launcher, {})
+
+    def _apply_stages(self, launcher: LiveStages, changes: Mapping[str, Mapping[str, Any]]) -> BlockWeights:
+        launcher.change(changes)
+        self._show(launcher, launcher.contents())
+        self._weights, self._weights_beta = launcher.result.alpha, launcher.result.beta
+        return self._weights
+
     @property
     def weights(self) -> BlockWeights:
         """The weights that the module has now; a block that is A's although weight 0 would not be has None.
@@ -125,7 +180,7 @@ class LiveMerge:
 
     def apply(
         self,
-        preset: str | Sequence[str] | None = None,
+        preset: str | Sequence[str] | Mapping[str, Mapping[str, Any]] | None = None,
         weights: WeightsLike | None = None,
         changes: str | None = None,
         *,
@@ -140,18 +195,23 @@ class LiveMerge:
         With `keep`, only blocks that `weights`, `weights_beta` (mappings, or texts as in ``"OUT05=0.7"``) or
         `changes` name get another weight. `seed` is that of random weights, by default the method's or 0.
 
+        Of a recipe, the stages are given other weights by their names, with the keys of a recipe's file, and
+        the others keep theirs: ``live.apply({"final": {"weights": 0.3}, "X": {"preset": "low_res"}})``.
+
         Blocks whose weights are what they were are not computed. The work is queued on the device's current
         stream; nothing waits for it, unless the method itself does. NaN and infinity are not looked for.
 
         Raises WeightsError for weights that cannot be used; RecipeError after `close`, or when the parameters
         are no longer where LiveMerge has put them.
         """
-        import torch
-
-        from blockmerge.merging.devices import told_of
-
         launcher = self._opened()
         check_flag("keep", keep)
+        if self._stages is not None:
+            if not isinstance(preset, Mapping) or weights is not None or changes is not None or keep:
+                raise RecipeError('a recipe is changed by stages: apply({"STAGE": {"weights": 0.3}})')
+            return self._apply_stages(self._stages, preset)
+        if isinstance(preset, Mapping):
+            raise RecipeError("only a recipe has stages: give preset or weights")
         asked = {"alpha": (preset, weights, changes), "beta": (preset_beta, weights_beta)}
         for weight, given in asked.items():
             if weight not in self._method.weights and any(one is not None for one in given):
@@ -165,6 +225,17 @@ class LiveMerge:
         alpha = first.change(self._weights) if keep else first.resolve(self._unet.family.name)
         beta = second.change(self._weights_beta) if keep else second.resolve(self._unet.family.name)
         wanted = {name: launcher.content((alpha[name], beta[name])) for name in self._held}
+        self._show(launcher, wanted)
+        self._weights, self._weights_beta = alpha, beta
+        self._notes = () if keep else tuple(self._notes_on(first, second))
+        return alpha
+
+    def _show(self, launcher: Launcher, wanted: Mapping[str, Content]) -> None:
+        """Let blocks hold what is wanted, those that do not yet."""
+        import torch
+
+        from blockmerge.merging.devices import told_of
+
         changed = {name: content for name, content in wanted.items() if content != self._held[name]}
         with told_of([launcher.device], _INSTEAD), torch.no_grad():
             try:
@@ -180,9 +251,6 @@ class LiveMerge:
                 f"the module's parameters have been moved or replaced ({listing(moved)}): "
                 "leave it on its device, without offloading, while it is merged live"
             )
-        self._weights, self._weights_beta = alpha, beta
-        self._notes = () if keep else tuple(self._notes_on(first, second))
-        return alpha
 
     def close(self) -> None:
         """Give the module its own parameters back, bit for bit in the memory they were in, and let go of the

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Self
 
 from blockmerge.checkpoints import Checkpoint, CheckpointLike, Makes, Model, state_dict_name, told_apart
@@ -48,6 +49,48 @@ def open_models(recipe: Node) -> list[Model]:
     return [tree.model(one, recipe.request) for one in recipe.models]
 
 
+@dataclass(frozen=True)
+class Leaves:
+    """The files of a recipe, each once, and its stages, by what `places` says of every node: for each of its
+    models the number of a file, or a node. `names` are the nodes'; the result comes first.
+    """
+
+    models: Sequence[Model]
+    places: Mapping[Node, Sequence[int | Node]]
+    names: Mapping[Node, str]
+
+    def below(self, place: int | Node) -> Model:
+        """The file that is the first of all that something is made of."""
+        while isinstance(place, Node):
+            place = self.places[place][0]
+        return self.models[place]
+
+
+def open_leaves(recipe: Node) -> Leaves:
+    """Open the files of a recipe, and look at its stages no further. Raises what `open_models` raises."""
+    tree = _Tree(recipe)
+    models: list[Model] = []
+    places: dict[Node, list[int | Node]] = {}
+    names: dict[Node, str] = {}
+    for node in tree.nodes(recipe):
+        node.request.check_model_count(len(node.models))
+        if node is not recipe:
+            _check_options(node.name or "", node.request)
+        found: list[int | Node] = []
+        for one in node.models:
+            if isinstance(one, Node):
+                found.append(one)
+                continue
+            model = tree.model(one, node.request)
+            if model not in models:
+                models.append(model)
+            found.append(models.index(model))
+        places[node] = found
+        names[node] = node.name or ("result" if node is recipe else f"stage{len(names)}")
+        node.request.opening.check([models[one] for one in found if isinstance(one, int)] or models)
+    return Leaves(models, places, names)
+
+
 def check_size(recipe: Node) -> None:
     """Raise RecipeError for a tree that is too deep, or too large."""
     _Counting().check(recipe)
@@ -71,7 +114,7 @@ class _Tree:
         """A model that a recipe of that request names."""
         return self._stage(source) if isinstance(source, Node) else self._file(source, request)
 
-    def _nodes(self, recipe: Node) -> Iterator[Node]:
+    def nodes(self, recipe: Node) -> Iterator[Node]:
         """The recipe and those within it, each once, outermost first."""
         seen: dict[int, Node] = {}
         left = [recipe]
@@ -83,7 +126,7 @@ class _Tree:
         return iter(seen.values())
 
     def _leaves(self, recipe: Node) -> Iterator[tuple[Node, CheckpointLike]]:
-        for node in self._nodes(recipe):
+        for node in self.nodes(recipe):
             for one in node.models:
                 if not isinstance(one, Node):
                     yield node, one
