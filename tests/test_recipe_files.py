@@ -403,6 +403,50 @@ def test_what_is_said_of_a_release(mix, cli):
         Merge(a, b, weights=0.5, about={"title": ""})
 
 
+@pytest.fixture
+def cache(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "blockmerge" / "hashes.json"
+
+
+def test_hashes_are_recorded_where_they_are_asked_for(mix, cli, cache):
+    a, b, c = (mix / f"{name}.safetensors" for name in "abc")
+    cli("merge", a, b, "-p", "high_res", "--hash", "-o", mix / "one.safetensors", "-q")
+    assert len(json.loads(cache.read_text())) == 2
+    cli("merge", mix / "one.safetensors", c, "-w", "0.25", "--hash", "-o", mix / "two.safetensors", "-q")
+    with safe_open(mix / "two.safetensors", "pt") as file:
+        metadata = file.metadata()
+    recipe = json.loads(metadata["sd_merge_recipe"])
+    assert recipe["primary_model_hash"] == sha256(mix / "one.safetensors")
+    assert recipe["secondary_model_hash"] == sha256(c)
+    assert (recipe["interp_method"], recipe["multiplier"]) == ("weighted_sum", 0.25)
+    models = json.loads(metadata["sd_merge_models"])
+    assert models.keys() == {sha256(path) for path in (mix / "one.safetensors", a, b, c)}
+    assert models[sha256(mix / "one.safetensors")]["sd_merge_recipe"]["interp_method"] == "weighted_sum"
+    assert blockmerge.verify(mix / "two.safetensors").same
+    cli("merge", a, b, "-w", "0.5", "-o", mix / "plain.safetensors", "-q")
+    with safe_open(mix / "plain.safetensors", "pt") as file:
+        assert not file.metadata().keys() & {"sd_merge_recipe", "sd_merge_models"}
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"x": 3}', "[" * 100_000, "\xff"])
+def test_a_broken_cache_is_ignored_and_a_changed_file_hashed_anew(mix, cache, content):
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    cache.write_text(content)
+    for seed in (50, 51):
+        save_file(small_model("sd1", seed=seed), mix / "a.safetensors")
+        blockmerge.merge(
+            mix / "a.safetensors",
+            mix / "b.safetensors",
+            weights=0.5,
+            hash=True,
+            output=mix / f"{seed}.safetensors",
+        )
+        recorded = Recorded.of(mix / f"{seed}.safetensors").run["files"]["models"]
+        assert [one["sha256"] for one in recorded] == [sha256(mix / f"{name}.safetensors") for name in "ab"]
+
+
 # -- commands ------------------------------------------------------------------------------------------------
 
 

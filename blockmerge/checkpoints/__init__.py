@@ -17,6 +17,7 @@ from blockmerge.checkpoints.formats.torch_file import TorchFile
 from blockmerge.checkpoints.hashes import Hashes, hash_file, old_hash
 from blockmerge.checkpoints.hub import followed, in_cache, name_of
 from blockmerge.checkpoints.identity import Identity, identity_of, size_of_files
+from blockmerge.checkpoints.known_hashes import sha256_of
 from blockmerge.checkpoints.metadata import faulty_metadata
 from blockmerge.checkpoints.model import (
     EMA_CHOICES,
@@ -96,6 +97,7 @@ __all__ = [
     "prediction_of_scheduler",
     "quantised",
     "read",
+    "sha256_of",
     "size_of_files",
     "state_dict_name",
     "told_apart",

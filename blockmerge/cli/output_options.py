@@ -46,7 +46,8 @@ def about_options(command: Command) -> Command:
     for key in reversed(("title", "author", "license", "description")):
         about = f"The model's {key}, for its metadata (modelspec.{key})."
         command = click.option(f"--{key}", metavar="TEXT", callback=not_empty, help=about)(command)
-    return command
+    about = "Record the models' SHA-256s, too, in the metadata: reads those that were not hashed before."
+    return click.option("--hash", is_flag=True, help=about)(command)
 
 
 def output_options(command: Command) -> Command:

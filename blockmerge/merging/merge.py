@@ -46,6 +46,7 @@ def merge(
     loras: Sequence[LoraLike] = (),
     partial: bool = False,
     about: Mapping[str, str] | None = None,
+    hash: bool = False,
     progress: Progress | None = None,
     **numbers: Any,
 ) -> MergeResult:
@@ -75,7 +76,7 @@ def merge(
     is an error, unless `partial` leaves it out.
 
     `about` goes into the metadata as ModelSpec has it: ``{"title", "author", "license", "description"}``, any
-    of them.
+    of them. With `hash`, the models are recorded by their SHA-256s, too, and the web UI's keys say so.
 
     All checks that headers allow are made before a weight is read. The models are never changed. The output
     appears complete or not at all.
@@ -100,6 +101,7 @@ def merge(
         loras=loras,
         partial=partial,
         about=about or {},
+        hash=hash,
         arguments=merge.__kwdefaults__,
     )
     return Recipe.of(models, request).run(

@@ -104,6 +104,7 @@ class Recipe(Node):
         partial: bool = False,
         rounding: str = "end",
         about: Mapping[str, str] | None = None,
+        hash: bool = False,
         **numbers: Any,
     ) -> None:
         request = make_request(
@@ -126,6 +127,7 @@ class Recipe(Node):
             partial=partial,
             rounding=rounding,
             about=about or {},
+            hash=hash,
             arguments=Recipe.__init__.__kwdefaults__,
         )
         self._set(models, request)

@@ -10,7 +10,7 @@ from blockmerge.errors import RecipeError, did_you_mean, listing, shown
 from blockmerge.merging.planning.request import ABOUT
 from blockmerge.merging.planning.written import OPTIONS
 
-OF_RESULT = ("dtype", "to", "prune", "round", "configs", "allow_nonfinite", *ABOUT)
+OF_RESULT = ("dtype", "to", "prune", "round", "configs", "allow_nonfinite", "hash", *ABOUT)
 """Options that only what is written has; where there are stages, they stand at the top."""
 OF_FILE = ("output", "models_folder")
 """What stands beside them there."""

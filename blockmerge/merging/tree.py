@@ -208,6 +208,7 @@ def _check_options(name: str, request: MergeRequest) -> None:
         "configs": request.configs is not None,
         "round": request.rounding != "end",
         "allow_nonfinite": request.allow_nonfinite,
+        "hash": request.hash,
         **dict.fromkeys(request.about, True),
     }
     if wrong := [option for option, is_given in given.items() if is_given]:

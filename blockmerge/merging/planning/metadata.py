@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
+from typing import Any
 
 from blockmerge.checkpoints import QUANTISATION_KEY, Model, faulty_metadata, told_prediction
 from blockmerge.errors import listing, shown
@@ -67,6 +68,52 @@ def about_metadata(about: Mapping[str, str], a: Model, models: Sequence[str]) ->
         "modelspec.date": date.today().isoformat(),
         "modelspec.merged_from": ", ".join(models),
     }
+
+
+def web_ui_metadata(run: Mapping[str, Any]) -> dict[str, str]:
+    """Return what the web UI and its relatives read of how a merge was made, of models whose SHA-256s are
+    known: nothing where A's is not.
+    """
+    recorded = run.get("files", {}).get("models") or ()
+    hashes = [one.get("sha256") if one else None for one in recorded]
+    if not hashes or hashes[0] is None:
+        return {}
+    weights = run.get("weights") or {}
+    values = set(weights.values())
+    recipe = {
+        "type": "blockmerge",
+        **{f"{name}_model_hash": sha for name, sha in zip(_ORDINALS, hashes, strict=False) if sha},
+        "interp_method": run["method"],
+        "multiplier": next(iter(values)) if len(values) == 1 else None,
+        "weights_alpha": ",".join(map(str, weights.values())) if len(values) > 1 else None,
+        "save_as_half": run["dtype"] == "fp16",
+        "bake_in_vae": run["vae_file"],
+    }
+    models: dict[str, Any] = {}
+    for one in recorded:
+        _add_ancestors(one, models)
+    said = {key: value for key, value in recipe.items() if value is not None}
+    return {"sd_merge_recipe": json.dumps(said), "sd_merge_models": json.dumps(models)}
+
+
+_ORDINALS = ("primary", "secondary", "tertiary")
+
+
+def _add_ancestors(recorded: Mapping[str, Any] | None, models: dict[str, Any]) -> None:
+    """Add a model, and those that it says it was made of, as far as their hashes are known."""
+    if not isinstance(recorded, Mapping) or not isinstance(recorded.get("sha256"), str):
+        return
+    own = recorded["recipe"] if isinstance(recorded.get("recipe"), Mapping) else {}
+    method = {"type": "blockmerge", "interp_method": own.get("method")} if own else None
+    models[recorded["sha256"]] = {
+        "name": str(recorded.get("name")),
+        "legacy_hash": None,
+        "sd_merge_recipe": method,
+    }
+    files = own.get("files")
+    ancestors = files.get("models") if isinstance(files, Mapping) else None
+    for one in ancestors if isinstance(ancestors, list) else ():
+        _add_ancestors(one, models)
 
 
 def _architecture(a: Model) -> dict[str, str]:

@@ -16,7 +16,12 @@ from blockmerge.expressions import Expression, Gathered, Stored, leaves_of
 from blockmerge.merging.outputs import Output, WeightFile
 from blockmerge.merging.planning.adapting import Adapted
 from blockmerge.merging.planning.decisions import Decisions
-from blockmerge.merging.planning.metadata import about_metadata, lost_metadata, output_metadata
+from blockmerge.merging.planning.metadata import (
+    about_metadata,
+    lost_metadata,
+    output_metadata,
+    web_ui_metadata,
+)
 from blockmerge.merging.planning.naming import OutputTensor
 from blockmerge.merging.planning.policies import decide
 from blockmerge.merging.planning.recorded import files_of
@@ -86,12 +91,12 @@ def make_plan(
     )
     names = names_of_models(models)
     described = as_run(request, names, resolved, [one["blocks"] for one in adapted.said])
-    described["files"] = files_of(models, names, decided.vae_file, adapted)
+    described["files"] = files_of(models, names, decided.vae_file, adapted, is_hashed=request.hash)
     if stages := stages_of(models):
         described |= {"stages": stages, "round": request.rounding}
     recipe = json.dumps(described, ensure_ascii=False)
     made = output_metadata(a.source.metadata, recipe, family, changes_values=request.changes_values)
-    made |= about_metadata(request.about, a, names)
+    made |= {**about_metadata(request.about, a, names), **web_ui_metadata(described)}
     metadata = made if metadata is None else metadata
     lost = lost_metadata(a.source.metadata, metadata, a.name)
     anatomy = replace(a.anatomy, inputs=_inputs(a, decided.tensors), naming=output.naming)

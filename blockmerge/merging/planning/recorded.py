@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from blockmerge.checkpoints import Checkpoint, Model, identity_of
+from blockmerge.checkpoints import Checkpoint, Model, identity_of, sha256_of
 from blockmerge.merging.planning.adapting import Adapted
 from blockmerge.merging.planning.metadata import RECIPE_KEY
 
@@ -15,32 +15,40 @@ _LARGEST = 1 << 18
 
 
 def files_of(
-    models: Sequence[Model], names: Sequence[str], vae: Checkpoint | None, adapted: Adapted
+    models: Sequence[Model],
+    names: Sequence[str],
+    vae: Checkpoint | None,
+    adapted: Adapted,
+    *,
+    is_hashed: bool = False,
 ) -> dict[str, Any]:
     """Return what is recorded of models, a VAE's file and LoRAs: None for a stage, and for what is in memory.
+    With `is_hashed`, SHA-256s are recorded, too, which reads the files that were not hashed before.
 
     Raises CheckpointError when a file cannot be read.
     """
     of_models = [
-        _recorded(model.source, name) if model.is_file else None
+        _recorded(model.source, name, is_hashed=is_hashed) if model.is_file else None
         for model, name in zip(models, names, strict=True)
     ]
     found: dict[str, Any] = {"models": of_models}
     if vae is not None:
-        found["vae"] = _recorded(vae, vae.name)
+        found["vae"] = _recorded(vae, vae.name, is_hashed=is_hashed)
     if adapted.applied:
-        found["loras"] = [_recorded(one.adapter.source, one.adapter.source.name) for one in adapted.applied]
+        sources = [one.adapter.source for one in adapted.applied]
+        found["loras"] = [_recorded(one, one.name, is_hashed=is_hashed) for one in sources]
     return found
 
 
-def _recorded(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:
+def _recorded(checkpoint: Checkpoint, name: str, *, is_hashed: bool) -> dict[str, Any] | None:
     identity = identity_of(checkpoint)
     if identity is None:
         return None
-    own = _recipe_of(checkpoint.metadata)
+    own, sha256 = _recipe_of(checkpoint.metadata), sha256_of(checkpoint) if is_hashed else None
     name = name.encode("utf-8", "replace").decode()  # names of files may be bytes that are no text
     said = {"name": name, "size": identity.size, "identity": identity.digest}
-    return said if own is None else {**said, "recipe": own}
+    more = {"sha256": sha256, "recipe": own}
+    return {**said, **{key: value for key, value in more.items() if value is not None}}
 
 
 def _recipe_of(metadata: Mapping[str, str]) -> Any:

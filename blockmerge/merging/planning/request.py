@@ -86,8 +86,9 @@ class MergeRequest:
     out what no loader needs; `configs` is a folder whose configs and tokenizers go into a new one. `beta` and
     `numbers` are for methods that have them; `rules` override the weights of single tensors; `clip`,
     `loras` and `adjust` are done to what the method gives, in this order; `partial` allows LoRAs with modules
-    that meet no tensor; `rounding` is one of ROUNDINGS; `about` has texts for some of ABOUT. `found` are
-    weights that go before those that `weights` and `beta` ask for.
+    that meet no tensor; `rounding` is one of ROUNDINGS; `about` has texts for some of ABOUT; with
+    `hash`, models are recorded by their SHA-256s, too. `found` are weights that go before those that
+    `weights` and `beta` ask for.
     """
 
     weights: WeightsRequest
@@ -110,6 +111,7 @@ class MergeRequest:
     partial: bool = False
     rounding: str = ROUNDINGS[0]
     about: Mapping[str, str] = field(default_factory=dict)
+    hash: bool = False
 
     def __post_init__(self) -> None:
         plain = {
@@ -150,7 +152,7 @@ class MergeRequest:
                 "EMA copies would lack the LoRAs: ema is drop or use (--ema, of merge and bake), "
                 "where LoRAs are baked in"
             )
-        for name in ("clip", "prune", "allow_nonfinite", "partial"):
+        for name in ("clip", "prune", "allow_nonfinite", "partial", "hash"):
             check_flag(name, getattr(self, name))
 
     def _fit_to(self, method: Method) -> None:
@@ -177,6 +179,7 @@ class MergeRequest:
             allow_nonfinite=False,
             rounding=ROUNDINGS[0],
             about={},
+            hash=False,
         )
 
     @property

@@ -40,14 +40,14 @@ _ASKED = (*_OF_WEIGHTS, *(f"{key}_beta" for key in _OF_WEIGHTS))
 _TEXTS = (
     "method", "vae", "dtype", "to", "ema", "variant", "configs", "sdxl_map", "round", *ABOUT,
 )  # fmt: skip
-_FLAGS = ("clip", "prune", "allow_nonfinite", "partial")
+_FLAGS = ("clip", "prune", "allow_nonfinite", "partial", "hash")
 OPTIONS = (*_ASKED, *_TEXTS, *_FLAGS, "rules", "adjust", "seed", "numbers", "found", "loras")
 """The keys of a request that is written as asked; all others are numbers of its method."""
 
 _AS_RUN = frozenset((
     "version", "method", "models", "preset", "weights", "weights_beta", "numbers", "rules", "adjust",
     "clip", "vae", "vae_file", "dtype", "ema", "prune", "naming", "variant", "configs", "allow_nonfinite",
-    "asked", "loras", "partial", "round", "files", "stages", "about",
+    "asked", "loras", "partial", "round", "files", "stages", "about", "hash",
 ))  # fmt: skip
 
 _NOT_NUMBERS = (*OPTIONS, "models", "version")
@@ -80,6 +80,7 @@ def as_asked(request: MergeRequest) -> dict[str, Any]:
         "loras": [_lora_asked(lora) for lora in request.loras] or None,
         **request.about,
         "partial": request.partial or None,
+        "hash": request.hash or None,
         "round": None if request.rounding == ROUNDINGS[0] else request.rounding,
         "found": found
         and {"of": found.of, "preset": found.preset, "weights": found.weights, "weights_beta": found.beta},
@@ -187,6 +188,8 @@ def as_run(
         "allow_nonfinite": request.allow_nonfinite,
         "asked": _asked_of_a_run(request, resolved.preset),
     }
+    if request.hash:
+        run["hash"] = True
     if request.about:
         run["about"] = dict(request.about)
     if request.loras:
@@ -208,7 +211,7 @@ def asked_of_run(run: Mapping[str, Any], models: int) -> tuple[dict[str, Any], d
     """Return a request that was written as run as one that is written as asked, to the same weights; and what
     it calls those of ``"vae"`` and ``"configs"`` that it does not say the place of.
     """
-    same = ("method", "rules", "adjust", "clip", "dtype", "ema", "prune", "variant")
+    same = ("method", "rules", "adjust", "clip", "dtype", "ema", "prune", "variant", "hash")
     asked = {key: run.get(key) for key in (*same, "numbers", "allow_nonfinite", "vae", "loras", "partial")}
     asked["to"] = run.get("naming")
     _check(run, "about", Mapping, "a table")
