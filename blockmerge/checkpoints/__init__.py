@@ -3,7 +3,7 @@
 from blockmerge.checkpoints.assembled import Assembled, Assembly, Piece
 from blockmerge.checkpoints.checkpoint import Checkpoint, Checksummed, Makes, Reader, TensorInfo
 from blockmerge.checkpoints.formats.any_file import SUFFIXES
-from blockmerge.checkpoints.formats.file import FileReader
+from blockmerge.checkpoints.formats.file import FileReader, no_garbage_collection
 from blockmerge.checkpoints.formats.folder import (
     LARGEST_CARRIED,
     SCHEDULER,
@@ -89,6 +89,7 @@ __all__ = [
     "model_files",
     "name_of",
     "names_of",
+    "no_garbage_collection",
     "old_hash",
     "open_checkpoint",
     "open_source",

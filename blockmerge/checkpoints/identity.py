@@ -59,12 +59,14 @@ def size_of_files(checkpoint: Checkpoint) -> int:
 def _digest(checkpoint: Checkpoint) -> str:
     table = {name: [one.dtype, one.shape, one.offset] for name, one in checkpoint.tensors.items()}
     found = hashlib.blake2b(json.dumps([table, dict(checkpoint.metadata)]).encode(), digest_size=16)
-    memory = memoryview(bytearray(_PAGE))
+    samples = list(_samples(checkpoint))
+    memory = memoryview(bytearray(sum(count for _, count in samples)))
+    done = 0
     with checkpoint.reader() as reader:
-        for offset, count in _samples(checkpoint):
-            part = memory[:count]
-            reader.read_into(offset, part)
-            found.update(part)
+        for offset, count in samples:
+            reader.read_into(offset, memory[done : done + count])
+            done += count
+    found.update(memory)
     return found.hexdigest()
 
 

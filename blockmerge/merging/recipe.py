@@ -16,6 +16,7 @@ from blockmerge.checkpoints import (
     CheckpointLike,
     DiffusersFolder,
     check_output,
+    no_garbage_collection,
 )
 from blockmerge.errors import OutputError, RecipeError, counted, reason, shown
 from blockmerge.merging.execute import Pace
@@ -366,11 +367,14 @@ class Recipe(Node):
         device, pace = _choose_pace(self.request, str(device), threads)
         self.request.check_model_count(len(self.models))
         check_size(self)
-        opened = open_models(expanded(self))
-        has_vae = self.request.vae_file(len(opened)) is not None
-        is_whole = has_vae or any(model.components != {"unet"} for model in opened)
-        kind = choose_output(output, opened[0], self.request.naming, self.request.configs, is_whole=is_whole)
-        return make_plan(opened, self.request, kind, metadata), pace, device
+        with no_garbage_collection():
+            opened = open_models(expanded(self))
+            has_vae = self.request.vae_file(len(opened)) is not None
+            is_whole = has_vae or any(model.components != {"unet"} for model in opened)
+            kind = choose_output(
+                output, opened[0], self.request.naming, self.request.configs, is_whole=is_whole
+            )
+            return make_plan(opened, self.request, kind, metadata), pace, device
 
     def as_checkpoint(self) -> Checkpoint:
         """Return what the recipe makes as a checkpoint that is computed where it is read, for all that takes

@@ -39,7 +39,7 @@ class FileCheckpoint(Checkpoint):
             if not stat.S_ISREG(os.stat(self.path).st_mode):
                 what = "is a folder" if self.path.is_dir() else "is not a regular file"
                 raise CheckpointError(f"{shown_path(self.path)} {what}: give a .safetensors or .ckpt file")
-            with self.path.open("rb") as file, _no_garbage_collection():
+            with self.path.open("rb") as file, no_garbage_collection():
                 self._identity = _identity(os.fstat(file.fileno()))
                 yield file, self._identity[0]
         except OSError as error:
@@ -111,9 +111,11 @@ def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    # The thousands of new objects of a header set off a full collection, which goes through all of torch's
-    # objects too and takes ten times as long as reading the header; none of the objects here can be garbage.
+def no_garbage_collection() -> Iterator[None]:
+    """For reading headers and planning, whose thousands of new objects would set off full collections: these
+    go through all of torch's objects, too, and take longer than the work itself. None of the new objects can
+    be garbage.
+    """
     was_on = gc.isenabled()
     gc.disable()
     try:
