@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tomllib
 
 import pytest
@@ -14,11 +15,14 @@ from safetensors.torch import load_file, save_file
 
 import blockmerge
 from blockmerge import Merge, Recipe
+from blockmerge.checkpoints import identity_of
 from blockmerge.cli.main import run
 from blockmerge.errors import RecipeError
 from blockmerge.merging.again import Recorded, Searched
+from blockmerge.rendering.recipes import recipe_text
 from tests.commands import ok
 from tests.small_models import small_model, write_folder
+from tests.thin_loras import make_lora
 
 MIX = """
 output = "final.safetensors"
@@ -184,6 +188,177 @@ def test_models_are_found_in_folders_by_name(mix, tmp_path_factory):
     (elsewhere / "mix.toml").write_text(f"models_folder = '{mix}'\n{MIX}")
     Recipe.load(elsewhere / "mix.toml").run(elsewhere / "again.safetensors")
     assert sha256(elsewhere / "again.safetensors") == sha256(mix / "here.safetensors")
+
+
+def test_loras_are_found_beside_the_recipe_and_nowhere_else(mix, monkeypatch):
+    make_lora(mix / "style.safetensors", "sd1", rank=2)
+    (mix / "sub").mkdir()
+    text = 'models = ["a.safetensors", "b.safetensors"]\nweights = 0.5\npartial = true\nloras = ["style.safetensors:0.8"]\n'
+    (mix / "m.toml").write_text(text)
+    wanted = Merge(
+        mix / "a.safetensors",
+        mix / "b.safetensors",
+        weights=0.5,
+        partial=True,
+        loras=[(mix / "style.safetensors", 0.8)],
+    )
+    wanted.run(mix / "wanted.safetensors")
+    monkeypatch.chdir(mix.parent)
+    name = os.path.join(mix.name, "m.toml")
+    Recipe.load(name).run(mix / "one.safetensors")
+    assert sha256(mix / "one.safetensors") == sha256(mix / "wanted.safetensors")
+    Recipe.load(name).dump(mix / "sub" / "copy.toml")
+    Recipe.load(mix / "sub" / "copy.toml").run(mix / "two.safetensors")
+    assert sha256(mix / "two.safetensors") == sha256(mix / "wanted.safetensors")
+    (mix / "sub" / "elsewhere.toml").write_text(text)
+    Recipe.load(mix / "sub" / "elsewhere.toml", models=[mix]).run(mix / "three.safetensors")
+    assert sha256(mix / "three.safetensors") == sha256(mix / "wanted.safetensors")
+    found = blockmerge.explain(mix / "wanted.safetensors", [mix / "a.safetensors", mix / "b.safetensors"])
+    assert found.exact  # the LoRA lies beside the merge
+
+
+def test_an_output_does_not_leave_the_folder_through_a_link(mix, tmp_path_factory):
+    (mix / "link").symlink_to(tmp_path_factory.mktemp("elsewhere"))
+    says(mix, MIX.replace("final.safetensors", "link/final.safetensors"), match="outside the recipe's folder")
+
+
+def test_what_is_in_json_twice_is_refused(mix):
+    (mix / "twice.json").write_text(
+        '{"models": ["a.safetensors", "b.safetensors"], "weights": 1, "weights": 0}'
+    )
+    with pytest.raises(RecipeError, match="a name is in it twice"):
+        Recipe.load(mix / "twice.json")
+    (mix / "half.json").write_text(
+        '{"models": ["a.safetensors", "b.safetensors"], "weights": 1, "title": "\\ud800"}'
+    )
+    with pytest.raises(RecipeError, match=r"half\.json is not a recipe"):
+        Recipe.load(mix / "half.json")
+
+
+def test_what_changes_nothing_of_the_weights_keeps_those_that_were_found(mix):
+    (mix / "own.toml").write_text('name = "high_res"\nweights = [' + ", ".join(["0.9"] * 26) + "]\n")
+    a, b = mix / "a.safetensors", mix / "b.safetensors"
+    result = Merge(a, b, preset=str(mix / "own.toml")).run(mix / "made.safetensors")
+    variant = blockmerge.again(
+        mix / "made.safetensors", changes=["title=My mix"], output=mix / "titled.safetensors"
+    )
+    assert variant.weights == result.weights
+    (mix / "shown.toml").write_text(recipe_text(Recorded.of(mix / "made.safetensors")))
+    assert Recipe.load(mix / "shown.toml").run(mix / "run.safetensors").weights == result.weights
+
+
+def test_files_of_one_identity_are_told_apart_or_refused(mix):
+    tensors = load_file(mix / "a.safetensors")
+    name = max(tensors, key=lambda name: tensors[name].numel())
+    (mix / "models").mkdir()
+    identity = None
+    for number in range(50):  # a value that no sample looks at
+        other = tensors[name].clone()
+        other.view(-1)[100 + number * 40] += 1
+        save_file({**tensors, name: other}, mix / "models" / "twin.safetensors")
+        twin = identity_of(blockmerge.open_checkpoint(mix / "models" / "twin.safetensors"))
+        identity = identity_of(blockmerge.open_checkpoint(mix / "a.safetensors"))
+        if twin == identity:
+            break
+    assert twin == identity
+    Merge(mix / "a.safetensors", mix / "b.safetensors", weights=0.5).run(mix / "made.safetensors")
+    with pytest.raises(RecipeError, match=r"a.safetensors may be each of .*twin.safetensors"):
+        blockmerge.verify(mix / "made.safetensors", models=[mix / "models"])
+    (mix / "models" / "twin.safetensors").unlink()
+    shutil.copy(mix / "a.safetensors", mix / "models" / "copy.safetensors")
+    assert blockmerge.verify(mix / "made.safetensors", models=[mix / "models"]).same
+
+
+def test_a_merge_does_not_replace_the_file_whose_recipe_it_is(mix):
+    final = Recipe.load(mix / "mix.toml").run().output
+    before = sha256(final)
+    with pytest.raises(blockmerge.OutputError, match="is the file whose recipe it is"):
+        blockmerge.again(final, output=final, overwrite=True)
+    assert sha256(final) == before
+
+
+def test_metadata_that_a_stranger_added_are_not_carried_along(mix):
+    final = Recipe.load(mix / "mix.toml").run().output
+    with safe_open(final, "pt") as file:
+        metadata = file.metadata()
+    forged = {**metadata, "modelspec.hash_sha256": "0" * 64, "note": "x"}
+    save_file(load_file(final), mix / "forged.safetensors", forged)
+    blockmerge.again(mix / "forged.safetensors", output=mix / "again.safetensors")
+    assert sha256(mix / "again.safetensors") == sha256(final)
+
+
+WRONG = [None, True, -1, 1e308, "x", [], [1], {}, {"x": 1}, [None], 10**400]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "models",
+        "weights",
+        "numbers",
+        "rules",
+        "asked",
+        "files",
+        "stages",
+        "loras",
+        "about",
+        "preset",
+        "method",
+        "vae_file",
+        "dtype",
+    ],
+)
+def test_any_kind_of_thing_in_a_recipe_is_taken_or_refused_in_one_line(mix, key, capsys):
+    final = Recipe.load(mix / "mix.toml").run().output
+    with safe_open(final, "pt") as file:
+        metadata = file.metadata()
+    tensors, written = load_file(final), json.loads(metadata["blockmerge.recipe"])
+    places = [written, written["stages"]["X"], written["files"]["models"][1]]
+    for place in places:
+        before = dict(place)
+        for value in WRONG:
+            place[key] = value
+            if place is places[2]:
+                place |= {"size": value, "name": value} if key == "models" else {"recipe": {key: value}}
+            save_file(
+                tensors, mix / "evil.safetensors", {**metadata, "blockmerge.recipe": json.dumps(written)}
+            )
+            for words in (["recipe"], ["recipe", "--tree"], ["recipe", "--json"], ["verify", "-q"]):
+                code = run([words[0], str(mix / "evil.safetensors"), *words[1:]])
+                out, err = capsys.readouterr()
+                assert code in (0, 1)
+                assert "Traceback" not in out + err
+                assert err.count("\n") <= 1
+            place.clear()
+            place.update(before)
+
+
+def test_a_recipe_is_shown_without_what_a_terminal_obeys(mix, cli):
+    final = Recipe.load(mix / "mix.toml").run().output
+    with safe_open(final, "pt") as file:
+        metadata = file.metadata()
+    written = json.loads(metadata["blockmerge.recipe"])
+    del written["stages"]
+    written["models"] = [
+        "--overwrite",
+        'b\nmodels_folder = "etc" #',
+    ]
+    written["files"]["models"] = [
+        {"name": name, "size": 1, "identity": str(number)}
+        for number, name in enumerate(("/etc/--overwrite", written["models"][1]))
+    ]
+    save_file(
+        load_file(final), mix / "evil.safetensors", {**metadata, "blockmerge.recipe": json.dumps(written)}
+    )
+    shown = cli("recipe", mix / "evil.safetensors")
+    assert "models_folder" not in tomllib.loads(shown)
+    assert not any(line.startswith("# blockmerge ") for line in shown.splitlines())
+    written["stages"] = {"X": {**written, "models": ["X"] * 4, "files": {"models": [None] * 4}}}
+    written["models"], written["files"] = ["X"] * 4, {"models": [None] * 4}
+    save_file(
+        load_file(final), mix / "evil.safetensors", {**metadata, "blockmerge.recipe": json.dumps(written)}
+    )
+    assert len(cli("recipe", mix / "evil.safetensors", "--tree").splitlines()) < 20
 
 
 # -- recorded ------------------------------------------------------------------------------------------------

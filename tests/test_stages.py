@@ -15,6 +15,7 @@ from blockmerge.errors import BlockmergeError, RecipeError
 from blockmerge.methods import METHODS
 from tests import method_oracle, oracle
 from tests.small_models import small_model, write_folder
+from tests.thin_loras import make_lora
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -37,6 +38,8 @@ def leaves(tmp_path_factory):
             path = folder / f"{family}-{number}.safetensors"
             save_file({n: t.to(dtype) if t.is_floating_point() else t for n, t in model.items()}, path)
             found[family].append(path)
+        # A LoRA for the layers that these small models have, too.
+        found[family].append(make_lora(folder / f"{family}-lora.safetensors", family, rank=2, scale=0.3))
     return found
 
 
@@ -69,13 +72,22 @@ def trees(draw, count, depth=3):
         options["rules"] = "BASE:attn:0.75"
     if method.random:
         options["seed"] = draw(st.integers(0, 3))
+    if draw(st.integers(0, 3)) == 0:
+        options["loras"] = [("lora", draw(st.sampled_from([0.75, -0.5])))]
+        options["partial"] = True
     return method.name, models, options
+
+
+def with_files(options, files):
+    """The options of a merge with the LoRA's file for its name."""
+    loras = [(files[-1], strength) for _, strength in options.get("loras", ())]
+    return {**options, **({"loras": loras} if loras else {})}
 
 
 def recipe_of(tree, files, **result):
     _, models, options = tree
     given = [files[one] if isinstance(one, int) else recipe_of(one, files) for one in models]
-    return Merge(*given, **options, **result)
+    return Merge(*given, **with_files(options, files), **result)
 
 
 def by_commands(tree, files, folder, output=None):
@@ -83,7 +95,7 @@ def by_commands(tree, files, folder, output=None):
     _, models, options = tree
     given = [files[one] if isinstance(one, int) else by_commands(one, files, folder) for one in models]
     output = output or folder / f"stage{len(list(folder.iterdir()))}.safetensors"
-    blockmerge.merge(*given, **options, output=output)
+    blockmerge.merge(*given, **with_files(options, files), output=output)
     return output
 
 
@@ -150,7 +162,7 @@ def test_a_recipe_is_its_tree_in_float64_rounded_once(leaves, tmp_path_factory, 
     files = leaves["sd1"]
     output = tmp_path_factory.mktemp("end") / "out.safetensors"
     recipe_of(tree, files, dtype=dtype).run(output)
-    loaded, got = [load_file(file) for file in files], load_file(output)
+    loaded, got = [load_file(file) for file in files[:-1]], load_file(output)
     for name, tensor in got.items():
         if not tensor.is_floating_point() or name.startswith("first_stage_model."):
             continue  # each stage decides whose VAE it takes
@@ -248,3 +260,62 @@ def test_trees_that_are_too_large_are_refused_at_once(leaves, tmp_path):
     for _ in range(38):
         chain = Merge(chain, b, weights=0.5)
     chain.run(tmp_path / "out.safetensors")
+
+
+def test_a_lora_in_a_stage_is_added_as_its_own_command_adds_it(leaves, tmp_path):
+    *_, single, lora = leaves["sd1"]  # float32, where another order of sums is other bits
+    inner = {"method": "bake", "loras": [(lora, 0.7)], "partial": True}
+    Merge(Merge(single, **inner), single, weights=0.25, rounding="each").run(tmp_path / "staged.safetensors")
+    blockmerge.bake(single, [(lora, 0.7)], partial=True, output=tmp_path / "baked.safetensors")
+    blockmerge.merge(
+        tmp_path / "baked.safetensors", single, weights=0.25, output=tmp_path / "two.safetensors"
+    )
+    one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("staged", "two"))
+    assert all(torch.equal(oracle.bits(one[name]), oracle.bits(two[name])) for name in two)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_quantised_model_in_a_stage_does_not_make_the_result_bfloat16(tmp_path, dtype):
+    model = small_model("sd1", dtype)
+    save_file(model, tmp_path / "a.safetensors")
+    scaled = {**model, "scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}
+    for name in [name for name in model if name.endswith(".weight") and model[name].dim() == 2]:
+        scaled[name] = model[name].to(torch.float8_e4m3fn)
+        scaled[f"{name.removesuffix('weight')}scale_weight"] = torch.tensor(1.0)
+    save_file(scaled, tmp_path / "b.safetensors")
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    for rounding in ("end", "each"):
+        recipe = Merge(Merge(a, b, weights=0.5), a, weights=0.25, rounding=rounding)
+        recipe.run(tmp_path / "out.safetensors", overwrite=True)
+        found = load_file(tmp_path / "out.safetensors")
+        assert {tensor.dtype for tensor in found.values() if tensor.is_floating_point()} == {dtype}
+
+
+def test_ema_copies_are_of_the_result_alone(leaves, tmp_path):
+    a, b = leaves["sd1"][:2]
+    with pytest.raises(RecipeError, match="ema='keep' of a stage"):
+        Merge(Merge(a, b, weights=0.5, ema="keep"), a, weights=0.5).run(tmp_path / "out.safetensors")
+    with pytest.raises(BlockmergeError, match="no EMA copies to use"):
+        Merge(Merge(a, b, weights=0.5), a, weights=0.5, ema="use").run(tmp_path / "out.safetensors")
+
+
+def test_stages_of_one_name_are_told_apart(leaves, tmp_path):
+    a, b = leaves["sd1"][:2]
+    inner = Merge(Merge(a, b, weights=0.5).named("x"), b, weights=0.5).named("x")
+    Merge(Merge(inner, b, weights=0.5).named("x_"), a, weights=0.25).run(tmp_path / "out.safetensors")
+    assert blockmerge.verify(tmp_path / "out.safetensors", models=[a.parent]).same
+
+
+def test_a_model_that_is_given_twice_is_counted_once(leaves, tmp_path):
+    a, b = leaves["sd1"][:2]
+    counts = Merge(a, a, weights=0, vae="b").run(tmp_path / "out.safetensors").tensors
+    assert min(counts.computed, counts.from_a, counts.from_b, counts.from_vae) >= 0
+    assert counts.from_a + counts.from_b + counts.computed == counts.written
+
+
+def test_what_is_made_of_a_stage_is_not_called_as_its_a(leaves, tmp_path):
+    a, b = leaves["sd1"][:2]
+    save_file(load_file(a), tmp_path / "famous.safetensors", {"modelspec.title": "Famous", "format": "pt"})
+    recipe = Merge(Merge(tmp_path / "famous.safetensors", b, weights=0.5), method="convert", dtype="bf16")
+    recipe.run(tmp_path / "out.safetensors")
+    assert "modelspec.title" not in blockmerge.open_checkpoint(tmp_path / "out.safetensors").metadata

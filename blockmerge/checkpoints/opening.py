@@ -53,7 +53,8 @@ class Opening:
         them, and IncompatibleModelsError when EMA copies are to be used and no model has any.
         """
         check_variant([*(model.source for model in models), *beside], self.variant)
-        if self.ema == "use" and not any(plain_names_of_ema(model.source.tensors) for model in models):
+        files = [model for model in models if model.is_file]
+        if self.ema == "use" and not any(plain_names_of_ema(model.source.tensors) for model in files):
             raise IncompatibleModelsError(
                 f"no EMA copies to use in {names_of(models)}: leave out ema='use' (--ema use)"
             )

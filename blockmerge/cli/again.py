@@ -54,9 +54,10 @@ def again(
     given. A weight that is set goes on top of those that the merge was made with. FILE may be a pinned
     recipe, as blockmerge recipe FILE --pin prints it: then the output gets its name only if it is that file.
     """
-    from blockmerge.merging.again import Recorded, Searched
+    from blockmerge.merging.again import Recorded, Searched, check_other
 
     recorded = Recorded.of(file)
+    check_other(file, output)
     recipe = recorded.recipe(Searched.beside_file(recorded, models), changes)
     pinned = {} if changes or recorded.sha256 is None or dry_run else {"sha256": recorded.sha256}
     carry_out(

@@ -55,16 +55,21 @@ def run(
 
     What a recipe looks like is in docs/recipes.md.
     """
+    from blockmerge.errors import BlockmergeError, shown
     from blockmerge.merging.recipe import Recipe
 
-    carry_out(
-        Recipe.load(recipe, models=models, changes=changes),
-        output,
-        "merging",
-        device=device,
-        threads=threads,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        as_json=as_json,
-        quiet=quiet,
-    )
+    found = Recipe.load(recipe, models=models, changes=changes)
+    try:
+        carry_out(
+            found,
+            output,
+            "merging",
+            device=device,
+            threads=threads,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            as_json=as_json,
+            quiet=quiet,
+        )
+    except BlockmergeError as error:
+        raise type(error)(f"{shown(recipe)}: {error}") from error

@@ -11,7 +11,7 @@ from blockmerge.checkpoints import Checkpoint, Model, identity_of
 from blockmerge.errors import BlockmergeError, RecipeError, listing, shown
 from blockmerge.explaining.candidates import Candidates
 from blockmerge.explaining.explanation import BlockOrigin, Explanation
-from blockmerge.merging import Recorded, Verification, verified
+from blockmerge.merging import Recorded, Searched, Verification, preset_of, verified
 from blockmerge.streaming import Progress
 
 
@@ -38,7 +38,7 @@ def own_recipe(
         recorded = Recorded.of(merged.source)
     except BlockmergeError:
         return OwnRecipe()
-    among = _Among([model.source for model in candidates.models])
+    among = _Among([model.source for model in candidates.models], recorded.folder)
     try:
         found = verified(merged.source, recorded, among, threads=threads, progress=progress)
     except BlockmergeError as error:
@@ -53,14 +53,24 @@ class _Among:
     """Finds what was recorded among opened checkpoints."""
 
     checkpoints: Sequence[Checkpoint]
+    folder: str
 
     def find(self, wanted: Sequence[Mapping[str, Any]]) -> dict[str, Checkpoint]:
-        """Return {identity: the checkpoint that has it}. Raises RecipeError for those that are not there."""
+        """Return {identity: the checkpoint that has it}. What is no candidate, as a LoRA or a VAE, is looked
+        for beside the merge.
+
+        Raises RecipeError for those that are not there.
+        """
         there = {
             identity.digest: one for one in self.checkpoints if (identity := identity_of(one)) is not None
         }
-        if missing := [str(one.get("name", "?")) for one in wanted if one["identity"] not in there]:
-            raise RecipeError(f"it names {listing(missing)}, not among the candidates")
+        missing = [one for one in wanted if one["identity"] not in there]
+        if missing:
+            try:
+                there |= Searched(beside=self.folder).find(missing)
+            except RecipeError:
+                names = listing([str(one["name"]) for one in missing])
+                raise RecipeError(f"it names {names}, not among the candidates") from None
         return {one["identity"]: there[one["identity"]] for one in wanted}
 
 
@@ -70,7 +80,7 @@ def explained(merged: Model, candidates: Candidates, own: OwnRecipe) -> Explanat
     run = own.verification.recipe
     names = dict(zip((_place(model.source) for model in candidates.models), candidates.names, strict=True))
     parents = [names[_place(one)] for one in own.verification.sources if _place(one) in names]
-    method, preset, is_flat = str(run.get("method")), run.get("preset"), not run.get("stages")
+    method, preset, is_flat = str(run.get("method")), preset_of(run), not run.get("stages")
     made = f"made by {shown(method)}" if is_flat else f"made in {len(run['stages']) + 1} merges"
     by = f" with the preset {shown(preset)}" if preset and is_flat else ""
     tree = "" if is_flat else "; blockmerge recipe --tree draws them"
@@ -85,7 +95,7 @@ def explained(merged: Model, candidates: Candidates, own: OwnRecipe) -> Explanat
         exact=True,
         preset=preset,
         parents=tuple(parents),
-        blocks=_blocks(run, parents) if is_flat else {},
+        blocks=_blocks(run, parents) if is_flat and _is_plain(run, parents) else {},
         components={},
         verdict=(
             f"{shown(merged.name)} is {made} of {of}{by}. Its own recipe says so, and made again it is the "
@@ -99,6 +109,13 @@ def explained(merged: Model, candidates: Candidates, own: OwnRecipe) -> Explanat
 def _place(checkpoint: Checkpoint) -> str:
     """Where a checkpoint lies: verifying has opened it anew."""
     return os.path.realpath(checkpoint.path or "")
+
+
+def _is_plain(run: Mapping[str, Any], parents: Sequence[str]) -> bool:
+    """Whether the weights of a recipe say how much of each parent is in a block."""
+    is_changed = run.get("rules") or run.get("loras") or run.get("adjust") or run.get("clip")
+    is_said = run.get("method") in ("weighted_sum", "add_difference")
+    return is_said and not is_changed and len(parents) == len(run["models"])
 
 
 def _blocks(run: Mapping[str, Any], parents: Sequence[str]) -> dict[str, BlockOrigin]:

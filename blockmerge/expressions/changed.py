@@ -122,7 +122,7 @@ class Changed(Expression):
         tiles = list(self._tiles(first, len(flat)))
         terms = self._terms(given, first, flat, tiles)
         # A product alone is added to the weight in one go; of several changes, the sum is wanted first.
-        is_alone = len(self.changes) == len(self.products) == 1
+        is_alone = len(self.changes) == 1 and _product_in(self.changes[0]) is not None
         parts = zip(parts_of(base.view(-1), tiles), parts_of(flat, tiles), strict=True)
         for number, (before, after) in enumerate(parts):
             total = self._memory(tiles[number], inputs, flat)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import filecmp
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -19,10 +19,20 @@ from blockmerge.checkpoints import (
     identity_of,
     is_diffusers_folder,
     open_checkpoint,
+    sha256_of,
     size_of_files,
 )
-from blockmerge.errors import BlockmergeError, CheckpointError, RecipeError, listing, shown
+from blockmerge.errors import (
+    BlockmergeError,
+    CheckpointError,
+    OutputError,
+    RecipeError,
+    listing,
+    reason,
+    shown,
+)
 from blockmerge.merging.planning.metadata import RECIPE_KEY
+from blockmerge.merging.planning.run_faults import fault_of_run, strict_json
 from blockmerge.merging.planning.written import is_as_run
 from blockmerge.merging.recipe import Recipe
 from blockmerge.merging.recipe_changes import with_changes
@@ -106,12 +116,13 @@ class Recorded:
 
 
 def _run_in(text: str, name: str) -> dict[str, Any]:
-    try:
-        run = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{shown(name)}: the recipe in its metadata is not JSON") from error
+    run = strict_json(text)
+    if run is None:
+        raise RecipeError(f"{shown(name)}: the recipe in its metadata is not JSON")
     if not isinstance(run, dict) or not is_as_run(run):
         raise RecipeError(f"{shown(name)}: what is in its metadata is not a recipe")
+    if fault := fault_of_run(run):
+        raise RecipeError(f"{shown(name)}: what is in its metadata is not a recipe: {fault}")
     return run
 
 
@@ -157,6 +168,7 @@ def again(
     Raises RecipeError when the file has no recipe, or its models are not found, and what `merge` raises.
     """
     recorded = Recorded.of(file)
+    check_other(file, output)
     recipe = recorded.recipe(Searched.beside_file(recorded, models), changes, methods)
     return recipe.run(
         output,
@@ -167,6 +179,12 @@ def again(
         sha256=None if changes else recorded.sha256,
         progress=progress,
     )
+
+
+def check_other(file: object, output: str | os.PathLike[str]) -> None:
+    """Raise OutputError where the output would be the very file whose recipe it is made by."""
+    if isinstance(file, (str, os.PathLike)) and os.path.realpath(file) == os.path.realpath(output):
+        raise OutputError(f"{shown(output)} is the file whose recipe it is: give another name")
 
 
 @dataclass(frozen=True)
@@ -213,11 +231,9 @@ class Searched:
         by_size: dict[int, list[Mapping[str, Any]]] = {}
         for one in wanted:
             by_size.setdefault(one.get("size", -1), []).append(one)
-        found: dict[str, Checkpoint] = {}
+        found: dict[str, list[Checkpoint]] = {}
         for path in self._candidates():
             self._seen.append(path)
-            if len(found) == len(wanted):
-                break
             size = _size(path)
             if size is not None and size not in by_size:
                 continue
@@ -225,14 +241,15 @@ class Searched:
                 wanted_here = by_size.get(size_of_files(checkpoint), ())
                 identity = identity_of(checkpoint) if wanted_here else None
                 if identity is not None and any(one["identity"] == identity.digest for one in wanted_here):
-                    found.setdefault(identity.digest, checkpoint)
+                    found.setdefault(identity.digest, []).append(checkpoint)
         if missing := [one for one in wanted if one["identity"] not in found]:
             raise RecipeError(self._missing(missing))
-        return found
+        return {one["identity"]: _the_one(found[one["identity"]], one) for one in wanted}
 
     def _candidates(self) -> Iterator[Path]:
         if self.beside is not None:
-            yield from sorted(Path(self.beside).iterdir())
+            with suppress(OSError):  # a folder that may not be listed has nothing to be found
+                yield from sorted(Path(self.beside).iterdir())
         for folder in self.folders:
             if not os.path.isdir(folder):
                 raise CheckpointError(f"{shown(folder)} is not a folder of models (--models)")
@@ -272,6 +289,35 @@ class Searched:
             f"its models are not all there: {', '.join(said)}, looked for in {looked}{but}: "
             "give the folder that has them (--models FOLDER)"
         )
+
+
+def _the_one(found: Sequence[Checkpoint], recorded: Mapping[str, Any]) -> Checkpoint:
+    """The one of several files with one identity that was recorded: copies are one as good as the other.
+
+    Raises RecipeError where they differ, and nothing tells which it is.
+    """
+    first, *others = found
+    differing = [other for other in others if not _are_copies(first, other)]
+    if not differing:
+        return first
+    for one in found if recorded.get("sha256") else ():
+        if sha256_of(one) == recorded["sha256"]:
+            return one
+    paths = listing([str(one.path) for one in (first, *differing)])
+    raise RecipeError(
+        f"{shown(recorded.get('name', '?'))} may be each of {paths}, which differ in a few values: take the "
+        "others out of these folders"
+    )
+
+
+def _are_copies(one: Checkpoint, other: Checkpoint) -> bool:
+    try:
+        return len(one.files) == len(other.files) and all(
+            os.path.samefile(*pair) or filecmp.cmp(*pair, shallow=False)
+            for pair in zip(one.files, other.files, strict=True)
+        )
+    except OSError as error:
+        raise CheckpointError(f"cannot read {shown(one.name)}: {reason(error)}") from error
 
 
 def _size(path: Path) -> int | None:

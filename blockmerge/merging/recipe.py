@@ -36,7 +36,7 @@ from blockmerge.merging.ready import Plan
 from blockmerge.merging.recipe_files import Places, expanded, load, read_recipe, recipe_of
 from blockmerge.merging.recipe_writing import dumped
 from blockmerge.merging.result import MergeResult
-from blockmerge.merging.tree import Node, check_size, open_models
+from blockmerge.merging.tree import Node, check_size, inner_first, open_models
 from blockmerge.streaming import Progress
 from blockmerge.weights import AdjustLike, RulesLike, WeightsLike, WeightsRequest
 
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
 
 Leaf = Union[CheckpointLike, "Recipe"]
 """What a recipe merges: a model, or what another recipe makes."""
-
-_LARGEST = 1 << 20  # bytes; a recipe is a page of text
 
 
 @dataclass(frozen=True, init=False, eq=False)
@@ -169,18 +167,17 @@ class Recipe(Node):
         return hash((len(self.models), self.request.method_name, self.request.dtype))
 
     def _compared(self) -> tuple[object, ...]:
-        loras = self.request.loras
-        leaves = (*self.models, self.request.vae, self.request.configs, *(lora.file for lora in loras))
-        told: list[object] = [
-            os.path.abspath(leaf)
-            if isinstance(leaf, str)
-            else leaf
-            if isinstance(leaf, (Recipe, type(None)))
-            else id(leaf)
-            for leaf in leaves
-        ]
-        asked = tuple(replace(lora, file="") for lora in loras)
-        return (*told, replace(self.request, vae="auto", configs=None, loras=asked))
+        """What is asked for, of stages within it too: each once, the others by their numbers."""
+        numbers: dict[int, int] = {}
+        told: list[object] = []
+        for node in inner_first(self):
+            loras = node.request.loras
+            leaves = (*node.models, node.request.vae, node.request.configs, *(lora.file for lora in loras))
+            told += [_told(leaf, numbers) for leaf in leaves]
+            asked = tuple(replace(lora, file="") for lora in loras)
+            told.append(replace(node.request, vae="auto", configs=None, loras=asked))
+            numbers[id(node)] = len(numbers)
+        return tuple(told)
 
     # -- as data ---------------------------------------------------------------------------------------------
 
@@ -289,15 +286,14 @@ class Recipe(Node):
 
     def _files(self) -> Iterator[Path]:
         """All files that the recipe names, or that are in folders it names; those of merges within it too."""
-        loras = (lora.file for lora in self.request.loras)
-        for leaf in (*self.models, self.request.vae, self.request.configs, *loras):
-            if isinstance(leaf, Recipe):
-                yield from leaf._files()
-            elif isinstance(leaf, Checkpoint):
-                yield from leaf.files
-            elif isinstance(leaf, (str, os.PathLike)):
-                yield Path(leaf)
-                yield from Path(leaf).rglob("*")
+        for node in inner_first(self):
+            loras = (lora.file for lora in node.request.loras)
+            for leaf in (*node.models, node.request.vae, node.request.configs, *loras):
+                if isinstance(leaf, Checkpoint):
+                    yield from leaf.files
+                elif isinstance(leaf, (str, os.PathLike)):
+                    yield Path(leaf)
+                    yield from Path(leaf).rglob("*")
 
     @classmethod
     def load(
@@ -402,6 +398,13 @@ class Recipe(Node):
         """Merge: `plan`, and `run` of the plan. Raises what these raise."""
         plan = self.plan(output, device=device, threads=threads, overwrite=overwrite, metadata=metadata)
         return plan.run(progress, sha256=sha256)
+
+
+def _told(leaf: object, numbers: Mapping[int, int]) -> object:
+    """What a model is compared by: its path, its number where it is a stage, or that it is this very one."""
+    if isinstance(leaf, str):
+        return os.path.abspath(leaf)
+    return leaf if leaf is None else ("stage", numbers[id(leaf)]) if id(leaf) in numbers else id(leaf)
 
 
 def _check_path(path: object) -> None:

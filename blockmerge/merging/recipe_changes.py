@@ -22,12 +22,13 @@ def with_changes(written: Mapping[str, Any], changes: Sequence[str]) -> dict[str
 
     Raises RecipeError for what is none of these.
     """
+    changes = [changes] if isinstance(changes, str) else changes
     changed = json.loads(json.dumps(written, default=str)) if changes else dict(written)
     for text in changes:
         name, equals, value = text.partition("=")
         stage, dot, key = name.partition(".")
         top, stages = split(changed)
-        if not equals:
+        if not equals or "\n" in text:
             raise RecipeError(f"--set {shown(text)}: STAGE.KEY=VALUE, or BLOCK=WEIGHT of the result")
         if dot and stage in stages:
             _change(changed[stage], key.strip().replace("-", "_"), _value(value), text)
@@ -45,21 +46,39 @@ def with_changes(written: Mapping[str, Any], changes: Sequence[str]) -> dict[str
             _change(changed, key, _value(value), text)
         elif key in OPTIONS:
             _change(own, key, _value(value), text)
+        elif near := did_you_mean(key, (*OF_RESULT, *OF_FILE, *OPTIONS)):
+            raise RecipeError(f"--set {shown(text)}: no option {shown(key)}{near}")
         else:
             _use_found(own)
-            own["set"] = ",".join([*([own["set"]] if own.get("set") else []), text])
+            own["set"] = _on_top(own.get("set"), text)
     return changed
 
 
 def _change(table: dict[str, Any], key: str, value: Any, text: str) -> None:
     if not key:
         raise RecipeError(f"--set {shown(text)}: STAGE.KEY=VALUE, or BLOCK=WEIGHT of the result")
-    if key == "set" and isinstance(table.get("set"), str) and table["set"]:
-        value = f"{table['set']},{value}"
+    if key == "set":
+        value = _on_top(table.get("set"), value)
     table[key] = value
     for other in _SAYS_WEIGHTS.get(key, ()):
         table.pop(other, None)
-    table.pop("found", None)
+    if key in (*_SAYS_WEIGHTS, "set", "set_beta", "seed", "sdxl_map"):
+        table.pop("found", None)  # what was looked up for other weights
+
+
+def _on_top(before: Any, value: Any) -> Any:
+    """Changes of single blocks, and more of them: texts, or tables."""
+    if not before:
+        return value
+    if isinstance(before, Mapping) and isinstance(value, Mapping):
+        return {**before, **value}
+    texts = [
+        ",".join(f"{block}={weight}" for block, weight in one.items())
+        if isinstance(one, Mapping)
+        else str(one)
+        for one in (before, value)
+    ]
+    return ",".join(texts)
 
 
 def _use_found(table: dict[str, Any]) -> None:

@@ -47,13 +47,20 @@ class Places:
 
     def of(self, text: str) -> str:
         """The path that a recipe means."""
+        return self.found(self.beside(text))
+
+    def beside(self, text: str) -> str:
+        """The path that it means if it is in the recipe's own folder."""
         path = os.path.expanduser(text)
-        here = path if os.path.isabs(path) or not self.folder else os.path.join(self.folder, path)
-        if not self.searched or os.path.lexists(here):
-            return here
+        return path if os.path.isabs(path) or not self.folder else os.path.join(self.folder, path)
+
+    def found(self, path: str) -> str:
+        """A path, or where nothing is there, one of that name in the other folders."""
+        if not self.searched or os.path.lexists(path):
+            return path
         name = os.path.basename(path.rstrip("/\\"))
-        found = (self._names_in(folder).get(name) for folder in self.searched)
-        return next((one for one in found if one is not None), here)
+        others = (self._names_in(folder).get(name) for folder in self.searched)
+        return next((one for one in others if one is not None), path)
 
     def has(self, text: str) -> bool:
         """Whether there is such a file in the recipe's own folder."""
@@ -85,7 +92,8 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     data = _read(path)
     try:
         text = data.decode("utf-8-sig")
-        read = json.loads(text) if _is_json(path, data) else tomllib.loads(text)
+        read = json.loads(text, object_pairs_hook=_unique) if _is_json(path, data) else tomllib.loads(text)
+        json.dumps(read, ensure_ascii=False, default=str).encode()  # half a character cannot be written again
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{shown(path)} is not a recipe: {_why(error, path, data)}") from error
     if not isinstance(read, dict):
@@ -115,9 +123,17 @@ def _read(path: str | os.PathLike[str]) -> bytes:
     return data
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A table of JSON. Raises ValueError where a name is in it twice, of which one would be lost."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("a name is in it twice")
+    return table
+
+
 def _why(error: ValueError | RecursionError, path: str | os.PathLike[str], data: bytes) -> str:
     if _is_json(path, data):
-        return "it is not JSON"
+        return str(error) if "twice" in str(error) else "it is not JSON"
     if isinstance(error, UnicodeDecodeError):
         return "it is not text"
     said = "too deep" if isinstance(error, RecursionError) else str(error)
@@ -145,7 +161,10 @@ def load(
     """Return the recipe of a file, as `Recipe.load` does; `changes` are texts as ``--set`` takes them."""
     written = read_recipe(path)
     searched = [models] if isinstance(models, (str, os.PathLike)) else models
-    places = Places(os.path.dirname(os.fspath(path)), tuple(os.fspath(folder) for folder in searched))
+    folders = tuple(os.path.expanduser(folder) for folder in searched)
+    if wrong := [folder for folder in folders if not os.path.isdir(folder)]:
+        raise RecipeError(f"{shown(wrong[0])} is not a folder, where models could be")
+    places = Places(os.path.dirname(os.fspath(path)), folders)
     try:
         return recipe_of(kind, with_changes(written, changes), places, methods)
     except BlockmergeError as error:
@@ -169,7 +188,10 @@ def recipe_of(
     output = _output(top.pop("output", None), places.folder)
     places = places.within(top.pop("models_folder")) if top.get("models_folder") else places
     stages, result = with_result(top, stages)
-    recipe = _Building(kind, stages, places, methods).stage(result)
+    building = _Building(kind, stages, places, methods)
+    recipe = building.stage(result)
+    if unused := [name for name in stages if name not in building.made]:
+        raise RecipeError(f"stages that the result is not made of: {listing(unused)}: take them out")
     return recipe.named(None if result == TOP else result, output)
 
 
@@ -180,12 +202,15 @@ def _output(text: str | None, folder: str) -> str | None:
     if text is None:
         return None
     parts = re.split(r"[/\\]", text)
-    if not text or os.path.isabs(text) or ".." in parts or parts[0].startswith("~") or ":" in parts[0]:
+    is_named_elsewhere = os.path.isabs(text) or ".." in parts or parts[0].startswith("~") or ":" in parts[0]
+    place = os.path.join(folder, text)
+    within = os.path.join(os.path.realpath(folder or os.curdir), "")
+    if not parts[0] or is_named_elsewhere or not os.path.realpath(place).startswith(within):
         raise RecipeError(
             f"output {shown(text)} is outside the recipe's folder: a recipe writes beside itself, unless an "
             "output is given (-o)"
         )
-    return os.path.join(folder, text)
+    return place
 
 
 class _Building(Generic[R]):
@@ -200,7 +225,7 @@ class _Building(Generic[R]):
     ) -> None:
         self._kind = kind
         self._stages, self._places, self._methods = stages, places, methods
-        self._made: dict[str, R] = {}
+        self.made: dict[str, R] = {}
         self._under_way: list[str] = []
 
     def stage(self, name: str) -> R:
@@ -208,14 +233,14 @@ class _Building(Generic[R]):
         if name in self._under_way:
             circle = " → ".join([*self._under_way[self._under_way.index(name) :], name])
             raise RecipeError(f"stages are made of one another: {shown(circle, 200)}")
-        if name not in self._made:
+        if name not in self.made:
             self._under_way.append(name)
             try:
-                self._made[name] = self._make(name, self._stages[name])
+                self.made[name] = self._make(name, self._stages[name])
             except RecursionError:
                 raise RecipeError("stages within stages, too deep: merge the first into a file") from None
             self._under_way.pop()
-        return self._made[name]
+        return self.made[name]
 
     def _make(self, name: str, written: Mapping[str, Any]) -> R:
         try:
@@ -238,10 +263,7 @@ class _Building(Generic[R]):
             raise RecipeError(f"recipe: a model is a file; {type(text).__name__} given")
         if text in self._stages:
             if self._places.has(text):
-                raise RecipeError(
-                    f"{shown(text)} is a stage and a file, too: call one of them otherwise, or give the "
-                    f"file as ./{shown(text)}"
-                )
+                raise RecipeError(f"{shown(text)} is a stage and a file, too: rename the stage")
             return self.stage(text)
         others = [name for name in self._stages if name != TOP]
         if others and is_name(text) and not self._places.has(text):
@@ -269,8 +291,8 @@ class _Building(Generic[R]):
 
     def _lora(self, written: Any) -> Any:
         if isinstance(written, str):
-            lora = Lora.parse(self._places.of(written))
-            return {"file": self._places.of(str(lora.file)), **_said_of(lora)}
+            lora = Lora.parse(self._places.beside(written))
+            return {"file": self._places.found(str(lora.file)), **_said_of(lora)}
         if isinstance(written, Mapping) and isinstance(written.get("file"), str):
             return {**written, "file": self._places.of(written["file"])}
         return written

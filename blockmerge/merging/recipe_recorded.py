@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
-from blockmerge.errors import RecipeError
+from blockmerge.anatomy import FAMILIES
+from blockmerge.errors import BlockmergeError, RecipeError
 from blockmerge.merging.planning.request import told_from_words
 from blockmerge.merging.planning.written import asked_of_run
 from blockmerge.merging.recipe_tables import OF_RESULT
+from blockmerge.weights import WeightsRequest
 
 _RESULT = "result"
 """What the result is called where it has no name."""
@@ -59,9 +62,10 @@ def _merge(run: Mapping[str, Any], files: Files) -> dict[str, Any]:
         asked["configs"] = places["configs"]
     if "loras" in places:
         of_loras = _list(recorded.get("loras"))
-        asked["loras"] = [
-            _lora(lora, one, files) for lora, one in zip(asked["loras"], of_loras, strict=False)
-        ]
+        if len(of_loras) != len(asked["loras"]):
+            raise RecipeError("its recipe does not say which file each of its LoRAs was")
+        pairs = zip(asked["loras"], of_loras, strict=True)
+        asked["loras"] = [_lora(lora, one, files) for lora, one in pairs]
     written = {"models": models, **asked}
     return {key: value for key, value in written.items() if not _is_default(key, value)}
 
@@ -86,7 +90,7 @@ def _named(name: str, recorded: Any, files: Files) -> str:
     """What a file is called in the table: as it was, but no two of them alike."""
     if not isinstance(recorded, Mapping) or not isinstance(recorded.get("identity"), str):
         return name  # a stage, or what was in memory
-    name = str(recorded.get("name", name))
+    name = re.split(r"[/\\]", str(recorded.get("name", name)))[-1]  # a name, and never a path
     other = files.setdefault(name, recorded)
     if other.get("identity") != recorded["identity"]:
         stem, dot, ending = name.rpartition(".")
@@ -102,6 +106,8 @@ def in_one_line(weights: Mapping[str, float | str | None]) -> float | str:
     'IN00-IN01=0.5,IN02=skip'
     """
     said = {block: "skip" if weight is None else weight for block, weight in weights.items()}
+    if not said:
+        return 0.0
     [first, *others] = said.values()
     if first != "skip" and all(weight == first for weight in others):
         return float(first)
@@ -114,9 +120,61 @@ def in_one_line(weights: Mapping[str, float | str | None]) -> float | str:
     return ",".join(parts)
 
 
+def is_found_still(table: Mapping[str, Any]) -> bool:
+    """Whether what a merge was asked for gives the weights that it was made with: a preset may have changed
+    since, or somebody's metadata name another.
+    """
+    found = table.get("found")
+    if not found:
+        return True
+    for family in FAMILIES.values():
+        if set(family.blocks) == set(found["weights"]):
+            pairs = [("", found["weights"]), ("_beta", found.get("weights_beta"))]
+            try:
+                given = [dict(_asked(table, suffix).resolve(family.name)) for suffix, _ in pairs]
+            except BlockmergeError:
+                continue
+            wanted = [None if one is None else {b: _plain(w) for b, w in one.items()} for _, one in pairs]
+            if all(one in (None, had) for one, had in zip(wanted, given, strict=True)):
+                return True
+    return False
+
+
+def _asked(table: Mapping[str, Any], suffix: str) -> WeightsRequest:
+    preset, weights, on_top = (table.get(f"{key}{suffix}") for key in ("preset", "weights", "set"))
+    return WeightsRequest(
+        preset, weights, on_top, table.get("sdxl_map"), seed=table.get("seed") or 0, beta=suffix == "_beta"
+    )
+
+
+def _plain(weight: Any) -> Any:
+    return None if weight == "skip" else weight
+
+
+def preset_of(run: Mapping[str, Any]) -> str | None:
+    """What a recipe calls its preset, where that still gives the weights that it was made with."""
+    if run.get("preset") is None:
+        return None
+    try:
+        table, _ = written_down({key: value for key, value in run.items() if key != "stages"})
+    except BlockmergeError:
+        return None
+    # A preset's label is what was asked for, with ratios rounded; a label of something else is none.
+    asked = table.get("preset")
+    texts = [asked] if isinstance(asked, str) else asked or ()
+    names = [text.rpartition("@")[0] or text for text in texts]
+    is_label = [one.rpartition("@")[0] or one for one in run["preset"].split("+")] == names
+    return str(run["preset"]) if is_label and is_found_still(table) else None
+
+
 def for_reading(table: Mapping[str, Any]) -> dict[str, Any]:
     """A table as somebody would write it: presets by name, weights in a line, nothing that was looked up."""
     read: dict[str, Any] = {}
+    if not is_found_still(table):
+        found = table["found"]
+        own = {key: found[key] for key in ("weights", "weights_beta") if found.get(key) is not None}
+        without = ("preset", "preset_beta", "set", "set_beta", "weights", "weights_beta")
+        table = {**{key: value for key, value in table.items() if key not in without}, **own}
     for key, value in table.items():
         if key == "found":
             continue

@@ -15,7 +15,7 @@ OF_RESULT = ("dtype", "to", "prune", "round", "configs", "allow_nonfinite", "has
 OF_FILE = ("output", "models_folder")
 """What stands beside them there."""
 
-TOP = ""
+TOP = " "
 """What stands for the result's name where its models are at the top."""
 
 

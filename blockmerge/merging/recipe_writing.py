@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from blockmerge.adapters import Lora
 from blockmerge.merging.planning.request import is_vae_of_models
 from blockmerge.merging.planning.written import as_asked, path_of
 from blockmerge.merging.recipe_tables import OF_RESULT
-from blockmerge.merging.tree import Node
+from blockmerge.merging.tree import Node, inner_first
 
 _RESULT = "result"
 """What the result is called where it has no name."""
@@ -21,7 +21,7 @@ def as_stages(recipe: Node, folder: str = "") -> dict[str, Any]:
     """Return a recipe as a table with its stages in tables of their own; paths are relative to `folder`."""
     written: dict[str, Any] = {}
     names: dict[int, str] = {}
-    for stage in _inner_first(recipe):
+    for stage in inner_first(recipe):
         if stage is recipe and not names:
             return {**_output_in(folder, recipe), **_placed_in(folder, _flat(recipe, names))}
         name = stage.name or (_RESULT if stage is recipe else f"stage{len(names) + 1}")
@@ -48,21 +48,6 @@ def _output_in(folder: str, recipe: Node) -> dict[str, str]:
     path = "" if recipe.output is None else _from(folder, recipe.output)
     is_beside = path and not os.path.isabs(path) and not path.startswith("..")
     return {"output": path} if is_beside else {}
-
-
-def _inner_first(recipe: Node) -> Iterator[Node]:
-    seen: set[int] = set()
-
-    def walk(one: Node) -> Iterator[Node]:
-        if id(one) in seen:
-            return
-        seen.add(id(one))
-        for model in one.models:
-            if isinstance(model, Node):
-                yield from walk(model)
-        yield one
-
-    return walk(recipe)
 
 
 def _placed_in(folder: str, written: dict[str, Any], stages: set[str] | None = None) -> dict[str, Any]:

@@ -49,6 +49,22 @@ def open_models(recipe: Node) -> list[Model]:
     return [tree.model(one, recipe.request) for one in recipe.models]
 
 
+def inner_first(recipe: Node) -> Iterator[Node]:
+    """Yield the recipes within a recipe, each once and before what it is in, and last the recipe itself."""
+    seen: set[int] = set()
+
+    def walk(one: Node) -> Iterator[Node]:
+        if id(one) in seen:
+            return
+        seen.add(id(one))
+        for model in one.models:
+            if isinstance(model, Node):
+                yield from walk(model)
+        yield one
+
+    return walk(recipe)
+
+
 @dataclass(frozen=True)
 class Leaves:
     """The files of a recipe, each once, and its stages, by what `places` says of every node: for each of its
@@ -160,7 +176,9 @@ class _Tree:
         """What a stage is called: its own name, where no other has that."""
         taken, number = set(self._names.values()), len(self._names) + 1
         name = node.name or f"stage{number}"
-        return name if name not in taken else f"{name}_{number}"
+        while name in taken:
+            name += "_"
+        return name
 
 
 class _Counting:
@@ -209,6 +227,7 @@ def _check_options(name: str, request: MergeRequest) -> None:
         "round": request.rounding != "end",
         "allow_nonfinite": request.allow_nonfinite,
         "hash": request.hash,
+        "ema='keep'": request.ema == "keep",
         **dict.fromkeys(request.about, True),
     }
     if wrong := [option for option, is_given in given.items() if is_given]:

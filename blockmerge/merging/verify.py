@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -134,15 +135,17 @@ def verified(
 
 
 def _differing_files(folder: Path, files: Mapping[str, bytes]) -> list[str]:
-    """Those of the small files of a folder that it lacks, or has otherwise."""
+    """Small files of a folder that are missing or differ."""
 
-    def read(name: str) -> bytes | None:
+    def is_there(name: str, data: bytes) -> bool:
         try:
-            return (folder / name).read_bytes()
+            status = (folder / name).stat()
+            is_so = stat.S_ISREG(status.st_mode) and status.st_size == len(data)
+            return is_so and (folder / name).read_bytes() == data
         except OSError:
-            return None
+            return False
 
-    return [name for name, data in files.items() if read(name) != data]
+    return [name for name, data in files.items() if not is_there(name, data)]
 
 
 class _EnoughError(Exception):
@@ -218,10 +221,10 @@ def _steps(made: memoryview, there: memoryview, tensor: TensorInfo) -> int:
     size = size_of(tensor.dtype)
     if size not in (1, 2, 4, 8):
         return 1
-    one, other = (
-        np.frombuffer(data, f"i{size}").astype(object if size == 8 else "i8") for data in (made, there)
-    )
+    sign = "u" if tensor.dtype.startswith(("U", "BOOL")) else "i"
+    wide = object if size == 8 else "i8"
+    one, other = (np.frombuffer(data, f"{sign}{size}").astype(wide) for data in (made, there))
     if tensor.dtype in FLOAT_DTYPES:
         least = -(1 << (8 * size - 1))
         one, other = (np.where(values < 0, least - values, values) for values in (one, other))
-    return int(abs(one - other).max())
+    return max(1, int(abs(one - other).max()))  # 0 and −0 differ, too

@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
-from blockmerge.errors import counted, listing, shown
+from blockmerge.errors import RecipeError, counted, listing, shown
+from blockmerge.merging.planning.run_faults import fault_of_run
+from blockmerge.merging.recipe_recorded import for_reading, preset_of, written_down
 
 if TYPE_CHECKING:
     from blockmerge.merging.again import Recorded
@@ -36,36 +38,44 @@ def recipe_text(recorded: Recorded) -> str:
     """The recipe as TOML, with what made it, and the command, as comments."""
     import tomli_w
 
-    from blockmerge.merging.recipe_recorded import for_reading, written_down
-
     table, _ = written_down(recorded.run)
     read = for_reading(table)
+    try:
+        text = tomli_w.dumps(read)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RecipeError(f"{shown(recorded.name)}: its recipe cannot be written as TOML: {error}") from error
     lines = [f"# {shown(recorded.name)}, by blockmerge {shown(recorded.run.get('version', '?'))}"]
     if command := command_of(read):
         lines.append(f"# {command}")
-    return "\n".join([*lines, tomli_w.dumps(read)]).rstrip("\n")
+    return "\n".join([*lines, text]).rstrip("\n")
 
 
 def command_of(table: Mapping[str, Any]) -> str | None:
     """The command for a recipe of one merge, quoted for a shell; None for one of several stages."""
-    if "models" not in table or any(isinstance(value, Mapping) for value in table.values()):
+    if "models" not in table or any(isinstance(one, Mapping) and "models" in one for one in table.values()):
         return None
     words = ["blockmerge"]
-    options = {key: value for key, value in table.items() if key != "models"}
+    options = {key: value for key, value in table.items() if key not in ("models", "numbers")}
+    options |= {f"number {key}": value for key, value in (table.get("numbers") or {}).items()}
     method = options.get("method")
     if method in ("convert", "bake"):
         words.append(str(options.pop("method")))
-    words += table["models"]
+    words += [f"./{name}" if name.startswith("-") else name for name in table["models"]]
     if method == "bake":
         words += [_lora(one) for one in options.pop("loras", ())]
     for key, value in options.items():
         words += _option(key, value)
-    return shlex.join(words)
+    # What somebody's metadata say must be no option, no code, and nothing that a terminal obeys.
+    is_safe = all(word.isprintable() for word in words) and ":" not in str(method)
+    return shlex.join(words) if is_safe else None
 
 
 def _option(key: str, value: Any) -> Iterator[str]:
     option = "-" * 2 + {"loras": "lora"}.get(key, key).replace("_", "-")
-    if value is True:
+    if key.startswith("number "):
+        numbers = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        yield from ("-" * 2 + "number", f"{key.removeprefix('number ')}={numbers}")
+    elif value is True:
         yield option
     elif key == "loras":
         for one in value:
@@ -89,35 +99,41 @@ def _lora(written: Any) -> str:
     return said if blocks is None else f"{said}:{blocks}"
 
 
-_DEEPEST = 20  # merges of merges that are drawn
-
-
 def print_tree(console: Console, name: str, run: Mapping[str, Any]) -> None:
     """Where a file comes from: its models, and what these come from, as far as they say."""
-    console.print(_branch(Tree(Text(f"{shown(name)}: {_how(run)}")), run, run.get("stages") or {}, 0))
+    console.print(_Branches().of(Tree(Text(f"{shown(name)}: {_how(run)}")), run, run.get("stages") or {}))
 
 
-def _branch(tree: Tree, run: Mapping[str, Any], stages: Mapping[str, Any], depth: int) -> Tree:
-    files = run.get("files") or {}
-    recorded = files.get("models") or [None] * len(run.get("models") or ())
-    for name, file in zip(run.get("models") or (), recorded, strict=False):
-        own = file.get("recipe") if isinstance(file, Mapping) else stages.get(name)
-        if isinstance(own, Mapping) and depth < _DEEPEST:
-            within = own.get("stages") or {} if isinstance(file, Mapping) else stages
-            _branch(tree.add(Text(f"{shown(name)}: {_how(own)}")), own, within, depth + 1)
-        else:
-            tree.add(Text(shown(name)))
-    for lora in run.get("loras") or ():
-        tree.add(Text(f"{shown(lora.get('name', '?'))} (LoRA, strength {lora.get('strength', 1)})"))
-    return tree
+class _Branches:
+    """Draws each stage, and each model's own recipe, once: what is used again is only named."""
+
+    def __init__(self) -> None:
+        self._drawn: list[Mapping[str, Any]] = []
+
+    def of(self, tree: Tree, run: Mapping[str, Any], stages: Mapping[str, Any]) -> Tree:
+        """Add a merge's models to a tree."""
+        self._drawn.append(run)
+        recorded = (run.get("files") or {}).get("models") or [None] * len(run["models"])
+        for name, file in zip(run["models"], recorded, strict=False):
+            own = file.get("recipe") if file else stages.get(name)
+            if not isinstance(own, Mapping) or fault_of_run(own) is not None:
+                tree.add(Text(shown(name)))
+            elif any(own is one for one in self._drawn):
+                tree.add(Text(f"{shown(name)} (as above)"))
+            else:
+                within = own.get("stages") or {} if file else stages
+                self.of(tree.add(Text(f"{shown(name)}: {_how(own)}")), own, within)
+        for lora in run.get("loras") or ():
+            tree.add(Text(f"{shown(lora['name'])} (LoRA, strength {lora.get('strength', 1)})"))
+        return tree
 
 
 def _how(run: Mapping[str, Any]) -> str:
     """How a merge was made, in a few words."""
     values = set((run.get("weights") or {}).values())
     [*_, only] = values or {None}
-    if run.get("preset"):
-        how = f" {run['preset']}"
+    if preset := preset_of(run):
+        how = f" {preset}"
     elif len(values) == 1 and isinstance(only, (int, float)):
         how = f" {only:g}"
     else:

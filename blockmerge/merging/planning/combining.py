@@ -12,8 +12,10 @@ from blockmerge.adapters import Changes
 from blockmerge.anatomy import Family, plain_names_of_ema
 from blockmerge.dtypes import DTYPES, wide_dtype
 from blockmerge.expressions import (
+    Arrangement,
     Cast,
     Clipped,
+    Dequantised,
     Expression,
     Gathered,
     Held,
@@ -21,7 +23,6 @@ from blockmerge.expressions import (
     Merged,
     Part,
     Scaled,
-    dequantised_in,
 )
 from blockmerge.methods import Method, key_of
 from blockmerge.weights import Change
@@ -197,7 +198,14 @@ def kept_dtype(tensor: Expression) -> str:
     """
     if isinstance(tensor, Held):
         return tensor.kept
-    return "BF16" if dequantised_in(tensor) else tensor.dtype
+    return "BF16" if quantised_as(tensor) else tensor.dtype
+
+
+def quantised_as(tensor: Expression) -> str | None:
+    """The dtype of the codes of a tensor that was quantised in its file; None for all that a stage makes."""
+    while isinstance(tensor, Arrangement):
+        tensor = tensor.inputs[0]
+    return tensor.codes.dtype if isinstance(tensor, Dequantised) else None
 
 
 def widest_input(name: str, shapes: Sequence[tuple[int, ...]], family: Family) -> int | None:

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from blockmerge.anatomy import TITLES, component_of, is_prediction_marker, layout_gaps
 from blockmerge.checkpoints import DiffusersFolder, Model, in_cache, read, state_dict_name, told_prediction
 from blockmerge.errors import counted, listing, shown
-from blockmerge.expressions import Expression, Held, dequantised_in
+from blockmerge.expressions import Expression, Held
+from blockmerge.merging.planning.combining import quantised_as
 from blockmerge.merging.planning.decisions import Decision, Findings, VaeFile
 from blockmerge.merging.planning.naming import OutputTensor, what_it_is
 from blockmerge.merging.planning.request import MergeRequest, Resolved
@@ -207,8 +208,8 @@ def _casts(decisions: Sequence[Decision], written: Sequence[OutputTensor]) -> It
 def _stored_as(tensor: Expression) -> str:
     if isinstance(tensor, Held):
         return tensor.kept
-    quantised = dequantised_in(tensor)
-    return f"scaled {quantised[0].inputs[0].dtype}" if quantised else tensor.dtype
+    codes = quantised_as(tensor)
+    return tensor.dtype if codes is None else f"scaled {codes}"
 
 
 def _tensors_are(count: int, noun: str = "tensor") -> str:

@@ -21,6 +21,7 @@ from blockmerge.merging.planning.metadata import (
     lost_metadata,
     output_metadata,
     web_ui_metadata,
+    written_again,
 )
 from blockmerge.merging.planning.naming import OutputTensor
 from blockmerge.merging.planning.policies import decide
@@ -95,9 +96,10 @@ def make_plan(
     if stages := stages_of(models):
         described |= {"stages": stages, "round": request.rounding}
     recipe = json.dumps(described, ensure_ascii=False)
-    made = output_metadata(a.source.metadata, recipe, family, changes_values=request.changes_values)
+    changes_values = request.changes_values or not all(model.is_file for model in models)
+    made = output_metadata(a.source.metadata, recipe, family, changes_values=changes_values)
     made |= {**about_metadata(request.about, a, names), **web_ui_metadata(described)}
-    metadata = made if metadata is None else metadata
+    metadata = made if metadata is None else written_again(made, metadata)
     lost = lost_metadata(a.source.metadata, metadata, a.name)
     anatomy = replace(a.anatomy, inputs=_inputs(a, decided.tensors), naming=output.naming)
     laid_out = output.lay_out(decided.tensors, models, anatomy)

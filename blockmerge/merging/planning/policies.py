@@ -354,7 +354,7 @@ def _held(tensor: Expression, dtype: str) -> Expression:
 
 def _counts(models: Sequence[Model], decisions: Sequence[Decision], left_out: int, written: int) -> Counts:
     taken = Counter(decision.donor for decision in decisions)
-    of_models = [taken[model] for model in models]
+    of_models = [0 if model in models[:number] else taken[model] for number, model in enumerate(models)]
     from_a, from_b, from_c = (*of_models, 0, 0)[:3]
     return Counts(
         computed=taken[None],
@@ -362,7 +362,7 @@ def _counts(models: Sequence[Model], decisions: Sequence[Decision], left_out: in
         from_b=from_b,
         from_c=from_c,
         from_others=sum(of_models[3:]),
-        from_vae=sum(taken.values()) - taken[None] - sum(of_models),
+        from_vae=sum(count for donor, count in taken.items() if isinstance(donor, VaeFile)),
         dropped=left_out + sum(len(model.ema_tensors) for model in models),
         written=written,
     )

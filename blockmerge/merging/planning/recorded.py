@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from blockmerge.checkpoints import Checkpoint, Model, identity_of, sha256_of
 from blockmerge.merging.planning.adapting import Adapted
 from blockmerge.merging.planning.metadata import RECIPE_KEY
+from blockmerge.merging.planning.run_faults import strict_json
 
 _LARGEST = 1 << 18
 """Bytes of a model's own recipe that are carried along: those of a merge of merges grow with each."""
@@ -56,8 +56,5 @@ def _recipe_of(metadata: Mapping[str, str]) -> Any:
     text = metadata.get(RECIPE_KEY, "")
     if not text or len(text) > _LARGEST:
         return None
-    try:
-        own = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+    own = strict_json(text)
     return own if isinstance(own, dict) else None

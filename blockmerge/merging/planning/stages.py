@@ -6,7 +6,7 @@ Nothing is computed, and nothing rounded, before the result is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from blockmerge.anatomy import component_of
@@ -72,7 +72,7 @@ class Stage(Model):
         run["files"] = files_of(models, names, policies.vae_file, adapted)
         return cls(
             source=a.source,
-            anatomy=a.anatomy,
+            anatomy=replace(a.anatomy, inputs=_inputs(a, tensors)),
             tensors=tensors,
             components=frozenset(map(component_of, tensors)),
             bare=a.bare,
@@ -82,6 +82,13 @@ class Stage(Model):
             beneath=(*policies.sources, *adapted.sources),
             described={**stages_of(models), name: run},
         )
+
+
+def _inputs(a: Model, tensors: Mapping[str, Expression]) -> str:
+    """What the input channels are for: as A's, unless another model has more."""
+    family = a.anatomy.family
+    shape = tensors[family.input_layer].shape if family.input_layer in tensors else ()
+    return family.variants.get(shape[1], a.anatomy.inputs) if len(shape) > 1 else a.anatomy.inputs
 
 
 def names_of_models(models: Sequence[Model]) -> list[str]:
