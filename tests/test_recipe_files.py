@@ -453,6 +453,8 @@ def test_a_pinned_recipe_makes_the_same_file_elsewhere_or_none(mix, tmp_path_fac
     cli("again", pin, "--models", mix, "-o", elsewhere / "same.safetensors", "-q")
     assert sha256(elsewhere / "same.safetensors") == sha256(final)
     blockmerge.again(pin, models=[mix], output=elsewhere / "same.safetensors", overwrite=True)
+    cli("run", pin, "--models", mix, "-o", elsewhere / "run.safetensors", "-q")
+    assert sha256(elsewhere / "run.safetensors") == sha256(final)
     wrong = json.loads(pin.read_text())
     wrong["sha256"] = "0" * 64
     (elsewhere / "wrong.json").write_text(json.dumps(wrong))

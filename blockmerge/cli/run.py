@@ -53,12 +53,21 @@ def run(
       blockmerge run mix.toml
       blockmerge run mix.toml --set final.weights=0.4 --set X.preset=low_res -o other.safetensors
 
-    What a recipe looks like is in docs/recipes.md.
+    What a recipe looks like is in docs/recipes.md. A pinned recipe, as blockmerge recipe FILE --pin prints
+    it, makes its file, or nothing.
     """
     from blockmerge.errors import BlockmergeError, shown
+    from blockmerge.merging.again import Recorded, Searched, is_pinned
     from blockmerge.merging.recipe import Recipe
 
-    found = Recipe.load(recipe, models=models, changes=changes)
+    pinned: dict[str, object] = {}
+    if is_pinned(recipe):
+        recorded = Recorded.of(recipe)
+        found = recorded.recipe(Searched.beside_file(recorded, models), changes)
+        if not changes:
+            pinned = {"metadata": recorded.metadata, **({} if dry_run else {"sha256": recorded.sha256})}
+    else:
+        found = Recipe.load(recipe, models=models, changes=changes)
     try:
         carry_out(
             found,
@@ -67,6 +76,7 @@ def run(
             device=device,
             threads=threads,
             overwrite=overwrite,
+            **pinned,
             dry_run=dry_run,
             as_json=as_json,
             quiet=quiet,

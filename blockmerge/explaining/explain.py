@@ -63,12 +63,14 @@ def explain(
 
     opened = Candidates.open(candidates, merged, opening)
     own = own_recipe(merged, opened, threads, progress)
-    if own.is_true:
-        return explained(merged, opened, own)
+    by_recipe = explained(merged, opened, own) if own.is_true else None
+    if by_recipe is not None and not tensors:
+        return by_recipe
     named = screened(merged, opened, threads, progress)
     evidence = _gather(merged, named, threads, progress)
     found = _explanation(merged, evidence, _find_origin(evidence, merged.anatomy.family.name), tensors)
-    return found if own.note is None else replace(found, notes=(own.note, *found.notes))
+    note = own.note if by_recipe is None else by_recipe.verdict
+    return found if note is None else replace(found, notes=(note, *found.notes))
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ def own_recipe(
         recorded = Recorded.of(merged.source)
     except BlockmergeError:
         return OwnRecipe()
-    among = _Among([model.source for model in candidates.models], recorded.folder)
+    sources = [model.source for model in candidates.models]
+    among = _Among(sources, recorded.folder, models_of(recorded.run))
     try:
         found = verified(merged.source, recorded, among, threads=threads, progress=progress)
     except BlockmergeError as error:
@@ -54,10 +55,11 @@ class _Among:
 
     checkpoints: Sequence[Checkpoint]
     folder: str
+    models: frozenset[str]
 
     def find(self, wanted: Sequence[Mapping[str, Any]]) -> dict[str, Checkpoint]:
-        """Return {identity: the checkpoint that has it}. What is no candidate, as a LoRA or a VAE, is looked
-        for beside the merge.
+        """Return {identity: the checkpoint that has it}. What is no model, as a LoRA or a VAE, is looked for
+        beside the merge.
 
         Raises RecipeError for those that are not there.
         """
@@ -65,13 +67,17 @@ class _Among:
             identity.digest: one for one in self.checkpoints if (identity := identity_of(one)) is not None
         }
         missing = [one for one in wanted if one["identity"] not in there]
+        if lost := [str(one["name"]) for one in missing if one["identity"] in self.models]:
+            raise RecipeError(f"it names {listing(lost)}, not among the candidates")
         if missing:
-            try:
-                there |= Searched(beside=self.folder).find(missing)
-            except RecipeError:
-                names = listing([str(one["name"]) for one in missing])
-                raise RecipeError(f"it names {names}, not among the candidates") from None
+            there |= Searched(beside=self.folder).find(missing)
         return {one["identity"]: there[one["identity"]] for one in wanted}
+
+
+def models_of(run: Mapping[str, Any]) -> frozenset[str]:
+    """The identities of the models that a recipe and its stages merge."""
+    files = [one.get("files") or {} for one in (run, *(run.get("stages") or {}).values())]
+    return frozenset(model["identity"] for one in files for model in one.get("models") or () if model)
 
 
 def explained(merged: Model, candidates: Candidates, own: OwnRecipe) -> Explanation:

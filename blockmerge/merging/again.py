@@ -144,6 +144,11 @@ def pinned(file: str | os.PathLike[str], progress: Progress | None = None) -> di
     }
 
 
+def is_pinned(file: str | os.PathLike[str]) -> bool:
+    """Whether a recipe's file is a pinned one. Raises RecipeError as `read_recipe` does."""
+    return os.fspath(file).lower().endswith(".json") and {"sha256", "metadata"} <= read_recipe(file).keys()
+
+
 def again(
     file: CheckpointLike,
     *,

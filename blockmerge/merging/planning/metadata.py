@@ -72,11 +72,10 @@ def about_metadata(about: Mapping[str, str], a: Model, models: Sequence[str]) ->
 
 def written_again(made: Mapping[str, str], recorded: Mapping[str, str]) -> dict[str, str]:
     """The metadata of a file that is made again: as recorded what depends on when and by which version it was
-    made, in the order of then; all else as it is true of what is made.
+    made; all else as it is true of what is made.
     """
     as_then = (RECIPE_KEY, "modelspec.date", "modelspec.merged_from", "sd_merge_recipe", "sd_merge_models")
-    found = {key: recorded[key] if key in as_then else made[key] for key in recorded if key in made}
-    return {**found, **{key: text for key, text in made.items() if key not in found}}
+    return {key: recorded.get(key, text) if key in as_then else text for key, text in made.items()}
 
 
 def web_ui_metadata(run: Mapping[str, Any]) -> dict[str, str]:
