@@ -99,7 +99,7 @@ def by_commands(tree, files, folder, output=None):
     return output
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
 @given(tree=trees(6), family=st.sampled_from(["sd1", "sdxl"]))
 def test_rounded_each_is_the_separate_commands_bit_for_bit(leaves, tmp_path_factory, tree, family):
     folder = tmp_path_factory.mktemp("each")
@@ -156,7 +156,7 @@ def in_float64(tree, tensors):
     return made, np.max([np.abs(made), *sizes], axis=0)
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
 @given(tree=smooth_trees(6), dtype=st.sampled_from(["keep", "fp16", "bf16", "fp32"]))
 def test_a_recipe_is_its_tree_in_float64_rounded_once(leaves, tmp_path_factory, tree, dtype):
     files = leaves["sd1"]
