@@ -5,33 +5,14 @@ from __future__ import annotations
 import click
 
 from blockmerge.cli.carrying_out import carry_out
-from blockmerge.cli.console import json_option, not_empty
-from blockmerge.cli.models_folders import models_option
-from blockmerge.cli.output_options import threads_option
+from blockmerge.cli.console import not_empty
+from blockmerge.cli.recipe_options import recipe_options
 
 
 @click.command(short_help="Make a merge again from its own recipe, the same or a variant.")
 @click.argument("file", metavar="FILE")
 @click.option("-o", "--output", metavar="PATH", required=True, callback=not_empty, help="Where it goes.")
-@models_option
-@click.option(
-    "--set",
-    "changes",
-    metavar="[STAGE.]KEY=VALUE",
-    multiple=True,
-    callback=not_empty,
-    help="What is to be different: OUT05=0.7, dtype=fp32, or X.weights=0.3 of a stage.",
-)
-@click.option(
-    "--device", metavar="cpu|cuda[:N]|auto", default="cpu", show_default=True, help="Where the sums are done."
-)
-@threads_option
-@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
-@click.option(
-    "--dry-run", is_flag=True, help="Make all checks that need no weights, show the plan, and write nothing."
-)
-@json_option
-@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+@recipe_options
 def again(
     file: str,
     output: str,

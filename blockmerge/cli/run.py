@@ -5,9 +5,8 @@ from __future__ import annotations
 import click
 
 from blockmerge.cli.carrying_out import carry_out
-from blockmerge.cli.console import json_option, not_empty
-from blockmerge.cli.models_folders import models_option
-from blockmerge.cli.output_options import threads_option
+from blockmerge.cli.console import not_empty
+from blockmerge.cli.recipe_options import recipe_options
 
 
 @click.command(short_help="Merge by a recipe of one or many stages.")
@@ -15,25 +14,7 @@ from blockmerge.cli.output_options import threads_option
 @click.option(
     "-o", "--output", metavar="PATH", callback=not_empty, help="Where it goes. [default: the recipe's output]"
 )
-@models_option
-@click.option(
-    "--set",
-    "changes",
-    metavar="[STAGE.]KEY=VALUE",
-    multiple=True,
-    callback=not_empty,
-    help="Change the recipe on the way: X.preset=low_res, dtype=fp32, or OUT05=0.7 of the result.",
-)
-@click.option(
-    "--device", metavar="cpu|cuda[:N]|auto", default="cpu", show_default=True, help="Where the sums are done."
-)
-@threads_option
-@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
-@click.option(
-    "--dry-run", is_flag=True, help="Make all checks that need no weights, show the plan, and write nothing."
-)
-@json_option
-@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+@recipe_options
 def run(
     recipe: str,
     output: str | None,

@@ -11,11 +11,8 @@ from blockmerge.anatomy import FAMILIES
 from blockmerge.errors import BlockmergeError, RecipeError
 from blockmerge.merging.planning.request import told_from_words
 from blockmerge.merging.planning.written import asked_of_run
-from blockmerge.merging.recipe_tables import OF_RESULT
+from blockmerge.merging.recipe_tables import OF_RESULT, RESULT, free_name
 from blockmerge.weights import WeightsRequest
-
-_RESULT = "result"
-"""What the result is called where it has no name."""
 
 Files = dict[str, Mapping[str, Any]]
 """{what a table calls a file: what is recorded of it}."""
@@ -38,10 +35,7 @@ def written_down(run: Mapping[str, Any]) -> tuple[dict[str, Any], Files]:
     if isinstance(run.get("round"), str) and run["round"] != "end":
         own["round"] = run["round"]
     top = {key: own.pop(key) for key in OF_RESULT if key in own}
-    name = _RESULT
-    while name in stages:
-        name += "_"
-    return {**top, **stages, name: own}, files
+    return {**top, **stages, free_name(RESULT, stages): own}, files
 
 
 def _merge(run: Mapping[str, Any], files: Files) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from blockmerge.errors import RecipeError, did_you_mean, listing, shown
@@ -15,8 +15,18 @@ OF_RESULT = ("dtype", "to", "prune", "round", "configs", "allow_nonfinite", "has
 OF_FILE = ("output", "models_folder")
 """What stands beside them there."""
 
+RESULT = "result"
+"""What the result is called where it has no name."""
+
 TOP = " "
 """What stands for the result's name where its models are at the top."""
+
+
+def free_name(name: str, taken: Collection[str]) -> str:
+    """Return a name that no other stage has."""
+    while name in taken:
+        name += "_"
+    return name
 
 
 def is_name(text: str) -> bool:

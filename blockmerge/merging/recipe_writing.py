@@ -10,11 +10,8 @@ from typing import Any
 from blockmerge.adapters import Lora
 from blockmerge.merging.planning.request import is_vae_of_models
 from blockmerge.merging.planning.written import as_asked, path_of
-from blockmerge.merging.recipe_tables import OF_RESULT
+from blockmerge.merging.recipe_tables import OF_RESULT, RESULT, free_name
 from blockmerge.merging.tree import Node, inner_first
-
-_RESULT = "result"
-"""What the result is called where it has no name."""
 
 
 def as_stages(recipe: Node, folder: str = "") -> dict[str, Any]:
@@ -24,10 +21,8 @@ def as_stages(recipe: Node, folder: str = "") -> dict[str, Any]:
     for stage in inner_first(recipe):
         if stage is recipe and not names:
             return {**_output_in(folder, recipe), **_placed_in(folder, _flat(recipe, names))}
-        name = stage.name or (_RESULT if stage is recipe else f"stage{len(names) + 1}")
-        while name in written:
-            name += "_"
-        names[id(stage)] = name
+        name = stage.name or (RESULT if stage is recipe else f"stage{len(names) + 1}")
+        names[id(stage)] = name = free_name(name, written)
         written[name] = _placed_in(folder, _flat(stage, names), set(names.values()))
     result = written[names[id(recipe)]]
     top = {key: result.pop(key) for key in OF_RESULT if key in result}

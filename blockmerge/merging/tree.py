@@ -11,6 +11,7 @@ from blockmerge.checkpoints import Checkpoint, CheckpointLike, Makes, Model, sta
 from blockmerge.errors import RecipeError, counted, shown
 from blockmerge.merging.planning.request import MergeRequest
 from blockmerge.merging.planning.stages import Stage, held_for
+from blockmerge.merging.recipe_tables import RESULT, free_name
 
 _DEEPEST = 40
 """Stages within stages. Each costs the interpreter several calls for every tensor."""
@@ -102,7 +103,7 @@ def open_leaves(recipe: Node) -> Leaves:
                 models.append(model)
             found.append(models.index(model))
         places[node] = found
-        names[node] = node.name or ("result" if node is recipe else f"stage{len(names)}")
+        names[node] = node.name or (RESULT if node is recipe else f"stage{len(names)}")
         node.request.opening.check([models[one] for one in found if isinstance(one, int)] or models)
     return Leaves(models, places, names)
 
@@ -175,10 +176,7 @@ class _Tree:
     def _name(self, node: Node) -> str:
         """What a stage is called: its own name, where no other has that."""
         taken, number = set(self._names.values()), len(self._names) + 1
-        name = node.name or f"stage{number}"
-        while name in taken:
-            name += "_"
-        return name
+        return free_name(node.name or f"stage{number}", taken)
 
 
 class _Counting:

@@ -28,7 +28,7 @@ from blockmerge.merging.planning.policies import decide
 from blockmerge.merging.planning.recorded import files_of
 from blockmerge.merging.planning.request import MergeRequest, Resolved
 from blockmerge.merging.planning.runs import Drafter, PlannedFile, known_bytes
-from blockmerge.merging.planning.stages import names_of_models, stages_of
+from blockmerge.merging.planning.stages import inputs_for, names_of_models, stages_of
 from blockmerge.merging.planning.written import as_run
 from blockmerge.streaming import PAGE
 
@@ -101,7 +101,8 @@ def make_plan(
     made |= {**about_metadata(request.about, a, names), **web_ui_metadata(described)}
     metadata = made if metadata is None else written_again(made, metadata)
     lost = lost_metadata(a.source.metadata, metadata, a.name)
-    anatomy = replace(a.anatomy, inputs=_inputs(a, decided.tensors), naming=output.naming)
+    first = next((one.shape for one in decided.tensors if one.ldm == a.anatomy.family.input_layer), ())
+    anatomy = replace(a.anatomy, inputs=inputs_for(a, first), naming=output.naming)
     laid_out = output.lay_out(decided.tensors, models, anatomy)
     return PlannedOutput(
         request,
@@ -126,13 +127,6 @@ def to_gather(tensors: Iterable[Expression]) -> list[Gathered]:
     wanted = dict.fromkeys(leaf for one in merged for leaf in leaves_of(one) if isinstance(leaf, Gathered))
     found = (one for gathered in wanted for one in (*to_gather(chain(*gathered.tensors)), gathered))
     return list(dict.fromkeys(found))
-
-
-def _inputs(a: Model, tensors: Sequence[OutputTensor]) -> str:
-    """What the output's input channels are for: as A's, unless another model has more. The rest is A's."""
-    family = a.anatomy.family
-    shape = next((one.shape for one in tensors if one.ldm == family.input_layer), ())
-    return family.variants.get(shape[1], a.anatomy.inputs) if len(shape) > 1 else a.anatomy.inputs
 
 
 def planned_file(file: WeightFile[OutputTensor], metadata: Mapping[str, str]) -> PlannedFile:

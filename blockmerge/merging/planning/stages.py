@@ -66,13 +66,14 @@ class Stage(Model):
         policies = Policies.of(models, request, resolved, a.anatomy.naming, adapted, held)
         decisions = policies.decide()
         tensors = {one.ldm: _simple(one.expression) for one in decisions}
+        first = tensors.get(a.anatomy.family.input_layer)
         notes = describe(models, request, resolved, decisions, policies.found, a.anatomy.naming, ())
         names, blocks = names_of_models(models), [one["blocks"] for one in adapted.said]
         run = as_run(request, names, resolved, blocks)
         run["files"] = files_of(models, names, policies.vae_file, adapted)
         return cls(
             source=a.source,
-            anatomy=replace(a.anatomy, inputs=_inputs(a, tensors)),
+            anatomy=replace(a.anatomy, inputs=inputs_for(a, first.shape if first else ())),
             tensors=tensors,
             components=frozenset(map(component_of, tensors)),
             bare=a.bare,
@@ -84,10 +85,11 @@ class Stage(Model):
         )
 
 
-def _inputs(a: Model, tensors: Mapping[str, Expression]) -> str:
-    """What the input channels are for: as A's, unless another model has more."""
+def inputs_for(a: Model, shape: tuple[int, ...]) -> str:
+    """What input channels are for, of a first convolution of that shape: as A's, unless another model has
+    more.
+    """
     family = a.anatomy.family
-    shape = tensors[family.input_layer].shape if family.input_layer in tensors else ()
     return family.variants.get(shape[1], a.anatomy.inputs) if len(shape) > 1 else a.anatomy.inputs
 
 
