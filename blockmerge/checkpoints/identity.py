@@ -72,14 +72,15 @@ def _digest(checkpoint: Checkpoint) -> str:
 
 def _samples(checkpoint: Checkpoint) -> Iterator[tuple[int, int]]:
     """What is looked at: (offset, bytes)."""
-    filled = [one for one in checkpoint.tensors.values() if one.nbytes]
-    yield from ((one.offset, min(_OF_EACH, one.nbytes)) for one in filled)
-    total = sum(one.nbytes for one in filled)
+    places = ((one.offset, one.nbytes) for one in checkpoint.tensors.values())
+    filled = [(offset, nbytes) for offset, nbytes in places if nbytes]
+    yield from ((offset, min(_OF_EACH, nbytes)) for offset, nbytes in filled)
+    total = sum(nbytes for _, nbytes in filled)
     wanted = iter([total * number // _PAGES for number in range(_PAGES)])
     at, next_ = 0, next(wanted, None)
-    for one in filled:
-        while next_ is not None and next_ < at + one.nbytes:
+    for offset, nbytes in filled:
+        while next_ is not None and next_ < at + nbytes:
             begin = next_ - at
-            yield one.offset + begin, min(_PAGE, one.nbytes - begin)
+            yield offset + begin, min(_PAGE, nbytes - begin)
             next_ = next(wanted, None)
-        at += one.nbytes
+        at += nbytes
