@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -115,30 +115,60 @@ class Changed(Expression):
         sums: dict[_Summed, list[torch.Tensor]] | None,
     ) -> None:
         """Tile by tile, which stays in a cache. `sums` gets the squares of each, by what they are of."""
-        from blockmerge.methods.arithmetic import round_into, widen_into, widened
-
         base, *given = inputs
         flat = out.view(-1)
-        tiles = list(self._tiles(first, len(flat)))
+        tiles = list(self._tiles(first, flat.numel()))
         terms = self._terms(given, first, flat, tiles)
+        parts = zip(tiles, parts_of(base.view(-1), tiles), parts_of(flat, tiles), strict=True)
+        dtype = self._wide_dtype(inputs, flat)
         # A product alone is added to the weight in one go; of several changes, the sum is wanted first.
-        is_alone = len(self.changes) == 1 and _product_in(self.changes[0]) is not None
-        parts = zip(parts_of(base.view(-1), tiles), parts_of(flat, tiles), strict=True)
-        for number, (before, after) in enumerate(parts):
-            total = self._memory(tiles[number], inputs, flat)
-            inside = total if len(before) == len(total) else total[tiles[number].inside]
-            if not is_alone or inside is not total:
-                total.zero_()
-            weight = inside if is_alone else widened("weight", before, total.dtype)
-            if is_alone:
-                widen_into(inside, before)
+        if len(self.changes) == 1 and _product_in(self.changes[0]):
+            [[term]] = terms.values()
+            self._add_product(parts, term, dtype, sums)
+        else:
+            self._add_several(parts, terms, dtype, sums)
+
+    def _add_product(
+        self,
+        parts: Iterable[_Part],
+        term: _InTiles,
+        dtype: torch.dtype,
+        sums: dict[_Summed, list[torch.Tensor]] | None,
+    ) -> None:
+        """Add the only change, a product. As little as can be is done for each tile: while one thread is in
+        Python, the others that have computed theirs wait for it.
+        """
+        from blockmerge.methods.arithmetic import round_into, scratch, widen_into
+
+        for number, (tile, before, after) in enumerate(parts):
+            total = scratch("tile", tile.elements, dtype, after.device)
+            weight = total
+            if tile.is_cut:
+                weight = total.zero_()[tile.inside]
+            widen_into(weight, before)
+            _note(sums, "weight", weight)
+            term.add(number, total)
+            round_into(after, weight)
+
+    def _add_several(
+        self,
+        parts: Iterable[_Part],
+        terms: Mapping[int | None, Sequence[_InTiles]],
+        dtype: torch.dtype,
+        sums: dict[_Summed, list[torch.Tensor]] | None,
+    ) -> None:
+        """Add up what is added, and add that to the weight."""
+        from blockmerge.methods.arithmetic import round_into, scratch, widened
+
+        for number, (tile, before, after) in enumerate(parts):
+            total = scratch("tile", tile.elements, dtype, after.device).zero_()
+            weight = widened("weight", before, dtype)
             _note(sums, "weight", weight)
             for source, some in terms.items():
-                _add(some, source, number, total, tiles[number], sums)
-            if not is_alone:
-                _note(sums, "total", inside)
-                inside.add_(weight)
-            round_into(after, inside)
+                _add(some, source, number, total, tile, sums)
+            inside = total[tile.inside]
+            _note(sums, "total", inside)
+            round_into(after, inside.add_(weight))
 
     def _terms(
         self, given: Sequence[Any], first: int, flat: torch.Tensor, tiles: Sequence[Tile]
@@ -159,18 +189,14 @@ class Changed(Expression):
 
     def _tiles(self, first: int, elements: int) -> Iterable[Tile]:
         """The tiles of a stretch: a single one where no product is added."""
-        whole = Tile(slice(0, elements), slice(0, elements))
+        whole = Tile(slice(0, elements), slice(0, elements), elements)
         return self._tiling.tiles(first, elements) if self._tiling else (whole,)
 
-    def _memory(self, tile: Tile, inputs: Sequence[Any], out: torch.Tensor) -> torch.Tensor:
-        """Memory to add up a tile in."""
-        from blockmerge.methods.arithmetic import scratch, wide_dtype
+    def _wide_dtype(self, inputs: Sequence[Any], out: torch.Tensor) -> torch.dtype:
+        """What it is added up in."""
+        from blockmerge.methods.arithmetic import wide_dtype
 
-        rows = tile.rows.stop - tile.rows.start
-        if not self._tiling:
-            return scratch("tile", rows, wide_dtype(*inputs, out), out.device)
-        dtype = torch_dtype(self._tiling.dtype, out.device)
-        return scratch("tile", rows * self._tiling.width, dtype, out.device)
+        return torch_dtype(self._tiling.dtype, out.device) if self._tiling else wide_dtype(*inputs, out)
 
     def simplified(self) -> Expression:
         """A weight that was widened for the sum is widened there."""
@@ -182,6 +208,10 @@ class Changed(Expression):
     def _said(self) -> Sequence[str]:
         each = (f"{scale} × {change}" for scale, change in zip(self.scales, self.changes, strict=True))
         return [str(self.base), *each, self.dtype]
+
+
+_Part = tuple[Tile, "torch.Tensor", "torch.Tensor"]
+"""A tile, and what lies in it of the weight and of the result."""
 
 
 class _InTiles:
@@ -198,12 +228,13 @@ class _InTiles:
         out: torch.Tensor,
         tiles: Sequence[Tile],
     ) -> None:
-        self._change, self._scale, self._tiles = change, scale, tiles
+        self._scale, self._tiles = scale, tiles
+        self._change = change if isinstance(change, Change) else None
         self._factors: Sequence[Prepared] = ()
         self._parts: Sequence[torch.Tensor] = ()
-        if isinstance(change, Change):
+        if self._change:
             assert scale == 1, "a change has its scale in itself"
-            self._factors = change.prepared(given, first, out).of(tiles)
+            self._factors = self._change.prepared(given, first, out).of(tiles)
         else:
             self._parts = parts_of(given.view(-1), tiles)
 
@@ -211,7 +242,7 @@ class _InTiles:
         """Add what lies in the tile of that number to its `total`."""
         from blockmerge.methods.arithmetic import widened
 
-        if isinstance(self._change, Change):
+        if self._change:
             self._change.add(self._factors[number], total.view(-1, self._change.width))
             return
         term = widened("term", self._parts[number], total.dtype)

@@ -19,19 +19,25 @@ from blockmerge.expressions.expression import Expression, Shape
 if TYPE_CHECKING:
     import torch
 
-_TILE = 5 << 15  # elements, of which all that is computed with them stays in a cache
+_TILE = 1 << 18  # elements, of which all that is computed with them stays in a cache
 _LEAST_ROWS = 16
 _ONE_BLOCK = 128  # of a rank: libraries add up products in blocks of some hundreds, each to what is there
 _ALIGNED = 64  # bytes: as torch's own memory is
 
 
 class Tile(NamedTuple):
-    """Some `rows` of a weight that are computed at once. Of their elements, those of the slice `inside` are
+    """Some `rows` of a weight that are computed at once. Of their `elements`, those of the slice `inside` are
     wanted.
     """
 
     rows: slice
     inside: slice
+    elements: int
+
+    @property
+    def is_cut(self) -> bool:
+        """Not all elements are wanted."""
+        return self.inside != slice(0, self.elements)
 
 
 class Prepared(NamedTuple):
@@ -129,13 +135,13 @@ class Change(Expression):
 
     def tiles(self, first: int, elements: int) -> Iterator[Tile]:
         """Yield the tiles that a stretch of the result lies in."""
-        begin = self.begin + first
+        begin, width, step = self.begin + first, self.width, self.tile_rows
         read = self._rows_for(first, elements)
-        for at in range(read.start, read.stop, self.tile_rows):
-            rows = slice(at, min(at + self.tile_rows, read.stop))
-            start, stop = rows.start * self.width, rows.stop * self.width
+        for at in range(read.start, read.stop, step):
+            rows = slice(at, min(at + step, read.stop))
+            start, stop = rows.start * width, rows.stop * width
             low, high = max(start, begin), min(stop, begin + elements)
-            yield Tile(rows, slice(low - start, high - start))
+            yield Tile(rows, slice(low - start, high - start), stop - start)
 
     def prepared(self, inputs: Sequence[torch.Tensor], first: int, out: torch.Tensor) -> Prepared:
         """The factors for a stretch `out` of a result, which are what `read` says, in this change's dtype."""
@@ -167,14 +173,13 @@ class Change(Expression):
         flat = out.view(-1)
         tiles = list(self.tiles(first, len(flat)))
         factors = self.prepared(inputs, first, flat).of(tiles)
-        for (rows, inside), target, some in zip(tiles, parts_of(flat, tiles), factors, strict=True):
-            count = (rows.stop - rows.start) * self.width
+        for tile, target, some in zip(tiles, parts_of(flat, tiles), factors, strict=True):
             # Products may depend on where memory begins, too.
-            fits = len(target) == count and target.data_ptr() % _ALIGNED == 0
-            tile = target if fits else scratch("tile", count, out.dtype, out.device)
-            self.fill(some, tile.view(-1, self.width))
+            fits = not tile.is_cut and target.data_ptr() % _ALIGNED == 0
+            memory = target if fits else scratch("tile", tile.elements, out.dtype, out.device)
+            self.fill(some, memory.view(-1, self.width))
             if not fits:
-                target.copy_(tile[inside])
+                target.copy_(memory[tile.inside])
 
 
 @dataclass(frozen=True)
@@ -236,7 +241,7 @@ class LowRank(Change):
     def add(self, factors: Prepared, total: torch.Tensor) -> None:
         """Multiply and add, in one go where that gives the same: ranks that are multiplied in one block."""
         [up], [down] = factors.by_rows, factors.whole
-        if len(down) <= _ONE_BLOCK:
+        if down.shape[0] <= _ONE_BLOCK:
             total.addmm_(up, down)
         else:
             super().add(factors, total)

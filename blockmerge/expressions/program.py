@@ -108,11 +108,14 @@ class Program:
         )
 
     def stretches(self, first: int, count: int, most: int) -> Iterator[tuple[int, int]]:
-        """Cut `count` elements of the result, from `first` on, into what `run` can be given.
+        """Cut `count` elements of the result, one at least, from `first` on, into what `run` can be given.
 
         Yields (first, elements) of about `most` in whole grains; where rows or tiles are best computed as
         such but may be cut, whole ones, or what lies in one.
         """
+        if self.goes_by_tiles:
+            yield first, count
+            return
         unit = self._width if self.cuts_rows else self._tile
         may_cut = self.cuts_rows or self.locality == "element"
         unit = unit if may_cut else self.grain(self.root.shape)

@@ -104,8 +104,6 @@ class Kernel:
 
     def _most(self, run: Run) -> int:
         """How many elements are computed at once: what fits a chunk."""
-        if run.program.goes_by_tiles:
-            return run.stop - run.start
         sizes = [size_of(one.dtype) for one in run.operands if not isinstance(one.source, Gathered)]
         return self._chunk_bytes // max(size_of(run.dtype), *sizes)
 
@@ -175,19 +173,18 @@ class Kernel:
         for changed in products_in(self._plan.tensor(name).expression):
             factors = (  # one after the other: those of many LoRAs are large
                 [
-                    self._read_factor(factor, *product.read(place, 0, product.elements), readers)
+                    self._read_factor(place, factor, *product.read(place, 0, product.elements), readers)
                     for place, factor in enumerate(product.inputs)
                 ]
                 for product, _ in changed.products
             )
             self._note(run, [changed.squares_of_products(factors)])
 
-    @staticmethod
     def _read_factor(
-        factor: Expression, begin: int, shape: tuple[int, ...], readers: Readers
+        self, place: int, factor: Expression, begin: int, shape: tuple[int, ...], readers: Readers
     ) -> torch.Tensor:
         size = size_of(factor.dtype)
-        memory = aligned_buffer(prod(shape) * size)
+        memory = self._buffer(1 + place, prod(shape) * size)  # where the factors for a piece are read, too
         readers.read_into(factor, begin * size, memory)
         return tensor_view(memory, factor.dtype, prod(shape)).view(shape)
 

@@ -155,10 +155,11 @@ def widen_into(out: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 def sum_of_squares(tensor: torch.Tensor) -> torch.Tensor:
     """Return Σx² of a flat tensor: in float32 within blocks, whose sums are added up in float64."""
-    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    blocks = torch.split(tensor, _SUMMED) if len(tensor) > _SUMMED else (tensor,)
-    wides = (block if block.dtype == wide else widened("squares", block, wide) for block in blocks)
-    sums = [torch.dot(block, block) for block in wides]
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    sums = []
+    for block in torch.split(tensor, _SUMMED) if tensor.numel() > _SUMMED else (tensor,):
+        values = wide("squares", block, dtype)
+        sums.append(torch.dot(values, values))
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum(dtype=exact_dtype(tensor.device))
 
 
