@@ -16,6 +16,7 @@ from blockmerge.expressions import (
     Contracted,
     Hadamard,
     Joined,
+    Known,
     Kronecker,
     LowRank,
     Part,
@@ -25,6 +26,8 @@ from blockmerge.expressions import (
     simplify,
 )
 from blockmerge.merging.in_memory import tensor_of
+from blockmerge.merging.planning.runs import Drafter, PlannedFile
+from blockmerge.streaming import PAGE
 
 NAMES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
@@ -103,7 +106,7 @@ KINDS = {
     "kronecker": (kronecker, (140, 30)),
     "kronecker of a convolution": (kronecker, (140, 6, 3, 3)),
     "tucker": (tucker, (130, 6, 3, 3)),
-    "wide rows": (low_rank, (40, 4100)),
+    "wide rows": (low_rank, (100, 4100)),
 }
 
 
@@ -159,7 +162,7 @@ def in_cuts(expression, cuts):
 @settings(max_examples=25)
 @given(
     kind=st.sampled_from(list(KINDS)),
-    cuts=st.lists(st.integers(0, 200_000), max_size=5),
+    cuts=st.lists(st.integers(0, 500_000), max_size=5),
     seed=st.integers(0, 3),
 )
 def test_the_bits_do_not_depend_on_cuts(kind, cuts, seed):
@@ -185,6 +188,30 @@ def test_parts_joined_and_transposed_have_the_same_bits(kind):
     assert torch.equal(tensor_of(simplify(Part(joined, shape[0] + 5, shape[0] + 20))), whole[5:20])
     assert torch.equal(tensor_of(simplify(Transposed(changed))), whole.T)
     assert torch.equal(in_cuts(part, [100, 333]), whole[7:33])
+
+
+@pytest.mark.parametrize("size", [64 << 10, 600 << 10, 1 << 20, 4 << 20])
+def test_pieces_end_where_weights_begin_or_between_tiles(size):
+    """What lies on both sides of an end would be computed twice; but a small piece is cut anywhere."""
+    weights = Weights()
+    start, drafted = 100, []
+    for _ in range(3):
+        change, _ = low_rank(weights, 1000, 640)
+        base = weights.stored(weights.new(1000, 640))
+        drafted.append((start, Changed(base, (change,), (1.0,), "F16")))
+        start += base.nbytes
+    header = Known(bytes(100), "U8", (100,))
+    file = PlannedFile("", {}, Drafter().all([(0, header), *drafted]))
+    pieces = list(file.pieces(size))
+    assert [stop for _, stop in pieces] == [*(start for start, _ in pieces[1:]), file.size]
+    tile = change.tile * 2
+    assert all(stop - start <= size for start, stop in pieces)
+    between = {base for base, _ in drafted} | {
+        base + end for base, one in drafted for end in range(0, one.nbytes, tile)
+    }
+    ends = [stop for _, stop in pieces[:-1]]
+    assert size < tile or all(end in between for end in ends)
+    assert all(end in between or end % PAGE == 0 for end in ends)
 
 
 def test_a_change_says_what_it_is():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import signal
@@ -19,7 +20,7 @@ from blockmerge import OutputError
 from blockmerge.checkpoints import AtomicFile, check_output
 from blockmerge.checkpoints.writing import disk
 from blockmerge.cli.main import run
-from blockmerge.streaming import OutputStream, aligned_buffer
+from blockmerge.streaming import PAGE, OutputStream, aligned_buffer
 from tests import oracle
 from tests.conftest import unchanged
 from tests.refusals import assert_refused, snapshot
@@ -351,6 +352,33 @@ def test_short_writes_are_continued(tmp_path, monkeypatch):
     with OutputStream(path).writer() as piece_writer:
         piece_writer.write(0, buffer)
     assert path.read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"), [(0, 8192), (100, 8192), (4096, 9000), (5000, 20000), (5000, 6000), (5000, 9000)]
+)
+def test_only_whole_pages_are_written_directly(tmp_path, monkeypatch, start, stop):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(20480))
+    real, direct, buffered = os.write, [], []
+
+    def noted(file, data):
+        is_direct = fcntl.fcntl(file, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0)
+        count = real(file, data)
+        (direct if is_direct else buffered).append(count)
+        return count
+
+    monkeypatch.setattr(os, "write", noted)
+    data = os.urandom(stop - start)
+    memory = aligned_buffer(24576)[start % PAGE :][: len(data)]
+    memory[:] = data
+    stream = OutputStream(path)
+    with stream.writer() as piece_writer:
+        piece_writer.write(start, memory)
+    assert path.read_bytes() == bytes(start) + data + bytes(20480 - stop)
+    if stream.direct:
+        assert sum(direct) == max(0, stop // PAGE - -(-start // PAGE)) * PAGE
+        assert sum(buffered) == len(data) - sum(direct)
 
 
 def test_the_data_is_flushed_before_it_gets_its_name(pairs, tmp_path, monkeypatch):

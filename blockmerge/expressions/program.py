@@ -100,6 +100,11 @@ class Program:
         return max(1, prod(shape[1:] if self.locality == "row" else shape))
 
     @cached_property
+    def unit(self) -> int:
+        """How many elements of a result are best computed at once: a tile, where it goes by tiles."""
+        return self._tile if self.goes_by_tiles else 1
+
+    @cached_property
     def cuts_rows(self) -> bool:
         """Whether a part of a row is computed like a whole one: rows only tell which scale an element has."""
         computed = (one for one in _nodes(self.root) if not isinstance(one, Placeholder))
@@ -108,12 +113,12 @@ class Program:
         )
 
     def stretches(self, first: int, count: int, most: int) -> Iterator[tuple[int, int]]:
-        """Cut `count` elements of the result, one at least, from `first` on, into what `run` can be given.
+        """Cut `count` elements of the result, from `first` on, into what `run` can be given.
 
         Yields (first, elements) of about `most` in whole grains; where rows or tiles are best computed as
         such but may be cut, whole ones, or what lies in one.
         """
-        if self.goes_by_tiles:
+        if self.goes_by_tiles and count:
             yield first, count
             return
         unit = self._width if self.cuts_rows else self._tile

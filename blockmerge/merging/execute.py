@@ -276,11 +276,13 @@ class _Desk:
         self.buffers: dict[object, memoryview] = {}
         self._piece = memoryview(b"")
 
-    def piece(self, nbytes: int) -> memoryview:
-        """Memory for so many bytes, in whole pages."""
+    def piece(self, start: int, stop: int) -> memoryview:
+        """Memory for these bytes of a file and the rest of their last page; pages begin as in the file."""
+        before = start % PAGE
+        nbytes = -(-(before + stop - start) // PAGE) * PAGE
         if nbytes > len(self._piece):
-            self._piece = aligned_buffer(-(-nbytes // PAGE) * PAGE)
-        return self._piece
+            self._piece = aligned_buffer(nbytes)
+        return self._piece[before:nbytes]
 
 
 class _Worker:
@@ -298,14 +300,13 @@ class _Worker:
         runs = list(self.job.file.runs_between(start, stop))
         borrows = self.job.lends and any(run.grain_bytes > self.job.pace.chunk_bytes for run in runs)
         with self.job.desk_for_large_pieces() if borrows else nullcontext(self.desk) as desk:
-            memory = desk.piece(stop - start)
+            memory = desk.piece(start, stop)
             for run in runs:
                 low, high = max(start, run.start), min(stop, run.stop)
                 self.fill(run, low, memory[low - start : high - start], desk)
-            # Whole pages, as direct writes need them; the last page is cut to the file's size at the end.
+            # The last page is written whole, and cut to the file's size at the end.
             is_last = stop == self.job.file.size
-            end = -(-(stop - start) // PAGE) * PAGE if is_last and start % PAGE == 0 else stop - start
-            self.writer.write(start, memory[:end])
+            self.writer.write(start, memory if is_last else memory[: stop - start])
         return stop - start
 
     def fill(self, run: Run, low: int, target: memoryview, desk: _Desk) -> None:

@@ -61,21 +61,38 @@ class PieceWriter:
         self._direct = self._buffered = -1
 
     def write(self, offset: int, piece: memoryview) -> None:
-        """Write a piece, whose memory begins at a page: directly, where it is whole pages of the file.
+        """Write a piece: directly, but for what at its ends are no whole pages of the file. Its memory has to
+        be such that pages begin there where they begin in the file.
 
         Raises OSError.
         """
-        if offset % PAGE == 0 and len(piece) % PAGE == 0 and self._stream.direct:
-            try:
-                if self._direct < 0:
-                    self._direct = self._open(os.O_DIRECT)
-                _write(self._direct, offset, piece, direct=True)
-                return
-            except OSError as error:
-                # Some file systems let a file be opened for direct writes and then refuse them.
-                if error.errno not in _NOT_DIRECT:
-                    raise
-                self._stream.direct = False
+        begin = -offset % PAGE
+        end = len(piece) - (offset + len(piece)) % PAGE
+        if begin < end and self._writes_directly(offset + begin, piece[begin:end]):
+            self._write_buffered(offset, piece[:begin])
+            self._write_buffered(offset + end, piece[end:])
+        else:
+            self._write_buffered(offset, piece)
+
+    def _writes_directly(self, offset: int, pages: memoryview) -> bool:
+        """Write whole pages directly, if that is possible here."""
+        if not self._stream.direct:
+            return False
+        try:
+            if self._direct < 0:
+                self._direct = self._open(os.O_DIRECT)
+            _write(self._direct, offset, pages, direct=True)
+        except OSError as error:
+            # Some file systems let a file be opened for direct writes and then refuse them.
+            if error.errno not in _NOT_DIRECT:
+                raise
+            self._stream.direct = False
+            return False
+        return True
+
+    def _write_buffered(self, offset: int, piece: memoryview) -> None:
+        if not piece:
+            return
         if self._buffered < 0:
             self._buffered = self._open(0)
         _write(self._buffered, offset, piece, direct=False)

@@ -76,6 +76,11 @@ class Run:
         """The size of the stretch that cannot be cut."""
         return self.grain * size_of(self.dtype)
 
+    @property
+    def unit_bytes(self) -> int:
+        """The size of the stretch that is best not cut: of a tile, both pieces would compute all."""
+        return max(self.grain, self.program.unit) * size_of(self.dtype)
+
     def continues(self, other: Run, elements: int) -> bool:
         """Whether this run goes on where `other` ends after so many elements, in the output and in all that
         is read.
@@ -152,8 +157,8 @@ class PlannedFile:
         """Yield the stretches (start, stop) that are each filled and written at once, of about `size` bytes,
         a multiple of PAGE.
 
-        They begin and end at pages, as direct writes need it, wherever a run can be cut there. A tensor that
-        cannot be cut is in a piece as a whole, however large it is.
+        They begin and end at pages, as direct writes need it, wherever a run can be cut there, and is not
+        better cut between tiles. A tensor that cannot be cut is in a piece as a whole, however large it is.
         """
         start = 0
         while start < self.size:
@@ -164,14 +169,14 @@ class PlannedFile:
     def _end_of_piece(self, start: int, size: int) -> int:
         """Where a piece ends that begins at `start`: at the last page within `size`, if it can; else before
         what lies across that, at a page or else where that begins; else after it, where it is larger than a
-        piece.
+        piece. What goes by tiles is rather cut where it begins, if that is not too near, or between tiles.
         """
         goal = (start + size) // PAGE * PAGE
         if goal >= self.size:
             return self.size
-        if self._is_cut(goal):
-            return goal
         run = self._run_at(goal)
+        if self._is_cut(goal):
+            return self._better_end(run, start, goal) if run.unit_bytes > run.grain_bytes else goal
         before = run.start + (goal - run.start) // run.grain_bytes * run.grain_bytes
         page = before // PAGE * PAGE
         if page > start and self._is_cut(page):
@@ -181,6 +186,14 @@ class PlannedFile:
         after = before + run.grain_bytes
         page = -(-after // PAGE) * PAGE
         return page if page < self.size and self._is_cut(page) else after
+
+    @staticmethod
+    def _better_end(run: Run, start: int, goal: int) -> int:
+        """Where in a run that goes by tiles the piece from `start` to `goal` had better end."""
+        if run.start - start >= (goal - start) // 2:
+            return run.start
+        tile = run.start + (goal - run.start) // run.unit_bytes * run.unit_bytes
+        return tile if tile > start else goal
 
     def _is_cut(self, position: int) -> bool:
         """Whether no stretch that cannot be cut lies across a position."""
