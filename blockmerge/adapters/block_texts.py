@@ -51,7 +51,7 @@ def read_blocks(blocks: LoraBlocks | None, family: Family, seed: int = 0) -> Blo
     elif isinstance(blocks, Sequence) or getattr(blocks, "ndim", 0) == 1:
         found = _of_list([*blocks], family, seed)  # type: ignore[misc]  # mypy knows no arrays
     else:
-        found = parse_weights(blocks, family.name, seed=seed)
+        found = parse_weights(blocks, family, seed=seed)
     return BlockWeights({block: weight or 0.0 for block, weight in found.items()}, family.blocks)
 
 
@@ -59,7 +59,7 @@ def _of_text(text: str, family: Family, seed: int) -> BlockWeights:
     presets = lora_presets(family)
     preset = next((said for name, said in presets.items() if _fold(name) == _fold(text)), None)
     if preset is not None or "=" in text:
-        return parse_weights(text if preset is None else preset, family.name, seed=seed)
+        return parse_weights(text if preset is None else preset, family, seed=seed)
     if ":" in text:
         raise WeightsError("there is a third ':', and a LoRA is given as FILE[:STRENGTH[:BLOCKS]]")
     words = _WORD.findall(text)
@@ -67,7 +67,7 @@ def _of_text(text: str, family: Family, seed: int) -> BlockWeights:
         return _of_list(words, family, seed)
     if finite_number(text.strip()) is None and not is_random(text) and _fold(text) != "skip":
         raise _unknown_preset(text, family)
-    return parse_weights(text, family.name, seed=seed)
+    return parse_weights(text, family, seed=seed)
 
 
 def _of_list(values: Sequence[Any], family: Family, seed: int) -> BlockWeights:
@@ -76,7 +76,7 @@ def _of_list(values: Sequence[Any], family: Family, seed: int) -> BlockWeights:
     if blocks is None:
         raise _wrong_count(len(values), family)
     numbers = [_as_number(value) for value in values]
-    return parse_weights(dict(zip(blocks, numbers, strict=True)), family.name, seed=seed)
+    return parse_weights(dict(zip(blocks, numbers, strict=True)), family, seed=seed)
 
 
 def _as_number(value: Any) -> Any:

@@ -142,7 +142,7 @@ class Lora:
         Raises WeightsError, naming the LoRA, for blocks, counts of numbers and presets that the family does
         not have.
         """
-        family = family_named(family) if isinstance(family, str) else family
+        family = family_named(family)
         try:
             return read_blocks(self.blocks, family, seed)
         except WeightsError as error:

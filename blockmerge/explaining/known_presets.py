@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from blockmerge.anatomy import Family
 from blockmerge.comparing.arrays import Array, Flags
 from blockmerge.weights import Preset, presets
 
@@ -35,7 +36,7 @@ class Match:
 
 
 def matching_presets(
-    family: str, blocks: tuple[str, ...], weights: Array, uncertainty: Array, known: Flags
+    family: Family | str, blocks: tuple[str, ...], weights: Array, uncertainty: Array, known: Flags
 ) -> list[Match]:
     """Return the presets that the weights may be, nearest first, unscaled ones before scaled ones.
 
@@ -60,8 +61,8 @@ def matching_presets(
     return sorted(found, key=lambda match: (match.is_scaled, match.distance))
 
 
-def _table(preset: Preset, family: str, blocks: tuple[str, ...]) -> Array | None:
-    if preset.is_random or family not in preset.families:
+def _table(preset: Preset, family: Family | str, blocks: tuple[str, ...]) -> Array | None:
+    if preset.is_random or not preset.serves(family):
         return None
     weights = preset.weights_for(family, None)
     values = [weights[block] for block in blocks]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from blockmerge.anatomy import DEFAULT_FAMILY, FAMILIES, Family
 from blockmerge.errors import WeightsError, counted, did_you_mean, shown
@@ -16,8 +17,12 @@ DECIMALS = "; decimals are written with a point, as in 0.5"
 """Said where a comma seems to stand for one."""
 
 
-def family_named(name: str) -> Family:
-    """Return a family by its short name. Raises WeightsError, naming all, when there is none."""
+def family_named(name: Family | str) -> Family:
+    """Return a family by its short name, or the one that is given: of a name there may be several, with more
+    or fewer blocks. Raises WeightsError, naming all, when there is none.
+    """
+    if isinstance(name, Family):
+        return name
     if name not in FAMILIES:
         raise WeightsError(f"unknown family '{shown(name)}': {', '.join(FAMILIES)}")
     return FAMILIES[name]
@@ -118,6 +123,15 @@ def is_known(block: object) -> bool:
 def without_base(blocks: BlockList) -> str:
     """Return ``" (25 without BASE)"``, or nothing where the list has no BASE."""
     return f" ({len(blocks) - 1} without BASE)" if _has_base(blocks) else ""
+
+
+def families_of(blocks: BlockList) -> list[Family]:
+    """Return the families that have these blocks, in any order; where none has, each of those whose blocks
+    are counted, with these.
+    """
+    found = [family for family in FAMILIES.values() if set(family.blocks) == set(blocks)]
+    counted_ones = (family for family in FAMILIES.values() if family.arms is None)
+    return found or [replace(family, blocks=blocks) for family in counted_ones]
 
 
 def _families_of(blocks: BlockList) -> list[Family]:

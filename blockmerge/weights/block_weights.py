@@ -94,7 +94,7 @@ class BlockWeights(Mapping[str, float | None]):
         cls, weight: float | None, blocks: Sequence[str] = FAMILIES[DEFAULT_FAMILY].blocks
     ) -> BlockWeights:
         """The same weight for every one of `blocks`."""
-        return cls(dict.fromkeys(blocks, weight))
+        return cls(dict.fromkeys(blocks, weight), blocks)
 
     def __getitem__(self, block: str) -> float | None:
         return self._weights[block]
@@ -190,7 +190,7 @@ class BlockWeights(Mapping[str, float | None]):
             check_sdxl_map(by)
         return self.for_family(_SDXL, by)
 
-    def for_family(self, family: str, by: str | None = None) -> BlockWeights:
+    def for_family(self, family: Family | str, by: str | None = None) -> BlockWeights:
         """The weights for a family: as they are where they are of its blocks, or carried over to them, `by`
         one of its ways.
 
@@ -202,7 +202,7 @@ class BlockWeights(Mapping[str, float | None]):
         sources = self._carried_to(wanted, by)
         return BlockWeights({block: self._weights[sources[block]] for block in wanted.blocks}, wanted.blocks)
 
-    def lost_for(self, family: str, by: str | None = None) -> dict[str, float | None]:
+    def lost_for(self, family: Family | str, by: str | None = None) -> dict[str, float | None]:
         """The weights that `for_family` has no place for, and that are missed: neither 0 nor that of the
         nearest block that is kept, among those of the same letters.
 

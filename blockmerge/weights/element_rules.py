@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from blockmerge.anatomy import Family
 from blockmerge.errors import RecipeError, WeightsError, shown
 from blockmerge.weights.block_lists import BlockList, block_lists, family_named
 from blockmerge.weights.block_weights import checked_weight
@@ -91,7 +92,7 @@ class ElementRules:
     def __bool__(self) -> bool:
         return bool(self.rules)
 
-    def resolve(self, family: str) -> FamilyRules:
+    def resolve(self, family: Family | str) -> FamilyRules:
         """Return the rules for a family's blocks.
 
         Raises WeightsError, quoting the rule, for a block it does not have.

@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from blockmerge.anatomy import DEFAULT_FAMILY
+from blockmerge.anatomy import DEFAULT_FAMILY, Family
 from blockmerge.errors import WeightsError, shown
 from blockmerge.weights.block_lists import (
     DECIMALS,
@@ -38,9 +38,13 @@ In a sequence or mapping None or "skip" stands for skip, and "random" and its li
 
 
 def parse_weights(
-    value: WeightsLike, family: str = DEFAULT_FAMILY, sdxl_map: str | None = None, seed: int | str = 0
+    value: WeightsLike,
+    family: Family | str = DEFAULT_FAMILY,
+    sdxl_map: str | None = None,
+    seed: int | str = 0,
 ) -> BlockWeights:
-    """Return the weights that `value` means for a model of `family` (``"sd1"``, ``"sd2"``, ``"sdxl"``, …).
+    """Return the weights that `value` means for a model of `family` (``"sd1"``, ``"sd2"``, ``"sdxl"``, …, or
+    a Family).
 
     26 or 25 numbers for SDXL go by block name, or by resolution with ``sdxl_map="resolution"``. Random
     weights are drawn from `seed` and the blocks' names. Raises WeightsError, naming the part that cannot be
@@ -49,7 +53,9 @@ def parse_weights(
     return read_weights(value, family, seed).for_family(family, sdxl_map)
 
 
-def read_weights(value: WeightsLike, family: str = DEFAULT_FAMILY, seed: int | str = 0) -> BlockWeights:
+def read_weights(
+    value: WeightsLike, family: Family | str = DEFAULT_FAMILY, seed: int | str = 0
+) -> BlockWeights:
     """Return the weights that `value` means for a model of `family`, before they are carried over to its
     blocks.
 

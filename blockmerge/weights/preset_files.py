@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from blockmerge.anatomy import DEFAULT_FAMILY, FAMILIES
+from blockmerge.anatomy import DEFAULT_FAMILY, FAMILIES, Family
 from blockmerge.errors import PresetError, WeightsError, reason, shown
 from blockmerge.weights.block_lists import (
     blocks_of_count,
@@ -55,7 +55,7 @@ class Preset:
     @property
     def weights(self) -> BlockWeights | None:
         """The 26 weights of SD1 and SD2, if it has any for them; random ones as seed 0 draws them."""
-        return self.weights_for(DEFAULT_FAMILY) if self._table_for(DEFAULT_FAMILY) else None
+        return self.weights_for(DEFAULT_FAMILY) if self.serves(DEFAULT_FAMILY) else None
 
     @property
     def sdxl(self) -> BlockWeights | None:
@@ -79,9 +79,11 @@ class Preset:
     @property
     def families(self) -> tuple[str, ...]:
         """The families that the preset has weights for, in tables of their own or in another's."""
-        return tuple(family for family in FAMILIES if self._table_for(family))
+        return tuple(family for family in FAMILIES if self.serves(family))
 
-    def weights_for(self, family: str, sdxl_map: str | None = None, seed: int | str = 0) -> BlockWeights:
+    def weights_for(
+        self, family: Family | str, sdxl_map: str | None = None, seed: int | str = 0
+    ) -> BlockWeights:
         """The weights for a family: from its own table, or from that of a family with the same blocks, or
         carried over from another's. With an `sdxl_map` they are carried over wherever that can be done.
 
@@ -89,29 +91,40 @@ class Preset:
         """
         return self.table_for(family, sdxl_map, seed).for_family(family, sdxl_map)
 
-    def table_for(self, family: str, sdxl_map: str | None = None, seed: int | str = 0) -> BlockWeights:
+    def table_for(
+        self, family: Family | str, sdxl_map: str | None = None, seed: int | str = 0
+    ) -> BlockWeights:
         """The weights that serve for a family, before they are carried over to its blocks.
 
         Raises PresetError when no table serves.
         """
-        found = self._table_for(family, carry_first=sdxl_map is not None)
+        wanted = family_named(family)
+        found = self._table_for(wanted, carry_first=sdxl_map is not None)
         if found is None:
             raise PresetError(
-                f"preset '{shown(self.name)}' has no weights for {family_named(family).title}, only for "
-                f"{', '.join(self.families)}: give a preset with a table 'weights.{family}', or weights"
+                f"preset '{shown(self.name)}' has no weights for {wanted.title}, only for "
+                f"{', '.join(self.families)}: give a preset with a table 'weights.{wanted.name}', or weights"
             )
         table, whose = found
         return parse_weights(table, whose, seed=seed)
 
-    def _table_for(self, family: str, *, carry_first: bool = False) -> tuple[WeightsLike, str] | None:
+    def serves(self, family: Family | str) -> bool:
+        """Whether the preset has weights for a family, in a table of its own or in another's."""
+        return self._table_for(family_named(family)) is not None
+
+    def _table_for(self, wanted: Family, *, carry_first: bool = False) -> tuple[WeightsLike, Family] | None:
         """The table that serves for a family, and the family for which it is read."""
-        wanted = family_named(family)
-        tables = {family: self.tables[family], **self.tables} if family in self.tables else self.tables
-        same = [name for name in tables if FAMILIES[name].blocks == wanted.blocks]
-        carried = [name for name in tables if ways_to(wanted, FAMILIES[name].blocks)]
-        found = [(tables[name], name) for name in ([*carried, *same] if carry_first else [*same, *carried])]
-        if DEFAULT_FAMILY in tables and is_one_number(tables[DEFAULT_FAMILY]):
-            found.append((tables[DEFAULT_FAMILY], family))
+        own = [wanted.name] if wanted.name in self.tables else []
+        # The same name may stand for a family with other blocks.
+        tables = {name: wanted if name in own else FAMILIES[name] for name in [*own, *self.tables]}
+        same = [name for name, family in tables.items() if family.blocks == wanted.blocks]
+        carried = [name for name, family in tables.items() if ways_to(wanted, family.blocks)]
+        found = [
+            (self.tables[name], tables[name])
+            for name in ([*carried, *same] if carry_first else [*same, *carried])
+        ]
+        if DEFAULT_FAMILY in tables and is_one_number(self.tables[DEFAULT_FAMILY]):
+            found.append((self.tables[DEFAULT_FAMILY], wanted))
         return found[0] if found else None
 
 

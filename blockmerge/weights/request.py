@@ -89,7 +89,7 @@ class WeightsRequest:
             )
         _ = self._shares
 
-    def resolve(self, family: str) -> BlockWeights:
+    def resolve(self, family: Family | str) -> BlockWeights:
         """Return the weights for a family.
 
         Raises WeightsError when they cannot be read, and as `check` does.
@@ -97,7 +97,7 @@ class WeightsRequest:
         self.check()
         return self._resolve(family, self.sdxl_map)
 
-    def _resolve(self, family: str, sdxl_map: str | None) -> BlockWeights:
+    def _resolve(self, family: Family | str, sdxl_map: str | None) -> BlockWeights:
         seed = self._seed
         if self._shares:
             with self._blamed_on("preset"):
@@ -114,7 +114,7 @@ class WeightsRequest:
                 weights = weights.replace(parse_assignments(self.changes, weights.blocks, seed))
         return weights
 
-    def lost(self, family: str) -> list[str]:
+    def lost(self, family: Family | str) -> list[str]:
         """Say, a sentence each, which weights are missed when they are carried over to a family's blocks.
 
         Raises WeightsError as `resolve` does.
@@ -168,7 +168,7 @@ class WeightsRequest:
         """Whether any weight is left to chance, and so to the seed."""
         return is_random((self.weights, self.changes)) or any(preset.is_random for preset, _ in self._shares)
 
-    def heeds_map(self, family: str) -> bool:
+    def heeds_map(self, family: Family | str) -> bool:
         """Whether a family's weights depend on `sdxl_map`. Raises WeightsError as `resolve` does."""
         self.check()
         return len({self._resolve(family, way) for way in (None, *SDXL_MAPS)}) > 1
@@ -200,7 +200,7 @@ class WeightsRequest:
 
 def _lost_of(given: BlockWeights, what: str, family: Family, sdxl_map: str | None) -> Iterator[str]:
     """Say which of the weights that `what` has given are missed in a family."""
-    lost = given.lost_for(family.name, sdxl_map)
+    lost = given.lost_for(family, sdxl_map)
     if not lost:
         return
     told = ", ".join(
