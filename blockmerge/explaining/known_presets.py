@@ -9,6 +9,7 @@ import numpy as np
 
 from blockmerge.anatomy import Family
 from blockmerge.comparing.arrays import Array, Flags
+from blockmerge.errors import PresetError
 from blockmerge.weights import Preset, presets
 
 _LEAST = 0.005  # weights are looked at this coarsely even where they are known better: tools round them
@@ -64,7 +65,10 @@ def matching_presets(
 def _table(preset: Preset, family: Family | str, blocks: tuple[str, ...]) -> Array | None:
     if preset.is_random or not preset.serves(family):
         return None
-    weights = preset.weights_for(family, None)
+    try:
+        weights = preset.weights_for(family, None)
+    except PresetError:  # its table is for models with other blocks
+        return None
     values = [weights[block] for block in blocks]
     if any(value is None for value in values):
         return None

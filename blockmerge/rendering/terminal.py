@@ -212,6 +212,8 @@ def print_preset(console: Console, preset: Preset) -> None:
         for family, weights in {"SDXL": preset.sdxl, **preset.others}.items():
             if weights:
                 yield Group(Text(family, "bold"), WeightsU(weights), Text())
+        for family, table in preset.tables_as_written.items():
+            yield Group(Text.assemble((family, "bold"), f"  {shown(table, 4000)}"), Text())
         if preset.source:
             yield Text(f"source: {shown(preset.source, 400)}")
 

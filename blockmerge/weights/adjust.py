@@ -11,7 +11,7 @@ from typing import NamedTuple
 from blockmerge.anatomy import UNET_PREFIX, Family
 from blockmerge.errors import RecipeError, WeightsError, counted, shown
 from blockmerge.weights.block_lists import family_named
-from blockmerge.weights.grammar import finite_number
+from blockmerge.weights.plain_numbers import finite_number
 
 _NAMES = "IN,OUT,OUT2,CONT,BRI,COL1,COL2,COL3"
 

@@ -28,8 +28,9 @@ from blockmerge.weights.block_lists import (
     without_base,
 )
 from blockmerge.weights.block_weights import BlockWeights
-from blockmerge.weights.grammar import WeightsLike, block_range, is_one_number, parse_weights
+from blockmerge.weights.grammar import WeightsLike, is_one_number, notes_on, parse_weights, read_weights
 from blockmerge.weights.random_weights import is_random
+from blockmerge.weights.words import block_range
 
 SUFFIXES = (".toml", ".txt", ".tsv", ".csv")
 
@@ -64,12 +65,30 @@ class Preset:
 
     @property
     def others(self) -> dict[str, BlockWeights]:
-        """The weights of its tables for other families, by the families' names."""
+        """The weights of its tables for other families, by the families' names: without those for models of
+        more or fewer blocks than are usual.
+        """
+        found = {family: self._usual_weights(family) for family in self.tables}
         return {
-            family: self.weights_for(family)
-            for family in self.tables
-            if family not in (DEFAULT_FAMILY, _SDXL)
+            family: weights
+            for family, weights in found.items()
+            if weights is not None and family not in (DEFAULT_FAMILY, _SDXL)
         }
+
+    @property
+    def tables_as_written(self) -> dict[str, str]:
+        """The tables that are not among the `others`, since they are for models of other blocks than are
+        usual.
+        """
+        unread = (family for family in self.tables if self._usual_weights(family) is None)
+        return {family: str(self.tables[family]) for family in unread}
+
+    def _usual_weights(self, family: str) -> BlockWeights | None:
+        """The weights for a family whose models have the usual blocks, None where the table is for others."""
+        try:
+            return self.weights_for(family)
+        except PresetError:
+            return None
 
     @property
     def is_random(self) -> bool:
@@ -85,7 +104,8 @@ class Preset:
         self, family: Family | str, sdxl_map: str | None = None, seed: int | str = 0
     ) -> BlockWeights:
         """The weights for a family: from its own table, or from that of a family with the same blocks, or
-        carried over from another's. With an `sdxl_map` they are carried over wherever that can be done.
+        carried over from another's, at last by depth. With an `sdxl_map` they are carried over wherever that
+        can be done.
 
         Raises PresetError when no table serves.
         """
@@ -106,7 +126,16 @@ class Preset:
                 f"{', '.join(self.families)}: give a preset with a table 'weights.{wanted.name}', or weights"
             )
         table, whose = found
-        return parse_weights(table, whose, seed=seed)
+        try:
+            weights = read_weights(table, whose, seed)
+        except WeightsError as error:  # of a model with other blocks than were expected
+            raise PresetError(f"preset '{shown(self.name)}': {error}") from error
+        return weights if weights.go_by_depth_to(whose) else weights.for_family(whose)
+
+    def notes_for(self, family: Family, sdxl_map: str | None = None, seed: int | str = 0) -> list[str]:
+        """What `notes_on` says of the table that serves for a family."""
+        found = self._table_for(family, carry_first=sdxl_map is not None)
+        return notes_on(*found, seed) if found else []
 
     def serves(self, family: Family | str) -> bool:
         """Whether the preset has weights for a family, in a table of its own or in another's."""
@@ -125,6 +154,9 @@ class Preset:
         ]
         if DEFAULT_FAMILY in tables and is_one_number(self.tables[DEFAULT_FAMILY]):
             found.append((self.tables[DEFAULT_FAMILY], wanted))
+        if wanted.arms is None:  # by depth
+            usual_first = sorted(self.tables, key=lambda name: name != DEFAULT_FAMILY)
+            found += [(self.tables[name], FAMILIES[name]) for name in usual_first]
         return found[0] if found else None
 
 
@@ -216,7 +248,7 @@ def _by_key(weights: object, where: str) -> dict[str, tuple[str, object]]:
     if not isinstance(weights, dict) or not families:
         try:
             for key in keys:
-                block_range(key, blocks)
+                block_range(key, FAMILIES[DEFAULT_FAMILY])
         except WeightsError as error:
             raise PresetError(f"{where}: 'weights': {error}; families are {', '.join(FAMILIES)}") from error
         return {"weights": (DEFAULT_FAMILY, weights)}
@@ -240,6 +272,8 @@ def _checked(value: object, family: str, where: str) -> WeightsLike:
     if not isinstance(value, (int, float, str, list, dict)):
         raise PresetError(f"{where}: neither a number, a list, a text nor a table of weights")
     blocks = FAMILIES[family].blocks
+    if FAMILIES[family].arms is None:  # how many blocks there are is known from a model
+        return value
     try:
         weights = parse_weights(value, family)
         if isinstance(value, list) and blocks_of_count(len(value), blocks) != blocks:
