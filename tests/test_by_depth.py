@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import blockmerge
 from blockmerge import BlockWeights, PresetError, WeightsError
-from blockmerge.anatomy import FAMILIES
+from blockmerge.anatomy import FAMILIES, register
 from blockmerge.explaining.known_presets import matching_presets
 from blockmerge.merging.recipe_recorded import is_found_still
 from blockmerge.weights import WeightsRequest, find_preset, parse_weights, presets
-from tests import oracle
+from tests import oracle, toy_family
 from tests.commands import ok
 from tests.counted_family import counted, flux_blocks, known, numbered
 
@@ -192,3 +195,49 @@ def test_families_by_name_are_the_usual_ones():
     with known(FLUX):
         assert parse_weights(0.5, "counted") == parse_weights(0.5, FLUX)
         assert WeightsRequest(weights=0.5).resolve("counted").blocks == FAMILIES["counted"].blocks
+
+
+@pytest.fixture
+def toy_files(tmp_path):
+    """A pair of files of the toy family, whose blocks are counted for once, as their commands see them."""
+    folder = tmp_path / "families"
+    folder.mkdir()
+    with toy_family.registered(folder) as family:
+        register(replace(family, arms=None, aliases={"layers.#.": ("L#",)}))
+        paths = []
+        for name, model in zip("ab", toy_family.make_pair(), strict=True):
+            paths.append(str(tmp_path / f"{name}.safetensors"))
+            save_file(model, paths[-1], {"format": "pt"})
+        yield paths
+
+
+def test_a_merge_says_it_and_draws_rows(toy_files, tmp_path, capsys):
+    out = str(tmp_path / "out.safetensors")
+    lines = ok(capsys, *toy_files, "-p", "COSINE", "--set", "layers.1.=0.5", "-o", out).splitlines()
+    assert "- preset 'COSINE': 25 weights are carried over to Toy Transformer's 2 blocks by depth" in lines
+    assert [line.split() for line in lines[2:4]] == [["BASE", "0", "░" * 12], ["L00", "1█", "0.5▄"]]
+    found = json.loads(
+        ok(
+            capsys,
+            *toy_files,
+            "-w",
+            "L00-L01=0.25..0.75",
+            "--dry-run",
+            "--json",
+            "-o",
+            str(tmp_path / "2.safetensors"),
+        )
+    )
+    assert found["weights"] == {"BASE": 0.0, "L00": 0.25, "L01": 0.75}
+    a, b = map(load_file, toy_files)
+    merged = load_file(out)
+    name = "model.diffusion_model.layers.1.norm.weight"
+    assert torch.equal(merged[name], torch.lerp(a[name], b[name], 0.5))
+    name = "model.diffusion_model.layers.0.norm.weight"
+    assert torch.equal(merged[name], b[name])
+    recipe = ok(capsys, "recipe", out)
+    assert "COSINE" in recipe
+    assert "layers.1.=0.5" in recipe
+    ok(capsys, "verify", out)
+    explained = ok(capsys, "explain", out, *toy_files)
+    assert "made again it is the same to the last bit" in explained
