@@ -232,9 +232,10 @@ def test_a_preset_for_one_family_alone(tmp_path, capsys):
     (shown,) = json.loads(ok(capsys, "presets", "show", path, "--json"))
     assert (shown["weights"], shown["sdxl"], shown["tables"]["double"]["D03"]) == (None, None, 0.5)
     lines = ok(capsys, "presets", "show", path).splitlines()
-    assert [line.split()[:2] for line in lines[2:62]] == [
-        [block, "0" if block == "BASE" else "0.5"] for block in DOUBLE
-    ]
+    labels = ["BASE", "IN", "D00", "D10", "S00", "S10", "S20", "S30", "OUT"]
+    rows = [line.split() for line in lines[2 : 2 + len(labels)]]
+    assert [row[0] for row in rows] == labels
+    assert [row.count("0.5▄") for row in rows if row[0][1:].isdigit()] == [10, 9, 10, 10, 10, 8]
 
 
 def test_shipped_presets_are_for_the_families_they_can_be_carried_to():

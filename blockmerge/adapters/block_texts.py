@@ -10,8 +10,11 @@ from blockmerge.anatomy import FAMILIES, Family
 from blockmerge.errors import WeightsError, counted, did_you_mean, shown
 from blockmerge.weights import BlockWeights, WeightsLike, parse_weights
 from blockmerge.weights.block_lists import example, spans
-from blockmerge.weights.grammar import finite_number, names_blocks
+from blockmerge.weights.gradients import is_gradient
+from blockmerge.weights.grammar import lone_gradient
+from blockmerge.weights.plain_numbers import finite_number
 from blockmerge.weights.random_weights import is_random
+from blockmerge.weights.words import names_blocks
 
 _WORD = re.compile(r"[^,;\s(]*\([^()]*\)|[^,;\s]+")
 """An entry of a list; a bracket and what is in it stay with the word before them."""
@@ -51,7 +54,7 @@ def read_blocks(blocks: LoraBlocks | None, family: Family, seed: int = 0) -> Blo
     elif isinstance(blocks, Sequence) or getattr(blocks, "ndim", 0) == 1:
         found = _of_list([*blocks], family, seed)  # type: ignore[misc]  # mypy knows no arrays
     else:
-        found = parse_weights(blocks, family.name, seed=seed)
+        found = parse_weights(blocks, family, seed=seed)
     return BlockWeights({block: weight or 0.0 for block, weight in found.items()}, family.blocks)
 
 
@@ -59,15 +62,17 @@ def _of_text(text: str, family: Family, seed: int) -> BlockWeights:
     presets = lora_presets(family)
     preset = next((said for name, said in presets.items() if _fold(name) == _fold(text)), None)
     if preset is not None or "=" in text:
-        return parse_weights(text if preset is None else preset, family.name, seed=seed)
+        return parse_weights(text if preset is None else preset, family, seed=seed)
     if ":" in text:
         raise WeightsError("there is a third ':', and a LoRA is given as FILE[:STRENGTH[:BLOCKS]]")
     words = _WORD.findall(text)
     if len(words) > 1:
         return _of_list(words, family, seed)
+    if is_gradient(text):
+        raise lone_gradient(text.strip(), family)
     if finite_number(text.strip()) is None and not is_random(text) and _fold(text) != "skip":
         raise _unknown_preset(text, family)
-    return parse_weights(text, family.name, seed=seed)
+    return parse_weights(text, family, seed=seed)
 
 
 def _of_list(values: Sequence[Any], family: Family, seed: int) -> BlockWeights:
@@ -75,8 +80,11 @@ def _of_list(values: Sequence[Any], family: Family, seed: int) -> BlockWeights:
     blocks = lora_lists(family).get(len(values))
     if blocks is None:
         raise _wrong_count(len(values), family)
+    for value in values:
+        if isinstance(value, str) and is_gradient(value):
+            raise lone_gradient(value, family)
     numbers = [_as_number(value) for value in values]
-    return parse_weights(dict(zip(blocks, numbers, strict=True)), family.name, seed=seed)
+    return parse_weights(dict(zip(blocks, numbers, strict=True)), family, seed=seed)
 
 
 def _as_number(value: Any) -> Any:
@@ -87,7 +95,7 @@ def _as_number(value: Any) -> Any:
 def _unknown_preset(text: str, family: Family) -> WeightsError:
     presets = lora_presets(family)
     have = f"has {', '.join(presets)}" if presets else "has none"
-    blocks = text.strip() if names_blocks(text.strip(), family.blocks) else example(family.blocks)
+    blocks = text.strip() if names_blocks(text.strip(), family) else example(family.blocks)
     return WeightsError(
         f"unknown LoRA preset '{shown(text.strip())}'{did_you_mean(text.strip(), presets)}: "
         f"{family.title} {have}; or write weights, as in {blocks}=0.5"

@@ -16,7 +16,7 @@ from blockmerge.checkpoints import Checkpoint, CheckpointLike, in_cache, open_so
 from blockmerge.errors import CheckpointError, RecipeError, WeightsError, shown
 from blockmerge.weights import BlockWeights
 from blockmerge.weights.block_lists import family_named
-from blockmerge.weights.grammar import finite_number
+from blockmerge.weights.plain_numbers import finite_number
 
 _FORM = "FILE[:STRENGTH[:BLOCKS]], as in style.safetensors:0.8 or style.safetensors:0.5:OUTALL"
 
@@ -142,7 +142,7 @@ class Lora:
         Raises WeightsError, naming the LoRA, for blocks, counts of numbers and presets that the family does
         not have.
         """
-        family = family_named(family) if isinstance(family, str) else family
+        family = family_named(family)
         try:
             return read_blocks(self.blocks, family, seed)
         except WeightsError as error:

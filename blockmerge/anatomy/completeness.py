@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from blockmerge.anatomy.families import FAMILIES
-from blockmerge.anatomy.family import Shape, matches
+from blockmerge.anatomy.family import Family, Shape, matches
 from blockmerge.anatomy.names import component_of
 
 _POSITIONS = ("position_embedding.weight", "positional_embedding")
@@ -26,19 +26,19 @@ class LayoutGaps:
     misshapen: Mapping[str, Shape]
 
 
-def components_of(family: str) -> tuple[str, ...]:
+def components_of(family: Family | str) -> tuple[str, ...]:
     """Return the components that a complete file of a family has."""
-    return FAMILIES[family].components
+    return (FAMILIES[family] if isinstance(family, str) else family).components
 
 
-def layout_gaps(shapes: Mapping[str, Shape], family: str, component: str) -> LayoutGaps:
+def layout_gaps(shapes: Mapping[str, Shape], family: Family | str, component: str) -> LayoutGaps:
     """Hold one component of a model, {canonical name: shape}, against the layout of its family.
 
     Shapes are compared exactly where most widths are the real ones. A narrower or wider model is held against
     itself: each of the layout's widths (320, 640, …) must be one and the same width wherever it occurs. The
     input channels of the U-Net's first convolution are left to `identify`.
     """
-    known = FAMILIES[family]
+    known = FAMILIES[family] if isinstance(family, str) else family
     wanted = {name: one.shape for name, one in known.listed.items() if one.component == component}
     found = {name: shape for name, shape in shapes.items() if component_of(name) == component}
     signs = known.signs["ldm"]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from blockmerge.anatomy.families import FAMILIES
+from blockmerge.anatomy.family import Family
 from blockmerge.anatomy.structure import built_of
 from blockmerge.errors import UnknownFamilyError, shown
 
@@ -26,17 +27,18 @@ _DIFFUSERS = "0.30.0"  # whose configs these are; some pipelines ask for it
 
 
 def folder_configs(
-    shapes: Shapes, family: str, *, prediction: str = "epsilon", zero_snr: bool = False
+    shapes: Shapes, family: Family | str, *, prediction: str = "epsilon", zero_snr: bool = False
 ) -> dict[str, dict[str, Any]]:
     """Return {path in the folder: content} of model_index.json and of a config for each component and the
     scheduler.
 
     `shapes` are those of tensors in diffusers' names (``"unet/conv_in.weight"``), `family` is one of
-    FAMILIES, `prediction` ``"epsilon"`` or ``"v_prediction"``; `zero_snr` says that the model is trained on a
-    schedule that ends in pure noise (https://arxiv.org/abs/2305.08891). Raises UnknownFamilyError when a
-    component lacks a tensor that tells how it is built.
+    FAMILIES or its name, `prediction` ``"epsilon"`` or ``"v_prediction"``; `zero_snr` says that the model is
+    trained on a schedule that ends in pure noise (https://arxiv.org/abs/2305.08891). Raises
+    UnknownFamilyError when a component lacks a tensor that tells how it is built.
     """
-    known = FAMILIES[family].configs
+    family = FAMILIES[family] if isinstance(family, str) else family
+    known = family.configs
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         component, _, rest = name.partition("/")
@@ -49,18 +51,20 @@ def folder_configs(
         configs[component] = make(_Part(component, parts[component]), described, image_size)
     scheduler = scheduler_config(family, prediction, zero_snr=zero_snr)
     channels = configs["unet"].get("in_channels") if "unet" in configs else None
-    variant = FAMILIES[family].variants.get(channels or 0, "base")
+    variant = family.variants.get(channels or 0, "base")
     return {
         "model_index.json": model_index(family, configs, variant, scheduler["_class_name"]),
         "scheduler/scheduler_config.json": scheduler,
     } | {f"{component}/config.json": configs[component] for component in sorted(configs)}
 
 
-def model_index(family: str, components: Collection[str], variant: str, scheduler: str) -> dict[str, Any]:
+def model_index(
+    family: Family | str, components: Collection[str], variant: str, scheduler: str
+) -> dict[str, Any]:
     """Return model_index.json: which class loads each component, and null for those that are not among
     `components`.
     """
-    known = FAMILIES[family].configs
+    known = (FAMILIES[family] if isinstance(family, str) else family).configs
     made: Mapping[str, Any] = known.get("index", {}).get(variant, known)
     index: dict[str, Any] = _of_diffusers(known["pipelines"].get(variant, known["pipelines"]["base"]))
     for part in made["parts"]:
@@ -70,11 +74,11 @@ def model_index(family: str, components: Collection[str], variant: str, schedule
     return index | settings
 
 
-def scheduler_config(family: str, prediction: str, *, zero_snr: bool = False) -> dict[str, Any]:
+def scheduler_config(family: Family | str, prediction: str, *, zero_snr: bool = False) -> dict[str, Any]:
     """Return the published scheduler of a family, with the schedule of noise that all of them were trained
     on.
     """
-    known = FAMILIES[family].configs
+    known = (FAMILIES[family] if isinstance(family, str) else family).configs
     kind = "v_prediction" if prediction == "v_prediction" or zero_snr else "epsilon"
     made: dict[str, Any] = dict(known["scheduler"][kind])
     named = _of_diffusers(made.pop("_class_name"))

@@ -195,8 +195,8 @@ class Family:
     `prefixes` are {naming: {prefix: component}}; `roots` {naming: first words of U-Net names that stand
     without prefix}; `other_prefixes` {what other programs write: what it stands for here}; `prediction`
     {variant: Unmarked}; `optional` and `harmless` patterns of names that may be
-    missing or be there beside the layout's; `configs` is what `anatomy.configs` reads, and `adapters` what
-    that room reads.
+    missing or be there beside the layout's; `configs` is what `anatomy.configs` reads, `adapters` what that
+    room reads; `aliases` {another program's word: blocks}, `number_lists` {how many numbers: their words}.
     """
 
     name: str
@@ -224,6 +224,8 @@ class Family:
     adapters: Mapping[str, Any] = field(default_factory=dict)
     unlisted: Mapping[str, Mapping[str, tuple[_Beginning, ...]]] = field(default_factory=dict, repr=False)
     folder: Traversable | None = field(default=None, repr=False)
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    number_lists: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Traversable) -> Family:
@@ -265,6 +267,8 @@ class Family:
             adapters=data.get("adapters", {}),
             unlisted={naming: _beginnings(data.get("unlisted", {}).get(naming, {})) for naming in NAMINGS},
             folder=folder,
+            aliases=_frozen(data.get("aliases", {})),
+            number_lists={int(n): tuple(words.split()) for n, words in data.get("numbers", {}).items()},
         )
 
     @cached_property

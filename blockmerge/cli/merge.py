@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     "-w",
     "--weights",
     metavar="TEXT",
-    help="How much of B: 0.5, or 26 numbers, or BASE=0,IN00-IN05=0.3,M00=skip.",
+    help="How much of B: 0.5, or a number for each block, or BASE=0,IN00-IN05=0.3,M00=skip, or "
+    "IN00-IN11=0..1.",
 )
 @click.option(
     "--set",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from blockmerge.anatomy import TITLES
+from blockmerge.anatomy import TITLES, Family
 from blockmerge.checkpoints import CheckpointLike, Model
 from blockmerge.comparing.sources import opening_to_compare
 from blockmerge.errors import IncompatibleModelsError, NonFiniteError, counted, listing, shown
@@ -68,7 +68,7 @@ def explain(
         return by_recipe
     named = screened(merged, opened, threads, progress)
     evidence = _gather(merged, named, threads, progress)
-    found = _explanation(merged, evidence, _find_origin(evidence, merged.anatomy.family.name), tensors)
+    found = _explanation(merged, evidence, _find_origin(evidence, merged.anatomy.family), tensors)
     note = own.note if by_recipe is None else by_recipe.verdict
     return found if note is None else replace(found, notes=(note, *found.notes))
 
@@ -120,7 +120,7 @@ def _gather(
     return _Evidence(candidates, compared, sums, stream)
 
 
-def _find_origin(evidence: _Evidence, family: str) -> _Origin:
+def _find_origin(evidence: _Evidence, family: Family) -> _Origin:
     """Find the parents of the U-Net, and merge them again to see whether they are."""
     from blockmerge.explaining.variants import refine
 

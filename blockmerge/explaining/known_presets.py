@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from blockmerge.anatomy import Family
 from blockmerge.comparing.arrays import Array, Flags
+from blockmerge.errors import PresetError
 from blockmerge.weights import Preset, presets
 
 _LEAST = 0.005  # weights are looked at this coarsely even where they are known better: tools round them
@@ -35,7 +37,7 @@ class Match:
 
 
 def matching_presets(
-    family: str, blocks: tuple[str, ...], weights: Array, uncertainty: Array, known: Flags
+    family: Family | str, blocks: tuple[str, ...], weights: Array, uncertainty: Array, known: Flags
 ) -> list[Match]:
     """Return the presets that the weights may be, nearest first, unscaled ones before scaled ones.
 
@@ -60,10 +62,13 @@ def matching_presets(
     return sorted(found, key=lambda match: (match.is_scaled, match.distance))
 
 
-def _table(preset: Preset, family: str, blocks: tuple[str, ...]) -> Array | None:
-    if preset.is_random or family not in preset.families:
+def _table(preset: Preset, family: Family | str, blocks: tuple[str, ...]) -> Array | None:
+    if preset.is_random or not preset.serves(family):
         return None
-    weights = preset.weights_for(family, None)
+    try:
+        weights = preset.weights_for(family, None)
+    except PresetError:  # its table is for models with other blocks
+        return None
     values = [weights[block] for block in blocks]
     if any(value is None for value in values):
         return None

@@ -9,6 +9,7 @@ from math import comb
 
 import numpy as np
 
+from blockmerge.anatomy import Family
 from blockmerge.comparing.arrays import Array
 from blockmerge.explaining.groups import GroupSums, MergeSums
 from blockmerge.explaining.known_presets import Match, matching_presets
@@ -40,7 +41,7 @@ class Parents:
         return np.array([1.0, weight, -weight] if self.method == "add_difference" else [1.0 - weight, weight])
 
 
-def find_parents(sums: MergeSums, family: str, at_least: int = 1) -> Parents | None:
+def find_parents(sums: MergeSums, family: Family, at_least: int = 1) -> Parents | None:
     """Return the parents of the U-Net, `at_least` so many, or None when no few candidates explain it."""
     return (
         _with_weights_by_block(sums, family, at_least)
@@ -61,7 +62,7 @@ def nearest_pair(sums: MergeSums) -> Parents:
     return Parents((nearest, second), "weighted_sum")
 
 
-def _with_weights_by_block(sums: MergeSums, family: str, at_least: int) -> Parents | None:
+def _with_weights_by_block(sums: MergeSums, family: Family, at_least: int) -> Parents | None:
     fits = _fewest_that_fit(sums.unet_blocks, at_least, _MOST_PARENTS)
     return _most_plausible(fits, sums, family) if fits else None
 
@@ -76,7 +77,7 @@ def _with_weights_by_tensor(sums: MergeSums, at_least: int) -> Parents | None:
     return Parents((base, *others), _plain_method(len(candidates)))
 
 
-def _many_parents(sums: MergeSums, family: str) -> Parents | None:
+def _many_parents(sums: MergeSums, family: Family) -> Parents | None:
     """Fit all candidates at once, then leave out those of which no block took anything."""
     unet = sums.unet_blocks
     able = unet.complete_candidates
@@ -188,7 +189,7 @@ def _count_outside(found: Fit) -> int:
     return int((~inside & found.determined[:, None]).sum())
 
 
-def _most_plausible(fits: Sequence[Fit], sums: MergeSums, family: str) -> Parents:
+def _most_plausible(fits: Sequence[Fit], sums: MergeSums, family: Family) -> Parents:
     """Read every fit with each of its candidates as the base, and return the least doubtful parents."""
     choices: list[tuple[_Doubts, Parents]] = []
     for found in fits:
@@ -200,7 +201,7 @@ def _most_plausible(fits: Sequence[Fit], sums: MergeSums, family: str) -> Parent
     return min(choices, key=lambda choice: choice[0])[1]
 
 
-def _presets_of(reading: _Reading, found: Fit, sums: MergeSums, family: str) -> list[Match]:
+def _presets_of(reading: _Reading, found: Fit, sums: MergeSums, family: Family) -> list[Match]:
     """The presets that the weights may be."""
     if reading.method not in ("weighted_sum", "add_difference"):
         return []

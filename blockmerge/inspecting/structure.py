@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from blockmerge.anatomy import (
-    FAMILIES,
     TITLES,
     UNET_PREFIX,
     Anatomy,
+    Family,
     canonical_name,
     component_of,
     components_of,
@@ -134,7 +134,7 @@ def _against_layout(subject: Subject, anatomy: Anatomy) -> Iterator[Problem]:
     # A U-Net under names that are not those of the layouts cannot be held against them.
     if not any(name.startswith(UNET_PREFIX) for name in subject.tensors):
         return
-    family = anatomy.family.name
+    family = anatomy.family
     cut = frozenset(anatomy.standing.missing if anatomy.standing.is_cut else ())
     unused = set(subject.unused)
     shapes = {
@@ -195,10 +195,10 @@ def _is_known(name: str, anatomy: Anatomy) -> bool:
     return anatomy.family.knows(name) or is_prediction_marker(name)
 
 
-def _unknown(subject: Subject, component: str, family: str, names: Sequence[str]) -> Problem:
+def _unknown(subject: Subject, component: str, family: Family, names: Sequence[str]) -> Problem:
     found = (
         f"{counted(len(names), 'tensor')} of the {TITLES.get(component, component)} that no "
-        f"{FAMILIES[family].title} model has"
+        f"{family.title} model has"
     )
     nbytes = sum(subject.tensors[name].nbytes for name in names)
     return Problem.of("unknown_tensors", f"{found} ({listing(names)})", subject.in_file(names), nbytes)

@@ -222,8 +222,9 @@ class LiveMerge:
         first = WeightsRequest(preset, weights, changes, sdxl_map, seed, default=default)
         of_beta = self._method.weights.get("beta")
         second = WeightsRequest(preset_beta, weights_beta, None, sdxl_map, seed, beta=True, default=of_beta)
-        alpha = first.change(self._weights) if keep else first.resolve(self._unet.family.name)
-        beta = second.change(self._weights_beta) if keep else second.resolve(self._unet.family.name)
+        family = self._unet.family
+        alpha = first.change(self._weights, family) if keep else first.resolve(family)
+        beta = second.change(self._weights_beta, family) if keep else second.resolve(family)
         wanted = {name: launcher.content((alpha[name], beta[name])) for name in self._held}
         self._show(launcher, wanted)
         self._weights, self._weights_beta = alpha, beta
@@ -279,7 +280,7 @@ class LiveMerge:
         return f"<LiveMerge: {what}, {out.dtype} on {out.device}>"
 
     def _notes_on(self, first: WeightsRequest, second: WeightsRequest) -> Iterator[str]:
-        family = self._unet.family.name
+        family = self._unet.family
         yield from first.lost(family)
         yield from second.lost(family)
         if missing := missing_beta(self._method, second):

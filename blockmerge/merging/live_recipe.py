@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from blockmerge.anatomy import Family
 from blockmerge.checkpoints import made
 from blockmerge.errors import RecipeError, did_you_mean, listing, shown
 from blockmerge.expressions import Expression, Held, simplify
@@ -47,7 +48,7 @@ class LiveStage:
         if request.loras:
             models = [leaves.below(one) for one in leaves.places[node]]
             combination = replace(combination, changes=Adapted.of(request, models).changes)
-        resolved = request.resolve(family.name, len(node.models))
+        resolved = request.resolve(family, len(node.models))
         return cls(request, combination, resolved.weights, resolved.beta)
 
     @property
@@ -57,7 +58,7 @@ class LiveStage:
         is_plain = method.locality == "element" and not method.random and method.rows is None
         return is_plain and not self.request.rules.rules and not self.combination.changes
 
-    def changed(self, changes: Mapping[str, Any], family: str) -> LiveStage:
+    def changed(self, changes: Mapping[str, Any], family: Family) -> LiveStage:
         """The same with other weights. Raises RecipeError for anything else."""
         if unknown := [str(key) for key in changes if key not in _CHANGING]:
             near = did_you_mean(unknown[0], _CHANGING)
@@ -116,7 +117,7 @@ class LiveStages(Launcher):
                 raise RecipeError(
                     f"stage {shown(name)}: a table of weights is needed; {type(one).__name__} given"
                 )
-            stages[by_name[name]] = stages[by_name[name]].changed(one, self._unet.family.name)
+            stages[by_name[name]] = stages[by_name[name]].changed(one, self._unet.family)
         self._stages = stages
         self._known_tasks.clear()
 
@@ -148,7 +149,7 @@ class LiveStages(Launcher):
             for one in self._leaves.places[node]
         ]
         block = family.block_of(ldm)
-        rules = stage.request.rules.resolve(family.name)
+        rules = stage.request.rules.resolve(family)
         weights = rules.weight(block, ldm, stage.alpha[block]), stage.beta[block]
         dtype = self._tensors[ldm][0].dtype
         wide = dtype if is_result else ("F64" if dtype == "F32" else "F32")

@@ -99,8 +99,7 @@ def merge_state_dicts(
             Model.of(StateDict(tensors, state_dict_name(number)))
             for number, tensors in enumerate(state_dicts)
         ]
-        family = models[0].anatomy.family.name
-        resolved = request.resolve(family, len(models))
+        resolved = request.resolve(models[0].anatomy.family, len(models))
         adapted = Adapted.of(request, models)
         merged = _compute(models, decide(models, request, resolved, adapted=adapted).tensors, devices)
         if check_finite:

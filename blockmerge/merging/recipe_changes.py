@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,18 +27,19 @@ def with_changes(written: Mapping[str, Any], changes: Sequence[str]) -> dict[str
     changed = json.loads(json.dumps(written, default=str)) if changes else dict(written)
     for text in changes:
         name, equals, value = text.partition("=")
-        stage, dot, key = name.partition(".")
+        stage, dot, rest = name.partition(".")
         top, stages = split(changed)
         if not equals or "\n" in text:
             raise RecipeError(f"--set {shown(text)}: STAGE.KEY=VALUE, or BLOCK=WEIGHT of the result")
         if dot and stage in stages:
-            _change(changed[stage], key.strip().replace("-", "_"), _value(value), text)
+            _change(changed[stage], rest.strip().replace("-", "_"), _value(value), text)
             continue
         of_result = {key: value for key, value in top.items() if key not in OF_FILE}
         _, result = with_result(of_result, stages)
         own = changed if result == TOP else changed[result]
         key = name.strip().replace("-", "_")
-        if dot and key not in OPTIONS and stage not in stages and is_name(stage) and stages:
+        # Blocks may be called double_blocks.3. or img_in., which no option is.
+        if key not in OPTIONS and stages and is_name(stage) and re.fullmatch(r"\s*[A-Za-z][\w-]*\s*", rest):
             near = did_you_mean(stage, stages)
             raise RecipeError(
                 f"--set {shown(text)}: no stage {shown(stage)}{near} (stages are {listing(stages)})"

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
-from blockmerge.anatomy import FAMILIES
 from blockmerge.errors import BlockmergeError, RecipeError
 from blockmerge.merging.planning.request import told_from_words
 from blockmerge.merging.planning.written import asked_of_run
 from blockmerge.merging.recipe_tables import OF_RESULT, RESULT, free_name
 from blockmerge.weights import WeightsRequest
+from blockmerge.weights.block_lists import families_of
 
 Files = dict[str, Mapping[str, Any]]
 """{what a table calls a file: what is recorded of it}."""
@@ -121,16 +121,15 @@ def is_found_still(table: Mapping[str, Any]) -> bool:
     found = table.get("found")
     if not found:
         return True
-    for family in FAMILIES.values():
-        if set(family.blocks) == set(found["weights"]):
-            pairs = [("", found["weights"]), ("_beta", found.get("weights_beta"))]
-            try:
-                given = [dict(_asked(table, suffix).resolve(family.name)) for suffix, _ in pairs]
-            except BlockmergeError:
-                continue
-            wanted = [None if one is None else {b: _plain(w) for b, w in one.items()} for _, one in pairs]
-            if all(one in (None, had) for one, had in zip(wanted, given, strict=True)):
-                return True
+    for family in families_of(tuple(found["weights"])):
+        pairs = [("", found["weights"]), ("_beta", found.get("weights_beta"))]
+        try:
+            given = [dict(_asked(table, suffix).resolve(family)) for suffix, _ in pairs]
+        except BlockmergeError:
+            continue
+        wanted = [None if one is None else {b: _plain(w) for b, w in one.items()} for _, one in pairs]
+        if all(one in (None, had) for one, had in zip(wanted, given, strict=True)):
+            return True
     return False
 
 

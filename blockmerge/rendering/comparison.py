@@ -10,9 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from blockmerge.errors import shown
+from blockmerge.rendering.block_rows import arms_of, has_arms
 from blockmerge.rendering.colours import rgb, span_of, warmth
 from blockmerge.rendering.tables import print_table
-from blockmerge.rendering.u_net import WeightsU, arms_of
+from blockmerge.rendering.u_net import WeightsU
 
 if TYPE_CHECKING:
     from blockmerge.comparing import Comparison, Differences, SimilarityMatrix, SimilarityResult
@@ -83,7 +84,7 @@ def print_explanation(console: Console, found: Explanation) -> None:
         _line(
             console, Text(f"how much of {shown(single[0])} each block took ({shown(found.base)} is the base)")
         )
-        if arms_of(weights) is not None:
+        if not has_arms(found.family) or arms_of(weights) is not None:
             console.print(WeightsU(weights, unknown="?"))
             console.print()
     if found.blocks:

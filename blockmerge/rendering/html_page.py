@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from functools import cache
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from blockmerge.anatomy import FAMILIES, OUTSIDE, Arms
 from blockmerge.errors import shown
+from blockmerge.rendering.block_rows import has_arms, rows_of
 from blockmerge.rendering.colours import span_of, warmth
 from blockmerge.rendering.comparison import difference_text, remark, value_text, weight_text
 from blockmerge.version import __version__
@@ -48,27 +49,26 @@ def explanation_html(found: Explanation) -> str:
         found=found,
         others=others,
         weights={
-            other: _along_the_u({b: o.weights.get(other) for b, o in found.blocks.items()}, found.family)
+            other: {block: origin.weights.get(other) for block, origin in found.blocks.items()}
             for other in others
         },
+        places=_along_the_u(found.blocks, FAMILIES[found.family].arms) if has_arms(found.family) else [],
+        rows=[] if has_arms(found.family) else rows_of(found.blocks),
         parts={title: origins for title, origins in tables.items() if origins},
     )
 
 
-def _along_the_u(weights: Mapping[str, float | None], family: str) -> list[tuple[str, str, float | None]]:
-    """(place, block, weight) in the order of a two-column grid: the family's left arm downwards, its right
-    one upwards; its blocks one below another where it has none.
-    """
-    arms = FAMILIES[family].arms or Arms((), FAMILIES[family].blocks[1:], ())
-    inputs = [block for block in arms.left if block in weights]
-    outputs = [block for block in reversed(arms.right) if block in weights]
+def _along_the_u(blocks: Collection[str], arms: Arms | None) -> list[tuple[str, str]]:
+    """(place, block) in the order of a two-column grid: the left arm downwards, the right one upwards."""
+    assert arms is not None
+    inputs = [block for block in arms.left if block in blocks]
+    outputs = [block for block in reversed(arms.right) if block in blocks]
     pairs = [block for pair in zip_longest(inputs, outputs) for block in pair if block is not None]
-    order = [
-        *(("base", block) for block in weights if block == OUTSIDE),
+    return [
+        *(("base", block) for block in blocks if block == OUTSIDE),
         *(("", block) for block in pairs),
-        *(("middle", block) for block in arms.middle if block in weights),
+        *(("middle", block) for block in arms.middle if block in blocks),
     ]
-    return [(place, block, weights[block]) for place, block in order]
 
 
 def _without_control_characters(value: object) -> object:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from blockmerge.anatomy import FAMILIES
 from blockmerge.errors import bytes_text, counted, listing, shown
+from blockmerge.rendering.block_rows import drawn_blocks
 from blockmerge.rendering.tables import print_table
 from blockmerge.rendering.u_net import SharesU
 
@@ -80,7 +81,7 @@ def _shares(found: LoraInspection) -> dict[str, float | None]:
     """The share of every block of the family; those that are not known have no part in the whole."""
     squares = {block: None if one.norm is None else one.norm**2 for block, one in found.blocks.items()}
     whole = sum(square for square in squares.values() if square is not None) or 1.0
-    shares: dict[str, float | None] = dict.fromkeys(FAMILIES[found.family].blocks, 0.0)
+    shares: dict[str, float | None] = dict.fromkeys(drawn_blocks(found.family, found.blocks), 0.0)
     return {**shares, **{block: square and square / whole for block, square in squares.items()}}
 
 

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from blockmerge.anatomy import FAMILIES
 from blockmerge.errors import bytes_text, counted, listing, shown
+from blockmerge.rendering.block_rows import drawn_blocks
 from blockmerge.rendering.tables import print_table
 from blockmerge.rendering.u_net import SharesU, WeightsU
 
@@ -91,7 +92,7 @@ def print_inspection(console: Console, found: Inspection) -> None:
 
 def _print_change(console: Console, result: MergeResult) -> None:
     """Print how large what LoRAs change is in each block, along the U; of each, where there are a few."""
-    every = dict.fromkeys(FAMILIES[result.family].blocks, 0.0)
+    every = dict.fromkeys(drawn_blocks(result.family, (*result.weights, *result.change)), 0.0)
     _line(console, Text("what the LoRAs change, in percent of the weights: ‖ΔW‖/‖W‖"))
     # What would be shown as 0.0 % has no bar.
     large = {
@@ -211,6 +212,8 @@ def print_preset(console: Console, preset: Preset) -> None:
         for family, weights in {"SDXL": preset.sdxl, **preset.others}.items():
             if weights:
                 yield Group(Text(family, "bold"), WeightsU(weights), Text())
+        for family, table in preset.tables_as_written.items():
+            yield Group(Text.assemble((family, "bold"), f"  {shown(table, 4000)}"), Text())
         if preset.source:
             yield Text(f"source: {shown(preset.source, 400)}")
 

@@ -1,22 +1,28 @@
-"""The U: inputs down the left, outputs up the right, the middle at the bottom, a bar for each weight."""
+"""The U: inputs down the left, outputs up the right, the middle at the bottom, a bar for each weight; or rows
+of ten where the blocks have no arms.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from blockmerge.anatomy import FAMILIES, OUTSIDE, Arms
+from blockmerge.anatomy import OUTSIDE, Arms
+from blockmerge.rendering.block_rows import TEN, Row, arms_of, rows_of
 
 _BAR = 12
 _CELL = 13 + _BAR  # a block's name, its weight and its bar
 _WIDTH = 56  # of the U; narrower terminals get the blocks one below another
+_NAME = 5  # columns of a block's name
+_SMALL_CELL = 7  # of a weight in a row, and its bar of one character
+_LEVELS, _ASCII_LEVELS = " ▁▂▃▄▅▆▇█", " .:-=+*%#"
 
 
 class WeightsU:
-    """Draws the weights of a U-Net's blocks, or lists those that no family has.
+    """Draws the weights of a U-Net's blocks; of blocks without arms, those of the same letters in rows.
 
     None is a block without a weight: `unknown` says what that means.
     """
@@ -26,32 +32,54 @@ class WeightsU:
         self.unknown = unknown
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """One line of text per level of the U, or per block where the terminal is too narrow for two."""
-        full, empty = "#." if options.ascii_only else "█░"
+        """One line of text per level of the U, per block where the terminal is too narrow for two, or per ten
+        blocks of the same letters.
+        """
+        bars, levels = ("#.", _ASCII_LEVELS) if options.ascii_only else ("█░", _LEVELS)
         arms = arms_of(self.weights)
-        if arms is None or options.max_width < _WIDTH:
-            yield from (_whole(self._cell(block, full, empty)) for block in self.weights)
-            return
-        lines = [self._cell(OUTSIDE, full, empty), Text()]
-        for block, opposite in zip_longest(arms.left, reversed(arms.right)):
-            left = self._cell(block, full, empty) if block else Text(" " * _CELL)
-            right = self._cell(opposite, full, empty) if opposite else ""
-            lines.append(Text.assemble(left, "    ", right))
-        lines += [Text.assemble(" " * 14, self._cell(block, full, empty)) for block in arms.middle]
+        if arms is None:
+            lines = self._rows(bars, levels, options.max_width)
+        elif options.max_width < _WIDTH:
+            lines = (self._cell(block, bars) for block in self.weights)
+        else:
+            lines = self._arms(arms, bars)
         yield from (_whole(line) if line else line for line in lines)
 
-    def _cell(self, block: str, full: str, empty: str) -> Text:
+    def _arms(self, arms: Arms, bars: str) -> Iterator[Text]:
+        yield from (self._cell(OUTSIDE, bars), Text())
+        for block, opposite in zip_longest(arms.left, reversed(arms.right)):
+            left = self._cell(block, bars) if block else Text(" " * _CELL)
+            right = self._cell(opposite, bars) if opposite else ""
+            yield Text.assemble(left, "    ", right)
+        yield from (Text.assemble(" " * 14, self._cell(block, bars)) for block in arms.middle)
+
+    def _rows(self, bars: str, levels: str, width: int) -> Iterator[Text]:
+        label = max(map(len, self.weights), default=0)
+        label = max(_NAME, label)
+        fitting = (count for count in (TEN, 5, 2) if 3 + label + count * _SMALL_CELL <= width)
+        for row in rows_of(self.weights, next(fitting, 1)):
+            yield self._row(row, levels, label) if row.is_numbered else self._cell(row.label, bars, label)
+
+    def _row(self, row: Row, levels: str, label: int) -> Text:
+        cells = (self._small_cell(block, levels) for block in row.blocks)
+        return Text.assemble((f"{row.label:<{label}} ", "bold"), *cells)
+
+    def _small_cell(self, block: str | None, levels: str) -> tuple[str, str]:
+        weight = None if block is None else self.weights[block]
+        if block is None or weight is None:
+            return f"{'' if block is None else self.unknown:>6} ", "dim"
+        level = levels[_filled(weight, len(levels) - 1)]
+        return f"{self._said(block, weight):>6}{level}", _style(weight)
+
+    def _cell(self, block: str, bars: str, label: int = _NAME) -> Text:
+        full, empty = bars[0], bars[1]
         weight = self.weights[block]
+        name = (f"{block:<{label}} ", "bold")
         if weight is None:
-            return Text.assemble(
-                (f"{block:<5} ", "bold"), (f"{self.unknown:>6} ", "dim"), ("-" * _BAR, "dim")
-            )
-        filled = round(min(1.0, max(0.0, weight)) * _BAR)
-        if 0 < weight < 1:  # a block that takes a little must not look like one that takes nothing
-            filled = min(_BAR - 1, max(1, filled))
-        style = "dim" if weight == 0 else "cyan" if 0 < weight <= 1 else "yellow"
+            return Text.assemble(name, (f"{self.unknown:>6} ", "dim"), ("-" * _BAR, "dim"))
+        filled, style = _filled(weight, _BAR), _style(weight)
         return Text.assemble(
-            (f"{block:<5} ", "bold"),
+            name,
             (f"{self._said(block, weight):>6} ", style),
             (full * filled, style),
             (empty * (_BAR - filled), "dim"),
@@ -73,11 +101,15 @@ class SharesU(WeightsU):
         return f"{self.shares[block] or 0.0:.1%}"
 
 
-def arms_of(blocks: Iterable[str]) -> Arms | None:
-    """How these blocks are drawn, or None where no family has just these, in two arms."""
-    wanted = set(blocks)
-    drawn = (family.arms for family in FAMILIES.values() if family.arms is not None)
-    return next((a for a in drawn if {OUTSIDE, *a.left, *a.middle, *a.right} == wanted), None)
+def _filled(weight: float, length: int) -> int:
+    """How much of a bar of that length a weight fills."""
+    filled = round(min(1.0, max(0.0, weight)) * length)
+    # A block that takes a little must not look like one that takes nothing.
+    return min(length - 1, max(1, filled)) if 0 < weight < 1 else filled
+
+
+def _style(weight: float) -> str:
+    return "dim" if weight == 0 else "cyan" if 0 < weight <= 1 else "yellow"
 
 
 def _whole(line: Text) -> Text:

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import NamedTuple
 
-from blockmerge.anatomy import UNET_PREFIX
+from blockmerge.anatomy import UNET_PREFIX, Family
 from blockmerge.errors import RecipeError, WeightsError, counted, shown
 from blockmerge.weights.block_lists import family_named
-from blockmerge.weights.grammar import finite_number
+from blockmerge.weights.plain_numbers import finite_number
 
 _NAMES = "IN,OUT,OUT2,CONT,BRI,COL1,COL2,COL3"
 
@@ -95,7 +95,7 @@ class Adjust:
     def __bool__(self) -> bool:
         return any(astuple(self))
 
-    def for_tensor(self, name: str, family: str) -> Change | None:
+    def for_tensor(self, name: str, family: Family | str) -> Change | None:
         """Return what is done to a tensor, or None when nothing is.
 
         `name` is its name in LDM naming. The shift of `out.2.bias` has four numbers, as the tensor has. Which

@@ -5,7 +5,8 @@ them.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from blockmerge.anatomy import DEFAULT_FAMILY, FAMILIES, Family
 from blockmerge.errors import WeightsError, counted, did_you_mean, shown
@@ -16,8 +17,12 @@ DECIMALS = "; decimals are written with a point, as in 0.5"
 """Said where a comma seems to stand for one."""
 
 
-def family_named(name: str) -> Family:
-    """Return a family by its short name. Raises WeightsError, naming all, when there is none."""
+def family_named(name: Family | str) -> Family:
+    """Return a family by its short name, or the one that is given: of a name there may be several, with more
+    or fewer blocks. Raises WeightsError, naming all, when there is none.
+    """
+    if isinstance(name, Family):
+        return name
     if name not in FAMILIES:
         raise WeightsError(f"unknown family '{shown(name)}': {', '.join(FAMILIES)}")
     return FAMILIES[name]
@@ -34,19 +39,22 @@ def blocks_of_names(names: Collection[object]) -> BlockList:
     return max(block_lists(), key=lambda blocks: (len(blocks) == len(known), len(known.intersection(blocks))))
 
 
-def blocks_of_count(count: int, own: BlockList | None = None) -> BlockList:
+def blocks_of_count(count: int, own: Family | BlockList | None = None, also: Iterable[str] = ()) -> BlockList:
     """Return the list that so many numbers in a row are for, or one more where BASE is left out: a family's
     `own` if they fit, or else the first of its kin that they fit; without one, the first of all.
 
-    Raises WeightsError when they fit none.
+    Raises WeightsError when they fit none; what is taken `also` is told then.
     """
-    lists = block_lists() if own is None else kindred(own)
-    for blocks in lists if own is None else [own, *lists]:
+    lists = block_lists() if own is None else _lists_for(own)
+    if own is not None:
+        lists = [own.blocks if isinstance(own, Family) else own, *lists]
+    for blocks in lists:
         if count in (len(blocks), len(blocks) - _has_base(blocks)):
             return blocks
-    first, *others = lists
+    first, *others = dict.fromkeys(lists if own is None else lists[1:])
     wanted = [f"{len(first)} are needed{without_base(first)}"]
     wanted += [f"{len(blocks)} for {owners(blocks)}{without_base(blocks)}" for blocks in others]
+    wanted += also
     hint = DECIMALS if count == 2 else ""  # 0,5
     raise WeightsError(f"{counted(count, 'weight')} given; {', or '.join(wanted)}{hint}")
 
@@ -59,6 +67,17 @@ def ways_to(family: Family, blocks: BlockList) -> Mapping[str, Mapping[str, str]
         if FAMILIES[source].blocks == blocks:
             return ways
     return None
+
+
+def _lists_for(own: Family | BlockList) -> list[BlockList]:
+    """The lists whose weights a family takes: those of its kin; by depth, also those of U-Nets."""
+    if not isinstance(own, Family):
+        return kindred(own)
+    if own.arms is not None:
+        return kindred(own.blocks)
+    usual = [FAMILIES[own.name].blocks] if own.name in FAMILIES else []
+    in_arms = [blocks for blocks in block_lists() if any(one.arms for one in _families_of(blocks))]
+    return [own.blocks, *usual, *kindred(own.blocks), *in_arms]
 
 
 def kindred(blocks: BlockList) -> list[BlockList]:
@@ -99,12 +118,17 @@ def example(blocks: Sequence[str]) -> str:
     return spans(run[:6])[0]
 
 
-def unknown_block(block: object, blocks: BlockList) -> WeightsError:
-    """The error for a block that is not one of `blocks`; it tells which there are."""
+def unknown_block(block: object, of: Family | BlockList) -> WeightsError:
+    """The error for a block that a family, or a list of blocks, does not have; it tells which there are."""
+    blocks = of.blocks if isinstance(of, Family) else of
     # A block that another family has is no slip of the pen: another block would not be meant.
     near = "" if is_known(block) else did_you_mean(block, blocks)
-    whose = owners(blocks)
-    have = "have" if " and " in whose else "has"
+    whose = "these weights"
+    if _families_of(blocks):
+        whose = owners(blocks)
+    elif isinstance(of, Family):
+        whose = of.called
+    have = "have" if " and " in whose or whose == "these weights" else "has"
     return WeightsError(
         f"unknown block '{shown(block)}'{near or ':'} {whose} {have} {', '.join(spans(blocks))}"
     )
@@ -118,6 +142,15 @@ def is_known(block: object) -> bool:
 def without_base(blocks: BlockList) -> str:
     """Return ``" (25 without BASE)"``, or nothing where the list has no BASE."""
     return f" ({len(blocks) - 1} without BASE)" if _has_base(blocks) else ""
+
+
+def families_of(blocks: BlockList) -> list[Family]:
+    """Return the families that have these blocks, in any order; where none has, each of those whose blocks
+    are counted, with these.
+    """
+    found = [family for family in FAMILIES.values() if set(family.blocks) == set(blocks)]
+    counted_ones = (family for family in FAMILIES.values() if family.arms is None)
+    return found or [replace(family, blocks=blocks) for family in counted_ones]
 
 
 def _families_of(blocks: BlockList) -> list[Family]:

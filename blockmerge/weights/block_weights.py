@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
-from blockmerge.anatomy import DEFAULT_FAMILY, FAMILIES, Family
+from blockmerge.anatomy import DEFAULT_FAMILY, FAMILIES, OUTSIDE, Family
 from blockmerge.errors import WeightsError, shown
 from blockmerge.weights.block_lists import (
     blocks_of_count,
@@ -18,6 +18,7 @@ from blockmerge.weights.block_lists import (
     ways_to,
     without_base,
 )
+from blockmerge.weights.gradients import spread
 
 _SDXL = "sdxl"  # a word of the interface: for_sdxl, --sdxl-map
 
@@ -94,7 +95,7 @@ class BlockWeights(Mapping[str, float | None]):
         cls, weight: float | None, blocks: Sequence[str] = FAMILIES[DEFAULT_FAMILY].blocks
     ) -> BlockWeights:
         """The same weight for every one of `blocks`."""
-        return cls(dict.fromkeys(blocks, weight))
+        return cls(dict.fromkeys(blocks, weight), blocks)
 
     def __getitem__(self, block: str) -> float | None:
         return self._weights[block]
@@ -190,26 +191,36 @@ class BlockWeights(Mapping[str, float | None]):
             check_sdxl_map(by)
         return self.for_family(_SDXL, by)
 
-    def for_family(self, family: str, by: str | None = None) -> BlockWeights:
+    def for_family(self, family: Family | str, by: str | None = None) -> BlockWeights:
         """The weights for a family: as they are where they are of its blocks, or carried over to them, `by`
         one of its ways.
 
-        Raises WeightsError when they are of the blocks of a family that none are carried over from.
+        Where the family has no way for these blocks, and is not drawn in arms as a U-Net is, they are carried
+        over by depth: BASE stays BASE, and of the others the first goes to the first, the last to the last,
+        and what is between them is interpolated linearly; between a weight and a skip it is a skip. Raises
+        WeightsError when they are of the blocks of a family that none are carried over from.
         """
         wanted = family_named(family)
         if self.blocks == wanted.blocks:
             return self
+        if self.go_by_depth_to(wanted):
+            if by is not None:
+                check_sdxl_map(by)
+            inner = [weight for block, weight in self.items() if block != OUTSIDE]
+            theirs = [block for block in wanted.blocks if block != OUTSIDE]
+            spread_out = dict(zip(theirs, spread(inner, len(theirs)), strict=True))
+            return BlockWeights({OUTSIDE: self.get(OUTSIDE, 0.0), **spread_out}, wanted.blocks)
         sources = self._carried_to(wanted, by)
         return BlockWeights({block: self._weights[sources[block]] for block in wanted.blocks}, wanted.blocks)
 
-    def lost_for(self, family: str, by: str | None = None) -> dict[str, float | None]:
+    def lost_for(self, family: Family | str, by: str | None = None) -> dict[str, float | None]:
         """The weights that `for_family` has no place for, and that are missed: neither 0 nor that of the
         nearest block that is kept, among those of the same letters.
 
         Raises WeightsError as `for_family` does.
         """
         wanted = family_named(family)
-        if self.blocks == wanted.blocks:
+        if self.blocks == wanted.blocks or self.go_by_depth_to(wanted):
             return {}
         kept = set(self._carried_to(wanted, by).values())
         return {
@@ -218,6 +229,12 @@ class BlockWeights(Mapping[str, float | None]):
             for place, block in enumerate(run)
             if block not in kept and self._is_missed(run, place, kept)
         }
+
+    def go_by_depth_to(self, family: Family | str) -> bool:
+        """Whether `for_family` carries the weights over by depth."""
+        wanted = family_named(family)
+        is_other = self.blocks != wanted.blocks and set(self.blocks) != {OUTSIDE}
+        return is_other and wanted.arms is None and ways_to(wanted, self.blocks) is None
 
     def _is_missed(self, run: Sequence[str], place: int, kept: Collection[str]) -> bool:
         """Whether a block's weight is neither 0 nor that of the nearest of its run that is kept."""

@@ -11,10 +11,12 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from blockmerge.anatomy import DEFAULT_FAMILY, FAMILIES, Family
 from blockmerge.errors import RecipeError, WeightsError, shown
-from blockmerge.weights.block_lists import BlockList, block_lists, family_named
+from blockmerge.weights.block_lists import family_named
 from blockmerge.weights.block_weights import checked_weight
-from blockmerge.weights.grammar import block_range, finite_number, names_blocks
+from blockmerge.weights.plain_numbers import finite_number
+from blockmerge.weights.words import block_range, may_name_blocks
 
 _FORM = "BLOCKS:ELEMENTS:RATIO, as in OUT03-OUT05:attn2:0.5"
 
@@ -91,14 +93,14 @@ class ElementRules:
     def __bool__(self) -> bool:
         return bool(self.rules)
 
-    def resolve(self, family: str) -> FamilyRules:
+    def resolve(self, family: Family | str) -> FamilyRules:
         """Return the rules for a family's blocks.
 
         Raises WeightsError, quoting the rule, for a block it does not have.
         """
-        order = family_named(family).blocks
+        wanted = family_named(family)
         return FamilyRules(
-            tuple(_with_blocks(rule, number, order) for number, rule in enumerate(self.rules, start=1))
+            tuple(_with_blocks(rule, number, wanted) for number, rule in enumerate(self.rules, start=1))
         )
 
 
@@ -173,22 +175,22 @@ def _selection(field: str) -> Selection:
 
 def _check_blocks(rule: ElementRule, number: int) -> None:
     """Raise WeightsError for a word that no family reads which reads the words before it."""
-    possible = list(block_lists())
+    possible = [FAMILIES[DEFAULT_FAMILY], *FAMILIES.values()]
     for word in rule.blocks.words:
-        readable = [order for order in possible if names_blocks(word, order)]
+        readable = [family for family in possible if may_name_blocks(word, family)]
         if not readable:
             _with_blocks(rule, number, possible[0])
         possible = readable
 
 
-def _with_blocks(rule: ElementRule, number: int, order: BlockList) -> tuple[ElementRule, frozenset[str]]:
+def _with_blocks(rule: ElementRule, number: int, family: Family) -> tuple[ElementRule, frozenset[str]]:
     named: set[str] = set()
     for index, word in enumerate(rule.blocks.words, start=int(rule.blocks.negated)):
         try:
-            named.update(block_range(word, order))
+            named.update(block_range(word, family))
         except WeightsError as error:
             raise _error(number, str(rule).split(":"), 0, str(error), index) from None
-    return rule, frozenset(block for block in order if rule.blocks.takes(block in named))
+    return rule, frozenset(block for block in family.blocks if rule.blocks.takes(block in named))
 
 
 def _error(number: int, fields: Sequence[str], field: int, why: str, word: int | None = None) -> WeightsError:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from blockmerge.anatomy import DEFAULT_FAMILY, FAMILIES
+from blockmerge.anatomy import DEFAULT_FAMILY, FAMILIES, Family
 from blockmerge.errors import PresetError, WeightsError, reason, shown
 from blockmerge.weights.block_lists import (
     blocks_of_count,
@@ -28,8 +28,9 @@ from blockmerge.weights.block_lists import (
     without_base,
 )
 from blockmerge.weights.block_weights import BlockWeights
-from blockmerge.weights.grammar import WeightsLike, block_range, is_one_number, parse_weights
+from blockmerge.weights.grammar import WeightsLike, is_one_number, notes_on, parse_weights, read_weights
 from blockmerge.weights.random_weights import is_random
+from blockmerge.weights.words import block_range
 
 SUFFIXES = (".toml", ".txt", ".tsv", ".csv")
 
@@ -55,7 +56,7 @@ class Preset:
     @property
     def weights(self) -> BlockWeights | None:
         """The 26 weights of SD1 and SD2, if it has any for them; random ones as seed 0 draws them."""
-        return self.weights_for(DEFAULT_FAMILY) if self._table_for(DEFAULT_FAMILY) else None
+        return self.weights_for(DEFAULT_FAMILY) if self.serves(DEFAULT_FAMILY) else None
 
     @property
     def sdxl(self) -> BlockWeights | None:
@@ -64,12 +65,30 @@ class Preset:
 
     @property
     def others(self) -> dict[str, BlockWeights]:
-        """The weights of its tables for other families, by the families' names."""
+        """The weights of its tables for other families, by the families' names: without those for models of
+        more or fewer blocks than are usual.
+        """
+        found = {family: self._usual_weights(family) for family in self.tables}
         return {
-            family: self.weights_for(family)
-            for family in self.tables
-            if family not in (DEFAULT_FAMILY, _SDXL)
+            family: weights
+            for family, weights in found.items()
+            if weights is not None and family not in (DEFAULT_FAMILY, _SDXL)
         }
+
+    @property
+    def tables_as_written(self) -> dict[str, str]:
+        """The tables that are not among the `others`, since they are for models of other blocks than are
+        usual.
+        """
+        unread = (family for family in self.tables if self._usual_weights(family) is None)
+        return {family: str(self.tables[family]) for family in unread}
+
+    def _usual_weights(self, family: str) -> BlockWeights | None:
+        """The weights for a family whose models have the usual blocks, None where the table is for others."""
+        try:
+            return self.weights_for(family)
+        except PresetError:
+            return None
 
     @property
     def is_random(self) -> bool:
@@ -79,39 +98,65 @@ class Preset:
     @property
     def families(self) -> tuple[str, ...]:
         """The families that the preset has weights for, in tables of their own or in another's."""
-        return tuple(family for family in FAMILIES if self._table_for(family))
+        return tuple(family for family in FAMILIES if self.serves(family))
 
-    def weights_for(self, family: str, sdxl_map: str | None = None, seed: int | str = 0) -> BlockWeights:
+    def weights_for(
+        self, family: Family | str, sdxl_map: str | None = None, seed: int | str = 0
+    ) -> BlockWeights:
         """The weights for a family: from its own table, or from that of a family with the same blocks, or
-        carried over from another's. With an `sdxl_map` they are carried over wherever that can be done.
+        carried over from another's, at last by depth. With an `sdxl_map` they are carried over wherever that
+        can be done.
 
         Raises PresetError when no table serves.
         """
         return self.table_for(family, sdxl_map, seed).for_family(family, sdxl_map)
 
-    def table_for(self, family: str, sdxl_map: str | None = None, seed: int | str = 0) -> BlockWeights:
+    def table_for(
+        self, family: Family | str, sdxl_map: str | None = None, seed: int | str = 0
+    ) -> BlockWeights:
         """The weights that serve for a family, before they are carried over to its blocks.
 
         Raises PresetError when no table serves.
         """
-        found = self._table_for(family, carry_first=sdxl_map is not None)
+        wanted = family_named(family)
+        found = self._table_for(wanted, carry_first=sdxl_map is not None)
         if found is None:
             raise PresetError(
-                f"preset '{shown(self.name)}' has no weights for {family_named(family).title}, only for "
-                f"{', '.join(self.families)}: give a preset with a table 'weights.{family}', or weights"
+                f"preset '{shown(self.name)}' has no weights for {wanted.title}, only for "
+                f"{', '.join(self.families)}: give a preset with a table 'weights.{wanted.name}', or weights"
             )
         table, whose = found
-        return parse_weights(table, whose, seed=seed)
+        try:
+            weights = read_weights(table, whose, seed)
+        except WeightsError as error:  # of a model with other blocks than were expected
+            raise PresetError(f"preset '{shown(self.name)}': {error}") from error
+        return weights if weights.go_by_depth_to(whose) else weights.for_family(whose)
 
-    def _table_for(self, family: str, *, carry_first: bool = False) -> tuple[WeightsLike, str] | None:
+    def notes_for(self, family: Family, sdxl_map: str | None = None, seed: int | str = 0) -> list[str]:
+        """What `notes_on` says of the table that serves for a family."""
+        found = self._table_for(family, carry_first=sdxl_map is not None)
+        return notes_on(*found, seed) if found else []
+
+    def serves(self, family: Family | str) -> bool:
+        """Whether the preset has weights for a family, in a table of its own or in another's."""
+        return self._table_for(family_named(family)) is not None
+
+    def _table_for(self, wanted: Family, *, carry_first: bool = False) -> tuple[WeightsLike, Family] | None:
         """The table that serves for a family, and the family for which it is read."""
-        wanted = family_named(family)
-        tables = {family: self.tables[family], **self.tables} if family in self.tables else self.tables
-        same = [name for name in tables if FAMILIES[name].blocks == wanted.blocks]
-        carried = [name for name in tables if ways_to(wanted, FAMILIES[name].blocks)]
-        found = [(tables[name], name) for name in ([*carried, *same] if carry_first else [*same, *carried])]
-        if DEFAULT_FAMILY in tables and is_one_number(tables[DEFAULT_FAMILY]):
-            found.append((tables[DEFAULT_FAMILY], family))
+        own = [wanted.name] if wanted.name in self.tables else []
+        # The same name may stand for a family with other blocks.
+        tables = {name: wanted if name in own else FAMILIES[name] for name in [*own, *self.tables]}
+        same = [name for name, family in tables.items() if family.blocks == wanted.blocks]
+        carried = [name for name, family in tables.items() if ways_to(wanted, family.blocks)]
+        found = [
+            (self.tables[name], tables[name])
+            for name in ([*carried, *same] if carry_first else [*same, *carried])
+        ]
+        if DEFAULT_FAMILY in tables and is_one_number(self.tables[DEFAULT_FAMILY]):
+            found.append((self.tables[DEFAULT_FAMILY], wanted))
+        if wanted.arms is None:  # by depth
+            usual_first = sorted(self.tables, key=lambda name: name != DEFAULT_FAMILY)
+            found += [(self.tables[name], FAMILIES[name]) for name in usual_first]
         return found[0] if found else None
 
 
@@ -203,7 +248,7 @@ def _by_key(weights: object, where: str) -> dict[str, tuple[str, object]]:
     if not isinstance(weights, dict) or not families:
         try:
             for key in keys:
-                block_range(key, blocks)
+                block_range(key, FAMILIES[DEFAULT_FAMILY])
         except WeightsError as error:
             raise PresetError(f"{where}: 'weights': {error}; families are {', '.join(FAMILIES)}") from error
         return {"weights": (DEFAULT_FAMILY, weights)}
@@ -227,6 +272,8 @@ def _checked(value: object, family: str, where: str) -> WeightsLike:
     if not isinstance(value, (int, float, str, list, dict)):
         raise PresetError(f"{where}: neither a number, a list, a text nor a table of weights")
     blocks = FAMILIES[family].blocks
+    if FAMILIES[family].arms is None:  # how many blocks there are is known from a model
+        return value
     try:
         weights = parse_weights(value, family)
         if isinstance(value, list) and blocks_of_count(len(value), blocks) != blocks:

@@ -19,7 +19,7 @@ from pathlib import Path
 from blockmerge.anatomy import DEFAULT_FAMILY
 from blockmerge.errors import PresetError, did_you_mean, listing, reason, shown
 from blockmerge.weights.block_weights import BlockWeights
-from blockmerge.weights.grammar import finite_number
+from blockmerge.weights.plain_numbers import finite_number
 from blockmerge.weights.preset_files import SUFFIXES, Preset, PresetFile, presets_of_file, read_preset_file
 
 __all__ = [

@@ -11,16 +11,17 @@ from functools import cached_property, reduce
 from numbers import Integral
 
 from blockmerge.anatomy import Family
-from blockmerge.errors import WeightsError, shown
-from blockmerge.weights.block_lists import family_named
+from blockmerge.errors import WeightsError, counted, shown
+from blockmerge.weights.block_lists import family_named, without_base
 from blockmerge.weights.block_weights import SDXL_MAPS, BlockWeights, check_sdxl_map
 from blockmerge.weights.grammar import (
     WeightsLike,
-    finite_number,
+    notes_on,
     parse_assignments,
     parse_weights,
     read_weights,
 )
+from blockmerge.weights.plain_numbers import finite_number
 from blockmerge.weights.preset_files import Preset
 from blockmerge.weights.presets import find_share
 from blockmerge.weights.random_weights import is_random
@@ -89,7 +90,7 @@ class WeightsRequest:
             )
         _ = self._shares
 
-    def resolve(self, family: str) -> BlockWeights:
+    def resolve(self, family: Family | str) -> BlockWeights:
         """Return the weights for a family.
 
         Raises WeightsError when they cannot be read, and as `check` does.
@@ -97,7 +98,7 @@ class WeightsRequest:
         self.check()
         return self._resolve(family, self.sdxl_map)
 
-    def _resolve(self, family: str, sdxl_map: str | None) -> BlockWeights:
+    def _resolve(self, family: Family | str, sdxl_map: str | None) -> BlockWeights:
         seed = self._seed
         if self._shares:
             with self._blamed_on("preset"):
@@ -111,30 +112,35 @@ class WeightsRequest:
                 weights = parse_weights(asked, family, sdxl_map, seed)
         if self.changes is not None:
             with self._blamed_on("changes"):
-                weights = weights.replace(parse_assignments(self.changes, weights.blocks, seed))
+                weights = weights.replace(parse_assignments(self.changes, family, seed))
         return weights
 
-    def lost(self, family: str) -> list[str]:
-        """Say, a sentence each, which weights are missed when they are carried over to a family's blocks.
+    def lost(self, family: Family | str) -> list[str]:
+        """Say, a sentence each, how weights are carried over to a family's blocks by depth, which are missed
+        when they are carried over otherwise, and which numbers of a list count for nothing.
 
         Raises WeightsError as `resolve` does.
         """
         asked = self.default if self.weights is None else self.weights
-        named = [
-            (f"preset '{shown(preset.name)}'", preset.table_for(family, self.sdxl_map, self._seed))
-            for preset, ratio in self._shares
-            if ratio
-        ]
+        wanted, seed = family_named(family), self._seed
+        told: list[tuple[str, BlockWeights, list[str]]] = []
+        for preset, ratio in self._shares:
+            if ratio:
+                table = preset.table_for(wanted, self.sdxl_map, seed)
+                notes = preset.notes_for(wanted, self.sdxl_map, seed)
+                told.append((f"preset '{shown(preset.name)}'", table, notes))
         if not self._shares and asked is not None:
-            named = [(self._option("weights"), read_weights(asked, family, self._seed))]
+            table = read_weights(asked, wanted, seed)
+            told.append((self._option("weights"), table, notes_on(asked, wanted, seed)))
         return [
-            said
-            for what, given in named
-            for said in _lost_of(given, what, family_named(family), self.sdxl_map)
+            f"{what}: {said}"
+            for what, given, notes in told
+            for said in (*notes, *_lost_of(given, wanted, self.sdxl_map))
         ]
 
-    def change(self, held: BlockWeights) -> BlockWeights:
-        """Return `held` with the weights of just those blocks that are named, in `weights` or in `changes`.
+    def change(self, held: BlockWeights, family: Family | str) -> BlockWeights:
+        """Return `held`, a family's, with the weights of just those blocks that are named, in `weights` or in
+        `changes`.
 
         Raises WeightsError for a preset, and for weights that name no blocks.
         """
@@ -143,7 +149,7 @@ class WeightsRequest:
         for argument, named in (("weights", self.weights), ("changes", self.changes)):
             if named is not None:
                 with self._blamed_on(argument):
-                    held = held.replace(parse_assignments(named, held.blocks, self._seed))
+                    held = held.replace(parse_assignments(named, family, self._seed))
         return held
 
     @property
@@ -168,7 +174,7 @@ class WeightsRequest:
         """Whether any weight is left to chance, and so to the seed."""
         return is_random((self.weights, self.changes)) or any(preset.is_random for preset, _ in self._shares)
 
-    def heeds_map(self, family: str) -> bool:
+    def heeds_map(self, family: Family | str) -> bool:
         """Whether a family's weights depend on `sdxl_map`. Raises WeightsError as `resolve` does."""
         self.check()
         return len({self._resolve(family, way) for way in (None, *SDXL_MAPS)}) > 1
@@ -198,15 +204,20 @@ class WeightsRequest:
             raise type(error)(f"{self._option(name)}: {error}") from error
 
 
-def _lost_of(given: BlockWeights, what: str, family: Family, sdxl_map: str | None) -> Iterator[str]:
-    """Say which of the weights that `what` has given are missed in a family."""
-    lost = given.lost_for(family.name, sdxl_map)
+def _lost_of(given: BlockWeights, family: Family, sdxl_map: str | None) -> Iterator[str]:
+    """Say which of the weights are missed in a family, or that all are carried over by depth."""
+    if given.go_by_depth_to(family):
+        counts = [len(blocks) - bool(without_base(blocks)) for blocks in (given.blocks, family.blocks)]
+        yield (
+            f"{counts[0]} weights are carried over to {family.title}'s {counted(counts[1], 'block')} by depth"
+        )
+    lost = given.lost_for(family, sdxl_map)
     if not lost:
         return
     told = ", ".join(
         f"{block}={'skip' if weight is None else f'{weight:.6g}'}" for block, weight in lost.items()
     )
     yield (
-        f"{what}: {len(given)} weights go to {family.title}'s {len(family.blocks)} blocks, and {told} "
+        f"{len(given)} weights go to {family.title}'s {len(family.blocks)} blocks, and {told} "
         f"{'has' if len(lost) == 1 else 'have'} no place there; give {len(family.blocks)} weights"
     )

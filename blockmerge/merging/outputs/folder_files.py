@@ -62,7 +62,7 @@ def folder_files(
     try:
         made = folder_configs(
             {tensor.name: tensor.shape for tensor in tensors},
-            anatomy.family.name,
+            anatomy.family,
             **(known if guessed is None else {"prediction": guessed.prediction}),
         )
     except UnknownFamilyError as error:

@@ -85,7 +85,7 @@ def _standings(models: Sequence[Model]) -> Iterator[str]:
 def _incomplete(model: Model) -> Iterator[str]:
     shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
     for component in sorted(model.components - {"unet", "ema", "other"}):
-        missing = layout_gaps(shapes, model.anatomy.family.name, component).missing
+        missing = layout_gaps(shapes, model.anatomy.family, component).missing
         if missing:
             lacking = f"{counted(len(missing), 'tensor')} of the {TITLES[component]}"
             yield f"warning: {shown(model.name)} lacks {lacking} ({listing(missing)})"

@@ -84,7 +84,7 @@ def make_plan(
     UnknownFamilyError, IncompatibleModelsError, CheckpointError.
     """
     a = models[0]
-    family = a.anatomy.family.name
+    family = a.anatomy.family
     resolved = request.resolve(family, len(models))
     adapted = Adapted.of(request, models)
     decided = decide(
@@ -97,7 +97,7 @@ def make_plan(
         described |= {"stages": stages, "round": request.rounding}
     recipe = json.dumps(described, ensure_ascii=False)
     changes_values = request.changes_values or not all(model.is_file for model in models)
-    made = output_metadata(a.source.metadata, recipe, family, changes_values=changes_values)
+    made = output_metadata(a.source.metadata, recipe, family.name, changes_values=changes_values)
     made |= {**about_metadata(request.about, a, names), **web_ui_metadata(described)}
     metadata = made if metadata is None else written_again(made, metadata)
     lost = lost_metadata(a.source.metadata, metadata, a.name)

@@ -156,7 +156,7 @@ class Policies:
         self.models, self.request, self.naming, self.held = models, request, naming, held
         self.weights, self.beta, self.combination = resolved.weights, resolved.beta, combination
         self.family = models[0].anatomy.family
-        self.rules = request.rules.resolve(self.family.name)
+        self.rules = request.rules.resolve(self.family)
         self.vae = _choose_vae(models, request, resolved.weights)
         self.found = Findings(self.vae, self.rules)
         self.adjust = request.adjust if request.adjust else None
@@ -338,7 +338,7 @@ class Policies:
         """What `adjust` does to a tensor of the output."""
         if self.adjust is None or dtype not in FLOAT_DTYPES:
             return None
-        change = self.adjust.for_tensor(name, self.family.name)
+        change = self.adjust.for_tensor(name, self.family)
         if change and change.shift and shape != (len(change.shift),):
             self.found.faults.append(
                 f"{shown(name)} (shape {list(shape)}: adjust sets the colours of 4 channels)"
@@ -477,7 +477,7 @@ def _open_vae(vae: CheckpointLike, models: Sequence[Model], request: MergeReques
     family = models[0].anatomy.family
     tensors = vae_tensors(checkpoint, family)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    gaps = layout_gaps(shapes, family.name, "vae")
+    gaps = layout_gaps(shapes, family, "vae")
     if gaps.missing and (kind := other_kind_of(checkpoint)) is not None:
         raise CheckpointError(f"{shown(checkpoint.name)} {kind}; {_vae_takes(models, request)}")
     if gaps.missing:

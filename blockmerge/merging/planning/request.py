@@ -11,12 +11,13 @@ from string import ascii_lowercase
 from typing import Any
 
 from blockmerge.adapters import Lora, LoraLike
-from blockmerge.anatomy import FAMILIES
+from blockmerge.anatomy import Family
 from blockmerge.checkpoints import Checkpoint, CheckpointLike, Opening, name_of
 from blockmerge.dtypes import DTYPES, short_dtype
 from blockmerge.errors import RecipeError, WeightsError, counted, did_you_mean, listing, shown
 from blockmerge.methods import Method, find_method
 from blockmerge.weights import Adjust, AdjustLike, BlockWeights, ElementRules, RulesLike, WeightsRequest
+from blockmerge.weights.block_lists import family_named
 
 OUTPUT_DTYPES = {dtype.short: name for name, dtype in DTYPES.items() if dtype.short}
 """The output dtypes that can be asked for, with their names in safetensors headers; ``"keep"`` keeps A's."""
@@ -47,9 +48,9 @@ class Found:
     beta: Mapping[str, float | None] | None = None
     of: Mapping[str, Any] = field(default_factory=dict)
 
-    def check_blocks(self, family: str) -> None:
+    def check_blocks(self, family: Family) -> None:
         """Raise WeightsError when the weights are not those of all blocks of a family."""
-        blocks = FAMILIES[family].blocks
+        blocks = family.blocks
         for weights in (self.weights, self.beta):
             if weights is not None and weights.keys() != set(blocks):
                 raise WeightsError(
@@ -265,13 +266,14 @@ class MergeRequest:
         letters = ascii_lowercase[:models]
         return ", ".join(("auto", *letters, "blend", "")) if self.changes_values else ""
 
-    def resolve(self, family: str, models: int) -> Resolved:
+    def resolve(self, family: Family | str, models: int) -> Resolved:
         """Look up presets, read weights and check numbers, for so many models of a family.
 
         Raises WeightsError for weights that cannot be used, PresetError for an unknown preset, RecipeError
         for a number out of range.
         """
         self.check_weights()
+        family = family_named(family)
         weights, beta = self.weights, self.beta
         if self.found:
             weights = replace(weights, preset=None, weights=self.found.weights, changes=None)
@@ -285,7 +287,7 @@ class MergeRequest:
             notes=(*self._lost(family), *self._idle(family)),
         )
 
-    def _lost(self, family: str) -> list[str]:
+    def _lost(self, family: Family) -> list[str]:
         """Say which weights have no place in a family and are missed."""
         if self.found:
             return []
@@ -297,7 +299,7 @@ class MergeRequest:
             for note in request.lost(family)
         ]
 
-    def _idle(self, family: str) -> Iterator[str]:
+    def _idle(self, family: Family) -> Iterator[str]:
         """Say which arguments are without effect on models of a family."""
         if self.found:
             return

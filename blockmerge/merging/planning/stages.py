@@ -61,7 +61,7 @@ class Stage(Model):
     ) -> Stage:
         request.check_model_count(len(models))
         a = models[0]
-        resolved = request.resolve(a.anatomy.family.name, len(models))
+        resolved = request.resolve(a.anatomy.family, len(models))
         adapted = Adapted.of(request, models)
         policies = Policies.of(models, request, resolved, a.anatomy.naming, adapted, held)
         decisions = policies.decide()

@@ -31,7 +31,7 @@ from blockmerge.merging.planning.request import (
 from blockmerge.methods import IDENTITIES, METHODS, Method, find_method
 from blockmerge.version import __version__
 from blockmerge.weights import WeightsRequest
-from blockmerge.weights.grammar import finite_number
+from blockmerge.weights.plain_numbers import finite_number
 
 _OF_WEIGHTS = ("preset", "weights", "set")
 _ASKED = (*_OF_WEIGHTS, *(f"{key}_beta" for key in _OF_WEIGHTS))
