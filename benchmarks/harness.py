@@ -20,6 +20,8 @@ from operator import truediv
 from pathlib import Path
 from typing import Any
 
+from blockmerge.anatomy import FAMILIES, Family
+
 PEAK_MEMORY = """
 import json, os, sys, threading, time
 def anonymous():
@@ -43,12 +45,19 @@ print(json.dumps([loaded / 1e3, max(peak, anonymous()) / 1e3]))
 def arguments(doc: str, **more: dict[str, Any]) -> argparse.Namespace:
     """Parse the options that all benchmarks have, and `more`."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--family", default="sd1", choices=["sd1", "sd2", "sdxl"])
+    parser.add_argument("--family", default="sd1", choices=list(FAMILIES))
+    parser.add_argument("--blocks", help="how many a family of counted blocks has in each list: 5,9")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="keep the files here; a temp folder by default")
     for name, options in more.items():
         parser.add_argument("--" + name.replace("_", "-"), **options)
     return parser.parse_args()
+
+
+def family_of(chosen: argparse.Namespace) -> Family:
+    """The family that was chosen, with so many blocks as were asked for."""
+    family = FAMILIES[chosen.family]
+    return family.sized(tuple(map(int, chosen.blocks.split(",")))) if chosen.blocks else family
 
 
 @contextmanager
@@ -58,13 +67,17 @@ def full_size_pair(chosen: argparse.Namespace) -> Iterator[tuple[Path, Path, Pat
     """
     folder = chosen.folder or Path(tempfile.mkdtemp(prefix="blockmerge-bench-"))
     folder.mkdir(parents=True, exist_ok=True)
-    a, b, output = (folder / f"{chosen.family}-{name}.safetensors" for name in ("a", "b", "out"))
+    called = f"{chosen.family}{(chosen.blocks or '').replace(',', '-')}"
+    a, b, output = (folder / f"{called}-{name}.safetensors" for name in ("a", "b", "out"))
     try:
         if not a.exists() or not b.exists():
             from blockmerge.demo import write_pair
 
             print(f"making two {chosen.family} models in {folder}", file=sys.stderr)
-            write_pair(a, b, chosen.family, full_size=True, overwrite=True)
+            # SD's models are published in half precision, transformers in bfloat16.
+            family = family_of(chosen)
+            dtype = "F16" if family.arms else "BF16"
+            write_pair(a, b, family, full_size=True, overwrite=True, dtypes=(dtype, dtype))
         for path in (a, b):
             with path.open("rb") as file:
                 while file.read(1 << 24):

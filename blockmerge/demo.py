@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from blockmerge.anatomy import DEFAULT_FAMILY, FAMILIES, component_of, is_position_ids, layout
+from blockmerge.anatomy import DEFAULT_FAMILY, FAMILIES, Family, component_of, is_position_ids
 from blockmerge.checkpoints import AtomicFile, TensorInfo, check_output, encode_header
 from blockmerge.dtypes import itemsize
 from blockmerge.errors import OutputError, RecipeError, reason, shown
@@ -48,24 +49,30 @@ _THIN_WIDTHS = {
 _STEP = 1 << 22  # elements made at once
 
 
-def demo_layout(family: str, *, full_size: bool = False) -> dict[str, tuple[int, ...]]:
+def demo_layout(family: Family | str, *, full_size: bool = False) -> dict[str, tuple[int, ...]]:
     """Return {name: shape} of a complete model of one of FAMILIES, thin or at full size."""
-    if family not in FAMILIES:
+    if isinstance(family, str) and family not in FAMILIES:
         raise RecipeError(f"unknown family '{shown(family)}': {', '.join(FAMILIES)}")
-    names = layout(family)
+    known = FAMILIES[family] if isinstance(family, str) else family
     if full_size:
-        return dict(names)
-    thin = {}
-    for name, shape in names.items():
-        widths = _THIN_WIDTHS.get(component_of(name), _THIN_WIDTHS["text"])
-        thin[name] = tuple(widths.get(extent, extent) for extent in shape)
-    return thin
+        return dict(known.layout)
+    return {name: _thin(name, shape, known) for name, shape in known.layout.items()}
+
+
+def _thin(name: str, shape: tuple[int, ...], family: Family) -> tuple[int, ...]:
+    widths = _THIN_WIDTHS.get(component_of(name), _THIN_WIDTHS["text"])
+    if family.thin:
+        own = (
+            one for pattern, one in family.thin["names"].items() if fnmatchcase(family.short(name), pattern)
+        )
+        widths = {int(extent): to for extent, to in (family.thin["widths"] | next(own, {})).items()}
+    return tuple(widths.get(extent, extent) for extent in shape)
 
 
 def write_pair(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],
-    family: str = DEFAULT_FAMILY,
+    family: Family | str = DEFAULT_FAMILY,
     *,
     full_size: bool = False,
     dtypes: tuple[str, str] = ("F16", "F16"),
@@ -120,7 +127,7 @@ def write_pair(
 
 
 def make_state_dicts(
-    family: str = DEFAULT_FAMILY, *, difference: float = 0.05, seed: int = 0
+    family: Family | str = DEFAULT_FAMILY, *, difference: float = 0.05, seed: int = 0
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return the thin models that `write_pair` writes, in float32, as state dicts."""
     import torch

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from blockmerge import CheckpointError, IncompatibleModelsError, RecipeError, UnknownFamilyError
 from blockmerge.adapters import Adapter
+from blockmerge.anatomy import FAMILIES
 from blockmerge.checkpoints import open_source
 from blockmerge.demo import demo_layout, make_state_dicts
 from tests.adapter_names import ALL, modules
@@ -173,7 +174,7 @@ def test_a_lora_of_no_known_family_says_what_it_has():
     tensors = lora_of("transformer.single_transformer_blocks.0.attn.to_q", shape=(8, 8))
     line = refused(tensors, UnknownFamilyError, family=None, shapes=None)
     assert line == (
-        "x is a LoRA for a model of no family that is known: its modules are called "
+        "x is a LoRA for a model whose LoRAs are not read yet: its modules are called "
         "transformer.single_transformer_blocks.0.attn.to_q"
     )
     with pytest.raises(IncompatibleModelsError, match=r"has no module that Stable Diffusion 1\.x has"):
@@ -187,7 +188,7 @@ def test_modules_that_no_table_knows_are_listed():
 
 
 def test_an_unknown_family_is_refused():
-    with pytest.raises(RecipeError, match="unknown family 'sd9': sd1, sd2, sdxl"):
+    with pytest.raises(RecipeError, match=f"unknown family 'sd9': {', '.join(FAMILIES)}"):
         opened(lora_of(LINEAR), family="sd9")
 
 

@@ -143,6 +143,7 @@ NEVER_SAID = {
     ("check", "merging/planning/request.py", "--configs"): "a repair takes none",
     ("check", "merging/planning/request.py", "--seed"): "a repair leaves nothing to chance",
     ("check", "merging/planning/request.py", "--sdxl-map"): "a repair has no weights",
+    ("check", "merging/planning/request.py", "--adjust"): "a repair adjusts nothing",
     (
         "check",
         "merging/outputs/folder_files.py",
@@ -164,9 +165,9 @@ NEVER_SAID = {
     ("lora convert", "lora_making/size.py", "--energy"): "likewise",
     ("check", "checkpoints/opening.py", "--ema"): "a repair asks for no EMA copies",
     **{
-        (command, "merging/planning/request.py", option): "they leave nothing to chance, and have no weights"
+        (command, "merging/planning/request.py", option): "nothing is left to chance, weighted or adjusted"
         for command in ("convert", "bake")
-        for option in ("--seed", "--sdxl-map")
+        for option in ("--seed", "--sdxl-map", "--adjust")
     },
     **{
         ("lora convert", "lora_making/size.py", option): "it changes no ranks"

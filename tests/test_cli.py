@@ -410,7 +410,7 @@ def test_demo(here, capsys):
     found = json.loads(ok(capsys, "demo", "other", "--family", "sdxl", "--json"))
     assert found["family"] == "sdxl"
     assert_refused(
-        capsys, here, "demo", "blockmerge-demo", "--overwrite", "--family", "sd3", says="unknown family 'sd3'"
+        capsys, here, "demo", "blockmerge-demo", "--overwrite", "--family", "sd9", says="unknown family 'sd9'"
     )
     (here / "file").write_text("")
     assert_refused(capsys, here, "demo", "file", says="cannot make the folder file")

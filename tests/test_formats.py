@@ -15,7 +15,7 @@ import blockmerge
 from blockmerge.anatomy import is_position_ids
 from blockmerge.cli.main import run
 from blockmerge.demo import make_state_dicts
-from blockmerge.merging.outputs import folder
+from blockmerge.merging.outputs import shards as shards_of_outputs
 from tests.forms import (
     FORMS,
     UNET,
@@ -130,7 +130,7 @@ def test_large_folders_come_in_shards_as_diffusers_writes_them(forms, tmp_path, 
     path, _ = forms
     whole, sharded = tmp_path / "whole", tmp_path / "sharded"
     blockmerge.convert(path(0, "safetensors", family), whole, naming="diffusers")
-    monkeypatch.setattr(folder, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(shards_of_outputs, "SHARD_BYTES", 50_000)
     blockmerge.convert(path(0, "safetensors", family), sharded, naming="diffusers")
     assert_same(read(sharded), read(whole))
     hub = json.loads(

@@ -590,7 +590,7 @@ def test_what_is_refused_and_how(dicts, tmp_path):
             (a, tmp_path / "x.safetensors"),
             {},
             "UnknownFamilyError",
-            "x.safetensors holds no Stable Diffusion U-Net",
+            "x.safetensors holds no diffusion model",
         ),
         ((a, lacking), {}, "IncompatibleModelsError", f"state dict B lacks 1 tensor of the module ({OUT05})"),
         ((lacking, lacking), {}, "IncompatibleModelsError", "state dict A lacks 1 tensor of the module"),
@@ -627,7 +627,7 @@ def test_what_is_refused_and_how(dicts, tmp_path):
         match=r"a dict is not a torch module: give the U-Net itself, as in LiveMerge\(pipe\.unet",
     ):
         LiveMerge(a, a, b)
-    with pytest.raises(blockmerge.UnknownFamilyError, match="the module holds no Stable Diffusion U-Net"):
+    with pytest.raises(blockmerge.UnknownFamilyError, match="the module holds no diffusion model"):
         LiveMerge(torch.nn.Linear(2, 2), a, b)
 
 

@@ -29,13 +29,10 @@ def test_the_wheel_has_presets_and_layouts_and_works_where_it_is_unpacked(tmp_pa
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         assert sum(name.startswith("blockmerge/presets/") for name in names) == 40
-        assert (
-            sum(
-                name.startswith("blockmerge/anatomy/families/") and name.endswith("/layout.tsv")
-                for name in names
-            )
-            == 4
-        )
+        families = "blockmerge/anatomy/families"
+        assert {name for name in names if name.startswith(families) and name.endswith((".tsv", ".toml"))} == {
+            path.relative_to(ROOT).as_posix() for path in (ROOT / families).rglob("*.t*") if path.is_file()
+        }
         assert "blockmerge/py.typed" in names
         assert "blockmerge/rendering/templates/page.html" in names
         assert not [name for name in names if name.startswith("tests")]

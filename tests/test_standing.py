@@ -83,7 +83,7 @@ def saved(state, path):
 @pytest.mark.parametrize("kind", CUT)
 def test_cut_models_are_called_so_everywhere(states, tmp_path, capsys, kind):
     model, family, variant = of_kind(kind, states, tmp_path / "model.safetensors")
-    title = FAMILIES[family].variant_title(variant)
+    _, title = FAMILIES[family].title_and_kind(variant)
     assert (blockmerge.inspect(model).family, blockmerge.inspect(model).variant) == (family, variant)
     checked = blockmerge.check(model)
     assert checked.variant == variant

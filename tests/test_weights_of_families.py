@@ -33,7 +33,7 @@ from blockmerge.weights.presets import user_folder
 from tests import oracle
 from tests.commands import ok
 
-DOUBLE = ["BASE", "IN", *(f"D{n:02}" for n in range(19)), *(f"S{n:02}" for n in range(38)), "OUT"]
+DOUBLE = ["BASE", "IN", *(f"P{n:02}" for n in range(19)), *(f"Q{n:02}" for n in range(40)), "OUT"]
 LAYERS = ["BASE", "IN", "CONT", "NOISE", *(f"L{n:02}" for n in range(30)), "OUT"]
 SMALL = ["BASE", "X00", "X01"]
 
@@ -81,23 +81,23 @@ def test_one_number_and_lists(family, blocks, data):
 
 
 def test_names_and_ranges():
-    found = parse_weights("base=1, d3=0.5 D17-s1=.25\nIN=skip,out=-1", "double")
-    expected = dict.fromkeys(DOUBLE, 0.0) | {"BASE": 1.0, "D03": 0.5, "IN": None, "OUT": -1.0}
-    assert dict(found) == expected | dict.fromkeys(["D17", "D18", "S00", "S01"], 0.25)
-    assert parse_weights({"d3": 0.5, "out": "skip"}, "double")["D03"] == 0.5
+    found = parse_weights("base=1, p3=0.5 P17-q1=.25\nIN=skip,out=-1", "double")
+    expected = dict.fromkeys(DOUBLE, 0.0) | {"BASE": 1.0, "P03": 0.5, "IN": None, "OUT": -1.0}
+    assert dict(found) == expected | dict.fromkeys(["P17", "P18", "Q00", "Q01"], 0.25)
+    assert parse_weights({"p3": 0.5, "out": "skip"}, "double")["P03"] == 0.5
     assert parse_weights("L5-L4=1,noise=0.5", "layers").replace({"L04": 0})["L05"] == 1
-    assert parse_weights("S37=random(0.2,0.8)", "double", seed=3)["S37"] == pytest.approx(0.5, abs=0.3)
+    assert parse_weights("Q39=random(0.2,0.8)", "double", seed=3)["Q39"] == pytest.approx(0.5, abs=0.3)
 
 
 @pytest.mark.parametrize(
     ("value", "family", "says"),
     [
-        ("D19=1", "double", "unknown block 'D19'; did you mean '"),
-        ("Q=1", "double", "unknown block 'Q': Double has BASE, IN, D00-D18, S00-S37, OUT"),
+        ("P19=1", "double", "unknown block 'P19'; did you mean '"),
+        ("Z=1", "double", "unknown block 'Z': Double has BASE, IN, P00-P18, Q00-Q39, OUT"),
         ("m0=1", "double", "unknown block 'M00': Double has BASE"),  # another family's is no slip of the pen
-        ("d3=1", "sd1", "unknown block 'D03': SD1 and SD2 have BASE, IN00-IN11, M00, OUT00-OUT11"),
-        ("D0-=1", "double", "cannot read 'D0-=1' in the weights: write BLOCK=NUMBER, as in D00-D05=0.3"),
-        ("D00", "double", "'D00' is not a number: write BLOCK=NUMBER, as in D00-D05=0.3"),
+        ("p3=1", "sd1", "unknown block 'P03': SD1 and SD2 have BASE, IN00-IN11, M00, OUT00-OUT11"),
+        ("P0-=1", "double", "cannot read 'P0-=1' in the weights: write BLOCK=NUMBER, as in P00-P05=0.3"),
+        ("P00", "double", "'P00' is not a number: write BLOCK=NUMBER, as in P00-P05=0.3"),
         ("", "small", "give a number, 26 numbers, or names as in X00-X01=0.3"),
         ("", "layers", "give a number, 35 numbers, or names as in L00-L05=0.3"),
         ([0.5] * 7, "layers", "7 weights given; 35 are needed (34 without BASE)"),
@@ -106,12 +106,12 @@ def test_names_and_ranges():
             "small",
             "7 weights given; 26 are needed (25 without BASE), or 3 for Small (2 without BASE)",
         ),
-        ([0.5] * 26, "double", "26 weights given; 60 are needed (59 without BASE)"),
+        ([0.5] * 26, "double", "26 weights given; 62 are needed (61 without BASE)"),
         ([0.5] * 60, "sd2", "60 weights given; 26 are needed (25 without BASE), or 20 for SDXL"),
         (
             BlockWeights.flat(1),
             "double",
-            "weights for SD1 and SD2's 26 blocks given; double needs 60 (59 with",
+            "weights for SD1 and SD2's 26 blocks given; double needs 62 (61 with",
         ),
         ([0.5] * 3, "sd2", "weights for Small's 3 blocks given; sd2 needs 26 (25 without BASE)"),
         (0.5, "triple", "unknown family 'triple': "),
@@ -123,14 +123,14 @@ def test_weights_that_cannot_be_read(value, family, says):
 
 
 def test_lists_find_their_family():
-    assert list(BlockWeights.from_numbers([0.5] * 59)) == DOUBLE
-    assert BlockWeights.from_numbers([0.5] * 59)["BASE"] == 0.0
+    assert list(BlockWeights.from_numbers([0.5] * 61)) == DOUBLE
+    assert BlockWeights.from_numbers([0.5] * 61)["BASE"] == 0.0
     assert list(BlockWeights(dict.fromkeys(reversed(LAYERS), 1))) == LAYERS
     assert list(BlockWeights.flat(1, SMALL)) == SMALL
     assert list(BlockWeights.from_numbers([0.5] * 26)) == oracle.SD
     with pytest.raises(WeightsError, match="no weight for block L29: 35 are needed, 34 given"):
         BlockWeights(dict.fromkeys([block for block in LAYERS if block != "L29"], 1))
-    with pytest.raises(WeightsError, match=r"^7 weights given; 26 are needed .*, or 60 for Double"):
+    with pytest.raises(WeightsError, match=r"^7 weights given; 26 are needed .*, or 62 for Double"):
         BlockWeights.from_numbers([0.5] * 7)
 
 
@@ -149,8 +149,8 @@ def test_families_of_as_many_blocks_are_not_mixed():
 
 def test_arithmetic_stays_in_the_family():
     half = BlockWeights.flat(0.5, DOUBLE)
-    found = half.scale(0.5).add(half).complement().interpolate(half, 0.5).replace({"D03": 1})
-    assert dict(found) == dict.fromkeys(DOUBLE, 0.375) | {"D03": 1}
+    found = half.scale(0.5).add(half).complement().interpolate(half, 0.5).replace({"P03": 1})
+    assert dict(found) == dict.fromkeys(DOUBLE, 0.375) | {"P03": 1}
 
 
 def test_weights_are_carried_over_where_the_family_says_how():
@@ -176,21 +176,21 @@ def test_every_way_gives_every_block_a_weight(family):
 
 
 def test_rules_and_adjust():
-    rules = ElementRules.parse("d17-S0:attn:0.5, NOT IN:norm:1")
+    rules = ElementRules.parse("p17-Q0:attn:0.5, NOT IN:norm:1")
     found = rules.resolve("double")
-    assert [found.weight(block, "x.attn", 0) for block in ("D16", "D17", "D18", "S00", "S01")] == [
+    assert [found.weight(block, "x.attn", 0) for block in ("P16", "P17", "P18", "Q00", "Q01")] == [
         0, 0.5, 0.5, 0.5, 0,
     ]  # fmt: skip
-    with pytest.raises(WeightsError, match=r"'>>D17-S0<<:attn:0.5': unknown block 'D17': SDXL has"):
+    with pytest.raises(WeightsError, match=r"'>>P17-Q0<<:attn:0.5': unknown block 'P17': SDXL has"):
         rules.resolve("sdxl")
-    with pytest.raises(WeightsError, match=r"'D03 >>D44<<:attn:1': unknown block 'D44'.* Double has"):
-        ElementRules.parse("D03 D44:attn:1")
-    with pytest.raises(WeightsError, match=r"'D03 >>L04<<:attn:1': unknown block 'L04': Double has"):
-        ElementRules.parse("D03 L04:attn:1")
+    with pytest.raises(WeightsError, match=r"'P03 >>P44<<:attn:1': unknown block 'P44'.* Double has"):
+        ElementRules.parse("P03 P44:attn:1")
+    with pytest.raises(WeightsError, match=r"'P03 >>L04<<:attn:1': unknown block 'L04': Double has"):
+        ElementRules.parse("P03 L04:attn:1")
     assert Adjust(contrast=1).for_tensor("out.2.bias", "double") is None
 
 
-ALL = "sd1, sd2, sdxl, sdxl_refiner, double, layers, small"
+ALL = ", ".join([*FAMILIES, "double", "layers", "small"])
 
 
 def written(tmp_path, text):
@@ -202,40 +202,40 @@ def written(tmp_path, text):
 @pytest.mark.parametrize(
     "text",
     [
-        "[weights]\nsd1 = 0.5\ndouble = 'D03-S00=0.25'\nsdxl = 'M00=1'\n",
-        "weights.sd1 = '0.5'\nweights.double = {D03 = 0.25, D04 = 0.25}\nweights.sdxl = {M00 = 1}\n",
-        "sdxl = 'M00=1'\n[weights]\nsd1 = 'BASE-OUT11=0.5'\n[weights.double]\nd3 = 0.25\n",
+        "[weights]\nsd1 = 0.5\ndouble = 'P03-Q00=0.25'\nsdxl = 'M00=1'\n",
+        "weights.sd1 = '0.5'\nweights.double = {P03 = 0.25, P04 = 0.25}\nweights.sdxl = {M00 = 1}\n",
+        "sdxl = 'M00=1'\n[weights]\nsd1 = 'BASE-OUT11=0.5'\n[weights.double]\np3 = 0.25\n",
     ],
 )
 def test_a_preset_with_a_table_for_each_family(tmp_path, text):
     preset = find_preset(written(tmp_path, text))
     assert preset.weights == preset.weights_for("sd2") == BlockWeights.flat(0.5)
-    assert preset.weights_for("double")["D03"] == 0.25
+    assert preset.weights_for("double")["P03"] == 0.25
     assert preset.sdxl == preset.weights_for("sdxl") == parse_weights("M00=1", "sdxl")
     assert preset.weights_for("sdxl", "name") == BlockWeights.flat(0.5, oracle.SDXL)
     assert {*preset.families} >= {"sd1", "sd2", "sdxl", "sdxl_refiner", "double", "small"}
     assert preset.others == {"double": preset.weights_for("double")}
-    assert WeightsRequest(f"{tmp_path / 'own.toml'}@2").resolve("double")["D03"] == 0.5
+    assert WeightsRequest(f"{tmp_path / 'own.toml'}@2").resolve("double")["P03"] == 0.5
 
 
 def test_a_preset_for_one_family_alone(tmp_path, capsys):
-    path = written(tmp_path, "[weights]\ndouble = [" + "0.5," * 59 + "]\n")
+    path = written(tmp_path, "[weights]\ndouble = [" + "0.5," * 61 + "]\n")
     preset = find_preset(path)
     assert preset.families == ("double",)
     assert (preset.weights, preset.sdxl) == (None, None)
-    assert preset.weights_for("double", "name") == BlockWeights.from_numbers([0.5] * 59)
+    assert preset.weights_for("double", "name") == BlockWeights.from_numbers([0.5] * 61)
     says = "preset 'own' has no weights for Stable Diffusion XL, only for double: give a preset with a table 'weights.sdxl', or weights"
     with pytest.raises(PresetError, match=f"^preset \\(--preset\\): {re.escape(says)}$"):
         WeightsRequest(path).resolve("sdxl")
     with pytest.raises(PresetError, match=r"'own' has no weights for Stable Diffusion 1\.x, only for double"):
         blockmerge.load_preset(path)
     (shown,) = json.loads(ok(capsys, "presets", "show", path, "--json"))
-    assert (shown["weights"], shown["sdxl"], shown["tables"]["double"]["D03"]) == (None, None, 0.5)
+    assert (shown["weights"], shown["sdxl"], shown["tables"]["double"]["P03"]) == (None, None, 0.5)
     lines = ok(capsys, "presets", "show", path).splitlines()
-    labels = ["BASE", "IN", "D00", "D10", "S00", "S10", "S20", "S30", "OUT"]
+    labels = ["BASE", "IN", "P00", "P10", "Q00", "Q10", "Q20", "Q30", "OUT"]
     rows = [line.split() for line in lines[2 : 2 + len(labels)]]
     assert [row[0] for row in rows] == labels
-    assert [row.count("0.5▄") for row in rows if row[0][1:].isdigit()] == [10, 9, 10, 10, 10, 8]
+    assert [row.count("0.5▄") for row in rows if row[0][1:].isdigit()] == [10, 9, 10, 10, 10, 10]
 
 
 def test_shipped_presets_are_for_the_families_they_can_be_carried_to():
@@ -275,10 +275,10 @@ def test_one_number_for_a_family_is_for_that_family(tmp_path):
             "weights = {IN00 = 1, sdx = 0.5}",
             f"'weights': unknown block 'sdx': SD1 and SD2 have BASE, IN00-IN11, M00, OUT00-OUT11; families are {ALL}",
         ),
-        ("weights.double = 'D99=1'", "'weights.double': unknown block 'D99'"),
+        ("weights.double = 'P99=1'", "'weights.double': unknown block 'P99'"),
         (
             "weights.double = [1, 2]",
-            "'weights.double': 2 weights given; 60 are needed (59 without BASE); dec",
+            "'weights.double': 2 weights given; 62 are needed (61 without BASE); dec",
         ),
         (
             "weights.small = [" + "1," * 26 + "]",
@@ -295,7 +295,7 @@ def test_tables_that_cannot_be_read(tmp_path, text, says):
 
 def test_explain_looks_only_at_presets_of_the_family():
     user_folder().mkdir(parents=True)
-    (user_folder() / "own.toml").write_text("[weights]\ndouble = 'D03-D07=0.5'\n")
+    (user_folder() / "own.toml").write_text("[weights]\ndouble = 'P03-P07=0.5'\n")
     for family, blocks, name in (("sd1", oracle.SD, "GRAD_V"), ("double", DOUBLE, "own")):
         known = np.array(list(find_preset(name).weights_for(family).values()), dtype=np.float64)
         (match, *_) = matching_presets(

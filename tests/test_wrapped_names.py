@@ -166,7 +166,8 @@ def test_a_folder_of_a_forge_file_has_the_same_weights(states, tmp_path):
         ("model.conv_in.weight", "unet/conv_in.weight"),
         ("module.unet.conv_in.weight", "unet/conv_in.weight"),
         ("vae.decoder.up.0.block.0.conv1.weight", "vae/decoder.up.0.block.0.conv1.weight"),
-        ("pipe.text_encoder.encoder.x", "text_encoder/text_model.encoder.x"),
+        ("pipe.text_encoder.encoder.layers.x", "text_encoder/text_model.encoder.layers.x"),
+        ("pipe.text_encoder.encoder.block.x", "text_encoder/encoder.block.x"),  # T5's
         ("some.module_list.weight", "some.module_list.weight"),
     ],
 )

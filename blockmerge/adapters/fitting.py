@@ -138,6 +138,8 @@ def _of_another(
     own: Standing, best: Sequence[Standing], fullest: Sequence[Standing], name: str
 ) -> IncompatibleModelsError:
     wanted = own.family.title
+    if not targets_of(own.family):
+        return IncompatibleModelsError(f"{shown(name)}: LoRAs cannot be baked into {wanted} models yet")
     others = [one for one in best or fullest if one is not own]
     titles = " or ".join(one.family.title for one in others)
     lacking = [module for one in others[:1] for module in one.known if module not in own.known]
@@ -167,7 +169,7 @@ def _of_none(standings: Sequence[Standing], names: Sequence[str], name: str) -> 
             f"{_first(nearest)}"
         )
     return UnknownFamilyError(
-        f"{shown(name)} is a LoRA for a model of no family that is known: its modules are called "
+        f"{shown(name)} is a LoRA for a model whose LoRAs are not read yet: its modules are called "
         f"{listing(names)}"
     )
 

@@ -1,5 +1,6 @@
 """What a checkpoint is made of: families, components, blocks and the names of tensors. No torch, no files."""
 
+from blockmerge.anatomy.any_model import AnyCore, any_core_of
 from blockmerge.anatomy.by_name import (
     block_of,
     layout,
@@ -7,19 +8,20 @@ from blockmerge.anatomy.by_name import (
     relation_of,
 )
 from blockmerge.anatomy.completeness import LayoutGaps, components_of, layout_gaps
+from blockmerge.anatomy.components import COMPONENTS, TITLES
+from blockmerge.anatomy.cores import Core, canonical_names, core_of
+from blockmerge.anatomy.described import Adjusted, Arms, matches
 from blockmerge.anatomy.families import (
     DEFAULT_FAMILY,
     FAMILIES,
     register,
     unregister,
 )
-from blockmerge.anatomy.family import NAMINGS, OUTSIDE, Adjusted, Arms, Family
-from blockmerge.anatomy.identify import Anatomy, has_signs_of_a_unet, identify
+from blockmerge.anatomy.family import NAMINGS, OUTSIDE, Family
+from blockmerge.anatomy.identify import Anatomy, damaged, has_signs_of_a_unet, identify
 from blockmerge.anatomy.names import (
-    COMPONENTS,
     DIFFUSERS_UNET_PREFIX,
     EMA_PREFIX,
-    TITLES,
     UNET_PREFIX,
     VAE_PARTS,
     canonical_name,
@@ -49,7 +51,9 @@ __all__ = [
     "VAE_PARTS",
     "Adjusted",
     "Anatomy",
+    "AnyCore",
     "Arms",
+    "Core",
     "Family",
     "LayoutGaps",
     "Origin",
@@ -57,10 +61,14 @@ __all__ = [
     "Relation",
     "Rows",
     "Standing",
+    "any_core_of",
     "block_of",
     "canonical_name",
+    "canonical_names",
     "component_of",
     "components_of",
+    "core_of",
+    "damaged",
     "has_signs_of_a_unet",
     "identify",
     "is_leftover",
@@ -70,6 +78,7 @@ __all__ = [
     "layout",
     "layout_gaps",
     "lone_component",
+    "matches",
     "origins_in_diffusers",
     "other_kind",
     "plain_names_of_ema",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from blockmerge.anatomy.cores import name_in_core
 from blockmerge.anatomy.families import DEFAULT_FAMILY, FAMILIES
 from blockmerge.anatomy.names import canonical_name, plain_name_of_ema
 from blockmerge.anatomy.origins import Origin, Relation
@@ -34,7 +35,8 @@ def block_of(name: str, family: str | None = None) -> str:
     `name` is a tensor's name in any spelling that `merge_state_dicts` takes: LDM's, with or without
     `model.diffusion_model.`, diffusers', with `unet.`, `unet/` or without, and those of EMA copies. `family`
     is one of FAMILIES; it decides where `out.` and `conv_out.` are (OUT11, or OUT08 in SDXL). Without it, SD1
-    and SD2 are assumed. Everything outside the U-Net is BASE.
+    and SD2 are assumed. Everything outside the U-Net, or the transformer, is BASE. Of a family whose files
+    tell how many blocks they have, the published models' number is meant.
 
     The borders are those of the original merge-block-weighted tool and of SuperMerger: the time embedding
     belongs to IN00, the last norm and convolution (`out.`) to the last output block.
@@ -48,13 +50,14 @@ def block_of(name: str, family: str | None = None) -> str:
         family = DEFAULT_FAMILY
     if family not in FAMILIES:
         raise RecipeError(f"unknown family '{shown(family)}': {', '.join(FAMILIES)}")
-    canonical = plain_name_of_ema(name) or canonical_name(name)
+    known = FAMILIES[family]
+    canonical = plain_name_of_ema(name) or (canonical_name(name) if known.arms else name_in_core(name, known))
     if _OF_AN_ADAPTER.search(name):
         raise RecipeError(
             f"{shown(name)} is a name in a LoRA or another adapter, not in a model: "
             "give the name of the tensor that it changes"
         )
-    return FAMILIES[family].block_of(canonical)
+    return known.block_of(canonical)
 
 
 def relation_of(name: str, family: str) -> Relation:

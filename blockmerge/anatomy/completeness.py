@@ -8,8 +8,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from blockmerge.anatomy.described import Shape, matches
 from blockmerge.anatomy.families import FAMILIES
-from blockmerge.anatomy.family import Family, Shape, matches
+from blockmerge.anatomy.family import Family
 from blockmerge.anatomy.names import component_of
 
 _POSITIONS = ("position_embedding.weight", "positional_embedding")
@@ -41,9 +42,8 @@ def layout_gaps(shapes: Mapping[str, Shape], family: Family | str, component: st
     known = FAMILIES[family] if isinstance(family, str) else family
     wanted = {name: one.shape for name, one in known.listed.items() if one.component == component}
     found = {name: shape for name, shape in shapes.items() if component_of(name) == component}
-    signs = known.signs["ldm"]
-    first = known.unet_prefix("ldm") + signs.first
-    if first in wanted and len(found.get(first, ())) == signs.first_axes:
+    first = known.input_layer
+    if first in wanted and len(found.get(first, ())) == known.signs["ldm"].first_axes:
         rows, _, *kernel = wanted[first]
         wanted[first] = (rows, found[first][1], *kernel)
     for name in wanted:  # a text encoder may read more positions than most
@@ -51,12 +51,26 @@ def layout_gaps(shapes: Mapping[str, Shape], family: Family | str, component: st
             wanted[name] = (found[name][0], *wanted[name][1:])
     shared = [name for name in wanted if name in found]
     widths = _widths((wanted[name], found[name]) for name in shared)
+    heads_vary = bool(widths) and not known.arms
+    if widths:  # some widths are those of others by chance
+        irregular = known.thin.get("names", {})
+        shared = [name for name in shared if not matches(irregular, known.short(name))]
     expected = {name: tuple(widths.get(extent, extent) for extent in wanted[name]) for name in shared}
     return LayoutGaps(
         missing=tuple(name for name in wanted if name not in found and not matches(known.optional, name)),
         unknown=tuple(name for name in found if name not in wanted and not known.knows(name)),
-        misshapen={name: shape for name, shape in expected.items() if found[name] != shape},
+        misshapen={
+            name: shape
+            for name, shape in expected.items()
+            if found[name] != shape and not (heads_vary and _are_alike(found[name], shape))
+        },
     )
+
+
+def _are_alike(shape: Shape, expected: Shape) -> bool:
+    """Whether shapes differ at most in small extents, as heads are narrower in narrow transformers."""
+    pairs = zip(shape, expected, strict=False)
+    return len(shape) == len(expected) and all(one == two or two < _LEAST_WIDTH for one, two in pairs)
 
 
 def _widths(pairs: Iterable[tuple[Shape, Shape]]) -> dict[int, int]:

@@ -7,26 +7,50 @@ block and component; and, where the description refers to it, `renaming.tsv`. Wh
 
 from __future__ import annotations
 
-import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 from importlib.resources.abc import Traversable
 from typing import Any, NamedTuple
 
+from blockmerge.anatomy.components import TITLES
+from blockmerge.anatomy.described import (
+    Adjusted,
+    Arms,
+    Attention,
+    Beginning,
+    Derivative,
+    Shape,
+    Signs,
+    Unmarked,
+    Version,
+    beginnings,
+    frozen,
+    matches,
+)
+from blockmerge.anatomy.numbered import FoundList
 from blockmerge.anatomy.origins import NO_PLACE, Origin, Relation, Rows
-from blockmerge.anatomy.renaming import Renaming
+from blockmerge.anatomy.renaming import Renaming, names_by_rule
+from blockmerge.anatomy.sizes import (
+    NUMBER,
+    NumberedList,
+    beginnings_of,
+    blocks_of,
+    expanded,
+    lines_for_each,
+    sizes_of,
+)
 from blockmerge.errors import RecipeError, UnknownFamilyError, shown
 
-Shape = tuple[int, ...]
 NAMINGS = ("ldm", "diffusers")
 OUTSIDE = "BASE"
 """The block of all that is not in the U-Net."""
 
 # Names: the models of a merge have the same ones, and each is asked about several times.
 _REMEMBERED = 1 << 13
+_LAYOUT_COLUMNS, _RENAMING_COLUMNS = 4, 3
 
 
 class Listed(NamedTuple):
@@ -35,146 +59,6 @@ class Listed(NamedTuple):
     shape: Shape
     block: str
     component: str
-
-
-@dataclass(frozen=True)
-class Adjusted:
-    """What `adjust` does to a tensor: times 1 + `factor` × the number of that name; or, where there are
-    `tones`, plus 0.02 × (the contrast, and the amounts of brightness and three colours times their rows).
-    """
-
-    number: str = ""
-    factor: float = 0.0
-    tones: tuple[tuple[float, float, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Arms:
-    """How blocks are drawn: the left ones downwards, `middle` below, the right ones upwards."""
-
-    left: tuple[str, ...]
-    middle: tuple[str, ...]
-    right: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Signs:
-    """How a U-Net of one naming is known, by names without prefix.
-
-    `first` is the tensor that a file must have to be looked at, with some name that begins with `beside`. Its
-    extent along axis 1 tells the variant, where it has `first_axes` axes. `highest` is the highest of the
-    numbers after the word `numbered`, as 8 in ``input_blocks.8.``; `told` says in words what there is
-    instead. Every name in `has` is there and none in `lacks`, where a final dot means all that begin so;
-    `axes` are {name: number of axes}.
-    """
-
-    first: str
-    first_axes: int
-    numbered: str
-    highest: int
-    told: str
-    beside: str = ""
-    has: tuple[str, ...] = ()
-    lacks: tuple[str, ...] = ()
-    axes: Mapping[str, int] = field(default_factory=dict)
-
-    def are_looked_at(self, shapes: Mapping[str, Shape]) -> bool:
-        """Whether the names are of this kind at all."""
-        return self.first in shapes and _holds(shapes, self.beside)
-
-    def fit(self, shapes: Mapping[str, Shape], *, cut: bool = False) -> bool:
-        """Whether this is the family's U-Net, or with `cut` may be one that lacks its highest blocks; widths
-        are not looked at.
-        """
-        highest = self.highest_in(shapes)
-        return (
-            all(name in shapes for name in self.has)
-            and all(name in shapes and len(shapes[name]) == axes for name, axes in self.axes.items())
-            and (0 <= highest < self.highest if cut else highest == self.highest)
-            and not any(_holds(shapes, name) for name in self.lacks)
-        )
-
-    def highest_in(self, names: Iterable[str]) -> int:
-        """The highest number that there is, −1 without one."""
-        pattern = re.compile(re.escape(self.numbered) + r"\.(\d+)\.")
-        found = (pattern.match(name) for name in names)
-        # Six digits at most: a hostile name must not make a number of a megabyte.
-        return max((int(match[1][:6]) for match in found if match), default=-1)
-
-    def found_instead(self, names: Iterable[str]) -> str:
-        """What a U-Net of no known family has, in words."""
-        highest = self.highest_in(names)
-        return self.told.format(highest=highest, count=highest + 1)
-
-
-def _holds(names: Mapping[str, Shape], wanted: str) -> bool:
-    if wanted.endswith("."):
-        return any(name.startswith(wanted) for name in names)
-    return not wanted or wanted in names
-
-
-@dataclass(frozen=True)
-class Unmarked:
-    """What a variant predicts when no marker says so, and what the user is told then.
-
-    `architectures` are {part of the metadata's modelspec.architecture: prediction}, asked first.
-    """
-
-    prediction: str
-    note: str
-    architectures: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Derivative:
-    """A model that was made from one of the family by adding tensors, or cutting layers out.
-
-    `adds` are patterns of U-Net names that it has beside the layout's, `beside` of names outside the U-Net,
-    and `cut` of all that it lacks, without prefix. `unfit_for_folders` says why no configs of a diffusers
-    folder can be made for it, where that is so.
-    """
-
-    name: str
-    title: str
-    adds: tuple[str, ...] = ()
-    beside: tuple[str, ...] = ()
-    cut: tuple[str, ...] = ()
-    unfit_for_folders: str = ""
-
-    def has(self, name: str) -> bool:
-        """Whether a tensor is one that the family's own models lack."""
-        return matches((*self.adds, *self.beside), name)
-
-
-@dataclass(frozen=True)
-class Attention:
-    """The layers that the attention similarity looks at, {block: how the names of q, k and v begin}, and what
-    to say of it.
-    """
-
-    layers: Mapping[str, str]
-    note: str | None = None
-
-
-@dataclass(frozen=True)
-class _Beginning:
-    """The block of names that begin in one way: its word, and its number = first of `numbers` + the others ×
-    those in the name.
-    """
-
-    pattern: re.Pattern[str]
-    word: str
-    numbers: tuple[int, ...]
-
-    def block_of(self, name: str) -> str | None:
-        match = self.pattern.match(name)
-        if match is None:
-            return None
-        if not self.numbers:
-            return self.word
-        first, *each = self.numbers
-        counted = sum(times * int(digits[:6]) for times, digits in zip(each, match.groups(), strict=True))
-        return f"{self.word}{first + counted:02}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,8 +79,15 @@ class Family:
     `prefixes` are {naming: {prefix: component}}; `roots` {naming: first words of U-Net names that stand
     without prefix}; `other_prefixes` {what other programs write: what it stands for here}; `prediction`
     {variant: Unmarked}; `optional` and `harmless` patterns of names that may be
-    missing or be there beside the layout's; `configs` is what `anatomy.configs` reads, `adapters` what that
-    room reads; `aliases` {another program's word: blocks}, `number_lists` {how many numbers: their words}.
+    missing or be there beside the layout's; `configs` is what `anatomy.configs` reads, and `adapters` what
+    that room reads.
+
+    Where files say how many blocks there are, `lists` are these, of which the family has `counts`: those of
+    the published models, or with `sized` a file's own. `versions` are models that differ in more, and
+    `version` which it is. `core` is what the diffusion model is called, ``"unet"`` or ``"transformer"``;
+    `keeps_text_encoders` says that all models use them as they were published. `aliases` are {word that other
+    programs write: the blocks that it stands for}, `number_lists` {how many numbers: the words that they are
+    for}.
     """
 
     name: str
@@ -219,43 +110,63 @@ class Family:
     derivatives: tuple[Derivative, ...] = ()
     markers: Mapping[str, str] = field(default_factory=dict)
     prediction: Mapping[str, Unmarked] = field(default_factory=dict)
-    attention: Attention = Attention({})
+    attention: Attention = field(default_factory=lambda: Attention({}))
     configs: Mapping[str, Any] = field(default_factory=dict)
     adapters: Mapping[str, Any] = field(default_factory=dict)
-    unlisted: Mapping[str, Mapping[str, tuple[_Beginning, ...]]] = field(default_factory=dict, repr=False)
+    unlisted: Mapping[str, Mapping[str, tuple[Beginning, ...]]] = field(default_factory=dict, repr=False)
     folder: Traversable | None = field(default=None, repr=False)
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     number_lists: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    core: str = "unet"
+    latent_channels: int = 0
+    lives_in: str = ""
+    other_endings: Mapping[str, str] = field(default_factory=dict)
+    rules: tuple[Mapping[str, Any], ...] = ()
+    keeps_text_encoders: bool = False
+    order: tuple[str, ...] = ()
+    lists: tuple[NumberedList, ...] = ()
+    counts: tuple[int, ...] = ()
+    versions: tuple[Version, ...] = ()
+    version: str = ""
+    takes_any_name: bool = False
+    thin: Mapping[str, Any] = field(default_factory=dict)
+    found: tuple[FoundList, ...] = ()
+    fixed: tuple[str, ...] = ()
+    relatives: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Traversable) -> Family:
         """Read a family from its folder, whose name is the family's."""
         data = tomllib.loads(folder.joinpath("family.toml").read_text(encoding="utf-8"))
         names, signs = data["names"], data["signs"]
-        arms = Arms(*(tuple(data["blocks"][part]) for part in ("left", "middle", "right")))
-        rules = data.get("renaming", [])
-        table = _lines(folder, "renaming.tsv") if any(one["rule"] == "table" for one in rules) else []
+        lists = tuple(
+            NumberedList(one["block"], one["usual"], {naming: one[naming] for naming in NAMINGS})
+            for one in data.get("lists", [])
+        )
+        arms = None
+        if "left" in data["blocks"]:
+            arms = Arms(*(tuple(data["blocks"][part]) for part in ("left", "middle", "right")))
         completeness, prediction = data.get("completeness", {}), data.get("prediction", {})
-        return cls(
-            name=folder.name,
+        family = cls(
+            name=folder.name.removeprefix("_"),
             title=data["title"],
-            blocks=(OUTSIDE, *arms.left, *arms.middle, *arms.right),
+            blocks=(OUTSIDE, *arms.left, *arms.middle, *arms.right) if arms else (),
             variants={channels: variant for variant, channels in data["variants"].items()},
             called=data["called"],
             arms=arms,
             carried=data.get("carried", {}),
-            adjusted={name: Adjusted(**_frozen(one)) for name, one in data.get("adjusted", {}).items()},
+            adjusted={name: Adjusted(**frozen(one)) for name, one in data.get("adjusted", {}).items()},
             architecture=data.get("architecture"),
-            signs={naming: Signs(**_frozen(signs[naming])) for naming in NAMINGS if naming in signs},
+            signs={naming: Signs(**frozen(signs[naming])) for naming in NAMINGS if naming in signs},
             prefixes={naming: names["prefixes"].get(naming, {}) for naming in NAMINGS},
-            roots={naming: tuple(names["roots"].get(naming, ())) for naming in NAMINGS},
-            renamings=tuple(Renaming.of(lines=table, **one) for one in rules),
+            roots={naming: tuple(names.get("roots", {}).get(naming, ())) for naming in NAMINGS},
             beside_layout=tuple(names.get("beside_layout", ())),
             other_prefixes=names.get("other_prefixes", {}),
             optional=tuple(completeness.get("optional", ())),
+            fixed=tuple(completeness.get("fixed", ())),
             harmless=tuple(completeness.get("harmless", ())),
             derivatives=tuple(
-                Derivative(name, **_frozen(one)) for name, one in data.get("derivatives", {}).items()
+                Derivative(name, **frozen(one)) for name, one in data.get("derivatives", {}).items()
             ),
             markers=prediction.get("markers", {}),
             prediction={
@@ -265,10 +176,57 @@ class Family:
             attention=Attention(**data.get("attention", {"layers": {}})),
             configs=data.get("configs", {}),
             adapters=data.get("adapters", {}),
-            unlisted={naming: _beginnings(data.get("unlisted", {}).get(naming, {})) for naming in NAMINGS},
+            unlisted={naming: beginnings(data.get("unlisted", {}).get(naming, {})) for naming in NAMINGS},
             folder=folder,
-            aliases=_frozen(data.get("aliases", {})),
+            thin=data.get("thin", {}),
+            relatives=frozen(data.get("relatives", {})),
+            takes_any_name=data.get("takes_any_name", False),
+            core=data.get("core", "unet"),
+            lives_in=data.get("lives_in", ""),
+            latent_channels=data.get("shared_channels", 0),
+            other_endings=names.get("other_endings", {}),
+            rules=tuple(data.get("renaming", ())),
+            keeps_text_encoders=data.get("keeps_text_encoders", False),
+            order=tuple(data["blocks"].get("order", ())),
+            lists=lists,
+            versions=(versions := tuple(Version.read(*one) for one in data.get("versions", {}).items())),
+            aliases=frozen(data.get("aliases", {})),
             number_lists={int(n): tuple(words.split()) for n, words in data.get("numbers", {}).items()},
+        )
+        return family._of_size(tuple(one.usual for one in lists), versions[0].name if versions else "")
+
+    def sized(self, counts: tuple[int, ...], version: str = "") -> Family:
+        """The same family with so many members of each of its `lists`; one object for the same numbers.
+
+        >>> FAMILIES["flux1"].sized((8, 38)).blocks[2:10]
+        ('D00', 'D01', 'D02', 'D03', 'D04', 'D05', 'D06', 'D07')
+        """
+        if (counts, version) == (self.counts, self.version):
+            return self
+        return _sized(self, counts, version)
+
+    def _of_size(self, counts: tuple[int, ...], version: str) -> Family:
+        assert self.folder is not None
+        folder = self.folder
+
+        def table() -> list[str]:
+            lines = _lines(folder, "renaming.tsv")
+            return lines_for_each(lines, sizes_of(self.lists, counts), _RENAMING_COLUMNS)
+
+        title = next((one.title for one in self.versions if one.name == version), self.title)
+        paths = {f"{path}.{NUMBER}.": one for one in self.lists for path in one.paths.values()}
+        return replace(
+            self,
+            title=title,
+            blocks=self.blocks if self.arms else (OUTSIDE, *blocks_of(self.order, self.lists, counts)),
+            renamings=tuple(Renaming.of(lines=table, **one) for one in self.rules),
+            counts=counts,
+            version=version,
+            aliases={**{path: (one.block,) for path, one in paths.items() if one.has_blocks}, **self.aliases},
+            unlisted={
+                naming: {**beginnings(beginnings_of(self.lists, naming)), **self.unlisted.get(naming, {})}
+                for naming in NAMINGS
+            },
         )
 
     @cached_property
@@ -278,8 +236,9 @@ class Family:
         found: dict[str, Listed] = {}
         if self.folder is None:
             return found
-        for line in _lines(self.folder, "layout.tsv"):
-            name, said, block, component = line.split("\t")
+        lines = _lines(self.folder, f"layout.{self.version}.tsv" if self.versions else "layout.tsv")
+        sizes = sizes_of(self.lists, self.counts)
+        for name, said, block, component in expanded(lines, sizes, _LAYOUT_COLUMNS, block=2):
             if said not in shapes:
                 shapes[said] = tuple(map(int, said.split("x")))
             found[name] = Listed(shapes[said], block, component)
@@ -294,6 +253,25 @@ class Family:
     def unet(self) -> Mapping[str, str]:
         """{name: block} of every tensor of a whole U-Net, LDM naming."""
         return {name: one.block for name, one in self.listed.items() if one.component == "unet"}
+
+    @property
+    def core_title(self) -> str:
+        """What messages call the diffusion model: ``"U-Net"``, ``"transformer"``."""
+        return "U-Net" if self.core == "unet" else self.core
+
+    @cached_property
+    def titles(self) -> Mapping[str, str]:
+        """{component: what messages call it}."""
+        return {**TITLES, "unet": self.core_title}
+
+    def called_component(self, component: str) -> str:
+        """What results call a component: the diffusion model what it is."""
+        return self.core if component == "unet" else component
+
+    @cached_property
+    def by_rule(self) -> tuple[str, ...]:
+        """How names begin of components that a rule describes, and no layout."""
+        return tuple(one.ldm for one in self.renamings if one.ldm != self.unet_prefix("ldm"))
 
     def short(self, name: str) -> str:
         """An LDM name without the U-Net's prefix."""
@@ -310,13 +288,15 @@ class Family:
 
     @cached_property
     def input_layer(self) -> str:
-        """The LDM name of the tensor whose second axis are the input channels, which tell the variant."""
-        return self.unet_prefix("ldm") + self.signs["ldm"].first
+        """The LDM name of the tensor whose second axis are the input channels, which tell the variant; empty
+        where none is known to.
+        """
+        return "" if "ldm" not in self.signs else self.unet_prefix("ldm") + self.signs["ldm"].first
 
     @property
     def shared_channels(self) -> int:
         """The input channels that all variants have in common: the latent image's."""
-        return min(self.variants)
+        return self.latent_channels or min(self.variants, default=0)
 
     def block_of(self, name: str) -> str:
         """Return the block of a tensor: the layout's, or for other names that of those that begin alike.
@@ -324,12 +304,28 @@ class Family:
         Raises RecipeError when the family has no such block.
         """
         listed = self.listed.get(name)
+        if listed is None and self.lists:
+            name = self._original_names.get(name, name)
+            listed = self.listed.get(name)
         return listed.block if listed is not None else _unlisted_block(self, name)
 
-    def variant_title(self, variant: str) -> str:
-        """What people call a variant, of one word or several: ``"base"``, ``"inpainting"``, ``"unCLIP"``."""
+    def is_in_layout(self, name: str) -> bool:
+        """Whether the layout has a tensor, by its canonical name in either naming."""
+        return name in self.listed or name in self._original_names
+
+    def title_and_kind(self, variant: str) -> tuple[str, str]:
+        """What people call a model of a variant, of one word or several, and its kind of that.
+
+        >>> FAMILIES["sdxl"].title_and_kind("inpainting"), FAMILIES["sd3"].title_and_kind("3.5-large")
+        (('Stable Diffusion XL', 'inpainting'), ('Stable Diffusion 3.5 large', ''))
+        """
+        if self.takes_any_name:
+            return (self.title if variant == "unknown" else f"{variant}, {self.title}"), ""
         titles = {one.name: one.title for one in self.derivatives}
-        return ", ".join(titles.get(word, word) for word in variant.split())
+        words = variant.split()
+        version = next((one for one in self.versions if one.name in words), None)
+        kind = [titles.get(word, word) for word in words if version is None or word != version.name]
+        return self.title if version is None else version.title, ", ".join(kind)
 
     def scheduler_of(self, marker: str) -> str | None:
         """How the class of a folder's scheduler begins that says what a marker does: None where the settings
@@ -337,6 +333,19 @@ class Family:
         """
         told = next((how for one, how in self.markers.items() if fnmatchcase(marker, one)), "none")
         return {"any": None, "none": ""}.get(told, told)
+
+    def is_like(self, other: Family) -> bool:
+        """Whether models of both can be merged: of the same family, version and blocks."""
+        mine, theirs = ((one.name, one.version, one.counts, one.blocks) for one in (self, other))
+        return mine == theirs
+
+    def may_lack(self, name: str) -> bool:
+        """Whether a module of the family's may do without a tensor among its parameters."""
+        return self.is_fixed(name) or matches(self.optional, name)
+
+    def is_fixed(self, name: str) -> bool:
+        """Whether a tensor is a table that training leaves alone."""
+        return matches(self.fixed, name)
 
     def knows(self, name: str) -> bool:
         """Whether a tensor, by its LDM name, is one that the family's models or their derivatives have."""
@@ -354,6 +363,8 @@ class Family:
         signs = self.signs[naming]
         shape = shapes[signs.first]
         variant = self.variants.get(shape[1]) if len(shape) == signs.first_axes else None
+        if variant is None and self.lists and len(shape) == signs.first_axes:
+            return f"{shape[1]}-inputs"  # made by others for purposes of their own
         if variant is None:
             raise UnknownFamilyError(
                 f"has a first convolution ({signs.first}) of shape {list(shape)}, "
@@ -378,7 +389,9 @@ class Family:
     @cached_property
     def _original_names(self) -> Mapping[str, str]:
         """{diffusers name: LDM name} of every tensor that both namings have."""
-        names = (*self.listed, *self.beside_layout)
+        names = [*self.listed, *self.beside_layout]
+        if not self.arms:  # whose layouts are those of transformers alone
+            names += [one.ldm + name for one in self.renamings for name in names_by_rule(one.rule)]
         return {place: name for name in names for place in self.relation_of(name).diffusers}
 
     @cached_property
@@ -429,11 +442,16 @@ class Family:
         return found
 
 
+@lru_cache(64)
+def _sized(family: Family, counts: tuple[int, ...], version: str) -> Family:
+    return family._of_size(counts, version)
+
+
 @lru_cache(_REMEMBERED)
 def _unlisted_block(family: Family, name: str) -> str:
-    for naming, beginnings in family.unlisted.items():
+    for naming, told in family.unlisted.items():
         short = name.removeprefix(family.unet_prefix(naming))
-        for beginning in beginnings.get(short.partition(".")[0], ()):
+        for beginning in (*told.get(short.partition(".")[0], ()), *told.get("", ())):
             block = beginning.block_of(short)
             if block is None:
                 continue
@@ -443,11 +461,6 @@ def _unlisted_block(family: Family, name: str) -> str:
                 )
             return block
     return OUTSIDE
-
-
-def matches(patterns: Iterable[str], name: str) -> bool:
-    """Whether a name is one of those that patterns with ``*`` stand for."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 @lru_cache(_REMEMBERED)
@@ -463,6 +476,11 @@ def _usual_name(family: Family, name: str) -> str:
 @lru_cache(_REMEMBERED)
 def _is_known(family: Family, name: str) -> bool:
     if name in family.listed or name in family.beside_layout:
+        return True
+    # What a table has no line for is unknown, and other rules are for whole components.
+    if not family.arms and name.startswith(family.by_rule) and _relation(family, name).places:
+        return True
+    if family.takes_any_name and name.startswith(tuple(family.prefixes["ldm"])):
         return True
     return matches((*family.optional, *family.harmless), name) or any(
         one.has(name) for one in family.derivatives
@@ -480,21 +498,3 @@ def _relation(family: Family, name: str) -> Relation:
 def _lines(folder: Traversable, name: str) -> list[str]:
     """The lines of a table, without the one that names its columns."""
     return folder.joinpath(name).read_text(encoding="utf-8").splitlines()[1:]
-
-
-def _frozen(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with lists as tuples."""
-    return {key: _tuple(value) if isinstance(value, list) else value for key, value in data.items()}
-
-
-def _tuple(values: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(_tuple(value) if isinstance(value, list) else value for value in values)
-
-
-def _beginnings(data: Mapping[str, Sequence[Any]]) -> dict[str, tuple[_Beginning, ...]]:
-    """{first word of a name: beginnings with it}."""
-    found: dict[str, list[_Beginning]] = {}
-    for text, (word, *numbers) in data.items():
-        pattern = re.compile(re.escape(text).replace(r"\#", r"(\d+)"))
-        found.setdefault(text.partition(".")[0], []).append(_Beginning(pattern, word, tuple(numbers)))
-    return {root: tuple(beginnings) for root, beginnings in found.items()}

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase, translate
+from functools import lru_cache
 
 from blockmerge.anatomy.families import FAMILIES, remembered
 from blockmerge.anatomy.family import NAMINGS
@@ -13,15 +14,6 @@ from blockmerge.anatomy.family import NAMINGS
 UNET_PREFIX = "model.diffusion_model."
 DIFFUSERS_UNET_PREFIX = "unet/"
 EMA_PREFIX = "model_ema."
-
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "vae", "ema", "other")
-"""The components a tensor can belong to. Only SDXL has a second text encoder."""
-
-TITLES = {
-    "unet": "U-Net", "text_encoder": "text encoder", "text_encoder_2": "second text encoder", "vae": "VAE",
-    "ema": "EMA copy",
-}  # fmt: skip
-"""What messages call components."""
 
 VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 """How the names of a VAE begin, after the prefix that they have in a whole model."""
@@ -54,7 +46,9 @@ _TEXT_ENCODERS = {"clip_l": "text_encoder/", "clip_h": "text_encoder/", "clip_g"
 _TEXT_ENCODER = re.compile(
     rf"text_encoders\.({'|'.join(_TEXT_ENCODERS)})\.(?:(?:transformer|model)\.(?!resblocks))?"
 )
-_BARE_TEXT_MODEL = r"(?=(?:embeddings|encoder|final_layer_norm)\.)"
+_BARE_TEXT_MODEL = (
+    r"(?=(?:embeddings|encoder\.layers|final_layer_norm)\.)"  # CLIP's: T5 has an `encoder.`, too
+)
 _OLD_VAE_ATTENTION = r"(?:encoder|decoder)\.mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)"
 
 
@@ -80,7 +74,13 @@ class _Spellings:
 def _spellings() -> _Spellings:
     families = FAMILIES.values()
     renamings = [renaming for family in families for renaming in family.renamings]
-    folders = {prefix for family in families for prefix in family.prefixes.get("diffusers", ())}
+    # A name alone does not tell a transformer's: `transformer.` stands in text encoders, too.
+    folders = {
+        prefix
+        for family in families
+        for prefix, component in family.prefixes.get("diffusers", {}).items()
+        if component != "unet" or family.arms
+    }
     texts = {renaming.diffusers for renaming in renamings if renaming.rule in ("clip", "open_clip")}
     vaes = {renaming.diffusers for renaming in renamings if renaming.rule == "vae"}
     clips = {renaming.ldm for renaming in renamings if renaming.rule == "clip"}
@@ -124,6 +124,12 @@ def component_of(name: str) -> str:
     return "ema" if name.startswith(EMA_PREFIX) else "other"
 
 
+@lru_cache(_REMEMBERED)
+def without_wrappers(name: str) -> str:
+    """Return a name without what training and compiling put into names, anywhere between the dots."""
+    return _WRAPPER.sub("", name)
+
+
 @remembered(_REMEMBERED)
 def unwrapped_name(name: str) -> str:
     """Return a name without what training, compiling and saving whole programs put around it.
@@ -135,7 +141,7 @@ def unwrapped_name(name: str) -> str:
     what is left is not known.
     """
     spellings = _spellings()
-    inner = _WRAPPER.sub("", name)
+    inner = without_wrappers(name)
     if not inner.startswith(spellings.starts):
         inner = spellings.outer.sub("", inner, count=1)
     # What nobody knows may be called so.

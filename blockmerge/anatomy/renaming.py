@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, lru_cache, partial
+from itertools import combinations
 
 from blockmerge.anatomy.origins import ALL, NO_PLACE, Place, Relation
 
@@ -62,8 +63,23 @@ _OPEN_CLIP_ENDS = {
     "ln_final.bias": "text_model.final_layer_norm.bias",
 }
 
+_VIDEO_VAE_RESNET = {
+    "residual.0": "norm1",
+    "residual.2": "conv1",
+    "residual.3": "norm2",
+    "residual.6": "conv2",
+    "shortcut": "conv_shortcut",
+}
+_VIDEO_VAE_ENDS = {"conv1": "quant_conv", "conv2": "post_quant_conv"} | {
+    f"{side}.{ours}": f"{side}.{theirs}"
+    for side in ("encoder", "decoder")
+    for ours, theirs in (("conv1", "conv_in"), ("head.0", "norm_out"), ("head.2", "conv_out"))
+}
+_ENDINGS = ("weight", "bias")
+
 # Units in each level of the U-Net: two of resnet and attention and a sampler, or three on the way up.
 _LEVEL = 3
+_DIGITS = 6
 
 
 def _unet(name: str, *, folder: str) -> Relation:
@@ -120,8 +136,65 @@ def _vae(name: str, *, folder: str) -> Relation:
     return _one(f"{folder}{name}") if re.fullmatch(r"(post_)?quant_conv\.(weight|bias)", name) else NO_PLACE
 
 
-def _clip(name: str, *, folder: str) -> Relation:
-    return _one(f"{folder}{name}") if name.startswith("text_model.") else NO_PLACE
+def _video_vae(name: str, *, folder: str) -> Relation:
+    """Wan's VAE, whose levels are one list: on the way up three resnets and a sampler each."""
+    stem, _, last = name.rpartition(".")
+    if stem in _VIDEO_VAE_ENDS:
+        return _one(f"{folder}{_VIDEO_VAE_ENDS[stem]}.{last}")
+    match = re.fullmatch(r"(encoder|decoder)\.(middle|downsamples|upsamples)\.(\d{1,6})\.(.+)", stem)
+    if match is None:
+        return NO_PLACE
+    side, way, number, rest = match[1], match[2], int(match[3]), match[4]
+    level, unit = divmod(number, 4)
+    where = {
+        "middle": "mid_block.attentions.0" if number == 1 else f"mid_block.resnets.{number // 2}",
+        "downsamples": f"down_blocks.{number}",
+        "upsamples": f"up_blocks.{level}.{'upsamplers.0' if unit == _LEVEL else f'resnets.{unit}'}",
+    }[way]
+    return _one(f"{folder}{side}.{where}.{_VIDEO_VAE_RESNET.get(rest, rest)}.{last}")
+
+
+@lru_cache(1)
+def _video_vae_names() -> tuple[str, ...]:
+    resnet = [f"{part}.{end}" for part in ("residual.2", "residual.6", "shortcut") for end in _ENDINGS]
+    unit = [*resnet, "residual.0.gamma", "residual.3.gamma"]
+    unit += [f"{part}.{end}" for part in ("resample.1", "time_conv") for end in _ENDINGS]
+    middle = ["norm.gamma", *(f"{part}.{end}" for part in ("to_qkv", "proj") for end in _ENDINGS)]
+    found = [f"{stem}.{end}" for stem in _VIDEO_VAE_ENDS for end in (*_ENDINGS, "gamma")]
+    for side, way, count in (("encoder", "downsamples", 11), ("decoder", "upsamples", 15)):
+        found += [f"{side}.middle.{n}.{part}" for n in (0, 2) for part in unit]
+        found += [f"{side}.middle.1.{part}" for part in middle]
+        found += [f"{side}.{way}.{n}.{part}" for n in range(count) for part in unit]
+    return tuple(found)
+
+
+def names_by_rule(rule: str) -> tuple[str, ...]:
+    """The original names, without prefix, of a component that a rule describes, as far as they are no more
+    than so many: a VAE's, of four levels.
+    """
+    return {"vae": _vae_names, "video_vae": _video_vae_names}.get(rule, tuple)()
+
+
+@lru_cache(1)
+def _vae_names() -> tuple[str, ...]:
+    found = ["quant_conv", "post_quant_conv"]
+    for side, way, units in (("encoder", "down", 2), ("decoder", "up", 3)):
+        found += [f"{side}.{part}" for part in ("conv_in", "conv_out", "norm_out")]
+        found += [f"{side}.mid.attn_1.{part}" for part in _VAE_PARTS]
+        blocks = [f"{side}.mid.block_{number}" for number in (1, 2)]
+        blocks += [f"{side}.{way}.{level}.block.{unit}" for level in range(4) for unit in range(units)]
+        found += [
+            f"{block}.{part}"
+            for block in blocks
+            for part in ("norm1", "conv1", "norm2", "conv2", "nin_shortcut")
+        ]
+        found += [f"{side}.{way}.{level}.{way}sample.conv" for level in range(4)]
+    return tuple(f"{name}.{end}" for name in found for end in _ENDINGS)
+
+
+def _clip(name: str, *, folder: str, projection: bool = False) -> Relation:
+    is_kept = name.startswith("text_model.") or (projection and name == "text_projection.weight")
+    return _one(f"{folder}{name}") if is_kept else NO_PLACE
 
 
 def _open_clip(name: str, *, folder: str, layers: int | None = None, projection: bool = True) -> Relation:
@@ -152,12 +225,13 @@ def _one(name: str) -> Relation:
 RULES: Mapping[str, Callable[..., Relation]] = {
     "unet": _unet,
     "vae": _vae,
+    "video_vae": _video_vae,
     "clip": _clip,
     "open_clip": _open_clip,
     "same": _same,
 }
-"""The named rules: of a U-Net, a VAE, text encoders as transformers and OpenCLIP name them, and of components
-whose names are the same but for the prefix.
+"""The named rules: of a U-Net, a VAE, Wan's VAE, text encoders as transformers and OpenCLIP name them, and of
+components whose names are the same but for the prefix.
 """
 
 
@@ -171,34 +245,49 @@ class Renaming:
     relation: Rule
 
     @classmethod
-    def of(cls, ldm: str, diffusers: str, rule: str, lines: Sequence[str], **options: object) -> Renaming:
+    def of(
+        cls, ldm: str, diffusers: str, rule: str, lines: Callable[[], Sequence[str]], **options: object
+    ) -> Renaming:
         """The renaming by one of RULES, with its options, or by the lines of a table (rule ``"table"``)."""
         if rule == "table":
-            return cls(ldm, diffusers, rule, partial(_from_table, templates=_templates(lines, diffusers)))
+            return cls(ldm, diffusers, rule, _Table(lines, diffusers))
         return cls(ldm, diffusers, rule, partial(RULES[rule], folder=diffusers, **options))
 
 
-@dataclass(frozen=True, slots=True)
-class _Template:
-    pattern: re.Pattern[str]
-    places: tuple[Place, ...]
+class _Table:
+    """A rule that is told by lines: original name, diffusers name, and which of the original's rows it holds.
 
-
-def _templates(lines: Sequence[str], folder: str) -> tuple[_Template, ...]:
-    """Read a table's lines: original name, diffusers name, and which of the original's rows it holds.
-
-    ``#`` stands for a number, the same in both. Rows are ``=`` for all, or stretches of so many equal rows in
-    the order in which the diffusers tensor has them, as ``1:2 0:1 of 2``. The lines of one original name
-    stand together; the first name that fits counts.
+    ``#`` stands for a number, the same in both; a name with the number itself goes before. Rows are ``=`` for
+    all, or stretches of so many equal rows in the order in which the diffusers tensor has them, as
+    ``1:2 0:1 of 2``. The lines are read when the first name is asked for.
     """
-    places: dict[str, list[Place]] = {}
-    for line in lines:
-        original, name, rows = line.split("\t")[:3]
-        places.setdefault(original, []).append(Place(folder + name, *_stretches(rows)))
-    return tuple(
-        _Template(re.compile(re.escape(original).replace(r"\#", r"(\d{1,6})")), tuple(held))
-        for original, held in places.items()
-    )
+
+    def __init__(self, lines: Callable[[], Sequence[str]], folder: str) -> None:
+        self._lines, self._folder = lines, folder
+
+    def __call__(self, name: str) -> Relation:
+        for template, numbers in _readings(name):
+            if (places := self._places.get(template)) is not None:
+                return Relation(tuple(_numbered(place, numbers) for place in places))
+        return NO_PLACE
+
+    @cached_property
+    def _places(self) -> Mapping[str, Sequence[Place]]:
+        places: dict[str, list[Place]] = {}
+        for line in self._lines():
+            original, name, rows = line.split("\t")[:3]
+            places.setdefault(original, []).append(Place(self._folder + name, *_stretches(rows)))
+        return places
+
+
+def _readings(name: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield a name with ``#`` for none of its numbers, for one, for two, …, and what these numbers are."""
+    parts = name.split(".")
+    places = [place for place, part in enumerate(parts) if part.isdecimal() and len(part) <= _DIGITS]
+    for count in range(len(places) + 1):
+        for chosen in combinations(places, count):
+            read = ("#" if place in chosen else part for place, part in enumerate(parts))
+            yield ".".join(read), tuple(parts[place] for place in chosen)
 
 
 def _stretches(text: str) -> tuple[tuple[tuple[int, int], ...], int]:
@@ -208,14 +297,6 @@ def _stretches(text: str) -> tuple[tuple[tuple[int, int], ...], int]:
     numbers = [tuple(map(int, stretch.split(":"))) for stretch in said.split()]
     unit = math.gcd(int(of), *(number for pair in numbers for number in pair))
     return tuple((start // unit, stop // unit) for start, stop in numbers), int(of) // unit
-
-
-def _from_table(name: str, *, templates: Sequence[_Template]) -> Relation:
-    for template in templates:
-        match = template.pattern.fullmatch(name)
-        if match is not None:
-            return Relation(tuple(_numbered(place, match.groups()) for place in template.places))
-    return NO_PLACE
 
 
 def _numbered(place: Place, numbers: Sequence[str]) -> Place:

@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from blockmerge.anatomy.family import Derivative, Family, matches
+from blockmerge.anatomy.described import Derivative, matches
+from blockmerge.anatomy.family import Family
 from blockmerge.anatomy.structure import is_buildable
 from blockmerge.errors import UnknownFamilyError, counted, listing
 

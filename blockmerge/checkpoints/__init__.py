@@ -26,6 +26,7 @@ from blockmerge.checkpoints.model import (
     anatomy_of,
     made,
     other_kind_of,
+    recognised,
     vae_tensors,
 )
 from blockmerge.checkpoints.open import CheckpointLike, located, open_checkpoint, open_source, told_apart
@@ -98,6 +99,7 @@ __all__ = [
     "prediction_of_scheduler",
     "quantised",
     "read",
+    "recognised",
     "sha256_of",
     "size_of_files",
     "state_dict_name",

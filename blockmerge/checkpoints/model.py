@@ -14,11 +14,17 @@ from blockmerge.anatomy import (
     UNET_PREFIX,
     VAE_PARTS,
     Anatomy,
+    AnyCore,
+    Core,
     Family,
     Origin,
     Rows,
+    any_core_of,
     canonical_name,
+    canonical_names,
     component_of,
+    core_of,
+    damaged,
     has_signs_of_a_unet,
     identify,
     is_leftover,
@@ -29,6 +35,7 @@ from blockmerge.anatomy import (
     plain_names_of_ema,
     unwrapped_name,
 )
+from blockmerge.anatomy.configs import latent_channels
 from blockmerge.checkpoints.checkpoint import Checkpoint, TensorInfo
 from blockmerge.checkpoints.quantised import Quantised, quantised
 from blockmerge.dtypes import FLOAT_DTYPES
@@ -45,7 +52,7 @@ class Model:
     """A checkpoint, what it is, and its `tensors` under LDM names, whatever its own naming.
 
     EMA copies are left out, unless they are all the U-Net there is, or wanted: `ema_tensors` are those.
-    `name` is what messages call it. `bare` says that its U-Net's names lack the prefix of whole models.
+    `name` is what messages call it. `prefix` is what the names of its diffusion model begin with in the file.
     `notes` are texts for the user about what was decided when it was opened. What `quantised` sets aside is
     none of the tensors.
     """
@@ -54,7 +61,7 @@ class Model:
     anatomy: Anatomy
     tensors: Mapping[str, Expression]
     components: frozenset[str]
-    bare: bool
+    prefix: str
     ema_tensors: tuple[str, ...]
     notes: tuple[str, ...]
     name: str
@@ -77,14 +84,17 @@ class Model:
             if not has_signs_of_a_unet(shapes) and (kind := other_kind_of(checkpoint)):
                 raise UnknownFamilyError(f"{shown(name)} {kind}")
             how.check(name)
-        original, twice, notes = _matched_names(checkpoint, ema, name, how)
-        known = {canonical: shapes[own] for canonical, own in original.items()}
+        core: Core | None = core_of(checkpoint.tensors)
+        original, twice, notes = _matched_names(checkpoint, ema, name, how, core)
+        known = {one: shapes[own] for one, own in original.items() if component_of(one) != "ema"}
         try:
-            anatomy = anatomy_of(
-                checkpoint, {one: shape for one, shape in known.items() if component_of(one) != "ema"}
-            )
+            anatomy = anatomy_of(checkpoint, known)
         except UnknownFamilyError as error:
-            raise UnknownFamilyError(f"{shown(name)} {error}") from None
+            if (found := _any_core_of(checkpoint, shapes)) is None:
+                raise UnknownFamilyError(f"{shown(name)} {error}") from None
+            core, anatomy = found, found.anatomy
+            original, twice, notes = _matched_names(checkpoint, ema, name, how, core)
+            notes.append(_found_lists(found, name))
         tensors = _in_ldm(checkpoint, original, anatomy.naming, anatomy.family, how)
         if to_compute:
             _refuse_integers(tensors, anatomy.family, name)
@@ -95,11 +105,7 @@ class Model:
             anatomy=anatomy,
             tensors=tensors,
             components=frozenset(map(component_of, tensors)),
-            bare=any(
-                canonical in (UNET_PREFIX + plain, DIFFUSERS_UNET_PREFIX + plain)
-                for canonical, own in original.items()
-                if (plain := unwrapped_name(own))
-            ),
+            prefix=core.prefix if core else _prefix_of_a_unet(original, anatomy.naming),
             ema_tensors=tuple(
                 own
                 for own in checkpoint.tensors
@@ -109,6 +115,11 @@ class Model:
             name=name,
             quantised=how,
         )
+
+    @property
+    def bare(self) -> bool:
+        """Whether its diffusion model's names lack the prefix of whole models."""
+        return self.prefix != self.anatomy.family.unet_prefix(self.anatomy.naming)
 
     @property
     def is_file(self) -> bool:
@@ -135,16 +146,47 @@ def anatomy_of(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) ->
     return identify(shapes)
 
 
+def recognised(
+    checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], copies: Mapping[str, str]
+) -> tuple[dict[str, str], Anatomy | None, str | None]:
+    """Return {name in the file: canonical name}, and a checkpoint's anatomy, or why it has none.
+
+    `copies` are {EMA name: plain name}, which count where there is nothing else.
+    """
+    core = core_of(shapes)
+    names = canonical_names(checkpoint.tensors, core)
+    if not any(component_of(name) == "unet" for name in names.values()):
+        names.update(copies)
+    try:
+        return names, anatomy_of(checkpoint, {names[own]: shape for own, shape in shapes.items()}), None
+    except UnknownFamilyError as error:
+        if (found := _any_core_of(checkpoint, shapes)) is None:
+            return names, None, str(error)
+        return canonical_names(checkpoint.tensors, found), found.anatomy, None
+
+
+def _any_core_of(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> AnyCore | None:
+    return None if _shard(checkpoint) else any_core_of(shapes)
+
+
 def other_kind_of(checkpoint: Checkpoint) -> str | None:
     """Say what a checkpoint is that is neither a model nor a VAE, in the words that all commands have for it;
     None where that is unknown.
     """
     alone = lone_component(checkpoint.tensors)
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     return (
         _shard(checkpoint)
-        or other_kind({name: info.shape for name, info in checkpoint.tensors.items()})
+        or _whole_transformer(shapes)
+        or damaged(shapes)
+        or other_kind(shapes)
         or ("is a text encoder alone" if alone is not None and alone[0] == "text_encoder" else None)
     )
+
+
+def _whole_transformer(names: Mapping[str, object]) -> str | None:
+    core = core_of(names)
+    return f"is a {core.family.title} model" if core else None
 
 
 def _shard(checkpoint: Checkpoint) -> str | None:
@@ -215,7 +257,7 @@ def _refuse_integers(tensors: Mapping[str, Expression], family: Family, label: s
     odd = {
         _name_in_file(one): one.dtype
         for name, one in tensors.items()
-        if one.dtype not in FLOAT_DTYPES and name in family.layout and not is_position_ids(name)
+        if one.dtype not in FLOAT_DTYPES and _is_weight(name, one, family)
     }
     if odd:
         raise CheckpointError(
@@ -223,6 +265,16 @@ def _refuse_integers(tensors: Mapping[str, Expression], family: Family, label: s
             f"({listing(odd)}): of quantised weights only fp8 can be read, plain or scaled; "
             "take the model in fp16 or bf16"
         )
+
+
+def _is_weight(name: str, tensor: Expression, family: Family) -> bool:
+    """Whether a tensor is a weight: the layout's are, and where there is none, matrices. Numbers of 8 bytes
+    count something.
+    """
+    if is_position_ids(name):
+        return False
+    is_matrix = len(tensor.shape) > 1 and tensor.dtype not in ("I64", "U64", "BOOL")
+    return name in family.layout or (family.takes_any_name and is_matrix and component_of(name) == "unet")
 
 
 def _looked_at(checkpoint: Checkpoint, ema: str) -> Mapping[str, TensorInfo]:
@@ -233,23 +285,24 @@ def _looked_at(checkpoint: Checkpoint, ema: str) -> Mapping[str, TensorInfo]:
 
 
 def _matched_names(
-    checkpoint: Checkpoint, ema: str, label: str, how: Quantised
+    checkpoint: Checkpoint, ema: str, label: str, how: Quantised, core: Core | None
 ) -> tuple[dict[str, str], list[str], list[str]]:
     """Return {canonical name: name in the file}, EMA copies treated as asked for, which tensors are there a
     second time, and notes.
     """
     names: dict[str, str] = {}
     twice: list[str] = []
+    spelled = canonical_names(checkpoint.tensors, core)
     for name in checkpoint.tensors:
         if name in how.aside or (component_of(name) == "ema" and ema != "keep"):
             continue
-        canonical = canonical_name(name)
+        canonical = spelled[name]
         if canonical in names:
             twice.append(name)
             if name != canonical:  # the name that every loader knows wins
                 continue
         names[canonical] = name
-    names = _all_of_a_unet(names)
+    names = names if core else _all_of_a_unet(names)
     notes = [f"{shown(label)} {note}" for note in checkpoint.notes]
     notes += _wrappers(checkpoint.tensors, label)
     plain = any(component_of(name) == "unet" for name in names)
@@ -262,6 +315,13 @@ def _matched_names(
             notes.append(f"the U-Net of {shown(label)} is its EMA copy ({counted(len(copies), 'tensor')})")
             names.update(copies)
     return names, twice, notes
+
+
+def _found_lists(core: AnyCore, label: str) -> str:
+    """Say which blocks were found in a model of no known family."""
+    lists = " and ".join(f"{one.count} of {shown(one.path)}" for one in core.family.found)
+    found = f"its blocks are its numbered lists ({lists}), all else is BASE"
+    return f"{shown(label)} is of {core.family.title}: {found}"
 
 
 def _all_of_a_unet(names: dict[str, str]) -> dict[str, str]:
@@ -287,6 +347,14 @@ def _is_nobodys(name: str) -> bool:
     special = is_leftover(name) or is_prediction_marker(name) or "/" in name
     known = special or any(family.knows(name) for family in FAMILIES.values())
     return component_of(name) == "other" and not known
+
+
+def _prefix_of_a_unet(original: Mapping[str, str], naming: str) -> str:
+    """The prefix of a U-Net's names, none where any stands without."""
+    prefix = UNET_PREFIX if naming == "ldm" else DIFFUSERS_UNET_PREFIX
+    prefixes = (UNET_PREFIX, DIFFUSERS_UNET_PREFIX)
+    plain = ((canonical, unwrapped_name(own)) for canonical, own in original.items())
+    return "" if any(canonical == one + own for canonical, own in plain for one in prefixes) else prefix
 
 
 def _stored_in(tensors: Mapping[str, Expression]) -> Iterator[str]:
@@ -325,11 +393,33 @@ def vae_tensors(checkpoint: Checkpoint, family: Family) -> dict[str, Expression]
         for name in checkpoint.tensors
         if name not in how.aside
     }
-    own = {name: short for name, short in bare.items() if short.startswith(VAE_PARTS)}
+    prefix = next(
+        (one for one, component in family.prefixes["ldm"].items() if component == "vae"), VAE_PREFIX
+    )
+    own = {
+        name: short
+        for name, short in bare.items()
+        if short.startswith(VAE_PARTS) or family.relation_of(prefix + short).places
+    }
     if any(short.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for short in own.values()):
         original, naming = {canonical_name(f"vae/{short}"): name for name, short in own.items()}, "diffusers"
     else:
         original, naming = {VAE_PREFIX + short: name for name, short in own.items()}, "ldm"
     tensors = _in_ldm(checkpoint, original, naming, family, how)
+    # Where the layout has a VAE, this is held against it later.
+    strange = [] if family.arms else [name for name in tensors if not family.knows(name)]
+    if strange or not (family.arms or tensors):
+        raise CheckpointError(
+            f"{shown(checkpoint.name)} holds no VAE that {family.title} is used with "
+            f"({listing(strange or own)}): give another"
+        )
+    channels = latent_channels(family)
+    first = tensors.get(prefix + "decoder.conv_in.weight")
+    if channels and first is not None and first.shape[1:2] != (channels,):
+        shape = f"{shown(_name_in_file(first))} is {list(first.shape)}"
+        raise CheckpointError(
+            f"the VAE of {shown(checkpoint.name)} is for latent images of another kind than those of "
+            f"{family.title}, which have {channels} channels ({shape})"
+        )
     _refuse_integers(tensors, family, checkpoint.name)
     return tensors

@@ -122,6 +122,12 @@ if TYPE_CHECKING:
     callback=not_empty,
     help="Whose VAE. [default: auto: whole, A's if BASE ≤ 0.5, else B's]",
 )
+@click.option(
+    "--text-encoder",
+    metavar="auto|a|blend",
+    default="auto",
+    help="Whose text encoders. [default: auto: they follow BASE; A's where a family keeps them as published]",
+)
 @dtype_option
 @naming_option("the first model's; ldm where a folder becomes a .safetensors file")
 @opening_options("drop|keep|use")

@@ -51,7 +51,8 @@ def check_layers(model: Model) -> list[dict[str, Expression]]:
     if not family.attention.layers:
         raise CheckpointError(
             f"{shown(model.name)} is {family.title}, "
-            "for which attention similarity is not defined: compare its weights"
+            "and attention similarity is for U-Nets: compare the weights, method='weights' "
+            "(--method weights, of similarity)"
         )
     for prefix in family.attention.layers.values():
         names = {letter: f"{prefix}{letter}.weight" for letter in "qkv"}

@@ -62,7 +62,7 @@ def similarity(
     opening = opening_to_compare(variant, ema)
     model = opening.model(base, "base")
     common = None if common_base is None else opening.model(common_base, "common base")
-    if common is not None and common.anatomy.family != model.anatomy.family:
+    if common is not None and not common.anatomy.family.is_like(model.anatomy.family):
         raise IncompatibleModelsError(f"the common base {shown(common.name)} {_is_not(common, model)}")
     opened = open_sources(references, opening)
     opening.check([model, *_models(opened), *([] if common is None else [common])])
@@ -230,7 +230,11 @@ def _weights_of_one(models: Sequence[Model], sums: Sums, column: int) -> Compari
         parts={block: found.cosine for block, found in blocks.items()},
         total=total,
         blocks=blocks,
-        components={component: measure(tensors) for component, tensors in by_component.items() if tensors},
+        components={
+            family.called_component(component): measure(tensors)
+            for component, tensors in by_component.items()
+            if tensors
+        },
         notes=tuple(_not_compared(base, model, sums, compared)),
     )
 
@@ -295,7 +299,7 @@ def check_method(method: str, common_base: object = None) -> None:
 
 
 def _of_family(source: Source, base: Model) -> Source:
-    if source.model is None or source.model.anatomy.family == base.anatomy.family:
+    if source.model is None or source.model.anatomy.family.is_like(base.anatomy.family):
         return source
     return replace(source, model=None, error=f"{shown(source.name)} {_is_not(source.model, base)}")
 

@@ -37,7 +37,7 @@ class Candidates:
         for source in sources:
             if source.model is None:
                 left_out[source.name] = str(source.error)
-            elif source.model.anatomy.family != merge.anatomy.family:
+            elif not source.model.anatomy.family.is_like(merge.anatomy.family):
                 left_out[source.name] = f"{shown(source.name)} is {source.model.anatomy.family.title}"
             elif not is_same_file(source.model, merge):  # as it is when a whole folder is named
                 usable[source.name] = source.model

@@ -115,7 +115,8 @@ def _gather(
     sums = MergeSums.of(compared, gram, merged.anatomy.family)
     if not sums.unet_blocks.names:
         raise IncompatibleModelsError(
-            f"no candidate has U-Net tensors of the same shapes as {shown(merged.name)}"
+            f"no candidate has {merged.anatomy.family.core_title} tensors of the same shapes as "
+            f"{shown(merged.name)}"
         )
     return _Evidence(candidates, compared, sums, stream)
 

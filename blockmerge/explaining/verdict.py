@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from blockmerge.anatomy import FAMILIES
 from blockmerge.errors import shown
 from blockmerge.explaining.explanation import Explanation
 
@@ -38,7 +39,7 @@ def write_verdict(found: Explanation, *, agrees: bool, by_tensor: bool) -> str:
 def _what_it_is(found: Explanation) -> str:
     merge, (base, *others) = shown(found.merge), [shown(name) for name in found.parents]
     if found.method == "copy":
-        return f"The U-Net of {merge} is that of {base}"
+        return f"The {_core(found)} of {merge} is that of {base}"
     if found.method == "add_difference":
         added, taken = others
         return f"{merge} is {base} plus the difference of {added} from {taken} (add difference)"
@@ -46,6 +47,10 @@ def _what_it_is(found: Explanation) -> str:
     method = found.method or "linear"
     what = "a weighted average" if method == "linear" and _is_average(found) else _TITLES[method]
     return f"{merge} is {what} of {', '.join(first)} and {last}"
+
+
+def _core(found: Explanation) -> str:
+    return FAMILIES[found.family].core_title
 
 
 def _is_average(found: Explanation) -> bool:
@@ -80,4 +85,6 @@ def _without_parents(found: Explanation) -> str:
     )
     if not explained:
         return f"{text}."
-    return f"{text}; {base} and {others[0]} do explain {explained} of {len(unet)} blocks of the U-Net."
+    return (
+        f"{text}; {base} and {others[0]} do explain {explained} of {len(unet)} blocks of the {_core(found)}."
+    )

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from blockmerge.anatomy import (
     COMPONENTS,
     Anatomy,
-    canonical_name,
     component_of,
     lone_component,
     plain_names_of_ema,
 )
 from blockmerge.checkpoints import (
-    Checkpoint,
     CheckpointLike,
     Hashes,
     TensorInfo,
-    anatomy_of,
     hash_file,
     open_checkpoint,
     quantised,
+    recognised,
 )
-from blockmerge.errors import UnknownFamilyError, shown
-from blockmerge.inspecting.tensors import ListedTensor, list_tensors
+from blockmerge.errors import shown
+from blockmerge.inspecting.tensors import ListedTensor, list_tensors, names_in_ldm
 from blockmerge.streaming import Progress
 
 
@@ -111,30 +109,17 @@ def inspect(
     checkpoint = open_checkpoint(path, variant=variant)
     plain = plain_names_of_ema(checkpoint.tensors)
     has_unet = any(component_of(name) == "unet" for name in checkpoint.tensors)
-    names = {name: canonical_name(name) for name in checkpoint.tensors}
-    if not has_unet:  # then EMA weights are the U-Net
-        names.update(plain)
     how = quantised(checkpoint)
-    anatomy, why = _identify(
-        checkpoint,
-        {
-            names[name]: how.shape_of(info)
-            for name, info in checkpoint.tensors.items()
-            if name not in how.aside
-        },
-    )
+    shapes = {name: how.shape_of(info) for name, info in checkpoint.tensors.items() if name not in how.aside}
+    names, anatomy, why = recognised(checkpoint, shapes, plain)
     if why is not None and has_unet and how.signs:
         why = f"holds a U-Net of {how} weights, whose shapes do not tell which"
-    alone, naming, _ = lone_component(names) or (None, None, 0)
+    alone, naming, _ = (None if anatomy else lone_component(names)) or (None, None, 0)
     components: dict[str, list[TensorInfo]] = {component: [] for component in COMPONENTS}
-    blocks: dict[str, list[TensorInfo]] = {
-        block: [] for block in (anatomy.family.blocks[1:] if anatomy else ())
-    }
     for name, info in checkpoint.tensors.items():
-        components[alone or component_of(name)].append(info)
-        if anatomy and component_of(names[name]) == "unet":
-            block = anatomy.family.block_of(names[name])
-            blocks.setdefault(block, []).append(info)
+        components[alone or component_of(name if name in plain else names[name])].append(info)
+    if anatomy:
+        components = {anatomy.family.called_component(one): infos for one, infos in components.items()}
     return Inspection(
         name=checkpoint.name,
         family=anatomy.family.name if anatomy else None,
@@ -144,7 +129,7 @@ def inspect(
         missing=anatomy.standing.missing if anatomy and anatomy.standing.is_damaged else (),
         quantised=str(how) if how.kind else None,
         components={component: Part.of(infos) for component, infos in components.items() if infos},
-        blocks={block: Part.of(infos) for block, infos in blocks.items()},
+        blocks={} if anatomy is None else _blocks(checkpoint.tensors, names, anatomy),
         metadata=checkpoint.metadata,
         broken_off=checkpoint.broken_off(),
         hashes=hash_file(checkpoint, progress) if hashes else None,
@@ -153,10 +138,18 @@ def inspect(
     )
 
 
-def _identify(
-    checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[Anatomy | None, str | None]:
-    try:
-        return anatomy_of(checkpoint, shapes), None
-    except UnknownFamilyError as error:
-        return None, str(error)
+def _blocks(tensors: Mapping[str, TensorInfo], names: Mapping[str, str], anatomy: Anatomy) -> dict[str, Part]:
+    """The blocks of the diffusion model, whose tensors count as in the original naming, where some are joined
+    that a folder keeps apart.
+    """
+    family = anatomy.family
+    found: dict[str, list[TensorInfo]] = {block: [] for block in family.blocks[1:]}
+    joined: dict[str, set[str]] = {}
+    originals = names_in_ldm(names.values(), anatomy)
+    for name, info in tensors.items():
+        if component_of(names[name]) == "unet":
+            block = family.block_of(names[name])
+            found.setdefault(block, []).append(info)
+            joined.setdefault(block, set()).add(originals.get(names[name], names[name]))
+    parts = {block: Part.of(infos) for block, infos in found.items()}
+    return {block: replace(part, tensors=len(joined.get(block, ()))) for block, part in parts.items()}

@@ -117,7 +117,8 @@ def _derivatives(anatomy: Anatomy) -> Iterator[Problem]:
     if standing.said:
         added, missing = len(standing.added), len(standing.missing) if standing.is_cut else 0
         said = [f"{added} more"] * bool(added) + [f"{missing} fewer"] * bool(missing)
-        how = f"whose U-Net has {' and '.join(said)} tensors than that of {anatomy.family.title}"
+        core = anatomy.family.core_title
+        how = f"whose {core} has {' and '.join(said)} tensors than that of {anatomy.family.title}"
         yield Problem.of("derivative", f"it is {standing.said}, {how}", standing.added)
 
 
@@ -147,14 +148,15 @@ def _against_layout(subject: Subject, anatomy: Anatomy) -> Iterator[Problem]:
         if component not in present:
             yield Problem.of(
                 "missing_component",
-                f"there is no {TITLES[component]}: a loader of whole models has to get one elsewhere",
+                f"there is no {family.titles[component]}: a loader of whole models has to get one elsewhere",
             )
             continue
         gaps = layout_gaps(shapes, family, component)
         if missing := [name for name in gaps.missing if name not in cut]:
             yield Problem.of(
                 "missing_tensors",
-                f"the {TITLES[component]} lacks {counted(len(missing), 'tensor')} ({listing(missing)})",
+                f"the {family.titles[component]} lacks {counted(len(missing), 'tensor')} "
+                f"({listing(missing)})",
                 missing,
             )
         # position_ids have a problem of their own, which their shape is a part of.
@@ -171,16 +173,16 @@ def _against_layout(subject: Subject, anatomy: Anatomy) -> Iterator[Problem]:
             ]
             yield Problem.of(
                 "wrong_shape",
-                f"{counted(len(said), 'tensor')} of the {TITLES[component]} with a wrong shape: "
+                f"{counted(len(said), 'tensor')} of the {family.titles[component]} with a wrong shape: "
                 f"{listing(said, width=300)}",
                 subject.in_file(misshapen),
             )
         if gaps.unknown:
             yield _unknown(subject, component, family, gaps.unknown)
     for component in sorted(present - {*components_of(family), "other"}):
-        yield _unknown(
-            subject, component, family, [name for name in shapes if component_of(name) == component]
-        )
+        foreign = [name for name in shapes if component_of(name) == component and not family.knows(name)]
+        if foreign:
+            yield _unknown(subject, component, family, foreign)
     if foreign := [name for name in shapes if component_of(name) == "other" and not _is_known(name, anatomy)]:
         yield Problem.of(
             "foreign_tensors",
@@ -197,7 +199,7 @@ def _is_known(name: str, anatomy: Anatomy) -> bool:
 
 def _unknown(subject: Subject, component: str, family: Family, names: Sequence[str]) -> Problem:
     found = (
-        f"{counted(len(names), 'tensor')} of the {TITLES.get(component, component)} that no "
+        f"{counted(len(names), 'tensor')} of the {family.titles.get(component, component)} that no "
         f"{family.title} model has"
     )
     nbytes = sum(subject.tensors[name].nbytes for name in names)
@@ -206,6 +208,7 @@ def _unknown(subject: Subject, component: str, family: Family, names: Sequence[s
 
 def _dtypes(subject: Subject) -> Iterator[Problem]:
     unused = set(subject.unused)
+    titles = TITLES if subject.model is None else subject.model.anatomy.family.titles
     weights: defaultdict[str, dict[str, str]] = defaultdict(dict)  # component → {name in the file: dtype}
     for name, info in subject.tensors.items():
         original = subject.originals.get(name, name)
@@ -222,7 +225,7 @@ def _dtypes(subject: Subject) -> Iterator[Problem]:
         }
         if odd:
             stored = " and ".join(sorted({weights[component][name] for name, component in odd.items()}))
-            where = ", ".join(TITLES[component] for component in dict.fromkeys(odd.values()))
+            where = ", ".join(titles[component] for component in dict.fromkeys(odd.values()))
             yield Problem.of(code, f"{counted(len(odd), 'tensor')} stored as {stored} ({where}): {why}", odd)
     for component, dtypes in weights.items():
         counts = Counter(dtype for dtype in dtypes.values() if dtype in FLOAT_DTYPES).most_common()
@@ -232,7 +235,7 @@ def _dtypes(subject: Subject) -> Iterator[Problem]:
             ]
             said = " and ".join(f"{counted(count, 'tensor')} as {dtype}" for dtype, count in counts)
             yield Problem.of(
-                "mixed_dtypes", f"the {TITLES[component]} stores {said} ({listing(strays)})", strays
+                "mixed_dtypes", f"the {titles[component]} stores {said} ({listing(strays)})", strays
             )
 
 

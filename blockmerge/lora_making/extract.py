@@ -163,7 +163,7 @@ def _differences(
     Raises IncompatibleModelsError when the models cannot be compared.
     """
     family = tuned.anatomy.family
-    if base.anatomy.family is not family:
+    if not base.anatomy.family.is_like(family):
         raise IncompatibleModelsError(
             f"{shown(tuned.name)} is {family.title} and {shown(base.name)} {base.anatomy.family.title}: "
             "a LoRA is the difference of two models of one family"

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from blockmerge.anatomy import Family, Origin, canonical_name, component_of
+from blockmerge.anatomy import Family, Origin, canonical_names, component_of, core_of
 from blockmerge.checkpoints import Model, Readers, StateDict, TensorInfo, made, state_dict_name
 from blockmerge.dtypes import DTYPES, FLOAT_DTYPES, torch_dtype
 from blockmerge.errors import IncompatibleModelsError, RecipeError, counted, listing, shown
@@ -231,7 +231,8 @@ def _unet_parameters(module: Any) -> dict[str, torch.nn.Parameter]:
     named = {
         name.replace(_COMPILED, ""): found for name, found in module.named_parameters(remove_duplicate=False)
     }
-    return {name: found for name, found in named.items() if component_of(canonical_name(name)) == "unet"}
+    spelled = canonical_names(named, core_of(named))
+    return {name: found for name, found in named.items() if component_of(spelled[name]) == "unet"}
 
 
 def _refuse_adapters(names: Sequence[str]) -> None:
@@ -280,13 +281,17 @@ def _check_models(unet: Model, models: Sequence[Model], names: Mapping[str, str]
     """
     for model in models:
         ours, theirs = unet.anatomy.family, model.anatomy.family
-        if ours != theirs:
+        if not (ours.is_like(theirs) or (theirs.lives_in, theirs.blocks) == (ours.name, ours.blocks)):
             raise IncompatibleModelsError(
                 f"the module is {ours.title} and {shown(model.name)} is {theirs.title}"
             )
     faults = []
     for model in models:
-        found = {ldm: info for ldm, info in model.tensors.items() if component_of(ldm) == "unet"}
+        found = {
+            ldm: info
+            for ldm, info in model.tensors.items()
+            if component_of(ldm) == "unet" and (ldm in names or not _is_elsewhere(ldm, model.anatomy.family))
+        }
         if lacking := [name for ldm, name in names.items() if ldm not in found]:
             faults.append(
                 f"{shown(model.name)} lacks {counted(len(lacking), 'tensor')} "
@@ -319,6 +324,15 @@ def _check_models(unet: Model, models: Sequence[Model], names: Mapping[str, str]
         raise IncompatibleModelsError(f"these models do not fit the module: {'; '.join(faults)}")
 
 
+def _is_elsewhere(ldm: str, family: Family) -> bool:
+    """Whether a tensor is none of the module's parameters: a table that training leaves alone, what nothing
+    uses, or a part that is a module of its own.
+    """
+    main = family.unet_prefix("diffusers")
+    places = family.relation_of(ldm).diffusers  # of what nobody knows there are none
+    return family.may_lack(ldm) or (bool(places) and not any(place.startswith(main) for place in places))
+
+
 def _differs_in_channels(ldm: str, shape: tuple[int, ...], wanted: tuple[int, ...], family: Family) -> bool:
     """Whether it is the first convolution and differs in input channels alone, beyond those that all have."""
     if ldm != family.input_layer or (shape[0], *shape[2:]) != (wanted[0], *wanted[2:]):
@@ -329,7 +343,8 @@ def _differs_in_channels(ldm: str, shape: tuple[int, ...], wanted: tuple[int, ..
 def _places(unet: Model, parameters: Iterable[str]) -> dict[str, tuple[str, Origin]]:
     """{the module's own name: the LDM tensor that it is of, and how it is made of that}."""
     family, naming = unet.anatomy.family, unet.anatomy.naming
-    own = {canonical_name(name): name for name in parameters}
+    spelled = canonical_names(names := tuple(parameters), core_of(names))
+    own = {spelled[name]: name for name in names}
     return {
         own[place]: (ldm, origin)
         for ldm in unet.tensors

@@ -143,6 +143,8 @@ class Launcher:
         """The parameters that all models have whole, and as they stand in the module."""
 
         def is_whole(slot: Slot) -> bool:
+            if len(slot.origin.rows) > 1:  # as swapped halves are, whose program is not that of the others
+                return False
             own = [simplify(made(slot.origin, {slot.ldm: one}, "")) for one in self._tensors[slot.ldm]]
             stand = zip(own, self.models, strict=True)
             return all(one == Stored.of(model, slot.name) and one.shape == slot.shape for one, model in stand)

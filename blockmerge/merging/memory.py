@@ -48,6 +48,7 @@ def merge_state_dicts(
     seed: int = 0,
     sdxl_map: str | None = None,
     vae: str = "auto",
+    text_encoder: str = "auto",
     loras: Sequence[LoraLike] = (),
     partial: bool = False,
     check_finite: bool = False,
@@ -82,6 +83,7 @@ def merge_state_dicts(
         clip=clip,
         arguments=merge_state_dicts.__kwdefaults__,
         vae=vae,
+        text_encoder=text_encoder,
         loras=loras,
         partial=partial,
     )

@@ -33,6 +33,7 @@ def merge(
     clip: bool = False,
     seed: int = 0,
     vae: CheckpointLike = "auto",
+    text_encoder: str = "auto",
     dtype: str | torch.dtype = "keep",
     sdxl_map: str | None = None,
     device: str = "cpu",
@@ -65,11 +66,13 @@ def merge(
     keeps A's) or ``"fp16"``, ``"bf16"``, ``"fp32"``, ``"fp8_e4m3fn"``, ``"fp8_e5m2"``, or torch's own.
 
     `vae` is ``"auto"`` (whole, from A when BASE is at most 0.5, else from B), ``"a"``, ``"b"``, ``"blend"``,
-    or a VAE (a file, an opened checkpoint or a state dict). `naming` is the output's, ``"ldm"`` (a single
-    file) or ``"diffusers"`` (a folder), by default A's. `ema` says what becomes of EMA copies: ``"drop"``,
-    ``"keep"``, or ``"use"`` them as the U-Net. `variant` picks the weights of folders that have several
-    (``"fp16"``), where they have it, the VAE's too, and `configs` is a diffusers folder whose configs and
-    tokenizers go into a new one, or a tokenizer's folder alone. `progress(done, total)` is told the bytes.
+    or a VAE (a file, an opened checkpoint or a state dict). `text_encoder` is ``"auto"``, ``"a"`` or
+    ``"blend"``: text encoders follow BASE, but are A's in families that use them as published. `naming` is
+    the output's, ``"ldm"`` (a single file) or ``"diffusers"`` (a folder), by default A's. `ema` says what
+    becomes of EMA copies: ``"drop"``, ``"keep"``, or ``"use"`` them as the U-Net. `variant` picks the weights
+    of folders that have several (``"fp16"``), where they have it, the VAE's too, and `configs` is a diffusers
+    folder whose configs and tokenizers go into a new one, or a tokenizer's folder alone. `progress(done,
+    total)` is told the bytes.
 
     `loras` are added to the merge before it is rounded: paths, ``(path, strength)``, ``(path, strength,
     blocks)``, texts as ``"style.safetensors:0.8:OUTALL"``, or `Lora` objects. A module that meets no tensor
@@ -89,6 +92,7 @@ def merge(
         WeightsRequest(preset, weights, changes, sdxl_map, seed=seed),
         WeightsRequest(preset_beta, weights_beta, changes_beta, sdxl_map, seed=seed, beta=True),
         vae=vae,
+        text_encoder=text_encoder,
         dtype=str(dtype),
         allow_nonfinite=allow_nonfinite,
         naming=naming,

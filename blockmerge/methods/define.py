@@ -28,8 +28,8 @@ _SEED = Number("seed", 0, "with the tensor's name it decides what chance brings"
 _TAKEN = (
     "about", "adjust", "allow_nonfinite", "changes", "changes_beta", "check_finite", "clip", "configs",
     "device", "dtype", "ema", "hash", "loras", "method", "module", "naming", "out", "output", "overwrite",
-    "partial", "preset", "preset_beta", "progress", "prune", "rounding", "rules", "sdxl_map", "threads",
-    "vae", "variant", "weights", "weights_beta",
+    "partial", "preset", "preset_beta", "progress", "prune", "rounding", "rules", "sdxl_map", "text_encoder",
+    "threads", "vae", "variant", "weights", "weights_beta",
 )  # fmt: skip
 """Arguments of merging, which a number of the same name would never get past. `seed` is not among them:
 methods get it.

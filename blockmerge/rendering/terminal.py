@@ -33,8 +33,8 @@ _SEVERITY_STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 def print_merge(console: Console, result: MergeResult) -> None:
     """Print the weights along the U, what was computed, copied and left out, the notes, and the file."""
     what = f"{result.method} {result.preset}" if result.preset else result.method
-    family, variant = FAMILIES[result.family], result.variant
-    title = f"{family.title}{'' if variant == 'base' else ' ' + family.variant_title(variant)}"
+    title, kind = FAMILIES[result.family].title_and_kind(result.variant)
+    title += "" if kind in ("", "base") else f" {kind}"
     _line(console, Text.assemble((what, "bold"), f" of {' and '.join(map(shown, result.models))} ({title})"))
     if result.weights:
         console.print(Group(Text(), WeightsU(result.weights), Text()))
@@ -68,13 +68,14 @@ def print_inspection(console: Console, found: Inspection) -> None:
     """Print what is in a checkpoint."""
     _line(console, _title(found, found.why_unknown or ""))
     if found.missing:
-        lacking = counted(len(found.missing), "U-Net tensor")
+        core = FAMILIES[found.family].core_title if found.family else "U-Net"
+        lacking = counted(len(found.missing), f"{core} tensor")
         _line(console, Text(f"incomplete: it lacks {lacking} ({listing(found.missing)})"))
     if found.broken_off:
         _line(console, Text(found.broken_off, "bold red"))
     if found.quantised:
         _line(console, Text(f"its weights are quantised: {shown(found.quantised, 400)}"))
-    if "ema" in found.components and "unet" not in found.components:
+    if "ema" in found.components and not {"unet", "transformer", "model"} & found.components.keys():
         _line(console, Text("its U-Net is there as EMA weights only, which are used as the U-Net"))
     for note in found.notes:
         _line(console, Text(f"- {note}"))
@@ -224,8 +225,8 @@ def print_preset(console: Console, preset: Preset) -> None:
 def _title(found: Inspection | CheckResult, unknown: str) -> Text:
     what = unknown
     if found.family:
-        family = FAMILIES[found.family]
-        what = f"{family.title}, {family.variant_title(found.variant or '')}, {found.naming} names"
+        title, kind = FAMILIES[found.family].title_and_kind(found.variant or "")
+        what = f"{title}, {f'{kind}, ' if kind else ''}{found.naming} names"
     return Text.assemble((shown(found.name), "bold"), f"  {what}")
 
 

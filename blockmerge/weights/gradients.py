@@ -28,6 +28,8 @@ def gradient(text: str, count: int, form: str) -> list[float]:
     written.
     """
     ends = text.split("..")
+    if "..." in text:  # "0...1" is no more a gradient to .1 than one to 1
+        raise WeightsError(f"cannot read '{shown(text)}': a gradient has two dots, as in {form}")
     if len(ends) == 2 and not all(ends):
         raise WeightsError(f"'{shown(text)}' is half a gradient: write both ends, as in {form}")
     if len(ends) != 2:

@@ -115,6 +115,11 @@ def parse_assignments(
     return given.weights
 
 
+def _is_part(how: str) -> bool:
+    """Whether blocks were named by what another program calls a part of one, and not all of it."""
+    return bool(how) and "#" not in how
+
+
 class _Given:
     """What entries have given so far."""
 
@@ -123,13 +128,15 @@ class _Given:
         self._by: dict[str, tuple[str, str]] = {}
 
     def add(self, entry: str, named: Named, weights: Sequence[float | None]) -> None:
-        """Take an entry in: it goes before what was given by words of the same kind.
+        """Take an entry in: it goes before what was given.
 
-        Raises WeightsError where other words have given a block another weight: they are for parts of it.
+        Raises WeightsError where another word for a part of a block, as ``img_in.``, has given that another
+        weight.
         """
         for block, weight in zip(named.blocks, weights, strict=True):
             how, other = self._by.get(block, (named.how, entry))
-            if how != named.how and self.weights[block] != weight:
+            parts = {how, named.how}
+            if len(parts) == 2 and all(map(_is_part, parts)) and self.weights[block] != weight:
                 raise WeightsError(
                     f"'{shown(other)}' and '{shown(entry)}' are both for {block}, which has one weight: "
                     f"give it as {block}=NUMBER"

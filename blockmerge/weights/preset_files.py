@@ -97,8 +97,10 @@ class Preset:
 
     @property
     def families(self) -> tuple[str, ...]:
-        """The families that the preset has weights for, in tables of their own or in another's."""
-        return tuple(family for family in FAMILIES if self.serves(family))
+        """The families that the preset has weights for, in tables of their own or in another's, other than by
+        depth.
+        """
+        return tuple(name for name, family in FAMILIES.items() if self._table_for(family, by_depth=False))
 
     def weights_for(
         self, family: Family | str, sdxl_map: str | None = None, seed: int | str = 0
@@ -141,7 +143,9 @@ class Preset:
         """Whether the preset has weights for a family, in a table of its own or in another's."""
         return self._table_for(family_named(family)) is not None
 
-    def _table_for(self, wanted: Family, *, carry_first: bool = False) -> tuple[WeightsLike, Family] | None:
+    def _table_for(
+        self, wanted: Family, *, carry_first: bool = False, by_depth: bool = True
+    ) -> tuple[WeightsLike, Family] | None:
         """The table that serves for a family, and the family for which it is read."""
         own = [wanted.name] if wanted.name in self.tables else []
         # The same name may stand for a family with other blocks.
@@ -154,7 +158,7 @@ class Preset:
         ]
         if DEFAULT_FAMILY in tables and is_one_number(self.tables[DEFAULT_FAMILY]):
             found.append((self.tables[DEFAULT_FAMILY], wanted))
-        if wanted.arms is None:  # by depth
+        if by_depth and wanted.arms is None:
             usual_first = sorted(self.tables, key=lambda name: name != DEFAULT_FAMILY)
             found += [(self.tables[name], FAMILIES[name]) for name in usual_first]
         return found[0] if found else None

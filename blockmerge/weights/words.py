@@ -44,8 +44,8 @@ def named_blocks(text: str, family: Family) -> Named:
 
     Raises WeightsError for a block that the family does not have, and for half a range.
     """
-    first, dash, last = text.partition("-")
-    if not dash:
+    first, last = _ends(text, family)
+    if last is None:
         return _named(text, family)
     if not (first and last):
         raise WeightsError(
@@ -56,6 +56,18 @@ def named_blocks(text: str, family: Family) -> Named:
     step = 1 if start <= stop else -1
     blocks = tuple(family.blocks[place] for place in range(start, stop + step, step))
     return Named(blocks, "-".join(dict.fromkeys(end.how for end in ends)))
+
+
+def _ends(text: str, family: Family) -> tuple[str, str | None]:
+    """The two ends of a range, and None where a text is one word. The names of blocks may themselves hold a
+    dash, those of models of no known family.
+    """
+    if "-" not in text or _spelling(text, family.blocks) is not None:
+        return text, None
+    parts = text.split("-")
+    ways = [("-".join(parts[:place]), "-".join(parts[place:])) for place in range(1, len(parts))]
+    known = (way for way in ways if all(_spelling(end, family.blocks) is not None for end in way))
+    return next(known, ways[0])
 
 
 def block_range(text: str, family: Family) -> BlockList:
@@ -77,7 +89,7 @@ def may_name_blocks(text: str, family: Family) -> bool:
         return True
     if family.arms is not None:
         return False
-    letters = {_key(block)[0] for block in family.blocks}
+    letters = {letters for letters, number in map(_key, family.blocks) if number is not None}
     ends = text.split("-")
     # Which lists a model of an unknown kind has is known from its file alone.
     return len(ends) <= 2 and all(

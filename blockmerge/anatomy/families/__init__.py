@@ -12,21 +12,35 @@ from blockmerge.anatomy.family import Family
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_ANY, _ANY_FOLDER = "any", "_any"
 _emptied: list[Callable[[], None]] = []
 
 
 class Families(Mapping[str, Family]):
-    """{name: family}, each read from its folder when it is first asked for."""
+    """{name: family}, each read from its folder when it is first asked for.
+
+    What stands for all that is not known is there when it is asked for, and is none of them.
+    """
 
     def __init__(self, home: Traversable) -> None:
         found = sorted(one.name for one in home.iterdir() if one.joinpath("family.toml").is_file())
-        self._families: dict[str, Family | Traversable] = {name: home.joinpath(name) for name in found}
+        self._families: dict[str, Family | Traversable] = {
+            name: home.joinpath(name) for name in found if name != _ANY_FOLDER
+        }
+        self._any: Family | Traversable = home.joinpath(_ANY_FOLDER)
 
     def __getitem__(self, name: str) -> Family:
+        if name == _ANY:
+            if not isinstance(self._any, Family):
+                self._any = Family.read(self._any)
+            return self._any
         found = self._families[name]
         if not isinstance(found, Family):
             found = self._families[name] = Family.read(found)
         return found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._families
 
     def __iter__(self) -> Iterator[str]:
         return iter(tuple(self._families))

@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from blockmerge.anatomy import FAMILIES
+from blockmerge.anatomy.families import remembered
 from blockmerge.checkpoints.checkpoint import Checkpoint, Checksummed, Reader, TensorInfo
 from blockmerge.checkpoints.formats.any_file import SUFFIXES, open_file
 from blockmerge.checkpoints.formats.safetensors_file import LARGEST_HEADER
@@ -26,17 +28,8 @@ from blockmerge.errors import CheckpointError, counted, listing, reason, shown
 
 MODEL_INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
-_MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
-# Found even without a model_index.json; it may name more.
-_PARTS = (
-    *_MODELS,
-    "scheduler",
-    "tokenizer",
-    "tokenizer_2",
-    "feature_extractor",
-    "safety_checker",
-    "image_encoder",
-)
+_MODULAR_INDEX = "modular_model_index.json"
+_PARTS_OF_ANY = ("feature_extractor", "safety_checker", "image_encoder")
 _STEMS = {"diffusion_pytorch_model": "diffusion_pytorch_model", "model": "model", "pytorch_model": "model"}
 _STEM, _KIND, _SHARD = rf"(?P<stem>{'|'.join(_STEMS)})", r"(?P<kind>safetensors|bin)", r"-\d{5}-of-\d{5}"
 _ONE_OF_SHARDS = re.compile(rf"{_STEM}(\.[^.]+)?{_SHARD}(\.[^.]+)?\.{_KIND}")
@@ -79,7 +72,7 @@ class DiffusersFolder(Checkpoint):
             if not folders:
                 raise CheckpointError(
                     f"{shown_path(path)} is a folder without a model{_files_instead(self.path)}, "
-                    "or a diffusers folder (unet/, vae/, "
+                    "or a diffusers folder (unet/, transformer/, vae/, "
                     "text_encoder/ with diffusion_pytorch_model.safetensors or model.safetensors)"
                 )
             chosen = _choose(self.path, folders, variant, any_variant=any_variant)
@@ -207,7 +200,7 @@ def foreign_files(folder: Path) -> list[str]:
     parts = _part_folders(folder)
     alone = "" in _component_folders(folder)
     entries = [entry for entry in folder.iterdir() if entry.name not in parts]
-    known = {MODEL_INDEX, *_OF_THE_SYSTEM}
+    known = {MODEL_INDEX, _MODULAR_INDEX, *_OF_THE_SYSTEM}
     foreign = [entry for entry in entries if not (_is_of_a_part(entry) if alone else entry.name in known)]
     foreign += [entry for part in parts for entry in (folder / part).iterdir() if not _is_of_a_part(entry)]
     return sorted(entry.relative_to(folder).as_posix() for entry in foreign)
@@ -276,16 +269,30 @@ def _weights(folder: Path) -> list[_Weights]:
     return sorted(found, key=lambda weights: weights.rank)
 
 
+@remembered(None)
+def _models() -> frozenset[str]:
+    """The subfolders that the families have for weights."""
+    return frozenset(
+        prefix.rstrip("/") for family in FAMILIES.values() for prefix in family.prefixes["diffusers"]
+    )
+
+
+@remembered(None)
+def _parts() -> frozenset[str]:
+    """All subfolders that a model of some family has."""
+    return _models().union(_PARTS_OF_ANY, *(one.configs.get("parts", ()) for one in FAMILIES.values()))
+
+
 def _part_folders(folder: Path) -> list[str]:
-    """The subfolders that belong to a model: those of the usual names and those that model_index.json
-    names.
+    """The subfolders that belong to a model: those of the usual names, which are found even without a
+    model_index.json, and those that it names.
     """
     index = folder / MODEL_INDEX
     named = _read_json(index) if index.is_file() else {}
     return [
         name
         for name in sorted(os.listdir(folder))
-        if (name in _PARTS or name in named) and (folder / name).is_dir()
+        if (name in _parts() or name in named) and (folder / name).is_dir()
     ]
 
 
@@ -294,7 +301,7 @@ def _component_folders(folder: Path) -> dict[str, list[_Weights]]:
     model.
     """
     found = {part: weights for part in _part_folders(folder) if (weights := _weights(folder / part))}
-    if (folder / MODEL_INDEX).is_file() or any(part in _MODELS for part in found):
+    if (folder / MODEL_INDEX).is_file() or any(part in _models() for part in found):
         return found
     own = _weights(folder) if (folder / "config.json").is_file() else []
     return {"": own} if own else {}
@@ -351,8 +358,8 @@ def _notes(used: Mapping[str, str | None], asked: str | None) -> Iterator[str]:
 
 
 def _carried(folder: Path, is_component: bool) -> Iterator[str]:
-    if not is_component and (folder / MODEL_INDEX).is_file():
-        yield MODEL_INDEX
+    if not is_component:
+        yield from (index for index in (MODEL_INDEX, _MODULAR_INDEX) if (folder / index).is_file())
     for part in [""] if is_component else _part_folders(folder):
         for path in sorted((folder / part).iterdir()):
             if _INDEX_OF_ANY.fullmatch(path.name.lower()) or not _CONFIG.fullmatch(path.name):

@@ -9,12 +9,14 @@ import os
 
 from blockmerge.checkpoints import CheckpointLike, Model, followed, is_diffusers_folder
 from blockmerge.errors import OutputError, RecipeError, shown
+from blockmerge.merging.outputs.component_folder import ComponentFolder
 from blockmerge.merging.outputs.folder import DiffusersOutput
 from blockmerge.merging.outputs.output import Layout, NamedTensor, Output, Reservation, WeightFile, Wish
 from blockmerge.merging.outputs.single_file import SingleFile
 
 __all__ = [
     "KINDS",
+    "ComponentFolder",
     "DiffusersOutput",
     "Layout",
     "NamedTensor",
@@ -27,7 +29,7 @@ __all__ = [
     "default_ending",
 ]
 
-KINDS: tuple[type[Output], ...] = (SingleFile, DiffusersOutput)
+KINDS: tuple[type[Output], ...] = (SingleFile, DiffusersOutput, ComponentFolder)
 """The first that takes a name is the output's kind."""
 
 

@@ -30,6 +30,8 @@ _OF_A_TOKENIZER = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "spiece.model",
+    "tokenizer.model",
 )
 _CONFIG = "/config.json"
 
@@ -101,10 +103,12 @@ def needed_tokenizers(described: Mapping[str, Any], components: Collection[str])
     family says of its configs.
     """
     known: Mapping[str, str] = described.get("tokenizers", {})
+    # A tokenizer of another name is a second one for the only text encoder.
     return {
         folder: whose
         for folder, whose in known.items()
-        if folder.replace("tokenizer", "text_encoder") in components
+        if (folder.replace("tokenizer", "text_encoder") if folder.startswith("tokenizer") else "text_encoder")
+        in components
     }
 
 

@@ -27,7 +27,7 @@ class SingleFile(Output):
 
     def naming_of(self, wish: Wish) -> str:
         """A's, or LDM's where A is a whole model of diffusers. Raises OutputError for such a one."""
-        naming = wish.naming or ("ldm" if wish.is_whole else wish.a.anatomy.naming)
+        naming = wish.naming or ("ldm" if wish.is_whole or wish.from_folder else wish.a.anatomy.naming)
         if naming == "diffusers" and wish.is_whole:
             raise OutputError(
                 f"{shown(wish.path)}: a whole model under diffusers' names is a folder; "

@@ -51,6 +51,8 @@ class Findings:
     vae: Model | VaeFile | None
     rules: FamilyRules
     kept: list[str] = field(default_factory=list)
+    kept_tables: list[str] = field(default_factory=list)
+    kept_encoders: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     restored: list[str] = field(default_factory=list)
     homeless: list[str] = field(default_factory=list)

@@ -37,6 +37,7 @@ def describe(
         *_input_channels(models, decisions),
         *_components(models, request, found.vae),
         *_ema(models, request),
+        *_kept(models, request, found),
         *_tensors(models, found, naming),
         *differing_predictions(models),
         *_weights(resolved.weights, resolved.beta),
@@ -77,7 +78,7 @@ def _standings(models: Sequence[Model]) -> Iterator[str]:
         if standing.said:
             yield f"{shown(model.name)} is {standing.said}"
         if standing.is_damaged:
-            lacking = counted(len(standing.missing), "U-Net tensor")
+            lacking = counted(len(standing.missing), f"{model.anatomy.family.core_title} tensor")
             yield f"warning: {shown(model.name)} lacks {lacking} ({listing(standing.missing)})"
         yield from _incomplete(model)
 
@@ -87,7 +88,7 @@ def _incomplete(model: Model) -> Iterator[str]:
     for component in sorted(model.components - {"unet", "ema", "other"}):
         missing = layout_gaps(shapes, model.anatomy.family, component).missing
         if missing:
-            lacking = f"{counted(len(missing), 'tensor')} of the {TITLES[component]}"
+            lacking = f"{counted(len(missing), 'tensor')} of the {model.anatomy.family.titles[component]}"
             yield f"warning: {shown(model.name)} lacks {lacking} ({listing(missing)})"
 
 
@@ -124,6 +125,19 @@ def _ema(models: Sequence[Model], request: MergeRequest) -> Iterator[str]:
             stale = ", which would be stale" if has_unet and request.changes_values else ""
             left_out = f"left out {counted(len(model.ema_tensors), 'EMA tensor')} of {shown(model.name)}"
             yield f"{left_out}{stale} ({listing(model.ema_tensors)})"
+
+
+def _kept(models: Sequence[Model], request: MergeRequest, found: Findings) -> Iterator[str]:
+    if found.kept_tables:
+        tables = _tensors_are(len(found.kept_tables), "table")
+        yield f"{tables} the same in all models and copied ({listing(found.kept_tables)})"
+    if found.kept_encoders:
+        kept = f"the text encoders ({counted(len(found.kept_encoders), 'tensor')}) are those of"
+        why = ": models of this family use them as they were published"
+        hint = (
+            f"{why} (merge --text-encoder blend would blend them)" if request.text_encoder == "auto" else ""
+        )
+        yield f"{kept} {shown(models[0].name)}{hint}"
 
 
 def _tensors(models: Sequence[Model], found: Findings, naming: str) -> Iterator[str]:

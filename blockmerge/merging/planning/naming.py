@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from typing import TypeGuard
 
 from blockmerge.anatomy import (
-    DIFFUSERS_UNET_PREFIX,
     UNET_PREFIX,
     Family,
     Origin,
     component_of,
+    is_leftover,
+    is_prediction_marker,
 )
 from blockmerge.checkpoints import Checkpoint, DiffusersFolder, Model, made
 from blockmerge.errors import counted, listing
@@ -62,7 +63,7 @@ def has_place(name: str, naming: str, family: Family, folders: Collection[str]) 
     `folders` are the subfolders of a diffusers folder.
     """
     if naming == "ldm":
-        return "/" not in name
+        return "/" not in name or (family.takes_any_name and name.startswith(UNET_PREFIX))
     folder, slash, _ = name.partition("/")
     return folder in folders if slash else (family.knows(name) and bool(family.relation_of(name).places))
 
@@ -79,17 +80,32 @@ def named(
         found, notes = _in_diffusers(tensors, a)
     else:
         found, notes = [OutputTensor(name, name, one) for name, one in tensors.items()], []
-    if names_components or (naming == "ldm" and not (a.bare and a.anatomy.naming == naming)):
+    family = a.anatomy.family
+    # Transformers alone are published without prefix, U-Nets with it.
+    is_bare = a.bare or naming == "diffusers" if a.anatomy.naming == naming else not family.arms
+    if names_components or (naming == "ldm" and not is_bare):
         return found, notes
+    if family.takes_any_name and naming == a.anatomy.naming:  # whose program knows no other names
+        prefix, own = family.unet_prefix(naming), "" if "/" in a.prefix else a.prefix
+        return [replace(one, name=_with(own, one.name, prefix)) for one in found], notes
     # A's spelling where the output is a U-Net alone; else the full names, which every loader accepts.
-    if all(component_of(name) == "unet" for name in tensors):
-        prefix = UNET_PREFIX if naming == "ldm" else DIFFUSERS_UNET_PREFIX
-        return [replace(one, name=one.name.removeprefix(prefix)) for one in found], notes
-    if naming == "ldm":
+    if all(
+        component_of(name) == "unet" or is_prediction_marker(name) or is_leftover(name) for name in tensors
+    ):
+        # A folder's is no part of names in a file.
+        own = a.prefix if a.anatomy.naming == naming and "/" not in a.prefix else ""
+        prefix = family.unet_prefix(naming)
+        return [replace(one, name=_with(own, one.name, prefix)) for one in found], notes
+    if naming == "ldm" and a.anatomy.naming == naming:
+        what = a.anatomy.family.core_title
         notes.append(
-            f"the U-Net's names get the prefix {UNET_PREFIX}, as a file with more than a U-Net needs it"
+            f"the {what}'s names get the prefix {UNET_PREFIX}, as a file with more than a {what} needs it"
         )
     return found, notes
+
+
+def _with(own: str, name: str, prefix: str) -> str:
+    return own + name.removeprefix(prefix) if name.startswith(prefix) else name
 
 
 def _in_diffusers(tensors: Mapping[str, Expression], a: Model) -> tuple[list[OutputTensor], list[str]]:

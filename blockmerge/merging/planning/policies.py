@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Self
 
 from blockmerge.anatomy import (
-    TITLES,
     component_of,
     is_leftover,
     is_position_ids,
     is_prediction_marker,
     layout_gaps,
+    matches,
     plain_names_of_ema,
 )
 from blockmerge.checkpoints import (
@@ -35,12 +35,14 @@ from blockmerge.checkpoints import (
     vae_tensors,
 )
 from blockmerge.dtypes import FLOAT_DTYPES
-from blockmerge.errors import CheckpointError, IncompatibleModelsError, counted, listing, shown
+from blockmerge.errors import CheckpointError, IncompatibleModelsError, listing, shown
 from blockmerge.expressions import Expression, Gathered, Held, Known, simplify
 from blockmerge.merging.planning.adapting import Adapted, lost_in_rounding
+from blockmerge.merging.planning.alike import check_families, check_unets
 from blockmerge.merging.planning.combining import Combination, Weights, kept_dtype, rounded, widest_input
 from blockmerge.merging.planning.decisions import Decision, Decisions, Findings, VaeFile
 from blockmerge.merging.planning.describing import describe
+from blockmerge.merging.planning.equal_tables import are_equal
 from blockmerge.merging.planning.naming import OutputTensor, folders_of, has_place, named, what_it_is
 from blockmerge.merging.planning.request import MergeRequest, Resolved
 from blockmerge.merging.result import Counts
@@ -91,8 +93,9 @@ def _check_components(models: Sequence[Model], tensors: Sequence[OutputTensor], 
     if lost := sorted(had - held):
         whose = next(model for model in models if lost[0] in model.components)
         names = [name for name in whose.tensors if component_of(name) == lost[0]]
+        title = whose.anatomy.family.titles[lost[0]]
         raise IncompatibleModelsError(
-            f"the {TITLES[lost[0]]} of {shown(whose.name)} has names ({listing(names)}) that "
+            f"the {title} of {shown(whose.name)} has names ({listing(names)}) that "
             f"{what_it_is(output_naming)} has no place for: give another naming "
             "(--to, of merge, bake and convert)"
         )
@@ -104,9 +107,11 @@ def looked_at(models: Sequence[Model]) -> Iterator[tuple[Expression, ...]]:
 
     They are floats of one shape; the VAE, EMA copies, and markers, which hold nothing, are left out.
     """
-    knows = models[0].anatomy.family.knows
+    family = models[0].anatomy.family
     for name in models[0].tensors:
-        if component_of(name) == "vae" or not knows(name) or is_position_ids(name):
+        if component_of(name) == "vae" or not family.knows(name) or is_position_ids(name):
+            continue
+        if component_of(name) == "unet" and matches(family.optional, name):  # which not all namings have
             continue
         found = tuple(model.tensors[name] for model in models if name in model.tensors)
         found = tuple(map(simplify, found))
@@ -134,8 +139,8 @@ class Policies:
 
         Raises IncompatibleModelsError for models that do not merge.
         """
-        _check_families(models)
-        _check_unets(models)
+        check_families(models)
+        check_unets(models)
         method, family = request.merge_method, models[0].anatomy.family
         combination = Combination.of(method, family, resolved.numbers, clip=request.clip)
         figures = Gathered(method, tuple(looked_at(models))) if method.locality == "model" else None
@@ -160,6 +165,7 @@ class Policies:
         self.vae = _choose_vae(models, request, resolved.weights)
         self.found = Findings(self.vae, self.rules)
         self.adjust = request.adjust if request.adjust else None
+        self.keeps_text_encoders = len(models) > 1 and request.keeps_text_encoders(self.family)
         self.donors: list[Model | VaeFile] = [*models]
         if isinstance(self.vae, VaeFile):
             self.donors.append(self.vae)
@@ -192,11 +198,9 @@ class Policies:
         if self._is_left_out(name, holders):
             self.found.left_out.append(name)
             return None
-        if component_of(name) == "vae" and self.vae is not None:
-            known = self._is_known(name)
-            if not known:
-                self.found.unknown.append(name)
-            return self._taken(name, self.vae, keeps_dtype=not known)
+        whole = self._of_whole_component(name, holders)
+        if whole is not None:
+            return whole
         if is_prediction_marker(name):
             return self._taken(name, self.models[0], keeps_dtype=True)
         if is_position_ids(name):
@@ -216,6 +220,23 @@ class Policies:
             return self._only_in(name, holders)
         return self._merged(name)
 
+    def _of_whole_component(self, name: str, holders: Sequence[Model]) -> Decision | None:
+        """A tensor of a component that is taken whole: a VAE, or text encoders that nobody trains."""
+        component = component_of(name)
+        if component == "vae" and self.vae is not None:
+            known = self._is_known(name)
+            if not known:
+                self.found.unknown.append(name)
+            return self._taken(name, self.vae, keeps_dtype=not known)
+        if self.keeps_text_encoders and component.startswith("text_encoder"):
+            if holders[0] is not self.models[0]:
+                self.found.only_in.setdefault(tuple(holders), []).append(name)
+            elif len(holders) > 1:
+                self.found.kept_encoders.append(name)
+            is_known = self._is_known(name) and not is_position_ids(name)
+            return self._taken(name, holders[0], keeps_dtype=not is_known)
+        return None
+
     def _is_left_out(self, name: str, holders: Sequence[Model]) -> bool:
         """Whether the output has no place for a tensor, nobody needs it, or whoever decides of it has
         none.
@@ -223,8 +244,12 @@ class Policies:
         if not has_place(name, self.naming, self.family, self.folders):
             (self.found.homeless if self._is_known(name) else self.found.homeless_unknown).append(name)
             makes = [one.title for one in self.family.derivatives if one.has(name)]
-            if makes or component_of(name) == "unet":
-                what = f"makes the model {makes[0]}" if makes else "is a part of the U-Net"
+            # What models may lack is used by none.
+            is_used = component_of(name) == "unet" and not matches(self.family.optional, name)
+            if makes or is_used:
+                what = (
+                    f"makes the model {makes[0]}" if makes else f"is a part of the {self.family.core_title}"
+                )
                 where = what_it_is(self.naming)
                 self.found.faults.append(f"{shown(name)} ({what}, and {where} has no place for it)")
             return True
@@ -251,8 +276,11 @@ class Policies:
         block, weights = self._weights_of(name)
         if len(set(shapes)) > 1 and widest is None:
             return self._of_several_shapes(name, block, self.combination.copied(weights))
-        self.found.blended.append((block, name))
         dtype = self.request.output_dtype or kept_dtype(tensors[0])
+        if self.family.is_fixed(name) and len(tensors) > 1 and are_equal(tensors):
+            self.found.kept_tables.append(name)
+            return self._taken(name, self.models[0])
+        self.found.blended.append((block, name))
         change = self._change(name, dtype, shapes[widest or 0])
         made = self.combination.combine(name, tensors, weights, self._held_in(name, dtype), change)
         copied = None if self.combination.is_changed(name) else made.model
@@ -368,79 +396,7 @@ def _counts(models: Sequence[Model], decisions: Sequence[Decision], left_out: in
     )
 
 
-# -- the models as wholes ------------------------------------------------------------------------------------
-
-
-def _check_families(models: Sequence[Model]) -> None:
-    """Raise IncompatibleModelsError for models of different families."""
-    first = models[0]
-    for other in models[1:]:
-        ours, theirs = first.anatomy, other.anatomy
-        if ours.family != theirs.family:
-            raise IncompatibleModelsError(
-                f"{shown(first.name)} is {ours.family.title} and {shown(other.name)} "
-                f"is {theirs.family.title}: only models of one family can be merged"
-            )
-
-
-def _check_unets(models: Sequence[Model]) -> None:
-    """Raise IncompatibleModelsError for U-Nets of different tensors, but for what A alone has beside those of
-    its family.
-    """
-    unets = list(map(_unet_of, models))
-    ordinary = models[0].anatomy.family.unet.keys()
-    faults = _cut_differently(models) or [
-        *_lacking(models, [unet & ordinary for unet in unets]),
-        *_added(
-            models[0], models[1:], unets[0] - ordinary, [unet - ordinary - unets[0] for unet in unets[1:]]
-        ),
-    ]
-    if faults:
-        raise IncompatibleModelsError(f"{names_of(models)} cannot be merged: {'; '.join(faults)}")
-
-
-def _cut_differently(models: Sequence[Model]) -> list[str]:
-    """Say which models lack layers that others have, since they were made without them."""
-    if len({model.anatomy.standing.missing for model in models}) == 1:
-        return []
-    return [
-        f"{shown(model.name)} is {standing.said}, made without "
-        f"{counted(len(standing.missing), 'tensor')} of the U-Net ({listing(standing.missing)}): it merges "
-        "only with models that lack the same"
-        for model in models
-        if (standing := model.anatomy.standing).is_cut
-    ]
-
-
-def _lacking(models: Sequence[Model], unets: Sequence[Set[str]]) -> list[str]:
-    whole = set[str]().union(*unets)
-    others = "the others" if len(unets) > 2 else "the other"
-    return [
-        f"{shown(model.name)} lacks {counted(len(whole - unet), 'U-Net tensor')} of {others} "
-        f"({listing(sorted(whole - unet))})"
-        for model, unet in reversed(list(zip(models, unets, strict=True)))
-        if whole - unet
-    ]
-
-
-def _added(a: Model, models: Sequence[Model], own: Set[str], added: Sequence[Set[str]]) -> list[str]:
-    """Say what models have that A, which decides what the output is, has not."""
-    return [
-        f"{shown(model.name)} has {counted(len(names), 'U-Net tensor')} that {shown(a.name)} lacks "
-        f"({listing(sorted(names))}){_which(model)}: "
-        + ("both have some of their own" if own - _unet_of(model) else "give it as the first model")
-        for model, names in zip(models, added, strict=True)
-        if names
-    ]
-
-
-def _unet_of(model: Model) -> Set[str]:
-    return {name for name in model.tensors if component_of(name) == "unet" and not is_prediction_marker(name)}
-
-
-def _which(model: Model) -> str:
-    said = model.anatomy.standing.said
-    return f", since it is {said}" if said else ""
+# -- the VAE -------------------------------------------------------------------------------------------------
 
 
 def _choose_vae(
@@ -484,6 +440,9 @@ def _open_vae(vae: CheckpointLike, models: Sequence[Model], request: MergeReques
         raise IncompatibleModelsError(
             f"{shown(checkpoint.name)} is not a complete VAE: it lacks {listing(gaps.missing)}"
         )
+    if not tensors:
+        what = other_kind_of(checkpoint) or "holds no VAE"
+        raise CheckpointError(f"{shown(checkpoint.name)} {what}; {_vae_takes(models, request)}")
     of_models = {name: tensor.shape for model in reversed(models) for name, tensor in model.tensors.items()}
     wrong = [
         name

@@ -60,6 +60,13 @@ class Found:
                 )
 
 
+_SAID = {"rounding": "round", "text_encoder": "--text-encoder, of merge"}
+TEXT_ENCODERS = ("auto", "a", "blend")
+"""Whose text encoders the output has: A's, or all blended as BASE says; ``"auto"`` blends them, but not in
+families that use them as they were published.
+"""
+
+
 @dataclass(frozen=True)
 class Resolved:
     """A request, looked up and checked once for models of a family: all that was left open is decided.
@@ -87,14 +94,15 @@ class MergeRequest:
     out what no loader needs; `configs` is a folder whose configs and tokenizers go into a new one. `beta` and
     `numbers` are for methods that have them; `rules` override the weights of single tensors; `clip`,
     `loras` and `adjust` are done to what the method gives, in this order; `partial` allows LoRAs with modules
-    that meet no tensor; `rounding` is one of ROUNDINGS; `about` has texts for some of ABOUT; with
-    `hash`, models are recorded by their SHA-256s, too. `found` are weights that go before those that
-    `weights` and `beta` ask for.
+    that meet no tensor; `text_encoder` is one of TEXT_ENCODERS, `rounding` one of ROUNDINGS; `about` has
+    texts for some of ABOUT; with `hash`, models are recorded by their SHA-256s, too. `found` are weights that
+    go before those that `weights` and `beta` ask for.
     """
 
     weights: WeightsRequest
     method: object = "weighted_sum"
     vae: CheckpointLike = "auto"
+    text_encoder: str = TEXT_ENCODERS[0]
     dtype: str = "keep"
     allow_nonfinite: bool = False
     naming: str | None = None
@@ -143,11 +151,7 @@ class MergeRequest:
         _ = self.opening  # which refuses what is no way to open a model
         if self.naming not in (None, *NAMINGS):
             raise RecipeError(f"unknown naming '{shown(self.naming)}': {' or '.join(NAMINGS)}")
-        for key, text in self.about.items():
-            if not isinstance(text, str) or not text.strip():
-                raise RecipeError(f"{key} (--{key}) is a text; {shown(repr(text))} given")
-        if self.rounding not in ROUNDINGS:
-            raise RecipeError(f"unknown rounding '{shown(self.rounding)}' (round): {' or '.join(ROUNDINGS)}")
+        self._check_words()
         if self.loras and self.ema == "keep":
             raise RecipeError(
                 "EMA copies would lack the LoRAs: ema is drop or use (--ema, of merge and bake), "
@@ -155,6 +159,19 @@ class MergeRequest:
             )
         for name in ("clip", "prune", "allow_nonfinite", "partial", "hash"):
             check_flag(name, getattr(self, name))
+
+    def _check_words(self) -> None:
+        """Refuse what is not one of the words that an option takes, and texts that are none."""
+        for key, text in self.about.items():
+            if not isinstance(text, str) or not text.strip():
+                raise RecipeError(f"{key} (--{key}) is a text; {shown(repr(text))} given")
+        for name, word, words in (
+            ("rounding", self.rounding, ROUNDINGS),
+            ("text_encoder", self.text_encoder, TEXT_ENCODERS),
+        ):
+            if word not in words:
+                option = _SAID[name]
+                raise RecipeError(f"unknown {name} '{shown(word)}' ({option}): {' or '.join(words)}")
 
     def _fit_to(self, method: Method) -> None:
         """Take the method's defaults where nothing is said, and refuse what it does not take."""
@@ -244,6 +261,11 @@ class MergeRequest:
         """The policy of the VAE, or the name of the file or folder it is from."""
         return self.vae_file(models) or str(self.vae)
 
+    def keeps_text_encoders(self, family: Family) -> bool:
+        """Whether the text encoders are the first model's, and do not follow BASE."""
+        is_kept = {"auto": family.keeps_text_encoders, "a": True, "blend": False}[self.text_encoder]
+        return is_kept and self.changes_values
+
     def check_model_count(self, count: int) -> None:
         """Raise RecipeError when the method does not take that many models."""
         self.merge_method.check_models(count)
@@ -307,6 +329,8 @@ class MergeRequest:
             yield "seed (--seed) without effect, since nothing is left to chance"
         if self.weights.sdxl_map and not (self.weights.heeds_map(family) or self.beta.heeds_map(family)):
             yield "sdxl_map (--sdxl-map) without effect, since these weights are the same with any"
+        if self.adjust and not family.adjusted:
+            yield f"adjust (--adjust) without effect: it is for U-Nets, and these are {family.title} models"
         if self.partial and not self.loras:
             yield "partial (--partial, of merge and bake) without effect, since there is no LoRA"
 

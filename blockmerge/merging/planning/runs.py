@@ -190,7 +190,7 @@ class PlannedFile:
     @staticmethod
     def _better_end(run: Run, start: int, goal: int) -> int:
         """Where in a run that goes by tiles the piece from `start` to `goal` had better end."""
-        if run.start - start >= (goal - start) // 2:
+        if run.start > start and run.start - start >= (goal - start) // 2:
             return run.start
         tile = run.start + (goal - run.start) // run.unit_bytes * run.unit_bytes
         return tile if tile > start else goal

@@ -76,7 +76,7 @@ class Stage(Model):
             anatomy=replace(a.anatomy, inputs=inputs_for(a, first.shape if first else ())),
             tensors=tensors,
             components=frozenset(map(component_of, tensors)),
-            bare=a.bare,
+            prefix=a.prefix,
             ema_tensors=(),
             notes=tuple(_of_stage(name, models, (*notes, *resolved.notes, *adapted.notes))),
             name=name,

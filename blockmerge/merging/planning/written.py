@@ -20,6 +20,7 @@ from blockmerge.errors import RecipeError, counted, listing, shown
 from blockmerge.merging.planning.request import (
     ABOUT,
     ROUNDINGS,
+    TEXT_ENCODERS,
     Found,
     MergeRequest,
     Resolved,
@@ -38,7 +39,7 @@ _ASKED = (*_OF_WEIGHTS, *(f"{key}_beta" for key in _OF_WEIGHTS))
 """What was asked of the weights, which a run replaces with what it has found."""
 
 _TEXTS = (
-    "method", "vae", "dtype", "to", "ema", "variant", "configs", "sdxl_map", "round", *ABOUT,
+    "method", "vae", "text_encoder", "dtype", "to", "ema", "variant", "configs", "sdxl_map", "round", *ABOUT,
 )  # fmt: skip
 _FLAGS = ("clip", "prune", "allow_nonfinite", "partial", "hash")
 OPTIONS = (*_ASKED, *_TEXTS, *_FLAGS, "rules", "adjust", "seed", "numbers", "found", "loras")
@@ -47,7 +48,7 @@ OPTIONS = (*_ASKED, *_TEXTS, *_FLAGS, "rules", "adjust", "seed", "numbers", "fou
 _AS_RUN = frozenset((
     "version", "method", "models", "preset", "weights", "weights_beta", "numbers", "rules", "adjust",
     "clip", "vae", "vae_file", "dtype", "ema", "prune", "naming", "variant", "configs", "allow_nonfinite",
-    "asked", "loras", "partial", "round", "files", "stages", "about", "hash",
+    "asked", "loras", "partial", "round", "text_encoder", "files", "stages", "about", "hash",
 ))  # fmt: skip
 
 _NOT_NUMBERS = (*OPTIONS, "models", "version")
@@ -70,6 +71,7 @@ def as_asked(request: MergeRequest) -> dict[str, Any]:
         "seed": weights.seed or None,
         "sdxl_map": weights.sdxl_map,
         "vae": None if _is(request.vae, _VAE) else _vae_written(request.vae),
+        "text_encoder": None if request.text_encoder == TEXT_ENCODERS[0] else request.text_encoder,
         "ema": None if request.ema == _EMA else request.ema,
         "dtype": None if request.dtype == _DTYPE else request.dtype,
         "to": request.naming,
@@ -131,7 +133,7 @@ def from_asked(
     rules = written.get("rules") or ""
     if vae is not None:
         written = {**written, "vae": Path(vae) if isinstance(vae, str) and vae else vae}
-    same = {key: key for key in ("vae", "dtype", "ema", "variant")}
+    same = {key: key for key in ("vae", "text_encoder", "dtype", "ema", "variant")}
     beside = {**same, "to": "naming", "round": "rounding"}
     options = {name: written[key] for key, name in beside.items() if written.get(key) is not None}
     about = {key: written[key] for key in ABOUT if written.get(key) is not None}
@@ -190,6 +192,8 @@ def as_run(
     }
     if request.hash:
         run["hash"] = True
+    if request.text_encoder != TEXT_ENCODERS[0]:
+        run["text_encoder"] = request.text_encoder
     if request.about:
         run["about"] = dict(request.about)
     if request.loras:
@@ -211,7 +215,7 @@ def asked_of_run(run: Mapping[str, Any], models: int) -> tuple[dict[str, Any], d
     """Return a request that was written as run as one that is written as asked, to the same weights; and what
     it calls those of ``"vae"`` and ``"configs"`` that it does not say the place of.
     """
-    same = ("method", "rules", "adjust", "clip", "dtype", "ema", "prune", "variant", "hash")
+    same = ("method", "rules", "adjust", "clip", "dtype", "ema", "prune", "variant", "hash", "text_encoder")
     asked = {key: run.get(key) for key in (*same, "numbers", "allow_nonfinite", "vae", "loras", "partial")}
     asked["to"] = run.get("naming")
     _check(run, "about", Mapping, "a table")

@@ -1,0 +1,76 @@
+"""The folder of one component alone, as language models and `transformer/` folders are: weights, a config,
+and what else lies beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeGuard
+
+from blockmerge.anatomy import Anatomy
+from blockmerge.checkpoints import AtomicFolder, Checkpoint, DiffusersFolder, Model, check_output_folder
+from blockmerge.errors import IncompatibleModelsError, OutputError, RecipeError, listing, shown
+from blockmerge.merging.outputs.configs_folder import read_small
+from blockmerge.merging.outputs.folder_files import of_plain_weights
+from blockmerge.merging.outputs.output import Layout, Output, Tensor, Wish
+from blockmerge.merging.outputs.shards import sharded
+
+
+class ComponentFolder(Output):
+    """A folder like A's, where A is the folder of a component alone."""
+
+    title = "a component's folder"
+    ending = ""
+
+    @classmethod
+    def takes(cls, wish: Wish) -> bool:
+        """Where A is one, and nothing but its own naming is asked for."""
+        return is_lone_component(wish.a.source) and wish.naming in (None, wish.a.anatomy.naming)
+
+    def naming_of(self, wish: Wish) -> str:
+        """A's. Raises OutputError for what has more than the component."""
+        if wish.is_whole:
+            raise OutputError(
+                f"{shown(wish.path)}: the folder of one component has no place for a VAE or text encoders; "
+                "give the output a name that ends in .safetensors"
+            )
+        return wish.a.anatomy.naming
+
+    def lay_out(self, tensors: Sequence[Tensor], models: Sequence[Model], anatomy: Anatomy) -> Layout[Tensor]:
+        """The weights under their own names, and A's small files: its config, a tokenizer."""
+        source = models[0].source
+        assert is_lone_component(source)
+        if self.configs is not None:
+            raise RecipeError(
+                "configs (--configs) are for whole folders: a component's own has its config beside it"
+            )
+        other = [
+            one.name
+            for one in tensors
+            if one.name in source.tensors and source.tensors[one.name].shape != one.shape
+        ]
+        if other:
+            raise IncompatibleModelsError(
+                f"the config of {shown(models[0].name)} is not that of the output, which has other shapes "
+                f"({listing(other)}): give the output a name that ends in .safetensors"
+            )
+        files, index = sharded({tensor.name: tensor for tensor in tensors}, source.components[""])
+        beside = {name: read_small(source.path / name) for name in source.carried}
+        notes = tuple(of_plain_weights(beside, "config.json"))
+        return Layout(files, {**beside, **index}, notes)
+
+    def check(self, inputs: Iterable[Path], *, overwrite: bool = False) -> Path:
+        """As `check_output_folder` does."""
+        return check_output_folder(self.path, inputs, overwrite=overwrite)
+
+    def reserve(
+        self, target: Path, files: Mapping[str, int | bytes], *, overwrite: bool = False
+    ) -> AtomicFolder:
+        """Reserve all files of the folder."""
+        return AtomicFolder(target, files, overwrite=overwrite)
+
+
+def is_lone_component(source: Checkpoint) -> TypeGuard[DiffusersFolder]:
+    """Whether a checkpoint is the folder of a component alone."""
+    return isinstance(source, DiffusersFolder) and "" in source.components
