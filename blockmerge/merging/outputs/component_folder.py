@@ -10,7 +10,7 @@ from typing import TypeGuard
 
 from blockmerge.anatomy import Anatomy
 from blockmerge.checkpoints import AtomicFolder, Checkpoint, DiffusersFolder, Model, check_output_folder
-from blockmerge.errors import IncompatibleModelsError, OutputError, RecipeError, listing, shown
+from blockmerge.errors import IncompatibleModelsError, OutputError, listing, shown
 from blockmerge.merging.outputs.configs_folder import read_small
 from blockmerge.merging.outputs.folder_files import of_plain_weights
 from blockmerge.merging.outputs.output import Layout, Output, Tensor, Wish
@@ -41,10 +41,6 @@ class ComponentFolder(Output):
         """The weights under their own names, and A's small files: its config, a tokenizer."""
         source = models[0].source
         assert is_lone_component(source)
-        if self.configs is not None:
-            raise RecipeError(
-                "configs (--configs) are for whole folders: a component's own has its config beside it"
-            )
         other = [
             one.name
             for one in tensors
