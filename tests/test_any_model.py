@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 
 import blockmerge
 from blockmerge import BlockmergeError, CheckpointError, IncompatibleModelsError, UnknownFamilyError
+from blockmerge.anatomy import FAMILIES
 from blockmerge.anatomy.numbered import numbered_lists
 from blockmerge.checkpoints import Model, open_checkpoint
-from blockmerge.demo import make_state_dicts
+from blockmerge.demo import demo_layout, make_state_dicts
 from tests.published import UNKNOWN, layouts, thin, write_sparse
 
 
@@ -404,6 +405,21 @@ def test_a_lone_transformers_folder_stays_one(tmp_path):
     lone, full = (load_file(path / name) for path in (tmp_path / "out", tmp_path / "whole" / "transformer"))
     assert lone.keys() == full.keys()
     assert all(torch.equal(lone[one], full[one]) for one in full)
+
+
+def test_a_components_folder_has_no_config_for_other_shapes(tmp_path):
+    """The first layer of Flux Fill has more columns than A's config says."""
+    family = FAMILIES["flux1"].sized((2, 2))
+    a = {name: torch.ones(shape).half() for name, shape in demo_layout(family).items()}
+    save_file(a, tmp_path / "a.safetensors")
+    first = "model.diffusion_model.img_in.weight"
+    save_file({**a, first: torch.ones(48, 384).half()}, tmp_path / "fill.safetensors")
+    blockmerge.convert(tmp_path / "a.safetensors", output=tmp_path / "a", naming="diffusers")
+    with pytest.raises(IncompatibleModelsError, match=r"config of .* is not that of the output .*x_embedder"):
+        blockmerge.merge(
+            tmp_path / "a" / "transformer", tmp_path / "fill.safetensors", weights=0.5, output=tmp_path / "o"
+        )
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize("folder", ["transformer", "unet", "prior"])
