@@ -415,7 +415,9 @@ def test_a_components_folder_has_no_config_for_other_shapes(tmp_path):
     first = "model.diffusion_model.img_in.weight"
     save_file({**a, first: torch.ones(48, 384).half()}, tmp_path / "fill.safetensors")
     blockmerge.convert(tmp_path / "a.safetensors", output=tmp_path / "a", naming="diffusers")
-    with pytest.raises(IncompatibleModelsError, match=r"config of .* is not that of the output .*x_embedder"):
+    with pytest.raises(
+        IncompatibleModelsError, match=r"config of transformer is not that of the output, .*x_embedder"
+    ):
         blockmerge.merge(
             tmp_path / "a" / "transformer", tmp_path / "fill.safetensors", weights=0.5, output=tmp_path / "o"
         )
