@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import blockmerge
 from blockmerge import IncompatibleModelsError
 from blockmerge.anatomy import FAMILIES
+from blockmerge.anatomy.renaming import lacking_by_rule, names_by_rule
 from blockmerge.demo import demo_layout
 from blockmerge.methods import METHODS
 from tests import method_oracle, oracle
@@ -280,3 +281,29 @@ def test_similarity_and_explain(tmp_path):
     )
     found = blockmerge.explain(tmp_path / "m.safetensors", [a, b])
     assert {block: found.blocks[block].weights[b.name] for block in given} == pytest.approx(given, abs=2e-3)
+
+
+@pytest.mark.parametrize("rule", ["vae", "video_vae"])
+def test_incomplete_vaes_are_never_taken_in_silence(tmp_path, rule):
+    """Of families whose layouts hold no VAE: baked in they are refused, in a file `check` names what is gone."""
+    family, prefix, gone = {
+        "vae": ("flux1", "vae.", "decoder.up.2.block.1.conv1.weight"),
+        "video_vae": ("cosmos_predict2", "vae.", "decoder.upsamples.5."),
+    }[rule]
+    whole = {name: torch.full((16, 16, 1, 1), 0.5).half() for name in names_by_rule(rule)}
+    assert lacking_by_rule(rule, whole) == []
+    part = {name: tensor for name, tensor in whole.items() if not name.startswith(gone)}
+    assert [name.startswith(gone.rstrip(".")) for name in lacking_by_rule(rule, part)] == [True]
+    model = tiny(family, 1)
+    write(tmp_path / "a.safetensors", model)
+    write(tmp_path / "vae.safetensors", part)
+    with pytest.raises(
+        IncompatibleModelsError, match=r"vae.safetensors is not a complete VAE: it lacks .*decoder.up"
+    ):
+        blockmerge.convert(
+            tmp_path / "a.safetensors", output=tmp_path / "o.safetensors", vae=tmp_path / "vae.safetensors"
+        )
+    assert not (tmp_path / "o.safetensors").exists()
+    write(tmp_path / "b.safetensors", {**model, **{prefix + name: tensor for name, tensor in part.items()}})
+    problems = {one.code: one.message for one in blockmerge.check(tmp_path / "b.safetensors").problems}
+    assert gone.rstrip(".") in problems["missing_tensors"]

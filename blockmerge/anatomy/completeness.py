@@ -5,13 +5,14 @@ shape.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from blockmerge.anatomy.described import Shape, matches
 from blockmerge.anatomy.families import FAMILIES
 from blockmerge.anatomy.family import Family
 from blockmerge.anatomy.names import component_of
+from blockmerge.anatomy.renaming import lacking_by_rule, names_by_rule
 
 _POSITIONS = ("position_embedding.weight", "positional_embedding")
 # Of the layouts' extents, smaller ones are kernels, channels of pictures and latents, and positions.
@@ -57,7 +58,10 @@ def layout_gaps(shapes: Mapping[str, Shape], family: Family | str, component: st
         shared = [name for name in shared if not matches(irregular, known.short(name))]
     expected = {name: tuple(widths.get(extent, extent) for extent in wanted[name]) for name in shared}
     return LayoutGaps(
-        missing=tuple(name for name in wanted if name not in found and not matches(known.optional, name)),
+        missing=(
+            *(name for name in wanted if name not in found and not matches(known.optional, name)),
+            *_lacking_by_rule(known, component, found),
+        ),
         unknown=tuple(name for name in found if name not in wanted and not known.knows(name)),
         misshapen={
             name: shape
@@ -65,6 +69,14 @@ def layout_gaps(shapes: Mapping[str, Shape], family: Family | str, component: st
             if found[name] != shape and not (heads_vary and _are_alike(found[name], shape))
         },
     )
+
+
+def _lacking_by_rule(family: Family, component: str, found: Collection[str]) -> Iterator[str]:
+    """What a VAE lacks that no layout lists."""
+    for one in family.renamings if found and not family.arms else ():
+        if component_of(one.ldm) == component == "vae" and names_by_rule(one.rule):
+            short = {name.removeprefix(one.ldm) for name in found}
+            yield from (one.ldm + name for name in lacking_by_rule(one.rule, short))
 
 
 def _are_alike(shape: Shape, expected: Shape) -> bool:

@@ -1,8 +1,8 @@
 """A family: an architecture, read from its folder of data (`families/<name>/`).
 
 A folder holds `family.toml`, the description; `layout.tsv`, every tensor of a complete file with its shape,
-block and component; and, where the description refers to it, `renaming.tsv`. What is in them is described in
-`families/README.md`. The layout is read when it is first needed.
+block and component, or a table for each version; and, where the description refers to it, `renaming.tsv`,
+all described in `families/README.md`. The layout is read when it is first needed.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Family:
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     number_lists: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     core: str = "unet"
-    latent_channels: int = 0
+    least_shared: int = 0
     lives_in: str = ""
     other_endings: Mapping[str, str] = field(default_factory=dict)
     rules: tuple[Mapping[str, Any], ...] = ()
@@ -183,7 +183,7 @@ class Family:
             takes_any_name=data.get("takes_any_name", False),
             core=data.get("core", "unet"),
             lives_in=data.get("lives_in", ""),
-            latent_channels=data.get("shared_channels", 0),
+            least_shared=data.get("shared_channels", 0),
             other_endings=names.get("other_endings", {}),
             rules=tuple(data.get("renaming", ())),
             keeps_text_encoders=data.get("keeps_text_encoders", False),
@@ -296,7 +296,7 @@ class Family:
     @property
     def shared_channels(self) -> int:
         """The input channels that all variants have in common: the latent image's."""
-        return self.latent_channels or min(self.variants, default=0)
+        return self.least_shared or min(self.variants, default=0)
 
     def block_of(self, name: str) -> str:
         """Return the block of a tensor: the layout's, or for other names that of those that begin alike.

@@ -2,8 +2,8 @@
 
 Names are looked at with `0` for every number in them, so that a model has some hundred instead of thousands.
 What changes a model, or is used beside one, comes first, for it has names of what it is made for. Then come
-the families that cannot be merged yet, whose files may hold text encoders and a VAE; then these, and all
-else.
+families that are merged by the numbered lists in their names, whose files may hold text encoders and a VAE;
+then these, and all else.
 
 The families' signs are those that their loaders look for, the adapters' those that trainers write.
 """

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import combinations
@@ -173,6 +173,24 @@ def names_by_rule(rule: str) -> tuple[str, ...]:
     than so many: a VAE's, of four levels.
     """
     return {"vae": _vae_names, "video_vae": _video_vae_names}.get(rule, tuple)()
+
+
+def lacking_by_rule(rule: str, names: Collection[str]) -> list[str]:
+    """Return what a component that a rule describes lacks, by original names without prefix: tensors of a
+    VAE, and whole units of Wan's, whose resnets and samplers differ.
+    """
+    if rule == "vae":
+        return [name for name in _vae_names() if not _MAY_LACK.search(name) and name not in names]
+    units = {_unit_of(name) for name in names}
+    return list(dict.fromkeys(unit for name in names_by_rule(rule) if (unit := _unit_of(name)) not in units))
+
+
+_MAY_LACK = re.compile(r"nin_shortcut|quant_conv|encoder\.down\.3\.downsample|decoder\.up\.0\.upsample")
+
+
+def _unit_of(name: str) -> str:
+    member = re.match(r"(?:encoder|decoder)\.(?:middle|downsamples|upsamples)\.\d{1,6}", name)
+    return member[0] if member else name.rpartition(".")[0]
 
 
 @lru_cache(1)

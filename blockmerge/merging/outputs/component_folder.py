@@ -4,24 +4,22 @@ and what else lies beside them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TypeGuard
 
 from blockmerge.anatomy import Anatomy
-from blockmerge.checkpoints import AtomicFolder, Checkpoint, DiffusersFolder, Model, check_output_folder
+from blockmerge.checkpoints import Checkpoint, DiffusersFolder, Model
 from blockmerge.errors import IncompatibleModelsError, OutputError, listing, shown
 from blockmerge.merging.outputs.configs_folder import read_small
 from blockmerge.merging.outputs.folder_files import of_plain_weights
-from blockmerge.merging.outputs.output import Layout, Output, Tensor, Wish
+from blockmerge.merging.outputs.output import FolderOutput, Layout, Tensor, Wish
 from blockmerge.merging.outputs.shards import sharded
 
 
-class ComponentFolder(Output):
+class ComponentFolder(FolderOutput):
     """A folder like A's, where A is the folder of a component alone."""
 
     title = "a component's folder"
-    ending = ""
 
     @classmethod
     def takes(cls, wish: Wish) -> bool:
@@ -55,16 +53,6 @@ class ComponentFolder(Output):
         beside = {name: read_small(source.path / name) for name in source.carried}
         notes = tuple(of_plain_weights(beside, "config.json"))
         return Layout(files, {**beside, **index}, notes)
-
-    def check(self, inputs: Iterable[Path], *, overwrite: bool = False) -> Path:
-        """As `check_output_folder` does."""
-        return check_output_folder(self.path, inputs, overwrite=overwrite)
-
-    def reserve(
-        self, target: Path, files: Mapping[str, int | bytes], *, overwrite: bool = False
-    ) -> AtomicFolder:
-        """Reserve all files of the folder."""
-        return AtomicFolder(target, files, overwrite=overwrite)
 
 
 def is_lone_component(source: Checkpoint) -> TypeGuard[DiffusersFolder]:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from blockmerge.anatomy import Anatomy, Family
 from blockmerge.anatomy.configs import library_of
-from blockmerge.checkpoints import AtomicFolder, DiffusersFolder, Model, check_output_folder
+from blockmerge.checkpoints import DiffusersFolder, Model
 from blockmerge.merging.outputs.folder_files import folder_files
-from blockmerge.merging.outputs.output import Layout, Output, Tensor, WeightFile, Wish
+from blockmerge.merging.outputs.output import FolderOutput, Layout, Tensor, WeightFile, Wish
 from blockmerge.merging.outputs.shards import sharded
 
 _TRANSFORMERS_STEM, _DIFFUSERS_STEM = "model", "diffusion_pytorch_model"
 
 
-class DiffusersOutput(Output):
+class DiffusersOutput(FolderOutput):
     """A folder of components in diffusers' naming. It may have any name."""
 
     title = "a diffusers folder"
-    ending = ""
     is_default_of = "diffusers"
     has_configs = True
     names_components = True
@@ -48,16 +46,6 @@ class DiffusersOutput(Output):
             indexes |= index
         beside, notes = folder_files(models, tensors, anatomy, self.configs)
         return Layout(files, {**beside, **indexes}, notes)
-
-    def check(self, inputs: Iterable[Path], *, overwrite: bool = False) -> Path:
-        """As `check_output_folder` does."""
-        return check_output_folder(self.path, inputs, overwrite=overwrite)
-
-    def reserve(
-        self, target: Path, files: Mapping[str, int | bytes], *, overwrite: bool = False
-    ) -> AtomicFolder:
-        """Reserve all files of the folder."""
-        return AtomicFolder(target, files, overwrite=overwrite)
 
 
 def _stem(component: str, models: Sequence[Model], family: Family) -> str:

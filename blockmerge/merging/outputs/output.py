@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar, Generic, Protocol, Self, TypeVar
 
 from blockmerge.anatomy import Anatomy
-from blockmerge.checkpoints import CheckpointLike, Model
+from blockmerge.checkpoints import AtomicFolder, CheckpointLike, Model, check_output_folder
 
 
 class NamedTensor(Protocol):
@@ -152,3 +152,19 @@ class Output(ABC):
         self, target: Path, files: Mapping[str, int | bytes], *, overwrite: bool = False
     ) -> Reservation:
         """Reserve space at what `check` returned, for {path within the output: size, or whole contents}."""
+
+
+class FolderOutput(Output):
+    """What all outputs that are folders have in common."""
+
+    ending = ""
+
+    def check(self, inputs: Iterable[Path], *, overwrite: bool = False) -> Path:
+        """As `check_output_folder` does."""
+        return check_output_folder(self.path, inputs, overwrite=overwrite)
+
+    def reserve(
+        self, target: Path, files: Mapping[str, int | bytes], *, overwrite: bool = False
+    ) -> AtomicFolder:
+        """Reserve all files of the folder."""
+        return AtomicFolder(target, files, overwrite=overwrite)

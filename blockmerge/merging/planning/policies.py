@@ -434,7 +434,9 @@ def _open_vae(vae: CheckpointLike, models: Sequence[Model], request: MergeReques
     tensors = vae_tensors(checkpoint, family)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     gaps = layout_gaps(shapes, family, "vae")
-    if gaps.missing and (kind := other_kind_of(checkpoint)) is not None:
+    # Without a layout, tensors that were found are surely this family's.
+    is_another = family.arms or not tensors
+    if gaps.missing and is_another and (kind := other_kind_of(checkpoint)) is not None:
         raise CheckpointError(f"{shown(checkpoint.name)} {kind}; {_vae_takes(models, request)}")
     if gaps.missing:
         raise IncompatibleModelsError(
