@@ -12,7 +12,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 import blockmerge
-from blockmerge.anatomy import FAMILIES
+from blockmerge.anatomy import FAMILIES, component_of
 from blockmerge.checkpoints import StateDict
 from blockmerge.cli.main import run
 from blockmerge.rendering.comparison import print_explanation, value_text, weight_text
@@ -143,3 +143,26 @@ def test_weights_of_minus_1_are_no_average():
     assert "average" not in found.verdict
     average = explained(mixed(models, shares(**dict.fromkeys("abcde", 0.2))), models)
     assert " is a weighted average of " in average.verdict
+
+
+# -- what is told of every candidate -------------------------------------------------------------------------
+
+
+def test_the_difference_of_every_candidate_from_the_merge():
+    models = relatives(3)
+    merge = mixed(models, shares(a=0.75, b=0.25))
+    found = explained(merge, models)
+    unet = [name for name in merge if component_of(name) == "unet"]
+    square = sum(merge[name].double().square().sum() for name in unet)
+    for name, model in models.items():
+        apart = sum((model[n].double() - merge[n].double()).square().sum() for n in unet)
+        assert found.differences[name] == pytest.approx(float((apart / square).sqrt()))
+    assert found.to_dict()["differences"] == found.differences
+
+
+def test_every_candidate_is_either_looked_at_or_screened_or_left_out(crowd):
+    broken = {**crowd, "m30": {name: t * torch.nan for name, t in crowd["m30"].items()}}
+    found = explained(mixed(crowd, shares(m00=0.5, m39=0.5)), broken)
+    assert len(found.screened) == 40 - 24 - 1
+    assert sorted((*found.candidates, *found.screened, *found.left_out)) == sorted(crowd)
+    assert found.differences.keys() == set(found.candidates)

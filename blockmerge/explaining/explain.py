@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from blockmerge.anatomy import TITLES, Family
+from blockmerge.anatomy import TITLES, Family, component_of
 from blockmerge.checkpoints import CheckpointLike, Model
 from blockmerge.comparing.sources import opening_to_compare
 from blockmerge.errors import IncompatibleModelsError, NonFiniteError, counted, listing, shown
@@ -81,6 +81,7 @@ class _Evidence:
     compared: ComparedTensors
     sums: MergeSums
     stream: MergeStream
+    differences: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,11 @@ def _gather(
             f"no candidate has {merged.anatomy.family.core_title} tensors of the same shapes as "
             f"{shown(merged.name)}"
         )
-    return _Evidence(candidates, compared, sums, stream)
+    unet = [place for place, name in enumerate(compared.names) if component_of(name) == "unet"]
+    found = gram.relative_differences(unet).tolist()
+    able = sums.unet_blocks.complete_candidates
+    differences = {candidates.names[n]: found[n] for n in able if np.isfinite(found[n])}
+    return _Evidence(candidates, compared, sums, stream, differences)
 
 
 def _find_origin(evidence: _Evidence, family: Family) -> _Origin:
@@ -165,6 +170,8 @@ def _explanation(merged: Model, evidence: _Evidence, origin: _Origin, tensors: b
             *_notes(evidence, fit),
         ),
         left_out=evidence.candidates.left_out,
+        screened=evidence.candidates.screened,
+        differences=evidence.differences,
     )
     by_tensor = any(one.divided for block, one in found.blocks.items() if block != "BASE")
     return replace(found, verdict=write_verdict(found, agrees=origin.agrees, by_tensor=by_tensor))

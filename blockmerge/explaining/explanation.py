@@ -36,7 +36,9 @@ class Explanation:
     tell of the two candidates that come nearest. `base` is the parent (or nearest candidate) that weight 0
     stands for. `exact`: merging the parents again with these weights gives the file, within two steps of its
     dtype everywhere. `preset` is a preset's name, or ``NAME@RATIO`` for one that was scaled. `tensors` is
-    empty unless asked for. `left_out` maps candidates that could not be used to one line about why.
+    empty unless asked for. `left_out` maps candidates that could not be used to one line about why, and
+    `screened` are those that were too many, and too unlike the merge, to be looked at further. `differences`
+    maps the others to ‖candidate − merge‖ / ‖merge‖ over the U-Net or transformer, where that was measured.
     """
 
     merge: str
@@ -53,6 +55,8 @@ class Explanation:
     tensors: Mapping[str, BlockOrigin] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
+    screened: tuple[str, ...] = ()
+    differences: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain data, ready for JSON, with the keys of `docs/json.md`: `tensors` only

@@ -37,23 +37,33 @@ class GramMatrices:
     """What the first pass found, tensor by tensor.
 
     `products[tensor, i, j]` is G, in squares of steps, and `plain_products` the same without division by u.
-    `elements[tensor]` counts the values, `differing[tensor]` those at which the candidates are not all equal.
-    `finite[tensor]` is False when M itself is not.
+    `squares[tensor]` is ‖M‖². `elements[tensor]` counts the values, `differing[tensor]` those at which the
+    candidates are not all equal. `finite[tensor]` is False when M itself is not.
     """
 
     def __init__(self, tensors: int, candidates: int) -> None:
         self.products: Array = np.zeros((tensors, candidates, candidates))
         self.plain_products: Array = np.zeros((tensors, candidates, candidates))
+        self.squares: Array = np.zeros(tensors)
         self.elements: Array = np.zeros(tensors)
         self.differing: Array = np.zeros(tensors)
         self.finite: Flags = np.ones(tensors, dtype=np.bool_)
+
+    def relative_differences(self, tensors: Sequence[int]) -> Array:
+        """‖X − M‖ / ‖M‖ of every candidate X over some tensors, infinite where M is all zeros there."""
+        places = list(tensors)
+        squares = np.diagonal(self.plain_products, axis1=1, axis2=2)[places].sum(axis=0)
+        whole = self.squares[places].sum()
+        return np.sqrt(squares / whole) if whole > 0 else np.full(len(squares), np.inf)
 
     def add(self, place: int, chunk: Chunk) -> None:
         """Add a chunk of the tensor at `place`; the candidates' values are overwritten."""
         merge = chunk.merge
         size = torch.maximum(merge.abs(), smallest_magnitude(chunk.candidates.values()))
         step = step_of(size, chunk.precision)
-        self.finite[place] &= math.isfinite(dot(merge, merge))
+        square = dot(merge, merge)
+        self.finite[place] &= math.isfinite(square)
+        self.squares[place] += square
         self.elements[place] += len(merge)
         differences = {n: values.sub_(merge) for n, values in chunk.candidates.items()}
         _add_products(self.plain_products[place], differences)
