@@ -11,7 +11,7 @@ from blockmerge.rendering.colours import span_of, warmth
 from blockmerge.rendering.short_names import short_names
 
 _MANY = 8  # columns that have room for all digits
-_DIGIT, _LETTER = 0.64, 0.62  # widths in em, of the widest of common fonts
+_DIGIT, _LETTER = 0.64, 0.66  # widths in em, of the widest of common fonts
 # of A4 or Letter on its side, in letters that can still be read: em across, and rows down
 _PAPER = 126, 30
 
@@ -98,8 +98,8 @@ class HeatTable:
     @cached_property
     def name_width(self) -> float:
         """The width of the first column in em."""
-        longest = max((len(one.short) + (2.5 if one.number else 0) for one in self.rows), default=1)
-        return round(min(18.0, _LETTER * longest + 0.8), 2)
+        longest = max((len(one.short) for one in self.rows), default=1)
+        return round(min(19.0, _LETTER * longest + (3.0 if self.square else 1.0)), 2)
 
     @cached_property
     def pages(self) -> list[tuple[range, range]]:

@@ -131,10 +131,12 @@ def _along_the_u(blocks: Collection[str], arms: Arms | None) -> list[tuple[str, 
     assert arms is not None
     inputs = [block for block in arms.left if block in blocks]
     outputs = [block for block in reversed(arms.right) if block in blocks]
-    pairs = [block for pair in zip_longest(inputs, outputs) for block in pair if block is not None]
+    sides = (
+        pair for left, right in zip_longest(inputs, outputs) for pair in (("left", left), ("right", right))
+    )
     return [
         *(("base", block) for block in blocks if block == OUTSIDE),
-        *(("", block) for block in pairs),
+        *((side, block) for side, block in sides if block is not None),
         *(("middle", block) for block in arms.middle if block in blocks),
     ]
 
