@@ -35,6 +35,7 @@ def test_the_wheel_has_presets_and_layouts_and_works_where_it_is_unpacked(tmp_pa
         }
         assert "blockmerge/py.typed" in names
         assert "blockmerge/rendering/templates/page.html" in names
+        assert "blockmerge/rendering/templates/page.css" in names
         assert not [name for name in names if name.startswith("tests")]
         archive.extractall(tmp_path / "site")
     shutil.rmtree(source)

@@ -33,11 +33,11 @@ class BarScale:
         """Whether a value is below 0, or more than is usual."""
         return value is not None and not 0 <= value <= self.usual
 
-    def style(self, value: float | None) -> str:
-        """Where the bar of a value begins and how long it is, as CSS."""
+    def bar(self, value: float | None) -> tuple[float, float]:
+        """Where the bar of a value begins and how long it is, from 0 to 1."""
         shown = 0.0 if value is None else value
         begins = self._share(min(0.0, shown))
-        return f"--from: {begins:.4f}; --length: {self._share(max(0.0, shown)) - begins:.4f}"
+        return begins, self._share(max(0.0, shown)) - begins
 
     def _share(self, value: float) -> float:
         return (value - self.low) / (self.high - self.low)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator
 from functools import cache
 from itertools import zip_longest
@@ -16,6 +15,7 @@ from blockmerge.rendering.block_rows import has_arms, rows_of
 from blockmerge.rendering.candidates import candidates_of
 from blockmerge.rendering.comparison import difference_text, remark, value_text, weight_text
 from blockmerge.rendering.heat_tables import HeatTable, Label, labels_of
+from blockmerge.rendering.short_names import words_of
 from blockmerge.version import __version__
 
 if TYPE_CHECKING:
@@ -149,8 +149,7 @@ def _breakable(name: str) -> Markup:
     """A name that may go on in the next line after each of its words."""
     from markupsafe import Markup, escape
 
-    words = re.findall(r"[^ _.+-]*[ _.+-]+|[^ _.+-]+", shown(name, 4000))
-    return Markup("<wbr>").join(map(escape, words))
+    return Markup("<wbr>").join(map(escape, words_of(shown(name, 4000))))
 
 
 def _render(template: str, **values: object) -> str:

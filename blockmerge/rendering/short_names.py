@@ -21,11 +21,16 @@ def short_names(names: Sequence[str], limit: int = 24) -> list[str]:
     Endings stay where two names differ in nothing else.
     """
     stems = [_ENDING.sub("", name) for name in names]
-    words = [_WORD.findall(name) for name in (stems if len(set(stems)) == len(stems) else names)]
+    words = [words_of(name) for name in (stems if len(set(stems)) == len(stems) else names)]
     words = _without_first(words)
     words = [one[::-1] for one in _without_first([one[::-1] for one in words])]
     short = ("".join(one).strip(" _.+-") for one in words)
     return [shown(one or name, limit) for one, name in zip(short, names, strict=True)]
+
+
+def words_of(name: str) -> list[str]:
+    """Return the words of a name, each with the underscores, hyphens, dots or spaces after it."""
+    return _WORD.findall(name)
 
 
 def _without_first(words: list[list[str]]) -> list[list[str]]:
