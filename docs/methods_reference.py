@@ -31,8 +31,9 @@ _TAIL = """
 - **Copied at** gives the weights, or pairs (α, β), at which the result is one of the inputs, bit for bit.
   The other models are not even read there. `tensor_sum` always takes whole rows as they are.
 
-SuperMerger's *self* and *plus random* leave out all tensors with `to_out`, `proj_out` or `norm` in their
-names. `scale` and `add_noise` include them. To leave them out, add `--rules ":to_out proj_out norm:skip"`.
+SuperMerger's *self* and *plus random* are `scale` and `add_noise` here. SuperMerger leaves out all tensors
+with `to_out`, `proj_out` or `norm` in their names, blockmerge includes them. To leave them out, add
+`--rules ":to_out proj_out norm:skip"`.
 
 ## Rounding and range
 
@@ -40,9 +41,9 @@ names. `scale` and `add_noise` include them. To leave them out, add `--rules ":t
 - From finite weights every method makes finite ones, with two exceptions. The result may be beyond the
   range of the output's dtype. A step on the way may be beyond the range of the dtype that it is computed
   in.
-- Steps are a difference of two tensors, or a product with α or β. Only bf16 and float64 come near that
-  limit, since they are combined in a dtype of the same range. bf16 is safe up to 1.7·10³⁸, half of the
-  largest float32, as long as α and β are from 0 to 1.
+- Such steps are a difference of two tensors, or a product with α or β. Only bf16 and float64 come near
+  that limit, since they are combined in a dtype of the same range. With α and β from 0 to 1, bf16 is safe
+  up to 1.7·10³⁸, half of the largest float32.
 - What overflows is refused, not written.
 
 ## Where a formula has no value
