@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ def all_commands(group=cli, path=()):
 
 def help_texts(command):
     """What a command says of itself and its options, without its examples."""
-    for paragraph in (command.help or "").split("\n\n"):
+    for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
         if not paragraph.startswith("\b"):
             yield paragraph.replace("\n", " ")
     yield from (one.help for one in command.params if isinstance(one, click.Option) and one.help)
@@ -111,6 +112,6 @@ def help_texts(command):
 
 def help_examples(command):
     """The commands that a command's help gives as examples."""
-    for paragraph in (command.help or "").split("\n\n"):
+    for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
         if paragraph.startswith("\b"):
             yield from (line.strip() for line in paragraph.splitlines()[1:])
