@@ -20,8 +20,8 @@ def recipe_options(command: Command) -> Command:
             metavar="[STAGE.]KEY=VALUE",
             multiple=True,
             callback=not_empty,
-            help="Change the recipe before it runs: X.preset=low_res for a stage, dtype=fp32 or OUT05=0.7 for "
-            "the result. May be repeated.",
+            help="Change the recipe before it runs: X.preset=low_res for a stage, dtype=fp32 or OUT05=0.7 "
+            "for the result. May be repeated.",
         ),
         click.option(
             "--device",
