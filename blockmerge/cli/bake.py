@@ -41,7 +41,7 @@ def bake(
       blockmerge bake model.safetensors style.safetensors:0.8 -o styled.safetensors
       blockmerge bake model.safetensors a.safetensors:0.7 b.safetensors:-0.5:"BASE=0,IN04=1" -o c.safetensors
 
-    STRENGTH may be negative; without it, it is 1. BLOCKS multiplies it, block by block. It is a text of
+    STRENGTH is 1 by default, and may be negative. BLOCKS multiplies it, block by block. It is a text of
     weights, a list of numbers as for LoRA block weights, or a word such as NONE, ALL, INS or OUTALL.
     """
     from blockmerge.merging.planning.request import make_request
