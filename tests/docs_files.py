@@ -33,6 +33,14 @@ preset = "low_res"
 loras = ["style.safetensors:0.8:OUTALL"]
 """
 
+METHOD = """
+import blockmerge
+
+@blockmerge.merge_method
+def soften(a, b, *, alpha):
+    return a + alpha * (b - a)
+"""
+
 
 def write_all(folder):
     """Write every file into a folder, and those that LoRA commands mean by a and b into another, `loras`."""
@@ -91,6 +99,7 @@ def _write_other_forms(folder):
 def _write_recipes(folder):
     (folder / "mix.toml").write_text(RECIPE)
     (folder / "mine.toml").write_text('weights = "IN01-IN02=0.5"\n')
+    (folder / "mine.py").write_text(METHOD)
     (folder / "mbwpresets.txt").write_text("NAME\t" + ",".join(["0.5"] * 26) + "\n")
     for name in ("merged", "release"):
         blockmerge.merge(

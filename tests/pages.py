@@ -17,6 +17,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 SHELLS = ("sh", "bash", "console")
 
 _MARKDOWN = MarkdownIt("commonmark").enable("table")
+_RUNS = re.compile(r"blockmerge .*\w\.(safetensors|ckpt|toml|json)\b|(make|python|pytest) .*")
 _SHORT = r"(?<!\be\.g)(?<!\bi\.e)(?<!\betc)(?<!\bvs)(?<!\bcf)"
 _END = re.compile(rf"{_SHORT}[.!?][\"')\]”]*\s+|\n")
 
@@ -29,20 +30,23 @@ class Page:
     links: list[str]
     anchors: set[str]
     code: list[str]
-    blocks: list[tuple[str, str]]
-    """Fenced blocks: their language and text."""
+    """Inline code."""
+    commands: list[str]
+    """Lines of shell blocks, and inline code that names a file, in their order."""
 
     @classmethod
     def of(cls, text):
         page = cls([], [], set(), [], [])
         tokens = _MARKDOWN.parse(text)
         for before, token in zip([None, *tokens], tokens, strict=False):
-            if token.type == "fence":
-                page.blocks.append((token.info.split(" ")[0], token.content))
+            if token.type == "fence" and token.info in SHELLS:
+                page.commands.extend(_lines(token.content))
             elif token.type == "inline":
                 page.texts.append("".join(map(_plain, token.children)))
                 page.links.extend(one.attrGet("href") for one in token.children if one.type == "link_open")
-                page.code.extend(one.content for one in token.children if one.type == "code_inline")
+                code = [one.content for one in token.children if one.type == "code_inline"]
+                page.code.extend(code)
+                page.commands.extend(one for one in code if _RUNS.match(one))
                 if before.type == "heading_open":
                     page.anchors.add(_anchor(token.children))
         return page
@@ -51,14 +55,11 @@ class Page:
     def sentences(self):
         return [one for text in self.texts for one in sentences(text)]
 
-    @property
-    def commands(self):
-        """The lines of shell blocks, without comments and with continued lines joined."""
-        for language, text in self.blocks:
-            if language in SHELLS:
-                for line in text.replace("\\\n", " ").splitlines():
-                    if line.strip() and not line.lstrip().startswith("#"):
-                        yield line.strip().removeprefix("$ ")
+
+def _lines(text):
+    """The commands of a shell block, with continued lines joined."""
+    lines = (line.strip().removeprefix("$ ") for line in text.replace("\\\n", " ").splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def _plain(token):

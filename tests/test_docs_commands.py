@@ -18,25 +18,24 @@ from tests.docs_files import write_all, write_pinned
 from tests.pages import PAGES, ROOT, Page, all_commands, help_examples
 
 HARNESS = (ROOT / "benchmarks" / "harness.py").read_text()
-OTHERS = ("pip install .", "pytest -m gpu")
+SET_UP = ("pip", "pipx", "uv", "git", "cd", ".", "python3")
+"""What needs the network or is the shell's own."""
 
 
-def commands_in_pages():
-    for path in PAGES:
-        for line in Page.of(path.read_text(encoding="utf-8")).commands:
-            yield path.name, line
-
-
-def commands_in_help():
-    for path, command in all_commands():
-        for line in help_examples(command):
-            yield f"{' '.join(path)} --help", line
+def page_of(path):
+    return Page.of(path.read_text(encoding="utf-8"))
 
 
 def of_blockmerge(found):
-    return [
-        pytest.param(line, id=f"{place}: {line}") for place, line in found if line.startswith("blockmerge ")
-    ]
+    return [line for line in found if line.startswith("blockmerge ")]
+
+
+def all_examples():
+    """(where they are, the commands that are there), for pages and help texts with any."""
+    for path in PAGES:
+        yield path.name, of_blockmerge(page_of(path).commands)
+    for path, command in all_commands():
+        yield f"{' '.join(path)} --help", of_blockmerge(help_examples(command))
 
 
 @pytest.fixture(scope="module")
@@ -44,61 +43,71 @@ def files(tmp_path_factory):
     return write_all(tmp_path_factory.mktemp("docs") / "files")
 
 
-@pytest.fixture
-def place(files, here, monkeypatch, capsys):
-    """The current folder, with hard links to all files, and `~/models`."""
-    if not (files / "release.json").exists():
-        write_pinned(files, capsys)
-    shutil.copytree(files, here, copy_function=os.link, dirs_exist_ok=True)
-    shutil.copytree(files / "models", Path.home() / "models", copy_function=os.link)
-    return here
-
-
 def words_of(line):
-    """A command's words, as a shell gives them, and where its output goes."""
-    words, target = shlex.split(line, comments=True)[1:], None
-    if ">" in words:
-        words, target = words[: words.index(">")], words[-1]
+    """A command's words, as a shell gives them, without where its output goes."""
+    words = shlex.split(line, comments=True)[1:]
+    words = words[: words.index(">")] if ">" in words else words
     expanded = []
     for word in words:
         word = re.sub(r"^~(?=/)", str(Path.home()), word)
         expanded += (sorted(glob(word)) if "*" in word else None) or [word]
-    return expanded, target
+    return expanded
 
 
-def make_room(folder, words):
-    """Take away what the command is to write, and put LoRAs where it takes LoRAs."""
+def make_ready(words, made):
+    """Take away what the command is to write, put LoRAs where it takes LoRAs, and fetch what earlier commands
+    made. Returns what it is to write.
+    """
     written = [after for word, after in pairwise(words) if word in ("-o", "--output", "--fix")]
     written += words[2:3] if words[0] == "convert" else []
-    if words[0] == "lora" or words[0] == "bake":
-        for path in (folder / "loras").iterdir():
-            os.replace(path, folder / path.name)
+    if words[0] in ("lora", "bake"):
+        for path in Path("loras").iterdir():
+            os.replace(path, path.name)
     for path in map(Path, written):
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+    for word in set(words) - set(written):
+        if not os.path.exists(word) and (made / word).is_file():
+            os.link(made / word, word)
     return written
 
 
-@pytest.mark.parametrize("line", of_blockmerge([*commands_in_pages(), *commands_in_help()]))
-def test_commands_run(line, place, capsys):
-    words, target = words_of(line)
-    written = make_room(place, words)
-    code = run(words)
-    out, err = capsys.readouterr()
-    assert code == 0, err
-    assert all(os.path.exists(path) for path in written) or "--dry-run" in words
-    assert not target or out
+@pytest.mark.parametrize(
+    ("place", "lines"), [pytest.param(*one, id=one[0]) for one in all_examples() if one[1]]
+)
+def test_commands_run(place, lines, files, tmp_path, monkeypatch, capsys):
+    """In their order; each in a new folder, with hard links to all files."""
+    if not (files / "release.json").exists():
+        write_pinned(files, capsys)
+    shutil.copytree(files / "models", Path.home() / "models", copy_function=os.link)
+    made = tmp_path / "made"
+    made.mkdir()
+    for number, line in enumerate(lines):
+        here = tmp_path / str(number)
+        shutil.copytree(files, here, copy_function=os.link)
+        monkeypatch.chdir(here)
+        words = words_of(line)
+        written = make_ready(words, made)
+        before = set(os.listdir())
+        code = run(words)
+        out, err = capsys.readouterr()
+        assert code == 0, f"{line}\n{err}"
+        assert all(os.path.exists(path) for path in written) or "--dry-run" in words, line
+        assert out or "-o" in words, line
+        for name in set(os.listdir()) - before:
+            if os.path.isfile(name):
+                os.replace(name, made / name)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_other_commands_are_there(path):
-    """Those of make and Python, in blocks and in the text."""
-    page = Page.of(path.read_text(encoding="utf-8"))
-    inline = [one for one in page.code if one.startswith(("make ", "python ", "pytest "))]
-    for line in [*(one for one in page.commands if not one.startswith("blockmerge ")), *inline]:
+    """Those of make, Python and pytest."""
+    for line in page_of(path).commands:
         match shlex.split(line, comments=True):
+            case ["blockmerge", *_]:
+                pass
             case ["make", target]:
                 assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), line
             case ["python", script, *options]:
@@ -108,15 +117,17 @@ def test_other_commands_are_there(path):
                         assert re.search(rf'["( ]{option[2:].replace("-", "[-_]")}\b|{option}\b', source), (
                             line
                         )
-            case ["pytest", test] if test.startswith("tests/"):
+            case ["pytest", "-m", mark]:
+                assert f'"{mark}:' in (ROOT / "pyproject.toml").read_text(), line
+            case ["pytest", test]:
                 assert (ROOT / test).is_file(), line
-            case words:
-                assert " ".join(words) in OTHERS
+            case [first, *_]:
+                assert first in SET_UP, line
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_commands_in_the_text_have_their_options(path):
-    for code in Page.of(path.read_text(encoding="utf-8")).code:
+    for code in page_of(path).code:
         if not code.startswith("blockmerge ") or "…" in code.split()[:2]:
             continue
         words = shlex.split(code)[1:]
