@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench peers docs clean
+.PHONY: demo test check bench peers docs pictures clean
 
 # The main job, on files it makes itself: two thin checkpoints, merged with the preset high_res.
 demo: .venv/run
@@ -37,6 +37,10 @@ peers: .venv-peers/done
 docs: .venv/run
 	PYTHONPATH=. $(BIN)/python docs/cli_reference.py
 	PYTHONPATH=. $(BIN)/python docs/methods_reference.py
+
+# The pictures of README, made by the project itself; needs Chromium.
+pictures: .venv/run
+	PYTHONPATH=. $(BIN)/python docs/pictures.py
 
 clean:
 	rm -rf .venv .venv-peers blockmerge-demo

@@ -16,13 +16,14 @@ Written by `make docs` from the commands' own `--help`. Results go to stdout, ev
 | exit code | meaning |
 | --- | --- |
 | 0 | done |
-| 1 | something blockmerge refuses: one line on stderr says what and why, and nothing was written |
-| 2 | what is no command line: an unknown option, a missing argument, a text where a number belongs |
+| 1 | refused: one line on stderr says what and why, and nothing was written |
+| 2 | not a valid command line: an unknown option, a missing argument, a text instead of a number |
 | 130 | interrupted (Ctrl-C) |
 
-A result that cannot be printed (stdout is a full disk) is exit code 1 too; all else is done then.
+If the result cannot be printed (stdout is a full disk), the exit code is 1 too. Everything else is done then.
 
-`--json` prints one JSON object: see [json.md](json.md).
+`check`, `verify`, `similarity` and `explain` also exit with 1 for what they find. `--json` prints one JSON
+object: see [json.md](json.md).
 """
 
 

@@ -8,28 +8,43 @@ from blockmerge.methods import METHODS, Method
 
 _HEAD = """# The methods
 
-Written by `make docs` from the definitions in `blockmerge/methods/builtin/`. `blockmerge methods` lists them,
-`blockmerge methods NAME` shows one.
+```sh
+blockmerge methods                                                       # list them
+blockmerge methods ties                                                  # show one, with its numbers
+blockmerge a.safetensors b.safetensors -m slerp -w 0.5                   # merge with one
+blockmerge a.safetensors b.safetensors c.safetensors -m ties -w 1 --density 0.3
+```
 
-A, B, C are one tensor of each model, α (alpha) and β (beta) the block's weights; Xᵢ are all models, of which
-A is the first. Halves and 8-bit floats are combined in float32, float32 in float64, and the result is rounded
-once. Of finite weights every method makes finite ones, unless the result is beyond the range of the output's
-dtype, or a step on the way to it (a difference of two tensors, a product with α or β) beyond that of the
-dtype it is computed in. Only bf16 and float64 come near the latter, which are combined in a dtype of the same
-range: bf16 is safe up to 1.7·10³⁸, half of the largest float32, as long as α and β are from 0 to 1. What
-overflows is refused, not written.
+[merge.md](merge.md#choose-a-method) says which method is for what. To add one, see
+[own_method.md](own_method.md).
+`make docs` writes this page from the definitions in `blockmerge/methods/builtin/`.
+
+- A, B and C are one tensor of each model. Xᵢ stands for all models, of which A is the first.
+- α (alpha) and β (beta) are the block's weights: `--weights` and `--weights-beta`.
+- Other numbers have options of their own, such as `--density 0.3`.
 
 """
 
 _TAIL = """
-*Looks at* is how much of a tensor a result depends on, and so how a merge may cut its work. A
-method that looks at all tensors reads the models twice: once for the figures that it needs, once to merge.
+- **Looks at** is how much of a tensor a result depends on, and so how a merge may cut its work. A method
+  that looks at the whole model reads the models twice: once for the figures that it needs, once to merge.
+- **Copied at** gives the weights, or pairs (α, β), at which the result is one of the inputs, bit for bit.
+  The other models are not even read there. `tensor_sum` always takes whole rows as they are.
 
-SuperMerger's *self* and *plus random* leave all tensors alone that have `to_out`, `proj_out` or `norm` in
-their names; `scale` and `add_noise` take them, too. With `--rules ":to_out proj_out norm:skip"` they do not.
+SuperMerger's *self* and *plus random* are `scale` and `add_noise` here. SuperMerger leaves out all tensors
+with `to_out`, `proj_out` or `norm` in their names, blockmerge includes them. To leave them out, add
+`--rules ":to_out proj_out norm:skip"`.
 
-*Copied at*: the weights, or pairs (α, β), at which the result is an input, bit for bit; the other models are
-not even read there. `tensor_sum` always takes whole rows as they are.
+## Rounding and range
+
+- fp16, bf16 and 8-bit floats are combined in float32, and float32 in float64. The result is rounded once.
+- From finite weights every method makes finite ones, with two exceptions. The result may be beyond the
+  range of the output's dtype. A step on the way may be beyond the range of the dtype that it is computed
+  in.
+- Such steps are a difference of two tensors, or a product with α or β. Only bf16 and float64 come near
+  that limit, since they are combined in a dtype of the same range. With α and β from 0 to 1, bf16 is safe
+  up to 1.7·10³⁸, half of the largest float32.
+- What overflows is refused, not written.
 
 ## Where a formula has no value
 
@@ -44,80 +59,19 @@ not even read there. `tensor_sum` always takes whole rows as they are.
 
 ## Shares and counts
 
-Shares are read as the decimal numbers that they are written as: α = 0.29 of 100 rows are 29, though the
-double nearest to 0.29 is a little less. `ties` keeps ⌈k·n⌉ of n values, and all that are as large as the
-smallest of them.
+Shares are read as the decimal numbers that you write. α = 0.29 of 100 rows are 29 rows, though the double
+nearest to 0.29 is a little less. `ties` keeps ⌈k·n⌉ of n values, and all that are as large as the smallest
+of them.
 
 ## Chance
 
-What `add_noise` and `dare` draw depends on the seed, the tensor's LDM name and the element's position alone:
-the first 64 bits of the SHA-256 of both are a key, and SplitMix64, started there, gives 16 bits for each
-position. Two normal numbers that are neighbours are one of 65,536 equally likely pairs, a Hammersley set of
-as many normal quantiles, rounded to float16. So the same seed gives the same file with any number of threads,
-on one kind of processor.
+`add_noise` and `dare` draw random numbers. What they draw depends on the seed, the tensor's LDM name and
+the element's position alone. So the same seed gives the same file with any number of threads, on one kind
+of processor.
 
-## A method of your own
-
-```python
-import blockmerge
-
-
-@blockmerge.merge_method(formula="A + α·γ·(B − A)")
-def soften(a, b, *, alpha, gamma=0.5):
-    return a + alpha * gamma * (b - a)
-
-
-blockmerge.merge_state_dicts(a, b, weights=0.3, method=soften)
-```
-
-Or from the command line, with the function in `mine.py` in the current folder or wherever Python looks:
-`blockmerge a.safetensors b.safetensors --weights 0.3 --method mine:soften`. It runs as part of the merge,
-with all that you may do yourself.
-
-Parameters by position are the models (`*others` for any number), `alpha` and `beta` are the weights, other
-keywords are numbers with a default, none named like an argument of `merge` but `seed`; on the command line
-they are given as `--number gamma=0.2`. The tensors are copies in float32 or float64, and what is returned is
-rounded once. [examples/own_method.py](../examples/own_method.py) is one to start from.
-
-The built-in methods are defined in the same way, with all that the decorator takes:
-
-- `locality` says what the function must see at once. `"element"`, the default: any stretch of a tensor, flat.
-  `"row"`: any entries of the first axis. `"tensor"`: the whole. `"model"`: the whole, after `passes`.
-- `formula` and `source` are texts, for `blockmerge methods`.
-- `copies` is a function of alpha and beta: the number of the model (0 is A) whose bytes the result is, which
-  is then copied, or None. `blockmerge.methods.planning` has `a_at_zero`, `a_to_b` and others.
-- `numbers` says more about numbers, with `Number` from `blockmerge.methods`:
-  `[Number("gamma", text="how soft", low=0, high=1)]`.
-- `chance=True`: the function takes the keywords `key` and `position`, and a merge its `seed`.
-- `rows`, for `"row"`, is a function of shape, alpha and beta: stretches (start, stop, model) of the first
-  axis, which are copied without the function.
-- `passes`, for `"model"`, are two functions. The first gives the figures of one tensor of each model. The
-  second makes of those of all tensors, a list in any order, what the function takes as
-  the keyword `gathered`.
-
-Random numbers come from `blockmerge.methods.randomness`, so that a tensor gets the same ones however it is
-cut: `normal(key, position, count, device)` are normal numbers, `chosen(rate, key, position, count, device)`
-is 1 with the probability `rate`/65,536 and else 0. Both are flat and good until the next call.
-
-```python
-from blockmerge.methods.randomness import normal
-
-
-@blockmerge.merge_method(chance=True)
-def jitter(a, b, *, alpha, key, position, amount=0.01):
-    return a + alpha * (b - a) + amount * normal(key, position, a.numel(), a.device)
-
-
-@blockmerge.merge_method(
-    locality="model",
-    passes=(lambda a, b: (b - a).abs().max(), lambda figures: max(float(one) for one in figures)),
-)
-def levelled(a, b, *, alpha, gathered):
-    return a + alpha * (b - a) / gathered if gathered else a
-```
-
-A function with a keyword `out`, without a default, writes its result into `out` and rounds it itself. It gets
-the tensors as they are, of any float dtypes, and `out` may be the memory of A.
+In detail: the first 64 bits of the SHA-256 of seed and name are a key. SplitMix64, started there, gives 16
+bits for each position. Two neighbouring normal numbers are one of 65,536 equally likely pairs. The pairs
+are a Hammersley set of as many normal quantiles, rounded to float16.
 """
 
 _COPIED = {0: "A", 1: "B", 2: "C"}

@@ -535,7 +535,7 @@ def test_version(capsys):
 def test_help_without_arguments(capsys):
     assert run([]) in (0, 2)  # click has changed its mind about the code
     out = capsys.readouterr()
-    assert "Merge Stable Diffusion checkpoints block by block." in out.out + out.err
+    assert "Merge checkpoints of image models block by block." in out.out + out.err
 
 
 def test_ctrl_c_before_the_merge_begins(here, big_pair):

@@ -389,9 +389,3 @@ def test_files_and_functions_are_of_a_size_to_be_read():
 def test_rooms_say_what_belongs_in_them():
     for path in PACKAGE.rglob("__init__.py"):
         assert ast.get_docstring(ast.parse(path.read_text())), path
-
-
-def test_links_in_the_docs_lead_somewhere():
-    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} → {target}"

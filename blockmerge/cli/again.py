@@ -25,15 +25,17 @@ def again(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Make a merge again from the recipe in its metadata: without --set the same file, bit for bit.
+    """Make a merge again from the recipe in its metadata. Without --set it is the same file, bit for bit.
 
     \b
       blockmerge again merged.safetensors -o same.safetensors
       blockmerge again merged.safetensors --models ~/models --set OUT05=0.7 -o variant.safetensors
 
-    The models are found by what is in them, whatever they are called now: beside FILE, and in the folders
-    given. A weight that is set goes on top of those that the merge was made with. FILE may be a pinned
-    recipe, as blockmerge recipe FILE --pin prints it: then the output gets its name only if it is that file.
+    The models are found by their contents, whatever they are called now: beside FILE, and in the folders
+    given. --set changes the recipe; a weight goes on top of those that the merge was made with.
+
+    FILE may also be a pinned recipe, as blockmerge recipe FILE --pin prints it. Then the output gets its name
+    only if it is that file, bit for bit.
     """
     from blockmerge.merging.again import Recorded, Searched, check_other
 

@@ -16,7 +16,7 @@ from blockmerge.cli.output_options import output_options, partial_option
 @click.option("-o", "--output", metavar="PATH", required=True, help="Where the model goes.")
 @partial_option
 @click.option(
-    "--device", metavar="cpu|cuda[:N]|auto", default="cpu", show_default=True, help="Where the sums are done."
+    "--device", metavar="cpu|cuda[:N]|auto", default="cpu", show_default=True, help="Where to compute."
 )
 @click.option(
     "--dry-run", is_flag=True, help="Make all checks that need no weights, show the plan, and write nothing."
@@ -41,8 +41,8 @@ def bake(
       blockmerge bake model.safetensors style.safetensors:0.8 -o styled.safetensors
       blockmerge bake model.safetensors a.safetensors:0.7 b.safetensors:-0.5:"BASE=0,IN04=1" -o c.safetensors
 
-    STRENGTH is 1 if nothing is said, and may be negative. BLOCKS multiplies it, block by block: any text of
-    weights, a list of numbers as for LoRA block weights, or NONE, ALL, INS, OUTALL and the like.
+    STRENGTH is 1 by default, and may be negative. BLOCKS multiplies it, block by block. It is a text of
+    weights, a list of numbers as for LoRA block weights, or a word such as NONE, ALL, INS or OUTALL.
     """
     from blockmerge.merging.planning.request import make_request
     from blockmerge.merging.recipe import Recipe

@@ -31,10 +31,9 @@ def check(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Look for everything that can be wrong with a model: tensors that are missing, broken or superfluous,
-    NaN, metadata.
+    """Look for what can be wrong with a model: missing, broken or superfluous tensors, NaN, metadata.
 
-    The exit code is 1 when there is an error or a warning; notes alone are 0. Everything is read once.
+    The exit code is 1 for an error or a warning, and 0 for notes alone. Everything is read once.
 
     \b
       blockmerge check model.safetensors

@@ -12,12 +12,12 @@ from blockmerge.cli.console import json_option, progress_bar, stdout_console
 @click.command(short_help="Make two models and merge them.")
 @click.argument("folder", metavar="[DIR]", default="blockmerge-demo")
 @click.option(
-    "--family", metavar="sd1|sd2|sdxl", default="sd1", show_default=True, help="What kind of models."
+    "--family", metavar="sd1|sd2|sdxl", default="sd1", show_default=True, help="Which family of models."
 )
 @click.option(
     "--full-size", is_flag=True, help="Real widths: 2.1 GB (sd1), 2.6 GB (sd2) or 6.9 GB (sdxl) each."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random weights.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random weights.")
 @click.option("--overwrite", is_flag=True, help="Replace the files of an earlier demo.")
 @json_option
 def demo(folder: str, family: str, full_size: bool, seed: int, overwrite: bool, as_json: bool) -> None:

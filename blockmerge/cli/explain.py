@@ -16,7 +16,7 @@ from blockmerge.cli.report import ReportTarget, report_options
 @click.option(
     "--tensors",
     is_flag=True,
-    help="Also tell every single tensor, for merges whose weights change within blocks.",
+    help="Also list every tensor, for merges whose weights change within blocks.",
 )
 @opening_options("drop|use")
 @click.option(
@@ -35,14 +35,14 @@ def explain(
     output: str | None,
     overwrite: bool,
 ) -> None:
-    """Say which of the CANDIDATEs MERGE was merged from, with which weights, or that it was not.
+    """Say which CANDIDATEs MERGE was made from, and with which weights. Or say that it was not.
 
     \b
       blockmerge explain merged.safetensors a.safetensors b.safetensors c.safetensors
       blockmerge explain merged.safetensors models/ -o report.html
 
-    The fewest candidates that explain the file win. Then the merge is made again in memory and held against
-    the file. Candidates may be models, folders of models, or patterns. Everything is read twice.
+    Candidates are models, folders of models, or patterns. The fewest that explain the file win. Then the
+    merge is made again in memory and compared with the file. Everything is read twice.
     """
     from blockmerge.errors import CheckpointError, listing
     from blockmerge.explaining import explain as find_origin

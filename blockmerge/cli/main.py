@@ -65,7 +65,7 @@ class Commands(DefaultGroup):  # type: ignore[misc]
 )
 @click.version_option(__version__, "-V", "--version", prog_name="blockmerge")
 def cli() -> None:
-    """Merge Stable Diffusion checkpoints block by block.
+    """Merge checkpoints of image models block by block.
 
     \b
       blockmerge a.safetensors b.safetensors --preset high_res

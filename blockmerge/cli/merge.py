@@ -39,15 +39,14 @@ if TYPE_CHECKING:
     "presets",
     metavar="NAME",
     multiple=True,
-    help="A preset's name, a preset file, or FILE#NAME; NAME@RATIO, repeated, adds presets up. See "
+    help="A preset: a name, a file, or FILE#NAME. NAME@RATIO, repeated, adds presets up. See "
     "`blockmerge presets`.",
 )
 @click.option(
     "-w",
     "--weights",
     metavar="TEXT",
-    help="How much of B: 0.5, or a number for each block, or BASE=0,IN00-IN05=0.3,M00=skip, or "
-    "IN00-IN11=0..1.",
+    help="How much of B: 0.5, a number for each block, BASE=0,IN00-IN05=0.3,M00=skip, or IN00-IN11=0..1.",
 )
 @click.option(
     "--set",
@@ -70,26 +69,31 @@ if TYPE_CHECKING:
     "presets_beta",
     metavar="NAME",
     multiple=True,
-    help="The same for beta, a method's second weight.",
+    help="Like --preset, for beta: a method's second weight.",
 )
-@click.option("--weights-beta", metavar="TEXT", help="The same for beta. [default: 0]")
+@click.option("--weights-beta", metavar="TEXT", help="Like --weights, for beta. [default: 0]")
 @click.option(
-    "--set-beta", "changes_beta", metavar="TEXT", multiple=True, callback=not_empty, help="The same for beta."
+    "--set-beta",
+    "changes_beta",
+    metavar="TEXT",
+    multiple=True,
+    callback=not_empty,
+    help="Like --set, for beta.",
 )
 @click.option(
     "--number",
     "numbers",
     metavar="NAME=VALUE",
     multiple=True,
-    help="A number of the method, one of your own too.",
+    help="A number of the method, also of your own methods.",
 )
 @click.option(
     "--rules",
     metavar="TEXT",
     multiple=True,
     callback=not_empty,
-    help="Element rules: OUT03-OUT05:attn2:0.8, NOT BASE:norm:0. Repeated, they add up; the last that fits "
-    "counts.",
+    help="Weights of single tensors: OUT03-OUT05:attn2:0.8, NOT BASE:norm:0. May be repeated; the last that "
+    "fits counts.",
 )
 @click.option(
     "--adjust",
@@ -104,7 +108,7 @@ if TYPE_CHECKING:
     "loras",
     metavar="FILE[:STRENGTH[:BLOCKS]]",
     multiple=True,
-    help="Add a LoRA to the merge: style.safetensors:0.8:OUTALL. Repeated, they add up.",
+    help="Add a LoRA to the merge: style.safetensors:0.8:OUTALL. May be repeated.",
 )
 @partial_option
 @click.option(
@@ -138,7 +142,7 @@ if TYPE_CHECKING:
     help="How 26 weights go to SDXL's 20 blocks. [default: the preset's own table, else by name]",
 )
 @click.option(
-    "--device", metavar="cpu|cuda[:N]|auto", default="cpu", show_default=True, help="Where the sums are done."
+    "--device", metavar="cpu|cuda[:N]|auto", default="cpu", show_default=True, help="Where to compute."
 )
 @threads_option
 @about_options
@@ -176,8 +180,7 @@ def merge(
     description: str | None,
     **options: Any,
 ) -> None:
-    """Merge A and B (and C, as many as the method takes), block by block, into a new .safetensors file or
-    diffusers folder.
+    """Merge A and B block by block into a new .safetensors file or diffusers folder. Some methods take more.
 
     \b
       blockmerge a.safetensors b.safetensors --preset high_res

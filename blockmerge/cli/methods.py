@@ -11,9 +11,7 @@ from blockmerge.cli.console import json_option, stdout_console
 @click.argument("name", required=False)
 @json_option
 def methods(name: str | None, as_json: bool) -> None:
-    """List the methods by which tensors are merged; with NAME show one: its formula, weights, numbers and
-    source.
-    """
+    """List the merge methods. With NAME, show one: its formula, weights, numbers and source."""
     from blockmerge.methods import METHODS, find_method
 
     chosen = list(METHODS.values()) if name is None else [find_method(name)]

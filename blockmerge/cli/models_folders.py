@@ -9,5 +9,5 @@ models_option = click.option(
     metavar="FOLDER",
     multiple=True,
     callback=not_empty,
-    help="Look here, too, for models that are not beside the file, in subfolders as well. May be repeated.",
+    help="Also look for models in this folder and its subfolders. May be repeated.",
 )

@@ -15,7 +15,7 @@ variant_option = click.option(
     "--variant",
     metavar="NAME",
     callback=not_empty,
-    help="Which weights of diffusers folders that have several kinds: fp16. "
+    help="Which weights to read from diffusers folders that hold several kinds, such as fp16. "
     "[default: the plain ones, or the only ones]",
 )
 """For commands that look at a file as it is; all others have `opening_options`."""
@@ -25,7 +25,7 @@ def opening_options(ema: str) -> Callable[[Command], Command]:
     """The options of commands that take a model for one U-Net; `ema` are the choices for EMA copies."""
 
     def add(command: Command) -> Command:
-        about = "EMA copies: use makes them the U-Net. [default: drop]"
+        about = "What becomes of EMA copies; use makes them the U-Net. [default: drop]"
         with_ema = click.option("--ema", metavar=ema, default="drop", help=about)
         return with_ema(variant_option(command))
 

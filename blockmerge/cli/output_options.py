@@ -29,7 +29,7 @@ configs_option = click.option(
     "--configs",
     metavar="FOLDER",
     callback=not_empty,
-    help="Whose configs and tokenizers go into a new folder: a diffusers folder, or a tokenizer's alone.",
+    help="Take a new folder's configs and tokenizers from here: a diffusers folder, or a tokenizer's folder.",
 )
 
 threads_option = click.option(
@@ -37,7 +37,9 @@ threads_option = click.option(
 )
 
 partial_option = click.option(
-    "--partial", is_flag=True, help="Leave out a LoRA's modules that meet no tensor, instead of refusing it."
+    "--partial",
+    is_flag=True,
+    help="Leave out a LoRA's modules that fit no tensor, instead of refusing the LoRA.",
 )
 
 
@@ -46,7 +48,7 @@ def about_options(command: Command) -> Command:
     for key in reversed(("title", "author", "license", "description")):
         about = f"The model's {key}, for its metadata (modelspec.{key})."
         command = click.option(f"--{key}", metavar="TEXT", callback=not_empty, help=about)(command)
-    about = "Record the models' SHA-256s, too, in the metadata: reads those that were not hashed before."
+    about = "Also record the models' SHA-256 in the metadata. Models that were never hashed are read for it."
     return click.option("--hash", is_flag=True, help=about)(command)
 
 
@@ -63,7 +65,7 @@ def output_options(command: Command) -> Command:
             callback=not_empty,
             help="Bake in this VAE: a file or a folder. [default: the model's own]",
         ),
-        click.option("--prune", is_flag=True, help="Leave out all that no loader needs."),
+        click.option("--prune", is_flag=True, help="Leave out what no loader needs."),
         configs_option,
         threads_option,
         click.option("--overwrite", is_flag=True, help="Replace an existing output."),

@@ -9,15 +9,15 @@ from blockmerge.cli.console import json_option, progress_bar, stdout_console
 
 @click.command(short_help="Show what made a merge: a recipe to edit and run.")
 @click.argument("file", metavar="FILE")
-@click.option("--tree", is_flag=True, help="Draw where it comes from, and what its models come from.")
+@click.option("--tree", is_flag=True, help="Draw what it was made from, and what its models were made from.")
 @click.option(
     "--pin",
     is_flag=True,
-    help="Print all that `blockmerge again` needs to make the same file elsewhere, with its hashes, as JSON.",
+    help="Print as JSON what `blockmerge again` needs to make the same file elsewhere, with its hashes.",
 )
 @json_option
 def recipe(file: str, tree: bool, pin: bool, as_json: bool) -> None:
-    """Show the recipe in a merged file's metadata, as TOML that `blockmerge run` takes, and the command.
+    """Show the recipe in a merged file's metadata: TOML for `blockmerge run`, and the command.
 
     \b
       blockmerge recipe merged.safetensors

@@ -20,15 +20,15 @@ def recipe_options(command: Command) -> Command:
             metavar="[STAGE.]KEY=VALUE",
             multiple=True,
             callback=not_empty,
-            help="Change the recipe on the way: X.preset=low_res of a stage, dtype=fp32, or OUT05=0.7 of the "
-            "result. May be repeated.",
+            help="Change the recipe before it runs: X.preset=low_res for a stage, dtype=fp32 or OUT05=0.7 "
+            "for the result. May be repeated.",
         ),
         click.option(
             "--device",
             metavar="cpu|cuda[:N]|auto",
             default="cpu",
             show_default=True,
-            help="Where the sums are done.",
+            help="Where to compute.",
         ),
         threads_option,
         click.option("--overwrite", is_flag=True, help="Replace an existing output."),

@@ -27,15 +27,16 @@ def run(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Merge by a recipe: a TOML file that names models, stages and their options. All stages are computed in
-    one pass, without files in between, and rounded once.
+    """Merge by a recipe: a TOML file that names models, stages and their options.
+
+    All stages are computed in one pass, without files in between, and rounded once.
 
     \b
       blockmerge run mix.toml
       blockmerge run mix.toml --set final.weights=0.4 --set X.preset=low_res -o other.safetensors
 
-    What a recipe looks like is in docs/recipes.md. A pinned recipe, as blockmerge recipe FILE --pin prints
-    it, makes its file, or nothing.
+    docs/recipes.md says what a recipe looks like. RECIPE may also be a pinned one, as printed by
+    blockmerge recipe FILE --pin. It makes exactly its file, or nothing.
     """
     from blockmerge.errors import BlockmergeError, shown
     from blockmerge.merging.again import Recorded, Searched, is_pinned

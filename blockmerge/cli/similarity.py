@@ -43,15 +43,15 @@ def similarity(
     output: str | None,
     overwrite: bool,
 ) -> None:
-    """Say how alike BASE is to every REF: models, folders of models, or patterns such as refs/*.safetensors.
+    """Say how alike BASE is to every REF: a model, a folder of models, or a pattern.
 
     \b
       blockmerge similarity mine.safetensors refs/*.safetensors
       blockmerge similarity mine.safetensors refs/ --method weights --blocks
       blockmerge similarity a.safetensors b.safetensors c.safetensors --matrix -o report.html
 
-    The attention similarity is that of ASimilarityCalculator, the same numbers; it reads a few percent of the
-    files. A file that cannot be compared gets a line that says why, the others go on, and the exit code is 1.
+    The attention similarity gives the numbers of ASimilarityCalculator. It reads a few percent of the files.
+    A file that cannot be compared gets a line that says why. The others go on, and the exit code is 1.
     """
     from blockmerge.comparing import check_method, similarity_matrix
     from blockmerge.comparing import similarity as compare

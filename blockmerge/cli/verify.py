@@ -9,20 +9,20 @@ from blockmerge.cli.models_folders import models_option
 from blockmerge.cli.output_options import threads_option
 
 
-@click.command(short_help="Is a merge what its recipe says?")
+@click.command(short_help="Check that a merge is what its recipe says.")
 @click.argument("file", metavar="FILE")
 @models_option
 @threads_option
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 def verify(file: str, models: tuple[str, ...], threads: int | None, as_json: bool, quiet: bool) -> None:
-    """Make a merge again from its own recipe, in memory, and compare: the same bits, or which tensors differ.
+    """Check that a merge is what its recipe says: make it again in memory, and compare every bit.
 
     \b
       blockmerge verify merged.safetensors
       blockmerge verify merged.safetensors --models ~/models
 
-    The exit code is 0 when all are the same, else 1.
+    The exit code is 0 if all bits are the same, else 1. Tensors that differ are named.
     """
     from blockmerge.errors import CheckpointError, shown
     from blockmerge.merging.verify import verify as verify_file

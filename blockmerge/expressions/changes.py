@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _TILE = 1 << 18  # elements, of which all that is computed with them stays in a cache
 _LEAST_ROWS = 16
 _ONE_BLOCK = 128  # of a rank: libraries add up products in blocks of some hundreds, each to what is there
+_ROWS_WIDENED = 1 << 11  # of factors whose squares are summed
 _ALIGNED = 64  # bytes: as torch's own memory is
 
 
@@ -221,16 +222,25 @@ class LowRank(Change):
         self, inputs: Sequence[torch.Tensor], like: torch.Tensor
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """All ups side by side, each with its scale, and all downs one below the other."""
-        ups, downs = inputs[: len(self.ups)], inputs[len(self.ups) :]
-        rank = sum(map(len, downs))
-        up, down = like.new_empty(len(ups[0]), rank), like.new_empty(rank, self.width)
-        begin = 0
-        for scale, left, right in zip(self.scales, ups, downs, strict=True):
-            place = slice(begin, begin + len(right))
-            up[:, place].copy_(left.reshape(len(left), -1)).mul_(scale)
-            down[place].copy_(right.reshape(len(right), -1))
-            begin = place.stop
-        return [up], [down]
+        count = len(self.ups)
+        return [self._side_by_side(inputs[:count], like)], [self._stacked(inputs[count:], like)]
+
+    def _side_by_side(self, ups: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        ranks = [down.shape[0] for down in self.downs]
+        joined = like.new_empty(len(ups[0]), sum(ranks))
+        for scale, up, place in zip(self.scales, ups, torch.split(joined, ranks, dim=1), strict=True):
+            place.copy_(up.reshape(len(up), -1)).mul_(scale)
+        return joined
+
+    def _stacked(self, downs: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        joined = like.new_empty(sum(map(len, downs)), self.width)
+        for down, place in zip(downs, torch.split(joined, [len(down) for down in downs]), strict=True):
+            place.copy_(down.reshape(len(down), -1))
+        return joined
 
     def fill(self, factors: Prepared, out: torch.Tensor) -> None:
         """Multiply."""
@@ -253,12 +263,17 @@ class LowRank(Change):
         """
         import torch
 
-        dtype = torch_dtype(self.dtype, inputs[0].device)
-        [up], [down] = self._made_ready(inputs, inputs[0].new_empty(0, dtype=dtype))
-        # What is read begins with a tile.
+        like = inputs[0].new_empty(0, dtype=torch_dtype(self.dtype, inputs[0].device))
+        down = self._stacked(inputs[len(self.ups) :], like)
+        inner = down @ down.T
+        # What is read begins with a tile. Not all rows are widened at once, as they may be many.
         begin = self.begin // self.width - self._rows_for(0, self.elements).start
-        up = up[begin : begin + self.elements // self.width]
-        inner = (up.T @ up).mul_(down @ down.T)
+        rows = [one[begin : begin + self.elements // self.width] for one in inputs[: len(self.ups)]]
+        of_ups = torch.zeros_like(inner)
+        for some in zip(*(torch.split(one, _ROWS_WIDENED) for one in rows), strict=True):
+            up = self._side_by_side(some, like)
+            of_ups.addmm_(up.T, up)
+        inner.mul_(of_ups)
         ranks = [one.shape[0] for one in self.downs]
         over_rows = torch.stack([one.sum(0) for one in torch.split(inner, ranks)])
         return torch.stack([one.sum(1) for one in torch.split(over_rows, ranks, dim=1)], dim=1)

@@ -19,6 +19,11 @@ PAGE = 4096
 _NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
 _FLUSH_EVERY = 256 << 20  # bytes of buffered writes
 
+_AT_ONCE = 2
+"""How many threads write directly at a time. Two keep a disk busy. Were it all of them, they would end
+together, and then all compute while the disk has nothing to do.
+"""
+
 
 class OutputStream:
     """The file that all workers of one run write to; each opens its own `writer()`."""
@@ -26,6 +31,7 @@ class OutputStream:
     def __init__(self, path: Path, *, direct: bool = True) -> None:
         self.path = path
         self.direct = direct and hasattr(os, "O_DIRECT")
+        self.turns = threading.BoundedSemaphore(_AT_ONCE)
         self._lock = threading.Lock()
         self._unflushed = 0
 
@@ -81,7 +87,8 @@ class PieceWriter:
         try:
             if self._direct < 0:
                 self._direct = self._open(os.O_DIRECT)
-            _write(self._direct, offset, pages, direct=True)
+            with self._stream.turns:
+                _write(self._direct, offset, pages, direct=True)
         except OSError as error:
             # Some file systems let a file be opened for direct writes and then refuse them.
             if error.errno not in _NOT_DIRECT:

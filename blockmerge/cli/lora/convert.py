@@ -16,14 +16,15 @@ from blockmerge.cli.lora.options import lora_options, output_option
 @click.option("--to", metavar="kohya|diffusers", required=True, help="Whose names the modules get.")
 @lora_options("each tensor's own")
 def convert(lora: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Write a LoRA under kohya's names (sd-scripts, most web UIs) or diffusers' (PEFT), whichever it has.
+    """Write a LoRA under kohya's names (sd-scripts, most web UIs) or diffusers' names (PEFT).
 
     \b
       blockmerge lora convert style.safetensors -o style-peft.safetensors --to diffusers
       blockmerge lora convert style-peft.safetensors -o style.safetensors --to kohya
 
-    diffusers' form has no alphas: alpha / rank goes into a factor, which is exact for powers of two, but
-    for fp16 values near 0; a note says so. What it has no place for, as LoHa, is refused.
+    diffusers' form has no alphas, so alpha / rank is multiplied into a factor. This is exact for powers of
+    two, except for fp16 values near 0; a note says so. Kinds that have no place there, such as LoHa, are
+    refused.
     """
     from blockmerge.lora_making import convert_lora
 

@@ -13,8 +13,7 @@ from blockmerge.cli.console import json_option, progress_bar, stdout_console
 def inspect(file: str, as_json: bool) -> None:
     """Show a LoRA's kind, family, ranks and alphas, and how much of its change is in each block.
 
-    Then what people look for in its metadata: trigger words, and the model that it was trained on. No model
-    is needed.
+    Then show its trigger words, and the model that it was trained on. No model is needed.
     """
     from blockmerge.inspecting import inspect_lora
 

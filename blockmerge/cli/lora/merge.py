@@ -10,7 +10,7 @@ from blockmerge.cli.console import progress_bar
 from blockmerge.cli.lora.options import lora_options, output_option, show, size_options
 
 
-@click.command(short_help="Make one LoRA of several.")
+@click.command(short_help="Make one LoRA from several.")
 @click.argument("loras", metavar="FILE[:STRENGTH[:BLOCKS]]…", nargs=-1, required=True)
 @output_option
 @size_options("[default: nothing is lost]")
@@ -22,8 +22,8 @@ def merge(loras: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) ->
       blockmerge lora merge a.safetensors:0.7 b.safetensors:0.4 -o ab.safetensors
       blockmerge lora merge a.safetensors b.safetensors:-0.5:OUTALL -o ab.safetensors --rank 32
 
-    Without --rank and --energy the result is exact, and each module's rank the sum of theirs. LoHa and LoKr
-    become LoRAs; what looks at the model's weights, as DoRA does, has to be baked into a model first.
+    Without --rank and --energy the result is exact, and the ranks add up. LoHa and LoKr become LoRAs. Kinds
+    that look at the model's weights, such as DoRA, must be baked into a model first.
     """
     from blockmerge.lora_making import merge_loras
 

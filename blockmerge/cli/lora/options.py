@@ -26,9 +26,10 @@ def size_options(where_neither: str) -> Callable[[Command], Command]:
             "--energy",
             metavar="SHARE",
             type=float,
-            help=f"The least rank that keeps this share of each module's squared norm: 0.99. {where_neither}",
+            help="The least rank that keeps this share of each module's squared norm, such as 0.99. "
+            f"{where_neither}",
         )
-        rank = click.option("--rank", metavar="N", type=int, help="The rank that modules get at most.")
+        rank = click.option("--rank", metavar="N", type=int, help="The highest rank that a module gets.")
         return rank(energy(command))
 
     return add

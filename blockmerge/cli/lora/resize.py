@@ -13,7 +13,7 @@ from blockmerge.cli.lora.options import lora_options, output_option, show, size_
 @click.command(short_help="Make a LoRA smaller.")
 @click.argument("lora", metavar="FILE")
 @output_option
-@size_options("One of both has to be given.")
+@size_options("Give --rank or --energy.")
 @lora_options("the input's widest")
 def resize(lora: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Make a LoRA smaller: the best approximation of each module at a lower rank.
@@ -22,7 +22,7 @@ def resize(lora: str, as_json: bool, quiet: bool, **options: Any) -> None:
       blockmerge lora resize big.safetensors -o small.safetensors --energy 0.99
       blockmerge lora resize big.safetensors -o small.safetensors --rank 16
 
-    What the file says of its training stays.
+    Metadata about the training is kept.
     """
     from blockmerge.lora_making import resize_lora
 

@@ -7,14 +7,15 @@ import click
 from blockmerge.cli.console import json_option, progress_bar, stdout_console
 
 
-@click.command(short_help="Say how alike what two LoRAs do is.")
+@click.command(short_help="Say how alike two LoRAs are.")
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @click.option("--blocks", is_flag=True, help="Also show every block.")
 @json_option
 def similarity(a: str, b: str, blocks: bool, as_json: bool) -> None:
-    """Print the cosine of what two LoRAs add to the weights: 1 the same, 0 nothing in common, −1 the
-    opposite.
+    """Print the cosine of what two LoRAs add to the weights.
+
+    It is 1 for the same, 0 for nothing in common, and −1 for the opposite.
 
     \b
       blockmerge lora similarity v1.safetensors v2.safetensors --blocks

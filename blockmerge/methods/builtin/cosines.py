@@ -62,8 +62,9 @@ def _percentile(values: torch.Tensor, begin: torch.Tensor, end: torch.Tensor, pe
 
 @merge_method(
     locality="model",
-    formula="(1 − k)·B + k·A, k = ((κ + K)/2 − min)/(max − min) − |α| limited to [0, 1], κ the cosine of "
-    "each column, K that of A and B with normalised columns, min and max of all κ but the outermost 1 %",
+    formula="(1 − k)·B + k·A with k = ((κ + K)/2 − min)/(max − min) − |α|, limited to [0, 1]. Here κ is the "
+    "cosine of each column, and K is that of A and B with normalised columns. The min and max are those of "
+    "all κ without the outermost 1 %",
     source="SuperMerger's cosineA",
     passes=(_normalised_cosines, _middle_range),
 )
@@ -81,8 +82,9 @@ def cosine_a(
 
 @merge_method(
     locality="model",
-    formula="(1 − k)·B + k·A, k = (κ − min)/(max − min) − α limited to [0, 1], κ the mean of the cosine of "
-    "each column and that of A and B, min and max of all κ but the outermost 1 %",
+    formula="(1 − k)·B + k·A with k = (κ − min)/(max − min) − α, limited to [0, 1]. Here κ is the mean of "
+    "two cosines: that of each column and that of A and B. The min and max are those of all κ without the "
+    "outermost 1 %",
     source="SuperMerger's cosineB",
     passes=(_mean_cosines, _middle_range),
 )

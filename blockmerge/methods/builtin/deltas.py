@@ -28,8 +28,8 @@ from blockmerge.methods.planning import share
 
 @merge_method(
     locality="tensor",
-    formula="A + α·mean of the deltas Xᵢ − A that are among their tensor's ⌈k·n⌉ largest and have the sign "
-    "of their sum",
+    formula="A + α·(mean of the values of the deltas Xᵢ − A that count). The ⌈k·n⌉ largest values of each "
+    "delta are kept. A kept value counts if it has the sign of the sum of those kept at its place",
     source="TIES, arXiv 2306.01708",
     copies=planning.a_at_zero,
     numbers=[
@@ -96,8 +96,8 @@ def _smallest_kept(
 
 @merge_method(
     locality="tensor",
-    formula="A + α·t·mean of the n deltas Xᵢ − A, t = n·c/(1 + (n − 1)·c) limited to [0, 1], c their mean "
-    "cosine",
+    formula="A + α·t·(mean of the n deltas Xᵢ − A) with t = n·c/(1 + (n − 1)·c), limited to [0, 1]. Their "
+    "mean cosine is c",
     source="Model Stock, arXiv 2403.19522",
     copies=planning.a_at_zero,
 )

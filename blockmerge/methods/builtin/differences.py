@@ -27,7 +27,7 @@ def add_difference(
 
 
 @merge_method(
-    formula="A + 1.8α·(B − C)·s, s = |B − A|/(|B − C| + |B − A|), 0/0 = 0",
+    formula="A + 1.8α·(B − C)·s with s = |B − A|/(|B − C| + |B − A|). Here 0/0 counts as 0",
     source="SuperMerger's trainDifference",
     copies=planning.a_at_zero,
 )
@@ -52,7 +52,7 @@ def train_difference(
 
 @merge_method(
     locality="tensor",
-    formula="A + α·G(M(B − C)), M a median filter of size 3, G a Gaussian of σ = 1 over every axis",
+    formula="A + α·G(M(B − C)). M is a median filter of size 3. G is a Gaussian of σ = 1 over every axis",
     source="SuperMerger's smoothAdd",
     copies=planning.a_at_zero,
 )

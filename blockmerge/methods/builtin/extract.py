@@ -13,8 +13,8 @@ _SHORT = 4
 
 @merge_method(
     locality="row",
-    formula="A + ((1 − α)b + αc)·((1 − β)d + β(1 − d)), b = B − A, c = C − A, d = ((κ + 1)/2)^γ, κ the "
-    "cosine of b and c along the last axis; α, β limited to [0, 1]",
+    formula="A + ((1 − α)b + αc)·((1 − β)d + β(1 − d)). Here b = B − A, c = C − A and d = ((κ + 1)/2)^γ. κ "
+    "is the cosine of b and c along the last axis. Both α and β are limited to [0, 1]",
     source="SuperMerger's extract",
     numbers=[
         Number(

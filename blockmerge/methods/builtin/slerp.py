@@ -16,8 +16,8 @@ _PARALLEL = 1e-12  # 1 − |cosine| below which float64 cannot tell two directio
 
 @merge_method(
     locality="tensor",
-    formula="(sin((1 − α)Ω)·A/‖A‖ + sin(αΩ)·B/‖B‖)/sin Ω · ((1 − α)‖A‖ + α‖B‖), Ω the angle between A and B; "
-    "weighted_sum where sin Ω or a norm is 0",
+    formula="(sin((1 − α)Ω)·A/‖A‖ + sin(αΩ)·B/‖B‖)/sin Ω · ((1 − α)‖A‖ + α‖B‖). Ω is the angle between A and "
+    "B. Where sin Ω or a norm is 0, it is weighted_sum",
     source="Shoemake 1985; sd-mecha's slerp",
     copies=planning.a_to_b,
 )

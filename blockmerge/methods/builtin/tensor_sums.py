@@ -11,8 +11,8 @@ from blockmerge.methods.planning import Rows, swapped_columns, swapped_rows
 
 @merge_method(
     locality="row",
-    formula="rows ⌊nβ⌋ … ⌊n(α + β)⌋ of n from B, the others from A; if α + β > 1, rows ⌊n(α + β − 1)⌋ … ⌊nβ⌋ "
-    "from A, the others from B; α, β limited to [0, 1]",
+    formula="of n rows, ⌊nβ⌋ … ⌊n(α + β)⌋ from B, the others from A. If α + β > 1, rows ⌊n(α + β − 1)⌋ … "
+    "⌊nβ⌋ are from A, the others from B. Both α and β are limited to [0, 1]",
     source="SuperMerger's tensor, meh",
     copies=planning.a_to_b_limited,
     rows=swapped_rows,

@@ -46,7 +46,7 @@ def _wide_weighted_sum(a: torch.Tensor, b: torch.Tensor, *, alpha: float, out: t
 
 
 @merge_method(
-    formula="weighted_sum with α²(3 − 2α) in place of α, α limited to [0, 1]",
+    formula="weighted_sum with α²(3 − 2α) in place of α, which is limited to [0, 1]",
     source='the web UI\'s old "Sigmoid"',
     copies=planning.a_to_b_limited,
 )
@@ -57,7 +57,7 @@ def sigmoid(a: torch.Tensor, b: torch.Tensor, *, alpha: float, out: torch.Tensor
 
 
 @merge_method(
-    formula="weighted_sum with ½ − sin(asin(1 − 2α)/3) in place of α, α limited to [0, 1]",
+    formula="weighted_sum with ½ − sin(asin(1 − 2α)/3) in place of α, which is limited to [0, 1]",
     source='the web UI\'s old "Inverse sigmoid"',
     copies=planning.a_to_b_limited,
 )
@@ -70,7 +70,7 @@ def inverse_sigmoid(a: torch.Tensor, b: torch.Tensor, *, alpha: float, out: torc
 
 
 @merge_method(
-    formula="α·A; A where α = 0",
+    formula="α·A. Where α = 0, it is A itself",
     source="SuperMerger's self",
     copies=planning.a_at_zero_and_one,
 )
