@@ -59,3 +59,14 @@ def test_links_lead_somewhere(path):
         if not file.exists() or (anchor and anchor not in Page.of(file.read_text(encoding="utf-8")).anchors):
             broken.append(link)
     assert not broken, f"{path.relative_to(ROOT)} has links that lead nowhere: {broken}"
+
+
+def test_pictures_are_made_by_the_project_and_shown():
+    script, makefile = (ROOT / "docs" / "pictures.py").read_text(), (ROOT / "Makefile").read_text()
+    assert "docs/pictures.py" in makefile
+    for picture in (ROOT / "docs" / "pictures").iterdir():
+        assert f'"{picture.name}"' in script, f"{picture.name} is not written by docs/pictures.py"
+        shown = [page for page in PAGES if f"pictures/{picture.name})" in page.read_text(encoding="utf-8")]
+        assert shown, f"no page shows {picture.name}"
+        if picture.suffix == ".svg":
+            assert "url(http" not in picture.read_text(encoding="utf-8")
