@@ -38,7 +38,8 @@ own = unet.conv_in.weight.clone()
 def image() -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     latent, text = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 77, 24, generator=generator)
-    return unet(latent, timestep=500, encoder_hidden_states=text).sample
+    sample: torch.Tensor = unet(latent, timestep=500, encoder_hidden_states=text).sample
+    return sample
 
 
 preset = blockmerge.load_preset("high_res")  # once: it is in a file
