@@ -159,6 +159,7 @@ def again(
     threads: int | None = None,
     overwrite: bool = False,
     methods: Mapping[str, object] | None = None,
+    dry_run: bool = False,
     progress: Progress | None = None,
 ) -> MergeResult:
     """Make a merge again from the recipe in its metadata: the same file, or with `changes` a variant.
@@ -182,6 +183,7 @@ def again(
         overwrite=overwrite,
         metadata=None if changes else recorded.metadata,
         sha256=None if changes else recorded.sha256,
+        dry_run=dry_run,
         progress=progress,
     )
 

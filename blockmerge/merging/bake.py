@@ -40,6 +40,7 @@ def bake(
     threads: int | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
+    dry_run: bool = False,
     progress: Progress | None = None,
 ) -> MergeResult:
     """Put LoRAs into a model for good, as strongly as they would be at run time.
@@ -73,4 +74,6 @@ def bake(
     if not request.loras:
         raise RecipeError("no LoRA to bake in: give at least one")
     recipe = Recipe.of((model,), request)
-    return recipe.run(output, device=device, threads=threads, overwrite=overwrite, progress=progress)
+    return recipe.run(
+        output, device=device, threads=threads, overwrite=overwrite, dry_run=dry_run, progress=progress
+    )

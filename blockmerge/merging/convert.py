@@ -34,6 +34,7 @@ def convert(
     threads: int | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
+    dry_run: bool = False,
     progress: Progress | None = None,
 ) -> MergeResult:
     """Write a model as a `.safetensors` file or a diffusers folder.
@@ -65,4 +66,6 @@ def convert(
         configs=configs,
         variant=variant,
     )
-    return Recipe.of((source,), request).run(output, threads=threads, overwrite=overwrite, progress=progress)
+    return Recipe.of((source,), request).run(
+        output, threads=threads, overwrite=overwrite, dry_run=dry_run, progress=progress
+    )

@@ -48,6 +48,7 @@ def merge(
     partial: bool = False,
     about: Mapping[str, str] | None = None,
     hash: bool = False,
+    dry_run: bool = False,
     progress: Progress | None = None,
     **numbers: Any,
 ) -> MergeResult:
@@ -109,5 +110,5 @@ def merge(
         arguments=merge.__kwdefaults__,
     )
     return Recipe.of(models, request).run(
-        output, device=device, threads=threads, overwrite=overwrite, progress=progress
+        output, device=device, threads=threads, overwrite=overwrite, dry_run=dry_run, progress=progress
     )

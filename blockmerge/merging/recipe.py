@@ -395,11 +395,13 @@ class Recipe(Node):
         overwrite: bool = False,
         metadata: Mapping[str, str] | None = None,
         sha256: str | None = None,
+        dry_run: bool = False,
         progress: Progress | None = None,
     ) -> MergeResult:
-        """Merge: `plan`, and `run` of the plan. Raises what these raise."""
+        """Merge: `plan`, and `run` of the plan, or with `dry_run` its `summary`. Raises what these raise."""
+        check_flag("dry_run", dry_run)
         plan = self.plan(output, device=device, threads=threads, overwrite=overwrite, metadata=metadata)
-        return plan.run(progress, sha256=sha256)
+        return plan.summary() if dry_run else plan.run(progress, sha256=sha256)
 
 
 def _told(leaf: object, numbers: Mapping[int, int]) -> object:

@@ -27,9 +27,9 @@ _BUILT_IN = "blockmerge.methods.builtin."
 _SEED = Number("seed", 0, "with the tensor's name it decides what chance brings", "whole number")
 _TAKEN = (
     "about", "adjust", "allow_nonfinite", "changes", "changes_beta", "check_finite", "clip", "configs",
-    "device", "dtype", "ema", "hash", "loras", "method", "module", "naming", "out", "output", "overwrite",
-    "partial", "preset", "preset_beta", "progress", "prune", "rounding", "rules", "sdxl_map", "text_encoder",
-    "threads", "vae", "variant", "weights", "weights_beta",
+    "device", "dry_run", "dtype", "ema", "hash", "loras", "method", "module", "naming", "out", "output",
+    "overwrite", "partial", "preset", "preset_beta", "progress", "prune", "rounding", "rules", "sdxl_map",
+    "text_encoder", "threads", "vae", "variant", "weights", "weights_beta",
 )  # fmt: skip
 """Arguments of merging, which a number of the same name would never get past. `seed` is not among them:
 methods get it.
