@@ -2,8 +2,17 @@
 # `__init__.py` loads by it.
 
 from blockmerge.adapters import Lora as Lora
+from blockmerge.adapters import LoraLike as LoraLike
 from blockmerge.anatomy import block_of as block_of
+from blockmerge.catalogue import FamilyInfo as FamilyInfo
+from blockmerge.catalogue import MethodInfo as MethodInfo
+from blockmerge.catalogue import NumberInfo as NumberInfo
+from blockmerge.catalogue import PresetInfo as PresetInfo
+from blockmerge.catalogue import list_families as list_families
+from blockmerge.catalogue import list_methods as list_methods
+from blockmerge.catalogue import list_presets as list_presets
 from blockmerge.checkpoints import Checkpoint as Checkpoint
+from blockmerge.checkpoints import CheckpointLike as CheckpointLike
 from blockmerge.checkpoints import open_checkpoint as open_checkpoint
 from blockmerge.comparing import LoraSimilarity as LoraSimilarity
 from blockmerge.comparing import SimilarityMatrix as SimilarityMatrix
@@ -46,8 +55,15 @@ from blockmerge.merging import convert as convert
 from blockmerge.merging import merge as merge
 from blockmerge.merging import merge_state_dicts as merge_state_dicts
 from blockmerge.merging import verify as verify
+from blockmerge.methods import MethodLike as MethodLike
 from blockmerge.methods import merge_method as merge_method
+from blockmerge.streaming import Progress as Progress
+from blockmerge.types import DtypeLike as DtypeLike
+from blockmerge.types import PathLike as PathLike
 from blockmerge.version import __version__ as __version__
+from blockmerge.weights import AdjustLike as AdjustLike
 from blockmerge.weights import BlockWeights as BlockWeights
+from blockmerge.weights import RulesLike as RulesLike
+from blockmerge.weights import WeightsLike as WeightsLike
 from blockmerge.weights import load_preset as load_preset
 from blockmerge.weights import preset_names as preset_names

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,17 +18,18 @@ from blockmerge.lora_making.result import LoraConversion
 from blockmerge.lora_making.tasks import Made
 from blockmerge.lora_making.writing import LoraFile, compute_all
 from blockmerge.streaming import Progress
+from blockmerge.types import DtypeLike, PathLike
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 def convert_lora(
     lora: LoraLike,
     *,
-    output: str | os.PathLike[str],
+    output: PathLike,
     to: str,
-    dtype: str | torch.dtype | None = None,
+    dtype: DtypeLike | None = None,
     threads: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,

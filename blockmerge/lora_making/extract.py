@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -28,9 +27,10 @@ from blockmerge.lora_making.result import LoraResult
 from blockmerge.lora_making.size import Size, check_rank
 from blockmerge.lora_making.tasks import Difference, Layer, Made
 from blockmerge.streaming import Progress
+from blockmerge.types import DtypeLike, PathLike
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 _USUAL = "F16"
 _VAE, _UNET = "vae", "unet"
@@ -48,11 +48,11 @@ def extract_lora(
     tuned: CheckpointLike,
     base: CheckpointLike,
     *,
-    output: str | os.PathLike[str],
+    output: PathLike,
     rank: int | None = None,
     energy: float | None = None,
     conv_rank: int | None = None,
-    dtype: str | torch.dtype | None = None,
+    dtype: DtypeLike | None = None,
     ema: str = "drop",
     variant: str | None = None,
     threads: int | None = None,

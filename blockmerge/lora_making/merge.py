@@ -37,9 +37,10 @@ from blockmerge.lora_making.result import LoraResult
 from blockmerge.lora_making.size import Size
 from blockmerge.lora_making.tasks import Layer, Made, Sum, Term
 from blockmerge.streaming import Progress
+from blockmerge.types import DtypeLike, PathLike
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 AppliedModule = tuple[Applied, float, Module]
 """A LoRA with its strength, one of its modules, and how much of that is added."""
@@ -48,10 +49,10 @@ AppliedModule = tuple[Applied, float, Module]
 def merge_loras(
     loras: Sequence[LoraLike],
     *,
-    output: str | os.PathLike[str],
+    output: PathLike,
     rank: int | None = None,
     energy: float | None = None,
-    dtype: str | torch.dtype | None = None,
+    dtype: DtypeLike | None = None,
     threads: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -14,18 +13,19 @@ from blockmerge.lora_making.metadata import new_metadata, of_family, still_true
 from blockmerge.lora_making.result import LoraResult
 from blockmerge.lora_making.size import Size
 from blockmerge.streaming import Progress
+from blockmerge.types import DtypeLike, PathLike
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 def resize_lora(
     lora: LoraLike,
     *,
-    output: str | os.PathLike[str],
+    output: PathLike,
     rank: int | None = None,
     energy: float | None = None,
-    dtype: str | torch.dtype | None = None,
+    dtype: DtypeLike | None = None,
     threads: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,

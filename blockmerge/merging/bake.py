@@ -5,7 +5,6 @@ It is a merge of one model, with the method that does nothing.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,25 +16,26 @@ from blockmerge.merging.recipe import Recipe
 from blockmerge.merging.result import MergeResult
 from blockmerge.methods import BAKE
 from blockmerge.streaming import Progress
+from blockmerge.types import DtypeLike, PathLike
 from blockmerge.weights import WeightsRequest
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 def bake(
     model: CheckpointLike,
     loras: Sequence[LoraLike],
     *,
-    output: str | os.PathLike[str],
+    output: PathLike,
     partial: bool = False,
     naming: str | None = None,
     vae: CheckpointLike = "auto",
-    dtype: str | torch.dtype = "keep",
+    dtype: DtypeLike = "keep",
     ema: str = "drop",
     prune: bool = False,
     variant: str | None = None,
-    configs: str | os.PathLike[str] | None = None,
+    configs: PathLike | None = None,
     device: str = "cpu",
     threads: int | None = None,
     overwrite: bool = False,

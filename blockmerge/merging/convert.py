@@ -5,7 +5,6 @@ It is a merge of one model, with the method that does nothing.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from blockmerge.checkpoints import CheckpointLike
@@ -14,23 +13,24 @@ from blockmerge.merging.recipe import Recipe
 from blockmerge.merging.result import MergeResult
 from blockmerge.methods import IDENTITY
 from blockmerge.streaming import Progress
+from blockmerge.types import DtypeLike, PathLike
 from blockmerge.weights import WeightsRequest
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 def convert(
     source: CheckpointLike,
-    output: str | os.PathLike[str],
+    output: PathLike,
     *,
     naming: str | None = None,
     vae: CheckpointLike = "auto",
-    dtype: str | torch.dtype = "keep",
+    dtype: DtypeLike = "keep",
     ema: str = "drop",
     prune: bool = False,
     variant: str | None = None,
-    configs: str | os.PathLike[str] | None = None,
+    configs: PathLike | None = None,
     threads: int | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,

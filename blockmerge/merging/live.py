@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
@@ -14,7 +14,7 @@ from blockmerge.merging.planning.combining import Combination
 from blockmerge.merging.planning.describing import differing_predictions
 from blockmerge.merging.planning.request import check_flag, missing_beta
 from blockmerge.merging.tree import Node, check_size, open_leaves
-from blockmerge.methods import Method, find_method
+from blockmerge.methods import MethodLike, find_method
 from blockmerge.weights import BlockWeights, WeightsLike, WeightsRequest
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class LiveMerge:
         a: CheckpointLike | Node,
         b: CheckpointLike | None = None,
         c: CheckpointLike | None = None,
-        method: str | Method | Callable[..., Any] = "weighted_sum",
+        method: MethodLike = "weighted_sum",
         *,
         variant: str | None = None,
         ema: str = "drop",

@@ -16,6 +16,7 @@ from blockmerge.merging.planning.naming import OutputTensor
 from blockmerge.merging.planning.plan import to_gather
 from blockmerge.merging.planning.policies import decide
 from blockmerge.merging.planning.request import check_flag, is_vae_of_models, make_request
+from blockmerge.methods import MethodLike
 from blockmerge.weights import AdjustLike, RulesLike, WeightsLike, WeightsRequest
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def merge_state_dicts(
     preset: str | Sequence[str] | None = None,
     weights: WeightsLike | None = None,
     changes: str | None = None,
-    method: object = "weighted_sum",
+    method: MethodLike = "weighted_sum",
     preset_beta: str | Sequence[str] | None = None,
     weights_beta: WeightsLike | None = None,
     changes_beta: str | None = None,

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from blockmerge.adapters import LoraLike
 from blockmerge.checkpoints import CheckpointLike
 from blockmerge.merging.planning.request import make_request
-from blockmerge.merging.recipe import Leaf, Recipe
+from blockmerge.merging.recipe import Recipe
 from blockmerge.merging.result import MergeResult
+from blockmerge.methods import MethodLike
 from blockmerge.streaming import Progress
+from blockmerge.types import DtypeLike, PathLike
 from blockmerge.weights import AdjustLike, RulesLike, WeightsLike, WeightsRequest
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 def merge(
-    *models: Leaf,
-    output: str | os.PathLike[str],
+    *models: CheckpointLike,
+    output: PathLike,
     preset: str | Sequence[str] | None = None,
     weights: WeightsLike | None = None,
     changes: str | None = None,
-    method: object = "weighted_sum",
+    method: MethodLike = "weighted_sum",
     preset_beta: str | Sequence[str] | None = None,
     weights_beta: WeightsLike | None = None,
     changes_beta: str | None = None,
@@ -34,7 +35,7 @@ def merge(
     seed: int = 0,
     vae: CheckpointLike = "auto",
     text_encoder: str = "auto",
-    dtype: str | torch.dtype = "keep",
+    dtype: DtypeLike = "keep",
     sdxl_map: str | None = None,
     device: str = "cpu",
     threads: int | None = None,
@@ -42,7 +43,7 @@ def merge(
     allow_nonfinite: bool = False,
     naming: str | None = None,
     ema: str = "drop",
-    configs: str | os.PathLike[str] | None = None,
+    configs: PathLike | None = None,
     variant: str | None = None,
     loras: Sequence[LoraLike] = (),
     partial: bool = False,

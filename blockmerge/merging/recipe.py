@@ -37,11 +37,13 @@ from blockmerge.merging.recipe_files import Places, expanded, load, read_recipe,
 from blockmerge.merging.recipe_writing import dumped
 from blockmerge.merging.result import MergeResult
 from blockmerge.merging.tree import Node, check_size, inner_first, open_models
+from blockmerge.methods import MethodLike
 from blockmerge.streaming import Progress
+from blockmerge.types import DtypeLike, PathLike
 from blockmerge.weights import AdjustLike, RulesLike, WeightsLike, WeightsRequest
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 Leaf = Union[CheckpointLike, "Recipe"]
 """What a recipe merges: a model, or what another recipe makes."""
@@ -82,7 +84,7 @@ class Recipe(Node):
         preset: str | Sequence[str] | None = None,
         weights: WeightsLike | None = None,
         changes: str | None = None,
-        method: object = "weighted_sum",
+        method: MethodLike = "weighted_sum",
         preset_beta: str | Sequence[str] | None = None,
         weights_beta: WeightsLike | None = None,
         changes_beta: str | None = None,
@@ -92,7 +94,7 @@ class Recipe(Node):
         seed: int = 0,
         vae: CheckpointLike = "auto",
         text_encoder: str = "auto",
-        dtype: str | torch.dtype = "keep",
+        dtype: DtypeLike = "keep",
         sdxl_map: str | None = None,
         allow_nonfinite: bool = False,
         naming: str | None = None,
@@ -267,7 +269,7 @@ class Recipe(Node):
         ]
         return cls.of(read, from_asked(asked, methods, **given))
 
-    def dump(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    def dump(self, path: PathLike, *, overwrite: bool = False) -> None:
         """Write the recipe as TOML, or as JSON where the name ends so, its stages in tables; `load` reads it.
 
         Raises RecipeError for models in memory, OutputError when it cannot be written.
@@ -300,9 +302,9 @@ class Recipe(Node):
     @classmethod
     def load(
         cls,
-        path: str | os.PathLike[str],
+        path: PathLike,
         *,
-        models: Sequence[str | os.PathLike[str]] = (),
+        models: Sequence[PathLike] = (),
         changes: Sequence[str] = (),
         methods: Mapping[str, object] | None = None,
     ) -> Self:
@@ -327,7 +329,7 @@ class Recipe(Node):
 
     def plan(
         self,
-        output: str | os.PathLike[str] | None = None,
+        output: PathLike | None = None,
         *,
         device: str = "cpu",
         threads: int | None = None,
@@ -352,7 +354,7 @@ class Recipe(Node):
 
     def computed(
         self,
-        output: str | os.PathLike[str],
+        output: PathLike,
         *,
         device: str = "cpu",
         threads: int | None = None,
@@ -388,7 +390,7 @@ class Recipe(Node):
 
     def run(
         self,
-        output: str | os.PathLike[str] | None = None,
+        output: PathLike | None = None,
         *,
         device: str = "cpu",
         threads: int | None = None,

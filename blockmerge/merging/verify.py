@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from blockmerge.merging.again import Finder, Recorded, Searched
 from blockmerge.merging.execute import compute
 from blockmerge.merging.planning.runs import PlannedFile
 from blockmerge.streaming import Progress, aligned_buffer
+from blockmerge.types import PathLike
 
 _MOST_DIFFERENT = 10
 """Tensors that differ before nobody needs to know more."""
@@ -71,7 +71,7 @@ class Verification:
 
 def verify(
     file: CheckpointLike,
-    models: Sequence[str | os.PathLike[str]] = (),
+    models: Sequence[PathLike] = (),
     *,
     device: str = "cpu",
     threads: int | None = None,
