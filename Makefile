@@ -33,10 +33,12 @@ bench: .venv/test
 peers: .venv-peers/done
 	.venv-peers/bin/python -m pytest tests/test_peers.py
 
-# Write docs/cli.md anew from the commands' own help, and docs/methods.md from the table of methods.
+# Write docs/cli.md anew from the commands' own help, docs/methods.md from the table of methods, and
+# docs/python.md from the docstrings.
 docs: .venv/run
 	PYTHONPATH=. $(BIN)/python docs/cli_reference.py
 	PYTHONPATH=. $(BIN)/python docs/methods_reference.py
+	PYTHONPATH=. $(BIN)/python docs/python_reference.py
 
 clean:
 	rm -rf .venv .venv-peers blockmerge-demo

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import doctest
 import json
 import os
 from pathlib import Path
@@ -92,7 +91,3 @@ def test_what_is_listed_is_plain_and_frozen():
             one.name = "other"
         described = {field.name for field in dataclasses.fields(one)}
         assert all(f"`{name}`" in type(one).__doc__ for name in described)
-
-
-def test_the_examples_in_the_docstrings():
-    assert doctest.testmod(catalogue, extraglobs={"blockmerge": blockmerge}).failed == 0

@@ -34,10 +34,12 @@ def resize_lora(
 
     >>> blockmerge.resize_lora("big.safetensors", output="small.safetensors", energy=0.99)  # doctest: +SKIP
 
-    Either `rank`, which each module gets at most, or `energy`, the share of each one's squared norm that is
-    to stay. A strength and block weights that are given with it are in the new one, which a note says. What
-    its metadata say of its training stays. The other arguments, and errors, are those of
-    `merge_loras`.
+    - `lora`: as `merge_loras` takes one. Its strength and block weights become part of the new one.
+    - `rank`: the highest rank of a module.
+    - `energy`: in place of `rank`, the share of each module's squared norm that is kept.
+
+    The other arguments and the errors are those of `merge_loras`. What the metadata say of the training is
+    kept.
     """
     size = Size(rank, energy)
     size.check_given()

@@ -163,16 +163,21 @@ def again(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> MergeResult:
-    """Make a merge again from the recipe in its metadata: the same file, or with `changes` a variant.
+    """Make a merge again from the recipe in its metadata, or a variant of it.
 
     >>> blockmerge.again(
     ...     "merged.safetensors", models=["~/models"], changes=["OUT05=0.7"], output="variant.safetensors"
     ... )  # doctest: +SKIP
 
-    `changes` are texts as ``--set`` takes them. The models are found by what is in them: beside the file, and
-    in the folders `models` with their subfolders. A method of one's own is given as for `Recipe.from_dict`.
+    - `file`: the merged file, or a pinned recipe.
+    - `models`: folders that are searched with their subfolders, beside the file's own. Models are found by
+      their contents, whatever they are called.
+    - `changes`: what the option ``--set`` takes. Without any, the same file is made.
+    - `methods`: {``"module:function"``: function} for methods of your own.
 
-    Raises RecipeError when the file has no recipe, or its models are not found, and what `merge` raises.
+    The other arguments are those of `merge`.
+
+    Raises `RecipeError` where the file has no recipe or a model is not found, and what `merge` raises.
     """
     recorded = Recorded.of(file)
     check_other(file, output)

@@ -43,17 +43,20 @@ def bake(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> MergeResult:
-    """Put LoRAs into a model for good, as strongly as they would be at run time.
+    """Put LoRAs into a model for good, as strong as they would be at run time.
 
     >>> blockmerge.bake("model.safetensors", [("style.safetensors", 0.8)], output="styled.safetensors")
     ... # doctest: +SKIP
 
-    `loras` are paths, ``(path, strength)``, ``(path, strength, blocks)``, texts as on the command line
-    (``"style.safetensors:0.8:OUTALL"``), or `Lora` objects. All are added up in float32 (in float64 for an
-    output in fp32) and rounded once. A module that meets no tensor is an error that names it, unless
-    `partial` leaves it out. The other arguments are those of `convert`.
+    - `model`: a path, an opened checkpoint, a state dict or a recipe.
+    - `loras`: paths, ``(path, strength)``, ``(path, strength, blocks)``, texts such as
+      ``"style.safetensors:0.8:OUTALL"``, or `Lora` objects.
+    - `partial`: leave out modules that meet no tensor, instead of refusing the LoRA.
 
-    Raises a BlockmergeError, as `merge` does.
+    The other arguments are those of `convert` and `merge`. The changes are added up in float32 and rounded
+    once; for an output in fp32, in float64.
+
+    Raises what `merge` raises.
     """
     request = make_request(
         BAKE,
