@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench peers docs clean
+.PHONY: demo test check release bench peers docs clean
 
 # The main job, on files it makes itself: two thin checkpoints, merged with the preset high_res.
 demo: .venv/run
@@ -19,6 +19,10 @@ check: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The wheel and the sdist in dist/, checked, and tried in a fresh environment.
+release: .venv/test
+	$(BIN)/python .ci/release.py
 
 # Full-size files in a temp folder (some 15 GB free needed); prints ratios to `cp` and to load-everything-and-save.
 bench: .venv/test
