@@ -148,7 +148,7 @@ def _fields(node: ast.ClassDef) -> list[str]:
 
 def _parameter(one: ast.arg, default: ast.expr | None = None) -> str:
     said = one.arg if one.annotation is None else f"{one.arg}: {ast.unparse(one.annotation)}"
-    return said if default is None else f"{said} = {ast.unparse(default)}"
+    return said if default is None else f"{said} = {ast.unparse(default)}".replace("'", '"')
 
 
 @cache
@@ -160,7 +160,7 @@ def _aliases() -> dict[str, tuple[str, str]]:
         for one, after in itertools.pairwise(body):
             match one, after:
                 case ast.Assign([ast.Name(name)], value), ast.Expr(ast.Constant(str(docstring))):
-                    found[name] = ast.unparse(value), docstring
+                    found[name] = ast.unparse(value).replace("'", ""), docstring
     return found
 
 
