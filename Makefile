@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench peers docs pictures clean
+.PHONY: demo test check release bench peers docs pictures clean
 
 # The main job, on files it makes itself: two thin checkpoints, merged with the preset high_res.
 demo: .venv/run
@@ -20,6 +20,10 @@ check: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The wheel and the sdist in dist/, checked, and tried in a fresh environment.
+release: .venv/test
+	$(BIN)/python .ci/release.py
+
 # Full-size files in a temp folder (some 15 GB free needed); prints ratios to `cp` and to load-everything-and-save.
 bench: .venv/test
 	$(BIN)/python benchmarks/merge.py
@@ -33,10 +37,12 @@ bench: .venv/test
 peers: .venv-peers/done
 	.venv-peers/bin/python -m pytest tests/test_peers.py
 
-# Write docs/cli.md anew from the commands' own help, and docs/methods.md from the table of methods.
+# Write docs/cli.md anew from the commands' own help, docs/methods.md from the table of methods, and
+# docs/python.md from the docstrings.
 docs: .venv/run
 	PYTHONPATH=. $(BIN)/python docs/cli_reference.py
 	PYTHONPATH=. $(BIN)/python docs/methods_reference.py
+	PYTHONPATH=. $(BIN)/python docs/python_reference.py
 
 # The pictures of README, made by the project itself; needs Chromium.
 pictures: .venv/run

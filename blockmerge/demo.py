@@ -203,6 +203,6 @@ def _bytes(values: torch.Tensor, dtype: str) -> memoryview:
     import torch
 
     if values.dtype == torch.int64:
-        return memoryview(values.numpy().view("u1"))
+        return values.numpy().view("u1").data
     wanted = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}[dtype]
-    return memoryview(values.to(wanted).view(torch.uint8).numpy())
+    return values.to(wanted).view(torch.uint8).numpy().data

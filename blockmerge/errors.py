@@ -2,15 +2,13 @@
 
 ::
 
-    BlockmergeError                 the base of all; its text is one line that says what to do
-    ├── CheckpointError             a model cannot be read: missing, damaged, changed, of an unknown kind
-    ├── UnknownFamilyError          a model can be read but holds no known U-Net
-    ├── IncompatibleModelsError     models cannot be merged or compared: families, names, shapes
-    ├── RecipeError                 what was asked for makes no sense: unknown method, dtype, …
-    │   └── WeightsError            block weights: unknown block, wrong count, not a number
-    │       └── PresetError         a preset that does not exist or a preset file that cannot be read
-    ├── NonFiniteError              a merged tensor would hold NaN or infinity, or a compared one does
-    └── OutputError                 the output cannot be written: it exists, is an input, the disk is full
+BlockmergeError the base of all; its text is one line that says what to do ├── CheckpointError a model cannot
+be read: missing, damaged, changed, of an unknown kind ├── UnknownFamilyError a model can be read but holds no
+known U-Net or transformer ├── IncompatibleModelsError models cannot be merged or compared: families, names,
+shapes ├── RecipeError what was asked for makes no sense: unknown method, dtype, … │ └── WeightsError block
+weights: unknown block, wrong count, not a number │ └── PresetError a preset that does not exist or a preset
+file that cannot be read ├── NonFiniteError a merged tensor would hold NaN or infinity, or a compared one does
+└── OutputError the output cannot be written: it exists, is an input, the disk is full
 
 Only the command line turns these into messages and exit codes.
 """
@@ -38,23 +36,19 @@ class BlockmergeError(Exception):
 
 
 class CheckpointError(BlockmergeError):
-    """A model cannot be read: the file is missing, damaged, changed while it was read, or of an unknown
-    kind.
-    """
+    """A model cannot be read: it is missing, damaged, of an unknown kind, or was changed meanwhile."""
 
 
 class UnknownFamilyError(BlockmergeError):
-    """A model can be read but holds no U-Net of a family that blockmerge knows."""
+    """A model can be read, but holds no diffusion model that blockmerge knows."""
 
 
 class IncompatibleModelsError(BlockmergeError):
-    """Models cannot be merged or compared with each other: their families, tensor names or shapes differ."""
+    """Models cannot be merged or compared: their families, tensor names or shapes differ."""
 
 
 class RecipeError(BlockmergeError):
-    """What was asked for makes no sense: an unknown method, dtype or device, or the wrong number of
-    models.
-    """
+    """What was asked for makes no sense: an unknown method, dtype or device, or a wrong number of models."""
 
 
 class WeightsError(RecipeError):
@@ -70,9 +64,7 @@ class NonFiniteError(BlockmergeError):
 
 
 class OutputError(BlockmergeError):
-    """The output cannot be written: it exists, it is one of the inputs, its folder is missing, the disk is
-    full.
-    """
+    """The output cannot be written: it exists, it is an input, its folder is missing, or the disk is full."""
 
 
 def shown(text: object, limit: int = 120) -> str:

@@ -34,11 +34,12 @@ unet = UNet2DConditionModel(sample_size=8, **widths)
 own = unet.conv_in.weight.clone()
 
 
-@torch.no_grad()
 def image() -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     latent, text = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 77, 24, generator=generator)
-    return unet(latent, timestep=500, encoder_hidden_states=text).sample
+    with torch.no_grad():
+        sample: torch.Tensor = unet(latent, timestep=500, encoder_hidden_states=text).sample
+    return sample
 
 
 preset = blockmerge.load_preset("high_res")  # once: it is in a file

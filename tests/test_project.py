@@ -1,54 +1,69 @@
-"""What is shipped: the wheel has the presets and the layouts, and the examples run."""
+"""What is shipped: what a package index shows, which systems are tested, and that the examples run."""
 
 from __future__ import annotations
 
-import os
-import shutil
+import ast
+import doctest
+import re
 import subprocess
 import sys
-import zipfile
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
+
+import hatch_build
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_wheel_has_presets_and_layouts_and_works_where_it_is_unpacked(tmp_path):
-    source = tmp_path / "source"
-    shutil.copytree(
-        ROOT,
-        source,
-        ignore=shutil.ignore_patterns(".venv*", ".git", "*cache*", "blockmerge-demo", "__pycache__"),
-    )
-    build = "from hatchling.build import build_wheel; print(build_wheel('dist'))"
-    done = subprocess.run(
-        [sys.executable, "-c", build], cwd=source, capture_output=True, text=True, check=True
-    )
-    wheel = source / "dist" / done.stdout.split()[-1]
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        assert sum(name.startswith("blockmerge/presets/") for name in names) == 40
-        families = "blockmerge/anatomy/families"
-        assert {name for name in names if name.startswith(families) and name.endswith((".tsv", ".toml"))} == {
-            path.relative_to(ROOT).as_posix() for path in (ROOT / families).rglob("*.t*") if path.is_file()
-        }
-        assert "blockmerge/py.typed" in names
-        assert "blockmerge/rendering/templates/page.html" in names
-        assert "blockmerge/rendering/templates/page.css" in names
-        assert not [name for name in names if name.startswith("tests")]
-        archive.extractall(tmp_path / "site")
-    shutil.rmtree(source)
-    code = "import blockmerge; print(blockmerge.__file__, len(blockmerge.preset_names()))"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.split() == [str(tmp_path / "site" / "blockmerge" / "__init__.py"), "40"]
+def test_readme_links_lead_somewhere_from_a_package_index():
+    """`make release` builds the packages, and looks at what is in them."""
+    assert doctest.testmod(hatch_build).failed == 0
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?![a-z]+:|#)([^)#]+)", readme)
+    pictures = [link for link in links if link.startswith("docs/pictures/")]
+    assert pictures
+    linked = hatch_build.for_index(readme, "https://example.org/project/")
+    for link in links:
+        kind = "raw" if link in pictures else "blob"
+        assert f"](https://example.org/project/{kind}/HEAD/{link}" in linked
+    assert not any(f"]({link}" in hatch_build.for_index(readme, None) for link in links)
+
+
+def test_the_package_imports_only_what_it_depends_on():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {re.match(r"[\w-]+", one)[0].replace("-", "_") for one in project["dependencies"]}
+    imported = set()
+    for path in (ROOT / "blockmerge").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.split(".")[0])
+    assert imported - sys.stdlib_module_names - {"blockmerge"} <= declared
+
+
+def test_every_python_and_system_that_is_said_is_tested():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    said = [one.split(" :: ") for one in project["classifiers"]]
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    matrix = workflow["jobs"]["test"]["strategy"]["matrix"]
+    assert [
+        one[2] for one in said if one[:2] == ["Programming Language", "Python"] and "." in one[2]
+    ] == matrix["python"]
+    systems = {"MacOS": "macos-latest", "Windows": "windows-latest", "Linux": "ubuntu-latest"}
+    assert {systems[one[-1]] for one in said if one[0] == "Operating System"} == set(matrix["system"])
+    assert project["requires-python"] == f">={matrix['python'][0]}"
+    steps = {step.get("run") for step in workflow["jobs"]["test"]["steps"]}
+    made = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert {"ruff check .", "ruff format --check .", "mypy"} <= steps
+    assert all(f"$(BIN)/{command}\n" in made for command in steps if command and "install" not in command)
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0][
+        "hooks"
+    ]
+    assert [hook["entry"].split(" --")[0] for hook in hooks] == ["ruff check", "ruff format", "mypy"]
 
 
 EXAMPLES = {

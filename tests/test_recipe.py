@@ -562,10 +562,40 @@ def test_a_plan_says_what_its_run_does(folders, here):
     assert {**summary.to_dict(), **changed} == {**result.to_dict(), **changed}
     assert summary.dry_run
     assert through_json(result.to_dict())["recipe"] == result.recipe
+    assert recipe.run("other.safetensors", dry_run=True).dry_run
     with pytest.raises(OutputError, match=r"has appeared meanwhile|exists"):
         plan.run()
     direct = blockmerge.merge(*recipe.models, preset="high_res", output="direct.safetensors")
     the_same(result.output, direct.output)
+
+
+def test_a_dry_run_says_what_would_be_written_and_writes_nothing(folders, here):
+    a, b = folders / "a.safetensors", folders / "b.safetensors"
+    lora = {f"lora_unet_mid_block_attentions_0_proj_in.lora_{part}.weight": torch.zeros(shape) for part, shape in
+            {"down": (2, 32, 1, 1), "up": (32, 2, 1, 1)}.items()}  # fmt: skip
+    calls = {
+        "merge": lambda **options: blockmerge.merge(a, b, weights=0.5, **options),
+        "bake": lambda **options: blockmerge.bake(a, [lora], **options),
+        "convert": lambda **options: blockmerge.convert(a, **options),
+        "again": lambda **options: blockmerge.again(
+            "merge.safetensors", models=[folders], changes=["M00=1"], **options
+        ),
+    }
+    for name, call in calls.items():
+        output = f"{name}.safetensors"
+        before = snapshot(here)
+        planned = call(output=output, dry_run=True)
+        assert snapshot(here) == before, name
+        assert planned.dry_run
+        assert not planned.output.exists()
+        with pytest.raises(RecipeError, match=r"^dry_run is True or False; str given$"):
+            call(output=output, dry_run="no")
+        done = call(output=output)
+        assert not done.dry_run
+        assert planned.bytes == done.bytes == done.output.stat().st_size
+        assert planned.weights == done.weights
+        with pytest.raises(OutputError, match="exists"):
+            call(output=output, dry_run=True)
 
 
 # -- the choice of a VAE -------------------------------------------------------------------------------------

@@ -30,13 +30,14 @@ class Lora:
     >>> Lora.parse("detail.safetensors:-0.5:BASE=0,IN04-OUT05=1").strength
     -0.5
 
-    `file` is a path, an opened checkpoint or a state dict. `strength` may be negative; it is multiplied by
-    the weight that `blocks` have for a module's block: a text of weights (``"OUT03-OUT05=0.5"``), one number,
-    numbers for those blocks that LoRAs of the family have (17 or 12) or for all, or the name of one of the
-    family's LoRA presets (``"OUTALL"``). Blocks that are not named are 0; without `blocks` all are 1. `name`
-    is what messages call it, by default the file's.
+    - `file`: a path, an opened checkpoint or a state dict.
+    - `strength`: a finite number, negative too.
+    - `blocks`: weights that multiply the strength: a text such as ``"OUT03-OUT05=0.5"``, a number, a list, or
+      the name of a LoRA preset such as ``"OUTALL"``. A list has a number for each block that LoRAs of the
+      family have (17 or 12), or for all. Blocks that a text leaves out are 0; without `blocks` all are 1.
+    - `name`: what messages and results call it. The default is the file's name.
 
-    Raises RecipeError for a strength that is not a finite number, and for a name that is no text.
+    Raises `RecipeError` for a strength that is not a finite number, or a name that is not a text.
     """
 
     file: CheckpointLike
@@ -55,12 +56,12 @@ class Lora:
 
     @classmethod
     def parse(cls, text: str, *, windows: bool = os.name == "nt") -> Lora:
-        """Read ``FILE[:STRENGTH[:BLOCKS]]``; an empty strength is 1.
+        """Read ``FILE[:STRENGTH[:BLOCKS]]``. An empty strength is 1.
 
-        FILE is the longest beginning that is a file. Where there is none, it ends at the first colon after
-        the last separator of folders (on `windows`, also ``\\`` and the colon of a drive).
+        FILE is the longest beginning that is an existing file. Without one, it ends at the first colon after
+        the last folder. `windows` says whether a drive's colon is part of FILE.
 
-        Raises RecipeError for an empty FILE, and for a STRENGTH that is not a number.
+        Raises `RecipeError` for an empty FILE, or a STRENGTH that is not a number.
         """
         file, rest = _split(text, windows)
         if not file:
@@ -137,10 +138,9 @@ class Lora:
         return Adapter.of(source, family, self.name, shapes=shapes)
 
     def weights(self, family: Family | str, seed: int = 0) -> BlockWeights:
-        """Return the weight of every block of a family, which multiplies the strength: 1 without `blocks`.
+        """Return the weight of every block of a family, which multiplies the strength.
 
-        Raises WeightsError, naming the LoRA, for blocks, counts of numbers and presets that the family does
-        not have.
+        Raises `WeightsError` for blocks, numbers and presets that the family does not have.
         """
         family = family_named(family)
         try:
@@ -150,8 +150,9 @@ class Lora:
 
 
 LoraLike = Union[str, "os.PathLike[str]", Checkpoint, Mapping[str, Any], Sequence[Any], Lora]
-"""What is taken for a LoRA: a text FILE[:STRENGTH[:BLOCKS]], a path, (file, strength[, blocks]), an opened
-checkpoint, a state dict, or a Lora.
+"""What stands for a LoRA: a path, ``(path, strength)``, ``(path, strength, blocks)`` or a `Lora`.
+
+A text is read as ``FILE[:STRENGTH[:BLOCKS]]``. Opened checkpoints and state dicts are taken, too.
 """
 
 

@@ -32,17 +32,14 @@ def block_of(name: str, family: str | None = None) -> str:
     >>> block_of("model.diffusion_model.input_blocks.4.1.proj_in.weight")
     'IN04'
 
-    `name` is a tensor's name in any spelling that `merge_state_dicts` takes: LDM's, with or without
-    `model.diffusion_model.`, diffusers', with `unet.`, `unet/` or without, and those of EMA copies. `family`
-    is one of FAMILIES; it decides where `out.` and `conv_out.` are (OUT11, or OUT08 in SDXL). Without it, SD1
-    and SD2 are assumed. Everything outside the U-Net, or the transformer, is BASE. Of a family whose files
-    tell how many blocks they have, the published models' number is meant.
+    - `name`: a tensor's name as LDM or diffusers write it, with or without its prefix.
+    - `family`: a name of `list_families`. Without it, SD1 or SD2 is assumed.
 
-    The borders are those of the original merge-block-weighted tool and of SuperMerger: the time embedding
-    belongs to IN00, the last norm and convolution (`out.`) to the last output block.
+    Everything outside of the U-Net or transformer is BASE. The borders are those of merge-block-weighted and
+    SuperMerger: the time embedding is in IN00, the last norm and convolution are in the last output block.
 
-    Raises RecipeError when the name is not a text or is a LoRA's, or the family is unknown or has no such
-    block.
+    Raises `RecipeError` where the name is not a text or belongs to a LoRA, or the family is not known or has
+    no such block.
     """
     if not isinstance(name, str):
         raise RecipeError(f"a tensor's name is a text; {type(name).__name__} given")

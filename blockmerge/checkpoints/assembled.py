@@ -192,7 +192,7 @@ class AssembledReader(Reader):
 
         result = np.empty(group.piece.shape, np.dtype(f"u{group.itemsize}"))
         self._gather(group.piece.offset, group.piece.strides, result)
-        return memoryview(result.reshape(-1).view(np.uint8))
+        return result.reshape(-1).view(np.uint8).data
 
     def _gather(self, offset: int, strides: Sequence[int], result: np.ndarray[Any, Any]) -> None:
         """Fill `result`, reading from the first to the last of its elements in one go, or each half for
@@ -208,7 +208,7 @@ class AssembledReader(Reader):
         )
         if span <= _SHORT or span <= min(_GROUP, 4 * wanted):
             data = np.empty(span // size, result.dtype)
-            self._base.read_into(offset, memoryview(data.view(np.uint8)))
+            self._base.read_into(offset, data.view(np.uint8).data)
             result[...] = np.lib.stride_tricks.as_strided(
                 data, result.shape, [stride * size for stride in strides]
             )

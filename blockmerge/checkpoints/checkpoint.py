@@ -76,12 +76,18 @@ class Makes:
 
 
 class Checkpoint(ABC):
-    """Named tensors that can be looked at without reading them.
+    """A model that is open: named tensors that can be looked at without reading them.
 
-    `name` is what messages and recipes call it (a file's name without its folder, ``org/name`` in Hugging
-    Face's cache), `path` is where it is (None: in memory), `tensors` is in the order of the data, `metadata`
-    maps strings to strings, `files` are those it is read from. `notes` say what was decided when it was
-    opened, as sentences that its name begins.
+    >>> model = blockmerge.open_checkpoint("a.safetensors")  # doctest: +SKIP
+    >>> model.tensors["first_stage_model.encoder.conv_in.weight"].shape  # doctest: +SKIP
+    (128, 3, 3, 3)
+
+    - `name`: what messages and recipes call it, such as ``"a.safetensors"`` or ``"org/name"``.
+    - `path`: where it is. None for a state dict.
+    - `files`: the files that it is read from.
+    - `tensors`: {name: its `dtype` (``"F16"``), `shape` and `offset`}, in the order of the data.
+    - `metadata`: {key: text}.
+    - `notes`: what was decided when it was opened. A sentence begins with the model's name.
     """
 
     name: str
@@ -96,12 +102,12 @@ class Checkpoint(ABC):
         """Open a reader of the tensors' bytes, addressed by the offsets of `tensors`."""
 
     def check_unchanged(self) -> None:  # noqa: B027 (nothing to check is the rule; files are the exception)
-        """Raise CheckpointError when the source is no longer what it was when it was opened."""
+        """Raise `CheckpointError` where the file is not what it was when it was opened."""
 
     def broken_off(self) -> str | None:
-        """Say, with the file's name, that the source is a download that did not finish; None where it is not.
+        """Return one line where the file is a download that did not finish, else None.
 
-        Its header is right then, but its last tensors are nothing but zeros.
+        Its header is right then, but its last tensors are all zeros.
         """
         return None
 
@@ -110,12 +116,12 @@ class Checkpoint(ABC):
         return ()
 
     def check_whole(self) -> None:
-        """Raise CheckpointError when the source is broken off: to be asked before its weights are read."""
+        """Raise `CheckpointError` where the file is a download that did not finish."""
         if (broken := self.broken_off()) is not None:
             raise CheckpointError(broken)
 
     def read(self, name: str) -> bytes:
-        """Return the bytes of one tensor; meant for small ones."""
+        """Return the bytes of one tensor, little-endian and without gaps. Meant for small tensors."""
         info = self.tensors[name]
         buffer = bytearray(info.nbytes)
         with self.reader() as reader:
@@ -123,5 +129,5 @@ class Checkpoint(ABC):
         return bytes(buffer)
 
     def read_all(self, names: Iterable[str]) -> dict[str, bytes]:
-        """Return the bytes of several tensors; meant for small ones."""
+        """Return {name: the bytes of that tensor} for several tensors. Meant for small ones."""
         return {name: self.read(name) for name in names}

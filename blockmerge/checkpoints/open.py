@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 CheckpointLike = Union[str, "os.PathLike[str]", Checkpoint, "Mapping[str, torch.Tensor]", Makes]
-"""What is taken for a model: a path, an opened checkpoint, a state dict, or a recipe."""
+"""What stands for a model: a path, an opened `Checkpoint`, a state dict {name: tensor}, or a `Recipe`."""
 
 
 def located(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
@@ -35,17 +35,20 @@ def located(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
 def open_checkpoint(
     source: CheckpointLike, name: str = "state dict", variant: str | None = None
 ) -> Checkpoint:
-    """Return the checkpoint at a path, with its header read and checked and its data untouched.
+    """Open a model: its header is read and checked, its weights are not.
 
     >>> model = blockmerge.open_checkpoint("models--org--name", variant="fp16")  # doctest: +SKIP
     >>> model.name, model.notes  # doctest: +SKIP
     ('org/name', ('has no variant fp16 of vae: the plain weights are used',))
 
-    What kind of file it is, is seen by what is in it, whatever its name. A repository's folder in Hugging
-    Face's cache is followed to its snapshot, or the only checkpoint in that. An opened checkpoint is returned
-    as it is, and a state dict (tensors on any device) is wrapped under `name`. `variant` is for a diffusers
-    folder that has several kinds of weights: ``"fp16"``. Raises CheckpointError when there is none, or none
-    that can be read.
+    - `source`: the path of a file or folder, an opened checkpoint, a state dict, or a recipe. A repository in
+      Hugging Face's cache is followed to its files.
+    - `name`: what messages call a state dict.
+    - `variant`: which weights of a diffusers folder are opened where it has several, such as ``"fp16"``.
+
+    The kind of a file is told by its contents, not by its name. No code in a `.ckpt` is ever run.
+
+    Raises `CheckpointError` where there is no model, or none that can be read.
     """
     checkpoint = open_source(source, name, variant)
     check_variant([checkpoint], variant)

@@ -77,7 +77,7 @@ class Readers:
         else:
             if source != self._arranged:
                 self._arranged = None  # so that a failed read leaves nothing half done
-                self._bytes = memoryview(self._arrange(source).reshape(-1).view("u1"))
+                self._bytes = self._arrange(source).reshape(-1).view("u1").data
                 self._arranged = source
             buffer[:] = self._bytes[offset : offset + len(buffer)]
 
@@ -99,7 +99,7 @@ class Readers:
         if isinstance(tensor, Arrangement):
             tensor.fill([self._arrange(one) for one in tensor.inputs], out)
         elif tensor.nbytes:
-            self.read_into(tensor, 0, memoryview(out.reshape(-1).view("u1")))
+            self.read_into(tensor, 0, out.reshape(-1).view("u1").data)
         return out
 
     def _compute(self, tensor: Expression, offset: int, buffer: memoryview) -> None:

@@ -28,10 +28,11 @@ from blockmerge.streaming import Progress
 
 @dataclass(frozen=True)
 class LoraSimilarity:
-    """How alike what two LoRAs add to the weights is: cosines, from −1 to 1.
+    """How alike two LoRAs are: cosines from −1 to 1.
 
-    `similarity` is that of all, `parts` those of the blocks that either changes, where they were asked for: 0
-    for one that only one of them changes. Where neither adds anything at all it is 1.
+    - `similarity`: that of everything they change. It is 1 where neither changes anything.
+    - `parts`: {block: cosine}, where blocks were asked for. It is 0 for a block that only one of them
+      changes.
     """
 
     names: tuple[str, str]
@@ -41,7 +42,7 @@ class LoraSimilarity:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the result as plain data, ready for JSON, with the keys of `docs/json.md`."""
+        """Return the result as plain data, ready for JSON. The keys are those of `docs/json.md`."""
         return asdict(self)
 
 
@@ -53,19 +54,22 @@ def lora_similarity(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> LoraSimilarity:
-    """Return the cosine of what two LoRAs add to the weights of a model, which is not needed for it.
+    """Return how alike the changes are that two LoRAs make, as a cosine.
 
     >>> blockmerge.lora_similarity("v1.safetensors", "v2.safetensors").similarity  # doctest: +SKIP
     0.8713
 
-    Names, ranks, alphas and kinds may differ: what counts is ΔW, in float64, from the factors alone. A module
-    that only one of them has counts as zero in the other. With `blocks` also the cosine of every block is
-    there. Where strengths and block weights are given, as in ``("v2.safetensors", 1, "OUTALL")``, it is that
-    much of a LoRA that is compared. `progress(done, total)` is told the bytes.
+    - `a`, `b`: as `merge_loras` takes them. Strengths and block weights count, as in ``("v2.safetensors", 1,
+      "OUTALL")``.
+    - `blocks`: give the cosine of every block, too.
+    - `threads`, `progress`: as for `merge`.
 
-    Raises IncompatibleModelsError for LoRAs of different families, and for modules that look at the weights
-    (DoRA, GLoRA, IA3, OFT, BOFT); NonFiniteError for NaN and infinity; what `Adapter.of` raises; WeightsError
-    for blocks that the family does not have.
+    The cosine is that of ΔW, in float64. Names, ranks, alphas and kinds may differ, and no model is needed. A
+    module that only one of the two has counts as zero in the other.
+
+    Raises `IncompatibleModelsError` for LoRAs of different families, and for kinds that look at the weights:
+    DoRA, GLoRA, IA3, OFT and BOFT. Raises `NonFiniteError` for NaN and infinity, `WeightsError` for unknown
+    blocks, and `CheckpointError` for files.
     """
     first, second = Lora.of(a), Lora.of(b)
     adapters = _open_both(first, second)

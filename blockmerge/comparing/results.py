@@ -66,10 +66,16 @@ class Comparison:
 
 @dataclass(frozen=True)
 class SimilarityResult:
-    """A base and its references, best first, those with errors last.
+    """How alike a base and its references are.
 
-    `seed` is None for the method ``"weights"``. `common_base` is the name of the model that differences were
-    taken from, if one was given.
+    - `method`: ``"attention"`` (percent) or ``"weights"`` (cosines).
+    - `seed`: that of the attention's input. None for ``"weights"``.
+    - `base`, `base_hash`, `family`: the base's name, old hash (AutoV1) and family.
+    - `references`: one entry each, the most alike first and those with an `error` last. An entry has `name`,
+      `hash`, `similarity`, `parts` ({block: number}), `notes` and `error`. For ``"weights"``, `total`,
+      `blocks` and `components` have all differences.
+    - `common_base`: the name of the model that differences were taken from, or None.
+    - `notes`: sentences for the user.
     """
 
     method: str
@@ -82,7 +88,7 @@ class SimilarityResult:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the result as plain data, ready for JSON, with the keys of `docs/json.md`."""
+        """Return the result as plain data, ready for JSON. The keys are those of `docs/json.md`."""
         return {
             "method": self.method,
             "seed": self.seed,
@@ -113,9 +119,12 @@ class SimilarityResult:
 
 @dataclass(frozen=True)
 class SimilarityMatrix:
-    """All models beside all: `similarity[i][j]` in percent or as a cosine, None where two cannot be compared.
+    """How alike all models are to each other.
 
-    `errors` maps the names of the models that could not be compared with any to one line about why.
+    - `names`: the models, in the order of rows and columns.
+    - `similarity`: a row for each model, in percent or as cosines. None where two cannot be compared.
+    - `errors`: {name: one line about why a model could not be compared}.
+    - `method`, `seed`, `notes`: as for `SimilarityResult`.
     """
 
     method: str
@@ -126,5 +135,5 @@ class SimilarityMatrix:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the result as plain data, ready for JSON, with the keys of `docs/json.md`."""
+        """Return the result as plain data, ready for JSON. The keys are those of `docs/json.md`."""
         return asdict(self)

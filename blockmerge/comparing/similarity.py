@@ -39,23 +39,28 @@ def similarity(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> SimilarityResult:
-    """Say how alike `base` is to every one of `references`.
+    """Say how alike one model is to each of several others.
 
     >>> report = blockmerge.similarity("mine.safetensors", ["sd12.safetensors"])  # doctest: +SKIP
+    >>> report.references[0].similarity  # doctest: +SKIP
+    97.31
 
-    `references`: paths, folders (all model files in them, .safetensors, .ckpt, .pt, .pth and .bin), patterns,
-    opened checkpoints, state dicts.
+    - `base`: a path, an opened checkpoint, a state dict or a recipe.
+    - `references`: one or several of the same, folders (all model files in them), or patterns such as
+      ``"refs/*.ckpt"``.
+    - `method`: ``"attention"`` or ``"weights"``.
+    - `common_base`: a model from which differences are taken, for ``"weights"``. It tells relatives apart.
+    - `variant`, `ema`, `threads`, `progress`: as for `merge`.
 
-    ``"attention"`` is the published attention similarity (`blockmerge.comparing.attention`), in percent; it
-    reads a few percent of the files. ``"weights"`` compares all weights: cosine, relative difference ‖b − a‖
-    / ‖a‖ and the largest difference, per block, per component and in total; with `common_base` also the
-    cosine of the differences from it, which tells relatives apart where all cosines are near 1. `variant` and
-    `ema` say how the models are opened, as in `merge`. `threads` are those of the method ``"weights"``.
-    `progress(done, total)` is told the bytes.
+    ``"attention"`` is the published attention similarity, in percent. It reads a few percent of the files.
 
-    A reference that cannot be read or compared becomes an entry with an error; the others go on. Raises
-    RecipeError for an unknown method and when there is no reference, and what is wrong with the base itself
-    (CheckpointError, UnknownFamilyError, NonFiniteError).
+    ``"weights"`` compares all weights by block, by component and in total. It gives the cosine, the relative
+    difference ‖b − a‖ / ‖a‖ and the largest difference.
+
+    A reference that cannot be compared becomes an entry with an error, and the others go on.
+
+    Raises `RecipeError` for an unknown method or without any reference. Raises `CheckpointError`,
+    `UnknownFamilyError` or `NonFiniteError` for the base.
     """
     check_method(method, common_base)
     thread_count(threads)
@@ -103,10 +108,16 @@ def similarity_matrix(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> SimilarityMatrix:
-    """Compare all models with all, by the same methods as `similarity`.
+    """Compare each of several models with all others.
 
-    The family is that of the first model that can be read. A model that cannot be compared gets a row of None
-    and an entry in `errors`. Raises RecipeError for an unknown method and for fewer than two models.
+    >>> table = blockmerge.similarity_matrix(["a.safetensors", "b.ckpt", "c/"])  # doctest: +SKIP
+    >>> table.names[0], table.names[1], table.similarity[0][1]  # doctest: +SKIP
+    ('a.safetensors', 'b.ckpt', 98.02)
+
+    `models` are what `similarity` takes for references. The other arguments are those of `similarity`. A
+    model that cannot be compared gets a row of None and an entry in `errors`.
+
+    Raises `RecipeError` for an unknown method, or fewer than two models.
     """
     check_method(method)
     thread_count(threads)

@@ -36,26 +36,31 @@ def explain(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Explanation:
-    """Say from which of the `candidates` a checkpoint was merged, with which weights, or that it was not.
+    """Find out which of several candidates a model was merged from, and with which weights.
 
     >>> origin = blockmerge.explain("merged.ckpt", ["a.safetensors", "b.safetensors"])  # doctest: +SKIP
+    >>> origin.method, origin.preset, origin.parents  # doctest: +SKIP
+    ('weighted_sum', 'high_res', ('a.safetensors', 'b.safetensors'))
 
-    Every block's weights are found by least squares over all its values: M = Σ cᵢXᵢ with Σ cᵢ = 1, which
-    covers weighted sums, add difference and averages, whichever candidate is the base. The fewest parents
-    that leave nothing but rounding are taken; then the merge is made again in memory, with these weights and
-    with rounder ones and presets near them, and held against the file. With `tensors`, every tensor is listed
-    too. `candidates` are what `similarity` takes for references; `variant` and `ema` say how they and the
-    merge are opened, as in `merge`. Reads the merge and the candidates twice; `progress(done, total)` gets
-    the bytes of each pass.
+    - `merge`: a path, an opened checkpoint, a state dict or a recipe.
+    - `candidates`: what `similarity` takes for references.
+    - `tensors`: list every tensor, too.
+    - `variant`, `ema`, `threads`: as for `merge`.
+    - `progress`: called as ``progress(done, total)``, in the bytes of each pass.
 
-    A merge that carries its own recipe, with all models of it among the candidates, is made again by that
-    first: if it is the same to the last bit, that is the explanation, and nothing is fitted.
+    Each block's weights are found by least squares over all its values: M = Σ cᵢXᵢ with Σ cᵢ = 1. This covers
+    weighted sums, add difference and averages. The fewest parents that leave nothing but rounding are taken.
 
-    Of more than 24 candidates, those are looked at further that a part of their tensors shows to be most like
-    the merge, or to explain most of what these leave; a note names the others.
+    Then the merge is made again in memory and compared with the file, with these weights and with rounder
+    ones and presets near them.
 
-    Candidates that cannot be used are named in `left_out`. Raises what is wrong with the merge itself,
-    RecipeError without any candidate, IncompatibleModelsError or NonFiniteError when none can be compared.
+    If the merge carries its own recipe and the candidates include all its models, that recipe is tried first.
+    Where it gives the same bits, nothing is fitted.
+
+    Of more than 24 candidates, those that look most useful are examined. A note names the others.
+
+    Raises what is wrong with the merge itself, and `RecipeError` without any candidate. Raises
+    `IncompatibleModelsError` or `NonFiniteError` where no candidate can be compared.
     """
     opening = opening_to_compare(variant, ema)
     merged = opening.model(merge, "merge")

@@ -29,16 +29,21 @@ class BlockOrigin:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Where a merge comes from, or that it does not come from the candidates.
+    """Where a model comes from, or that it does not come from the candidates.
 
-    `method` is ``"copy"``, ``"weighted_sum"``, ``"add_difference"``, ``"triple_sum"``, ``"linear"`` (more
-    parents), or None when no few of the candidates explain the U-Net; then `parents` is empty, and the blocks
-    tell of the two candidates that come nearest. `base` is the parent (or nearest candidate) that weight 0
-    stands for. `exact`: merging the parents again with these weights gives the file, within two steps of its
-    dtype everywhere. `preset` is a preset's name, or ``NAME@RATIO`` for one that was scaled. `tensors` is
-    empty unless asked for. `left_out` maps candidates that could not be used to one line about why, and
-    `screened` are those that were too many, and too unlike the merge, to be looked at further. `differences`
-    maps the others to ‖candidate − merge‖ / ‖merge‖ over the U-Net or transformer, where that was measured.
+    - `verdict`: all of it in a few sentences.
+    - `method`: ``"copy"``, ``"weighted_sum"``, ``"add_difference"``, ``"triple_sum"``, or ``"linear"`` for
+      more parents. None where no few candidates explain it.
+    - `parents`: the candidates that it was merged from. Empty where `method` is None.
+    - `base`: the parent that weight 0 stands for, or the nearest candidate.
+    - `exact`: whether the parents, merged again, give the file within two steps of its dtype.
+    - `preset`: a preset's name, or ``NAME@RATIO`` for one that was scaled.
+    - `blocks`, `components`, `tensors`: {name: an entry}. An entry has `weights` ({parent: number}),
+      `uncertainty`, `residual`, `determined`, `explained` and `divided`. `tensors` is empty unless asked for.
+    - `left_out`: {candidate: one line about why it could not be used}.
+    - `screened`: candidates that were too many, and too unlike the model, to be looked at further.
+    - `differences`: {candidate: ‖candidate − model‖ / ‖model‖ over the U-Net or transformer}, where measured.
+    - `merge`, `family`, `candidates`, `notes`: names, and sentences for the user.
     """
 
     merge: str
@@ -59,8 +64,8 @@ class Explanation:
     differences: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the result as plain data, ready for JSON, with the keys of `docs/json.md`: `tensors` only
-        where they were asked for.
+        """Return the result as plain data, ready for JSON. The keys are those of `docs/json.md`, and
+        `tensors` is there only where it was asked for.
         """
         fields = asdict(self)
         if not self.tensors:

@@ -30,17 +30,18 @@ def check(
     *,
     variant: str | None = None,
 ) -> CheckResult:
-    """Look for everything that can be wrong with a checkpoint; the codes are in `docs/check.md`.
+    """Look for everything that can be wrong with a model.
 
     >>> blockmerge.check("a.safetensors").faults  # doctest: +SKIP
     ()
 
-    Names, shapes, dtypes and metadata come from the header; then all floats are read once, for NaN, infinity
-    and zeros, and a zip archive once more for its checksums, on `threads` threads in a few megabytes of
-    memory. Numbers of a file that is broken off are not looked at. `progress(done, total)` is told the bytes.
-    `variant` picks the weights of a diffusers folder that has several kinds, as in `open_checkpoint`. Raises
-    CheckpointError when it cannot be read. A file that is no Stable Diffusion model is no error, but a
-    problem.
+    - `path`: a path, an opened checkpoint, a state dict or a recipe.
+    - `variant`, `threads`, `progress`: as for `merge`.
+
+    All floats are read once, and the checksums of a zip archive are verified, in a few megabytes of memory.
+    `docs/check.md` lists the problems. A file that is not an image model is no error, but a problem.
+
+    Raises `CheckpointError` where the file cannot be read.
     """
     subject = Subject.of(open_checkpoint(path, variant=variant))
     checkpoint, anatomy = subject.checkpoint, subject.model.anatomy if subject.model else None

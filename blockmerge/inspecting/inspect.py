@@ -49,14 +49,19 @@ class Part:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` found. Without a known U-Net, family and variant are None, and `why_unknown` says why.
+    """What `inspect` found.
 
-    So is naming, but of a VAE or a text encoder alone.
-
-    `missing` are the U-Net tensors that it should have and lacks. `blocks` are the U-Net's, without BASE.
-    `broken_off` says so where the file ends in zeros, as a download leaves that did not finish. `hashes` and
-    `tensors` are None unless asked for. `notes` are texts for the user about what was decided when it was
-    opened. `quantised` says how the weights are, or is None.
+    - `name`: the file's name.
+    - `family`, `variant`, `naming`: what kind of model it is. None where that is not known.
+    - `why_unknown`: one line about why the family is not known, or None.
+    - `missing`: tensors that the diffusion model should have and lacks.
+    - `quantised`: how the weights are quantised, or None.
+    - `components`, `blocks`: {name: its `tensors`, `parameters`, `bytes` and `dtypes`}.
+    - `metadata`: {key: text}.
+    - `broken_off`: one line where the file is a download that did not finish, or None.
+    - `hashes`: `autov1`, `autov2`, `autov3` and `sha256`. None unless asked for.
+    - `tensors`: {name: an entry}. None unless asked for.
+    - `notes`: sentences for the user.
     """
 
     name: str
@@ -75,8 +80,8 @@ class Inspection:
     tensors: Mapping[str, ListedTensor] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the result as plain data, ready for JSON, with the keys of `docs/json.md`: `hashes` and
-        `tensors` only where they were asked for.
+        """Return the result as plain data, ready for JSON. The keys are those of `docs/json.md`, and `hashes`
+        and `tensors` are there only where they were asked for.
         """
         fields = asdict(self)
         for key in ("hashes", "tensors"):
@@ -95,16 +100,19 @@ def inspect(
     variant: str | None = None,
     tensors: bool = False,
 ) -> Inspection:
-    """Look at a checkpoint's header, at scales of quantised weights, and at how it ends; with `hashes` also
-    read the whole file once.
+    """Look at what is in a model, by its header.
 
     >>> blockmerge.inspect("a.safetensors").components["unet"].parameters  # doctest: +SKIP
     859520964
 
-    `variant` picks the weights of a diffusers folder that has several kinds, as in `open_checkpoint`.
+    - `path`: a path, an opened checkpoint, a state dict or a recipe.
+    - `hashes`: read the whole file once for its hashes.
+    - `tensors`: list every tensor with its block, and with the LDM name that element rules know it by.
+    - `variant`, `progress`: as for `merge`.
 
-    With `tensors`, every tensor is listed with its block, and the LDM name that element rules know it by.
-    Raises CheckpointError when it cannot be read. A file that is no Stable Diffusion model is no error.
+    A file that is not an image model is no error: `why_unknown` says what it is.
+
+    Raises `CheckpointError` where the file cannot be read.
     """
     checkpoint = open_checkpoint(path, variant=variant)
     plain = plain_names_of_ema(checkpoint.tensors)

@@ -30,13 +30,17 @@ class LoraBlock:
 class LoraInspection:
     """What `inspect_lora` found.
 
-    `kinds`, `ranks`, `alphas` and `dtypes` count the modules of each, the dtypes the tensors. `alphas` are
-    those that the file says of modules with a rank; where it says none, or 0, the rank counts. `blocks` are
-    those that it changes, in the family's order. `norm` is that of all blocks, None where one of theirs is.
-    `unmet` are modules that no table knows, `embeddings` tensors that travel along. `metadata` is what people
-    look for first, under the file's own keys, and ``"trigger_words"``, the most frequent tags of what it was
-    trained on: {tag: how often}. `notes` are texts
-    for the user.
+    - `name`, `family`: the file's name, and the family that the LoRA is for.
+    - `kinds`, `ranks`, `alphas`: {kind, rank or alpha: modules}. Where the file has no alpha, the rank
+      counts.
+    - `dtypes`: {dtype: tensors}.
+    - `blocks`: {block: its number of `modules`, and `norm`, the ‖ΔW‖ of what they add}, for the blocks that
+      it changes.
+    - `norm`: that of all blocks. None where one of theirs is.
+    - `unmet`: modules that blockmerge does not know. `embeddings`: tensors that travel along.
+    - `metadata`: what people look for first, under the file's keys. ``"trigger_words"`` are the most frequent
+      tags of its training.
+    - `notes`: sentences for the user.
     """
 
     name: str
@@ -58,7 +62,7 @@ class LoraInspection:
         return sum(self.kinds.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the result as plain data, ready for JSON, with the keys of `docs/json.md`."""
+        """Return the result as plain data, ready for JSON. The keys are those of `docs/json.md`."""
         fields = asdict(self)
         for key in ("ranks", "alphas"):
             fields[key] = {number_text(number): count for number, count in fields[key].items()}
@@ -68,19 +72,20 @@ class LoraInspection:
 def inspect_lora(
     lora: LoraLike, *, threads: int | None = None, progress: Progress | None = None
 ) -> LoraInspection:
-    """Look at a LoRA: its kind, family, ranks and alphas, and the share of its change in every block.
+    """Look at a LoRA: kinds, family, ranks, alphas, and how much it changes each block.
 
     >>> found = blockmerge.inspect_lora("style.safetensors")  # doctest: +SKIP
     >>> found.kinds, found.ranks, found.blocks["IN04"].norm  # doctest: +SKIP
     ({'lora': 722}, {32: 722}, 1.742)
 
-    `lora` is a path, an opened checkpoint, a state dict, or a Lora without strength and blocks. The share is
-    ‖ΔW‖ at strength 1, summed in float64 from the factors alone. That of modules that look at the weights
-    (DoRA, GLoRA, IA3, OFT, BOFT) depends on the model: their blocks' is None. `progress(done, total)` is told
-    the bytes.
+    - `lora`: a path, an opened checkpoint, a state dict, or a `Lora` without strength and blocks.
+    - `threads`, `progress`: as for `merge`.
 
-    Raises CheckpointError for what is no LoRA or cannot be read, RecipeError for a strength or blocks, and
-    UnknownFamilyError for one of no family that is known.
+    A block's change is ‖ΔW‖ at strength 1, summed in float64. It is None for modules whose change depends on
+    the model: DoRA, GLoRA, IA3, OFT and BOFT.
+
+    Raises `CheckpointError` for a file that is not a LoRA or cannot be read, and `UnknownFamilyError` for one
+    of no known family. Raises `RecipeError` for a strength or blocks.
     """
     adapter = Lora.of(lora).as_it_is("inspected").open()
     said, fault = looked_for(adapter.source.metadata)

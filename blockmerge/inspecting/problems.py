@@ -85,10 +85,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What `check` found, the worst first. Family, variant and naming are None without a known U-Net.
+    """What `check` found, the worst first.
 
-    `output` is where a repaired copy was written and `fixed` are the codes of what it no longer has; None and
-    empty where none was asked for. `notes` are texts for the user about what was decided when it was opened.
+    - `name`: the file's name.
+    - `family`, `variant`, `naming`: as for `Inspection`.
+    - `problems`: each has `code`, `severity` (``"error"``, ``"warning"`` or ``"note"``), `message`,
+      `tensors`, `fixable` and `bytes`.
+    - `fixed`, `output`: the codes that a repaired copy no longer has, and where it is. Empty and None without
+      one.
+    - `notes`: sentences for the user.
     """
 
     name: str
@@ -110,5 +115,5 @@ class CheckResult:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the result as plain data, ready for JSON, with the keys of `docs/json.md`."""
+        """Return the result as plain data, ready for JSON. The keys are those of `docs/json.md`."""
         return asdict(self)

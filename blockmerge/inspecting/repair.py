@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 from blockmerge.checkpoints import CheckpointLike
@@ -11,11 +10,12 @@ from blockmerge.inspecting.problems import CheckResult
 from blockmerge.merging import convert
 from blockmerge.merging.planning.metadata import LOST_METADATA
 from blockmerge.streaming import Progress
+from blockmerge.types import PathLike
 
 
 def repair(
     path: CheckpointLike,
-    output: str | os.PathLike[str],
+    output: PathLike,
     *,
     threads: int | None = None,
     overwrite: bool = False,

@@ -203,7 +203,7 @@ def _bytes(values: torch.Tensor, dtype: str, whose: str) -> memoryview:
     if not all_finite(rounded):
         advice = "dtype fp32 (--dtype fp32) holds more" if dtype != "F32" else "give smaller strengths"
         raise NonFiniteError(f"{shown(whose)} would hold values too large for {dtype}: {advice}")
-    return memoryview(rounded.view(-1).view(torch.uint8).numpy())
+    return rounded.view(-1).view(torch.uint8).numpy().data
 
 
 def _differences(task: Difference, readers: Readers) -> Iterator[tuple[int, torch.Tensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,37 +18,40 @@ from blockmerge.lora_making.result import LoraConversion
 from blockmerge.lora_making.tasks import Made
 from blockmerge.lora_making.writing import LoraFile, compute_all
 from blockmerge.streaming import Progress
+from blockmerge.types import DtypeLike, PathLike
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 def convert_lora(
     lora: LoraLike,
     *,
-    output: str | os.PathLike[str],
+    output: PathLike,
     to: str,
-    dtype: str | torch.dtype | None = None,
+    dtype: DtypeLike | None = None,
     threads: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> LoraConversion:
-    """Write a LoRA under kohya's names or diffusers', whichever it has.
+    """Write a LoRA under the names of other programs.
 
     >>> blockmerge.convert_lora("style.safetensors", output="style-peft.safetensors", to="diffusers")
     ... # doctest: +SKIP
 
-    ``"kohya"`` are sd-scripts' names (``lora_unet_….lora_down.weight``), which most programs read;
-    ``"diffusers"`` PEFT's with the component (``unet.….lora_A.weight``). Only the names change, but that
-    diffusers' form has no alphas: alpha / rank goes into ``lora_B``. For powers of two that is exact (but for
-    fp16 values below 6e-5, which lose digits) and taken out again on the way back; else it is one rounding.
-    The notes tell both. What diffusers has no place for (LoHa and other kinds, norms) is refused. What the
-    metadata say of the training stays where it stays true. `lora` is a path, an opened checkpoint, a state
-    dict, or a Lora without strength and blocks; `dtype` is ``"fp16"``, ``"bf16"`` or ``"fp32"``, by default
-    each tensor's own. `progress(done, total)` is told the bytes that were read.
+    - `lora`: a path, an opened checkpoint, a state dict, or a `Lora` without strength and blocks.
+    - `to`: ``"kohya"`` for the names of sd-scripts, which most programs read, such as
+      ``lora_unet_….lora_down.weight``. ``"diffusers"`` for those of PEFT, such as ``unet.….lora_A.weight``.
+    - `dtype`: ``"fp16"``, ``"bf16"`` or ``"fp32"``. The default is each tensor's own.
+    - `output`, `overwrite`, `threads`, `progress`: as for `merge`.
 
-    Raises a BlockmergeError: CheckpointError and UnknownFamilyError for files, and for what the form has no
-    place for, RecipeError for what is asked for, NonFiniteError for values, OutputError for the output.
+    Diffusers' form has no alphas: alpha / rank goes into ``lora_B``. That is exact for powers of two, and one
+    rounding for others. In fp16, values below 6e-5 lose digits. The notes say where.
+
+    LoHa, other kinds and norms have no place in diffusers' form and are refused.
+
+    Raises `CheckpointError` or `UnknownFamilyError` for files that cannot be used, `RecipeError` for
+    arguments, `NonFiniteError` for values, and `OutputError` for the output.
     """
     check_form(to)
     target = LoraTarget.of(output, dtype, threads, overwrite, progress)

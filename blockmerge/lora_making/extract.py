@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -28,9 +27,10 @@ from blockmerge.lora_making.result import LoraResult
 from blockmerge.lora_making.size import Size, check_rank
 from blockmerge.lora_making.tasks import Difference, Layer, Made
 from blockmerge.streaming import Progress
+from blockmerge.types import DtypeLike, PathLike
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 _USUAL = "F16"
 _VAE, _UNET = "vae", "unet"
@@ -48,34 +48,35 @@ def extract_lora(
     tuned: CheckpointLike,
     base: CheckpointLike,
     *,
-    output: str | os.PathLike[str],
+    output: PathLike,
     rank: int | None = None,
     energy: float | None = None,
     conv_rank: int | None = None,
-    dtype: str | torch.dtype | None = None,
+    dtype: DtypeLike | None = None,
     ema: str = "drop",
     variant: str | None = None,
     threads: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> LoraResult:
-    """Write a LoRA that makes of `base` what `tuned` is, as far as a LoRA can.
+    """Write a LoRA that turns `base` into `tuned`, as far as a LoRA can.
 
     >>> blockmerge.extract_lora("tuned.safetensors", "base.safetensors", output="style.safetensors", rank=32)
     ... # doctest: +SKIP
 
-    Models are taken as `merge` takes them. Either `rank`, which each linear layer gets at most (and each
-    convolution of more than one place `conv_rank`; without it these are left out), or `energy`, the share of
-    each layer's squared difference that is to be in it. `dtype` is ``"fp16"`` (the default), ``"bf16"`` or
-    ``"fp32"``; `ema` and `variant` say how models are opened, as for `merge`.
+    - `tuned`, `base`: models, as `merge` takes them.
+    - `rank`: the highest rank of a linear layer. `conv_rank`: that of a convolution larger than 1×1. Without
+      it those are left out.
+    - `energy`: in place of the ranks, the share of each layer's squared difference that is kept.
+    - `dtype`: ``"fp16"`` (the default), ``"bf16"`` or ``"fp32"``.
+    - `output`, `overwrite`, `threads`, `ema`, `variant`, `progress`: as for `merge`.
 
-    Models are read a pair of tensors at a time. Layers that do not differ are left out; what differs and has
-    no place in a LoRA (norms, biases, embeddings) is named in the notes and counts as not held.
-    `progress(done, total)` is told the bytes that were read.
+    Layers that do not differ are left out. What differs and has no place in a LoRA (norms, biases,
+    embeddings) is named in the notes.
 
-    Raises a BlockmergeError: CheckpointError and UnknownFamilyError for models that cannot be read,
-    IncompatibleModelsError for two of different families or shapes, RecipeError for what is asked for and
-    for models that do not differ, NonFiniteError for values, OutputError for the output.
+    Raises `CheckpointError` or `UnknownFamilyError` for files that cannot be used, `RecipeError` for
+    arguments, `NonFiniteError` for values, and `OutputError` for the output. Raises `IncompatibleModelsError`
+    for models of different families or shapes.
     """
     size = Size(rank, energy)
     size.check_given()

@@ -21,6 +21,7 @@ from blockmerge.lora_making.size import Size
 from blockmerge.lora_making.tasks import Layer, Made, Shape
 from blockmerge.lora_making.writing import LoraFile, compute_all, sizes_of
 from blockmerge.streaming import Progress, thread_count
+from blockmerge.types import PathLike
 
 _NEGLIGIBLE = 1e-6
 ENDING = ".safetensors"
@@ -36,7 +37,7 @@ class LoraTarget:
     Raises OutputError for a place that cannot be written, RecipeError for `dtype` and `threads`.
     """
 
-    output: str | os.PathLike[str]
+    output: PathLike
     dtype: str | None
     threads: int | None
     overwrite: bool
@@ -60,7 +61,7 @@ class LoraTarget:
     @classmethod
     def of(
         cls,
-        output: str | os.PathLike[str],
+        output: PathLike,
         dtype: object,
         threads: int | None,
         overwrite: bool,

@@ -37,9 +37,10 @@ from blockmerge.lora_making.result import LoraResult
 from blockmerge.lora_making.size import Size
 from blockmerge.lora_making.tasks import Layer, Made, Sum, Term
 from blockmerge.streaming import Progress
+from blockmerge.types import DtypeLike, PathLike
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 AppliedModule = tuple[Applied, float, Module]
 """A LoRA with its strength, one of its modules, and how much of that is added."""
@@ -48,10 +49,10 @@ AppliedModule = tuple[Applied, float, Module]
 def merge_loras(
     loras: Sequence[LoraLike],
     *,
-    output: str | os.PathLike[str],
+    output: PathLike,
     rank: int | None = None,
     energy: float | None = None,
-    dtype: str | torch.dtype | None = None,
+    dtype: DtypeLike | None = None,
     threads: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -61,17 +62,20 @@ def merge_loras(
     >>> blockmerge.merge_loras([("a.safetensors", 0.7), ("b.safetensors", 0.4)], output="ab.safetensors")
     ... # doctest: +SKIP
 
-    `loras` are paths, ``(path, strength)``, ``(path, strength, blocks)``, texts as on the command line, or
-    `Lora` objects. Without `rank` and `energy` nothing is lost but the rounding to `dtype`: the factors are
-    joined, and each module's rank is the sum of theirs. With `rank` each module gets that rank at most, with
-    `energy` the least rank that keeps this share of its squared norm (0.99), by the best approximation there
-    is. `dtype` is ``"fp16"``, ``"bf16"`` or ``"fp32"``, by default the widest of the inputs'.
+    - `loras`: paths, ``(path, strength)``, ``(path, strength, blocks)``, texts as on the command line, or
+      `Lora` objects.
+    - `output`: the path of the new file.
+    - `rank`: the highest rank of a module.
+    - `energy`: in place of `rank`, the share of each module's squared norm that is kept, such as 0.99.
+    - `dtype`: ``"fp16"``, ``"bf16"`` or ``"fp32"``. The default is the widest of the inputs'.
+    - `overwrite`, `threads`, `progress`: as for `merge`.
 
-    LoHa and LoKr become LoRAs; kinds that look at the model's weights (DoRA, GLoRA, IA3, OFT, BOFT) are
-    refused. `progress(done, total)` is told the bytes that were read.
+    Without `rank` and `energy`, the factors are joined and nothing is lost but the rounding to `dtype`. LoHa
+    and LoKr become LoRAs. Kinds that look at the model's weights (DoRA, GLoRA, IA3, OFT, BOFT) are refused.
 
-    Raises a BlockmergeError: CheckpointError, IncompatibleModelsError and UnknownFamilyError for files,
-    RecipeError for what is asked for, NonFiniteError for values, OutputError for the output.
+    Raises `CheckpointError` or `UnknownFamilyError` for files that cannot be used, `RecipeError` for
+    arguments, `NonFiniteError` for values, and `OutputError` for the output. Raises `IncompatibleModelsError`
+    for LoRAs of different families.
     """
     size = Size(rank, energy)
     target = LoraTarget.of(output, dtype, threads, overwrite, progress)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -14,18 +13,19 @@ from blockmerge.lora_making.metadata import new_metadata, of_family, still_true
 from blockmerge.lora_making.result import LoraResult
 from blockmerge.lora_making.size import Size
 from blockmerge.streaming import Progress
+from blockmerge.types import DtypeLike, PathLike
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 def resize_lora(
     lora: LoraLike,
     *,
-    output: str | os.PathLike[str],
+    output: PathLike,
     rank: int | None = None,
     energy: float | None = None,
-    dtype: str | torch.dtype | None = None,
+    dtype: DtypeLike | None = None,
     threads: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -34,10 +34,12 @@ def resize_lora(
 
     >>> blockmerge.resize_lora("big.safetensors", output="small.safetensors", energy=0.99)  # doctest: +SKIP
 
-    Either `rank`, which each module gets at most, or `energy`, the share of each one's squared norm that is
-    to stay. A strength and block weights that are given with it are in the new one, which a note says. What
-    its metadata say of its training stays. The other arguments, and errors, are those of
-    `merge_loras`.
+    - `lora`: as `merge_loras` takes one. Its strength and block weights become part of the new one.
+    - `rank`: the highest rank of a module.
+    - `energy`: in place of `rank`, the share of each module's squared norm that is kept.
+
+    The other arguments and the errors are those of `merge_loras`. What the metadata say of the training is
+    kept.
     """
     size = Size(rank, energy)
     size.check_given()

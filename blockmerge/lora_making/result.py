@@ -10,12 +10,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LoraResult:
-    """A finished LoRA.
+    """A LoRA that was written.
 
-    `kind` is ``"lora"`` or ``"locon"`` (with convolutions of more than one place), or both with a ``+``;
-    `rank` the highest of its modules' and `ranks` {rank: modules}. `lost` is {block: share of the energy that
-    did not fit}, of all that was asked to be in it; `held`, of an extracted one, {block: share of the
-    difference that the LoRA holds}. Energy is the squared Frobenius norm. `notes` are texts for the user.
+    - `output`, `family`, `dtype`, `bytes`, `seconds`: as for `MergeResult`.
+    - `kind`: ``"lora"``, ``"locon"`` (with convolutions larger than 1×1), or both with a ``+``.
+    - `rank`: the highest rank of a module. `ranks`: {rank: modules}. `modules`: how many there are.
+    - `lost`: {block: the share of the energy that did not fit}. Energy is the squared Frobenius norm.
+    - `held`: of an extracted LoRA, {block: the share of the difference that it holds}. Else None.
+    - `notes`: sentences for the user.
     """
 
     output: Path
@@ -32,7 +34,7 @@ class LoraResult:
     held: Mapping[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the result as plain data, ready for JSON, with the keys of `docs/json.md`."""
+        """Return the result as plain data, ready for JSON. The keys are those of `docs/json.md`."""
         found = {**asdict(self), "output": str(self.output)}
         if self.held is None:
             del found["held"]
@@ -41,9 +43,11 @@ class LoraResult:
 
 @dataclass(frozen=True)
 class LoraConversion:
-    """A LoRA that has been written in another form, ``"kohya"`` or ``"diffusers"``.
+    """A LoRA that was written in another form.
 
-    `modules` counts them, `notes` are texts for the user.
+    - `form`: ``"kohya"`` or ``"diffusers"``.
+    - `modules`: how many it has.
+    - `output`, `family`, `bytes`, `seconds`, `notes`: as for `MergeResult`.
     """
 
     output: Path
@@ -55,5 +59,5 @@ class LoraConversion:
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the result as plain data, ready for JSON, with the keys of `docs/json.md`."""
+        """Return the result as plain data, ready for JSON. The keys are those of `docs/json.md`."""
         return {**asdict(self), "output": str(self.output)}

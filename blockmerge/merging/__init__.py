@@ -13,7 +13,7 @@ from blockmerge.merging.result import Counts, MergeResult
 from blockmerge.merging.verify import Verification, verified, verify
 
 Merge = Recipe
-"""One merge is a recipe."""
+"""Another name of `Recipe`: one merge is a recipe."""
 
 __all__ = [
     "Counts",

@@ -40,6 +40,7 @@ from blockmerge.merging.recipe_files import Places, read_recipe, recipe_of
 from blockmerge.merging.recipe_recorded import written_down
 from blockmerge.merging.result import MergeResult
 from blockmerge.streaming import Progress
+from blockmerge.types import PathLike
 
 
 class Finder(Protocol):
@@ -85,7 +86,7 @@ class Recorded:
         return cls(source.name, folder, _run_in(text, source.name), metadata)
 
     @classmethod
-    def _pinned(cls, file: str | os.PathLike[str]) -> Recorded:
+    def _pinned(cls, file: PathLike) -> Recorded:
         name = os.path.basename(os.fspath(file))
         written = read_recipe(file)
         metadata, sha256 = written.get("metadata"), written.get("sha256")
@@ -126,7 +127,7 @@ def _run_in(text: str, name: str) -> dict[str, Any]:
     return run
 
 
-def pinned(file: str | os.PathLike[str], progress: Progress | None = None) -> dict[str, Any]:
+def pinned(file: PathLike, progress: Progress | None = None) -> dict[str, Any]:
     """Return all that is needed to make a merged file again elsewhere, ready for JSON: its metadata, with the
     recipe, and the hashes that it must have.
 
@@ -144,7 +145,7 @@ def pinned(file: str | os.PathLike[str], progress: Progress | None = None) -> di
     }
 
 
-def is_pinned(file: str | os.PathLike[str]) -> bool:
+def is_pinned(file: PathLike) -> bool:
     """Whether a recipe's file is a pinned one. Raises RecipeError as `read_recipe` does."""
     return os.fspath(file).lower().endswith(".json") and {"sha256", "metadata"} <= read_recipe(file).keys()
 
@@ -152,25 +153,31 @@ def is_pinned(file: str | os.PathLike[str]) -> bool:
 def again(
     file: CheckpointLike,
     *,
-    output: str | os.PathLike[str],
-    models: Sequence[str | os.PathLike[str]] = (),
+    output: PathLike,
+    models: Sequence[PathLike] = (),
     changes: Sequence[str] = (),
     device: str = "cpu",
     threads: int | None = None,
     overwrite: bool = False,
     methods: Mapping[str, object] | None = None,
+    dry_run: bool = False,
     progress: Progress | None = None,
 ) -> MergeResult:
-    """Make a merge again from the recipe in its metadata: the same file, or with `changes` a variant.
+    """Make a merge again from the recipe in its metadata, or a variant of it.
 
     >>> blockmerge.again(
     ...     "merged.safetensors", models=["~/models"], changes=["OUT05=0.7"], output="variant.safetensors"
     ... )  # doctest: +SKIP
 
-    `changes` are texts as ``--set`` takes them. The models are found by what is in them: beside the file, and
-    in the folders `models` with their subfolders. A method of one's own is given as for `Recipe.from_dict`.
+    - `file`: the merged file, or a pinned recipe.
+    - `models`: folders that are searched with their subfolders, beside the file's own. Models are found by
+      their contents, whatever they are called.
+    - `changes`: what the option ``--set`` takes. Without any, the same file is made.
+    - `methods`: {``"module:function"``: function} for methods of your own.
 
-    Raises RecipeError when the file has no recipe, or its models are not found, and what `merge` raises.
+    The other arguments are those of `merge`.
+
+    Raises `RecipeError` where the file has no recipe or a model is not found, and what `merge` raises.
     """
     recorded = Recorded.of(file)
     check_other(file, output)
@@ -182,11 +189,12 @@ def again(
         overwrite=overwrite,
         metadata=None if changes else recorded.metadata,
         sha256=None if changes else recorded.sha256,
+        dry_run=dry_run,
         progress=progress,
     )
 
 
-def check_other(file: object, output: str | os.PathLike[str]) -> None:
+def check_other(file: object, output: PathLike) -> None:
     """Raise OutputError where the output would be the very file whose recipe it is made by."""
     if isinstance(file, (str, os.PathLike)) and os.path.realpath(file) == os.path.realpath(output):
         raise OutputError(f"{shown(output)} is the file whose recipe it is: give another name")
@@ -220,13 +228,13 @@ class Searched:
     They are found by what is in them. A name in somebody's metadata is never used as a path.
     """
 
-    folders: Sequence[str | os.PathLike[str]] = ()
-    beside: str | os.PathLike[str] | None = None
+    folders: Sequence[PathLike] = ()
+    beside: PathLike | None = None
     _known: dict[Path, list[Checkpoint]] = field(default_factory=dict, repr=False, compare=False)
     _seen: list[Path] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
-    def beside_file(cls, recorded: Recorded, folders: Sequence[str | os.PathLike[str]]) -> Searched:
+    def beside_file(cls, recorded: Recorded, folders: Sequence[PathLike]) -> Searched:
         """Beside a file first, then in folders."""
         given = [folders] if isinstance(folders, (str, os.PathLike)) else folders
         return cls([os.path.expanduser(folder) for folder in given], recorded.folder or None)

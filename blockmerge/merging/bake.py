@@ -5,7 +5,6 @@ It is a merge of one model, with the method that does nothing.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,42 +16,47 @@ from blockmerge.merging.recipe import Recipe
 from blockmerge.merging.result import MergeResult
 from blockmerge.methods import BAKE
 from blockmerge.streaming import Progress
+from blockmerge.types import DtypeLike, PathLike
 from blockmerge.weights import WeightsRequest
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 def bake(
     model: CheckpointLike,
     loras: Sequence[LoraLike],
     *,
-    output: str | os.PathLike[str],
+    output: PathLike,
     partial: bool = False,
     naming: str | None = None,
     vae: CheckpointLike = "auto",
-    dtype: str | torch.dtype = "keep",
+    dtype: DtypeLike = "keep",
     ema: str = "drop",
     prune: bool = False,
     variant: str | None = None,
-    configs: str | os.PathLike[str] | None = None,
+    configs: PathLike | None = None,
     device: str = "cpu",
     threads: int | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
+    dry_run: bool = False,
     progress: Progress | None = None,
 ) -> MergeResult:
-    """Put LoRAs into a model for good, as strongly as they would be at run time.
+    """Put LoRAs into a model for good, as strong as they would be at run time.
 
     >>> blockmerge.bake("model.safetensors", [("style.safetensors", 0.8)], output="styled.safetensors")
     ... # doctest: +SKIP
 
-    `loras` are paths, ``(path, strength)``, ``(path, strength, blocks)``, texts as on the command line
-    (``"style.safetensors:0.8:OUTALL"``), or `Lora` objects. All are added up in float32 (in float64 for an
-    output in fp32) and rounded once. A module that meets no tensor is an error that names it, unless
-    `partial` leaves it out. The other arguments are those of `convert`.
+    - `model`: a path, an opened checkpoint, a state dict or a recipe.
+    - `loras`: paths, ``(path, strength)``, ``(path, strength, blocks)``, texts such as
+      ``"style.safetensors:0.8:OUTALL"``, or `Lora` objects.
+    - `partial`: leave out modules that meet no tensor, instead of refusing the LoRA.
 
-    Raises a BlockmergeError, as `merge` does.
+    The other arguments are those of `convert` and `merge`. The changes are added up in float32 and rounded
+    once; for an output in fp32, in float64.
+
+    Raises what `merge` raises.
     """
     request = make_request(
         BAKE,
@@ -73,4 +77,6 @@ def bake(
     if not request.loras:
         raise RecipeError("no LoRA to bake in: give at least one")
     recipe = Recipe.of((model,), request)
-    return recipe.run(output, device=device, threads=threads, overwrite=overwrite, progress=progress)
+    return recipe.run(
+        output, device=device, threads=threads, overwrite=overwrite, dry_run=dry_run, progress=progress
+    )

@@ -5,7 +5,6 @@ It is a merge of one model, with the method that does nothing.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from blockmerge.checkpoints import CheckpointLike
@@ -14,44 +13,49 @@ from blockmerge.merging.recipe import Recipe
 from blockmerge.merging.result import MergeResult
 from blockmerge.methods import IDENTITY
 from blockmerge.streaming import Progress
+from blockmerge.types import DtypeLike, PathLike
 from blockmerge.weights import WeightsRequest
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 def convert(
     source: CheckpointLike,
-    output: str | os.PathLike[str],
+    output: PathLike,
     *,
     naming: str | None = None,
     vae: CheckpointLike = "auto",
-    dtype: str | torch.dtype = "keep",
+    dtype: DtypeLike = "keep",
     ema: str = "drop",
     prune: bool = False,
     variant: str | None = None,
-    configs: str | os.PathLike[str] | None = None,
+    configs: PathLike | None = None,
     threads: int | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
+    dry_run: bool = False,
     progress: Progress | None = None,
 ) -> MergeResult:
-    """Write a model as a `.safetensors` file or a diffusers folder.
+    """Write a model in another container, dtype or naming.
 
     >>> blockmerge.convert("model.ckpt", "model.safetensors", dtype="fp16")  # doctest: +SKIP
+    >>> blockmerge.convert("model.safetensors", "folder/", naming="diffusers")  # doctest: +SKIP
 
-    `naming` is ``"ldm"`` (a single file) or ``"diffusers"`` (a folder); without it the output is what the
-    source is, or a single file where its name ends in ``.safetensors``. `vae` bakes in another VAE (a file, a
-    folder, an opened checkpoint or a state dict). `ema` says what becomes of EMA copies: ``"drop"``,
-    ``"keep"``, or ``"use"`` them as the U-Net. `variant` picks the weights of folders that have several
-    (``"fp16"``), the VAE's too. `prune` leaves out what is known to be dead. `configs` is a
-    diffusers folder whose configs and tokenizers go beside the weights of a new folder, or a tokenizer's
-    folder alone. The other arguments are those of `merge`.
+    - `source`: a path, an opened checkpoint, a state dict or a recipe.
+    - `output`: a path that ends in ``.safetensors``, or a folder.
+    - `naming`: ``"ldm"`` for one file, ``"diffusers"`` for a folder. The default is what the source is, or
+      one file where `output` ends in ``.safetensors``.
+    - `vae`: another VAE to bake in: a file, a folder, an opened checkpoint or a state dict.
+    - `ema`: ``"drop"`` EMA copies, ``"keep"`` them, or ``"use"`` them as the U-Net.
+    - `prune`: leave out tensors that no program needs.
+    - `configs`: a diffusers folder whose configs and tokenizers go into a new folder, or a tokenizer's
+      folder.
 
-    Values change with `dtype` only, but that `position_ids` which are broken, or floats, become whole numbers
-    again. Tensors that the output has no place for are left out and named in the result's notes.
+    The other arguments are those of `merge`. Values change with `dtype` alone, but broken `position_ids`
+    become whole numbers again. Tensors that the output has no place for are left out and named in the notes.
 
-    Raises a BlockmergeError, as `merge` does.
+    Raises what `merge` raises.
     """
     request = MergeRequest(
         WeightsRequest(),
@@ -65,4 +69,6 @@ def convert(
         configs=configs,
         variant=variant,
     )
-    return Recipe.of((source,), request).run(output, threads=threads, overwrite=overwrite, progress=progress)
+    return Recipe.of((source,), request).run(
+        output, threads=threads, overwrite=overwrite, dry_run=dry_run, progress=progress
+    )

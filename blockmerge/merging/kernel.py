@@ -132,7 +132,7 @@ class Kernel:
                 held = aligned_buffer(nbytes)
             else:  # torch gives page-locked memory out in powers of two
                 size = 1 << (nbytes - 1).bit_length()
-                held = memoryview(torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy())
+                held = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy().data
             self._buffers[place] = held
         return held[:nbytes]
 

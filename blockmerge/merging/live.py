@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
@@ -14,7 +14,7 @@ from blockmerge.merging.planning.combining import Combination
 from blockmerge.merging.planning.describing import differing_predictions
 from blockmerge.merging.planning.request import check_flag, missing_beta
 from blockmerge.merging.tree import Node, check_size, open_leaves
-from blockmerge.methods import Method, find_method
+from blockmerge.methods import MethodLike, find_method
 from blockmerge.weights import BlockWeights, WeightsLike, WeightsRequest
 
 if TYPE_CHECKING:
@@ -36,21 +36,19 @@ class LiveMerge:
     >>> live.apply(weights={"OUT05": 0.7}, keep=True)  # doctest: +SKIP
     >>> live.close()  # doctest: +SKIP
 
-    `module` is any torch module whose parameters have a U-Net's names, in diffusers or LDM naming: a
-    UNet2DConditionModel, or a whole LDM model, of which only the U-Net is touched. Its dtype (fp16, bf16 or
-    fp32) and device stay. `a`, `b` and `c` are paths, opened checkpoints or state dicts, U-Nets or whole
-    models, in either naming; what is no tensor of the U-Net is not looked at. They are copied to the module's
-    device in its dtype, once. `method`, `numbers`, `variant` and `ema` are those of `merge`.
+    - `module`: a torch module whose parameters have a U-Net's names, in fp16, bf16 or fp32. Of a whole LDM
+      model only the U-Net is touched.
+    - `a`, `b`, `c`: paths, opened checkpoints or state dicts. They are copied once to the module's device, in
+      its dtype. A recipe of stages may stand in place of `a`, alone.
+    - `method`, `variant`, `ema`, `numbers`: as for `merge`.
 
-    In place of `a`, a recipe of stages may be given (``LiveMerge(pipe.unet, Recipe.load("mix.toml"))``): its
-    files are on the device once each, the module holds its result at once, and `apply` changes the weights
-    of its stages.
+    The module holds A at first, or the result of the recipe. `apply` merges, and `close` or the end of a
+    ``with`` block gives the module its own parameters back.
 
-    From then on the module holds A. `apply` merges; `close`, or leaving a `with` block, gives the module its
-    own parameters back. Meanwhile the parameters are views of flat buffers, and must stay where they are: no
-    `.to()`, no offloading. Not thread-safe, and not to be applied while the module runs on another stream.
+    Meanwhile the parameters are views of flat buffers and must stay where they are: no `.to()`, no
+    offloading. A LiveMerge is not thread-safe. Do not apply it while the module runs on another stream.
 
-    Raises a BlockmergeError when the module or the models cannot be used; the module is then as it was.
+    Raises a `BlockmergeError` where the module or the models cannot be used. The module is then as it was.
     """
 
     _stages: LiveStages | None
@@ -61,7 +59,7 @@ class LiveMerge:
         a: CheckpointLike | Node,
         b: CheckpointLike | None = None,
         c: CheckpointLike | None = None,
-        method: str | Method | Callable[..., Any] = "weighted_sum",
+        method: MethodLike = "weighted_sum",
         *,
         variant: str | None = None,
         ema: str = "drop",
@@ -159,23 +157,21 @@ class LiveMerge:
 
     @property
     def weights(self) -> BlockWeights:
-        """The weights that the module has now; a block that is A's although weight 0 would not be has None.
+        """The weights that the module has now, fit for `merge`.
 
-        They are fit for `merge`, to write what was found. BASE is what was asked for, and counts for nothing
-        here.
+        None stands for a block that is A's although weight 0 would not be. BASE is what was asked for, and
+        has no effect here.
         """
         return self._weights
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What there is to say of how the models were opened, and of the weights that were last applied, as a
-        merge's notes say it.
-        """
+        """Sentences about how the models were opened, and about the weights that were applied last."""
         return (*self._opening_notes, *self._notes)
 
     @property
     def weights_beta(self) -> BlockWeights:
-        """The second weights that the module has now; 0 for methods without."""
+        """The second weights that the module has now: 0 for methods without."""
         return self._weights_beta
 
     def apply(
@@ -190,19 +186,20 @@ class LiveMerge:
         sdxl_map: str | None = None,
         seed: int | None = None,
     ) -> BlockWeights:
-        """Merge with these weights, which are given as to `merge`, and return those that all blocks have now.
+        """Merge with these weights, and return those that all blocks have now.
 
-        With `keep`, only blocks that `weights`, `weights_beta` (mappings, or texts as in ``"OUT05=0.7"``) or
-        `changes` name get another weight. `seed` is that of random weights, by default the method's or 0.
+        - `preset`, `weights`, `changes`, `preset_beta`, `weights_beta`, `sdxl_map`: as for `merge`.
+        - `keep`: change only the blocks that are named in `weights`, `weights_beta` or `changes`.
+        - `seed`: that of random weights. The default is the method's, or 0.
 
-        Of a recipe, the stages are given other weights by their names, with the keys of a recipe's file, and
-        the others keep theirs: ``live.apply({"final": {"weights": 0.3}, "X": {"preset": "low_res"}})``.
+        A recipe's stages are changed by their names, with the keys of a recipe's file: ``live.apply({"final":
+        {"weights": 0.3}})``. The other stages keep theirs.
 
-        Blocks whose weights are what they were are not computed. The work is queued on the device's current
-        stream; nothing waits for it, unless the method itself does. NaN and infinity are not looked for.
+        Blocks whose weights have not changed are not computed. The work is queued on the device's current
+        stream, and nothing waits for it. NaN and infinity are not looked for.
 
-        Raises WeightsError for weights that cannot be used; RecipeError after `close`, or when the parameters
-        are no longer where LiveMerge has put them.
+        Raises `WeightsError` for weights that cannot be used. Raises `RecipeError` after `close`, or where
+        the parameters have been moved.
         """
         launcher = self._opened()
         check_flag("keep", keep)
@@ -254,7 +251,7 @@ class LiveMerge:
             )
 
     def close(self) -> None:
-        """Give the module its own parameters back, bit for bit in the memory they were in, and let go of the
+        """Give the module its own parameters back, bit for bit and in the same memory, and let go of the
         models.
         """
         for name, original in self._originals.items():

@@ -16,6 +16,7 @@ from blockmerge.merging.planning.naming import OutputTensor
 from blockmerge.merging.planning.plan import to_gather
 from blockmerge.merging.planning.policies import decide
 from blockmerge.merging.planning.request import check_flag, is_vae_of_models, make_request
+from blockmerge.methods import MethodLike
 from blockmerge.weights import AdjustLike, RulesLike, WeightsLike, WeightsRequest
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def merge_state_dicts(
     preset: str | Sequence[str] | None = None,
     weights: WeightsLike | None = None,
     changes: str | None = None,
-    method: object = "weighted_sum",
+    method: MethodLike = "weighted_sum",
     preset_beta: str | Sequence[str] | None = None,
     weights_beta: WeightsLike | None = None,
     changes_beta: str | None = None,
@@ -54,22 +55,23 @@ def merge_state_dicts(
     check_finite: bool = False,
     **numbers: Any,
 ) -> dict[str, torch.Tensor]:
-    """Merge state dicts, block by block, into a new one.
+    """Merge state dicts in memory, block by block, into a new one.
 
     >>> merged = blockmerge.merge_state_dicts(a, b, preset="high_res")  # doctest: +SKIP
 
-    The dicts are U-Nets or whole models, in LDM or diffusers names (`unet.…`, `vae.…` and so on for whole
-    models), all on one device or several; the result has A's names, and every tensor of it is a new one on
-    the device of A's (of B's, where only B has it), with A's dtype (bfloat16, where A has it in scaled fp8).
-    The values are those that `merge` writes, and the arguments its.
+    `state_dicts` are {name: tensor}, of a U-Net, a transformer or a whole model. Their names are LDM's or
+    those of diffusers, and their devices may differ.
 
-    A GPU is waited for once for each text encoder's `position_ids` and for the scales of each model in scaled
-    fp8, once for the table that noise is drawn from, and for every tensor on its way between the CPU's memory
-    and a GPU; for nothing else. NaN and infinity are looked for only with `check_finite`, since that waits
-    for all of it.
+    The result has A's names, shapes and dtypes. Each tensor is a new one on the device of A's, or of B's
+    where only B has it. Tensors that A has in scaled fp8 become bfloat16.
 
-    Raises a BlockmergeError: NonFiniteError with `check_finite`, else as `merge` does before it reads a
-    weight.
+    The values are those that `merge` writes, and the other arguments are those of `merge`. `check_finite`
+    looks for NaN and infinity, which waits for the GPU.
+
+    Without it, a GPU is waited for only where its data is needed on the CPU: `position_ids`, scales of fp8
+    weights, a table of noise, and tensors that change devices.
+
+    Raises `NonFiniteError` with `check_finite`, else what `merge` raises before it reads a weight.
     """
     _check_vae(vae, len(state_dicts))
     check_flag("check_finite", check_finite)

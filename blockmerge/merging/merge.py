@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from blockmerge.adapters import LoraLike
 from blockmerge.checkpoints import CheckpointLike
 from blockmerge.merging.planning.request import make_request
-from blockmerge.merging.recipe import Leaf, Recipe
+from blockmerge.merging.recipe import Recipe
 from blockmerge.merging.result import MergeResult
+from blockmerge.methods import MethodLike
 from blockmerge.streaming import Progress
+from blockmerge.types import DtypeLike, PathLike
 from blockmerge.weights import AdjustLike, RulesLike, WeightsLike, WeightsRequest
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 def merge(
-    *models: Leaf,
-    output: str | os.PathLike[str],
+    *models: CheckpointLike,
+    output: PathLike,
     preset: str | Sequence[str] | None = None,
     weights: WeightsLike | None = None,
     changes: str | None = None,
-    method: object = "weighted_sum",
+    method: MethodLike = "weighted_sum",
     preset_beta: str | Sequence[str] | None = None,
     weights_beta: WeightsLike | None = None,
     changes_beta: str | None = None,
@@ -34,7 +35,7 @@ def merge(
     seed: int = 0,
     vae: CheckpointLike = "auto",
     text_encoder: str = "auto",
-    dtype: str | torch.dtype = "keep",
+    dtype: DtypeLike = "keep",
     sdxl_map: str | None = None,
     device: str = "cpu",
     threads: int | None = None,
@@ -42,49 +43,73 @@ def merge(
     allow_nonfinite: bool = False,
     naming: str | None = None,
     ema: str = "drop",
-    configs: str | os.PathLike[str] | None = None,
+    configs: PathLike | None = None,
     variant: str | None = None,
     loras: Sequence[LoraLike] = (),
     partial: bool = False,
     about: Mapping[str, str] | None = None,
     hash: bool = False,
+    dry_run: bool = False,
     progress: Progress | None = None,
     **numbers: Any,
 ) -> MergeResult:
-    """Merge models, block by block, into a new `.safetensors` file or diffusers folder.
+    """Merge models block by block into a new file or folder.
 
     >>> blockmerge.merge("a.safetensors", "b.ckpt", weights=0.5, output="c.safetensors")  # doctest: +SKIP
+    >>> blockmerge.merge("a/", "b/", "c/", method="add_difference", weights=1, output="d/")  # doctest: +SKIP
 
-    `models`: paths, opened checkpoints or state dicts; the first is A. `method` is a method's name (as many
-    models as it takes), ``"module:function"``, or a function decorated with `merge_method`. One of `preset`
-    (a name or a file, or several with their shares, ``["high_res@0.6", "GRAD_A@0.4"]``) and `weights` (all
-    that ``--weights`` takes, a number, a sequence, a mapping, a BlockWeights) says how much of B each block
-    takes; `changes` (``"BASE=0.5,OUT11=1"``) goes on top. The same with `_beta` for methods with a second
-    weight. `rules` are element rules (a text, a list of texts, or ElementRules), `adjust` eight numbers
-    (``"0,0,0,1"``, a list, or an Adjust), `clip` limits results to what lies between A and B, `seed` is for
-    random weights and methods of chance; `numbers` are the method's own. `dtype` is ``"keep"`` (each tensor
-    keeps A's) or ``"fp16"``, ``"bf16"``, ``"fp32"``, ``"fp8_e4m3fn"``, ``"fp8_e5m2"``, or torch's own.
+    What is merged:
 
-    `vae` is ``"auto"`` (whole, from A when BASE is at most 0.5, else from B), ``"a"``, ``"b"``, ``"blend"``,
-    or a VAE (a file, an opened checkpoint or a state dict). `text_encoder` is ``"auto"``, ``"a"`` or
-    ``"blend"``: text encoders follow BASE, but are A's in families that use them as published. `naming` is
-    the output's, ``"ldm"`` (a single file) or ``"diffusers"`` (a folder), by default A's. `ema` says what
-    becomes of EMA copies: ``"drop"``, ``"keep"``, or ``"use"`` them as the U-Net. `variant` picks the weights
-    of folders that have several (``"fp16"``), where they have it, the VAE's too, and `configs` is a diffusers
-    folder whose configs and tokenizers go into a new one, or a tokenizer's folder alone. `progress(done,
-    total)` is told the bytes.
+    - `models`: paths, opened checkpoints, state dicts or recipes. The first is A.
+    - `output`: a path that ends in ``.safetensors``, or a folder for the diffusers layout.
+    - `method`: how values are combined. `list_methods` has all names.
+    - `numbers`: the method's own numbers, by name.
+    - `loras`: LoRAs that are added to the merge, as `bake` takes them.
+    - `partial`: leave out a LoRA's modules that meet no tensor, instead of refusing it.
 
-    `loras` are added to the merge before it is rounded: paths, ``(path, strength)``, ``(path, strength,
-    blocks)``, texts as ``"style.safetensors:0.8:OUTALL"``, or `Lora` objects. A module that meets no tensor
-    is an error, unless `partial` leaves it out.
+    How much of each model:
 
-    `about` goes into the metadata as ModelSpec has it: ``{"title", "author", "license", "description"}``, any
-    of them. With `hash`, the models are recorded by their SHA-256s, too, and the web UI's keys say so.
+    - `weights`: how much of B each block takes, from 0 (all A) to 1 (all B). See `WeightsLike`.
+    - `preset`: the name or file of a preset, in place of `weights`. A list such as ``["high_res@0.6",
+      "GRAD_A@0.4"]`` adds several up.
+    - `changes`: weights of single blocks on top, such as ``"BASE=0.5,OUT11=1"``.
+    - `weights_beta`, `preset_beta`, `changes_beta`: the same for methods with a second weight.
+    - `sdxl_map`: ``"name"`` or ``"resolution"``, how 26 weights go to the 20 blocks of SDXL.
+    - `rules`: weights of single tensors. `docs/rules.md` describes them, `adjust` and `clip`.
+    - `adjust`: eight numbers that change detail and colour.
+    - `clip`: keep each value between those of A and B.
+    - `seed`: for random weights, and for methods of chance.
 
-    All checks that headers allow are made before a weight is read. The models are never changed. The output
+    What comes from one model:
+
+    - `vae`: ``"auto"``, a letter such as ``"a"``, ``"blend"``, or a VAE. ``"auto"`` takes A's where BASE is
+      at most 0.5, else B's.
+    - `text_encoder`: ``"auto"``, ``"a"`` or ``"blend"``. ``"auto"`` keeps A's in families that use published
+      text encoders.
+    - `ema`: ``"drop"`` EMA copies, ``"keep"`` them, or ``"use"`` them as the U-Net.
+    - `variant`: which weights of a folder are read where it has several, such as ``"fp16"``.
+
+    What is written:
+
+    - `dtype`: the dtype of all weights. ``"keep"`` gives each tensor the one that it has in A.
+    - `naming`: ``"ldm"`` for one file or ``"diffusers"`` for a folder. The default is A's.
+    - `configs`: a diffusers folder whose configs and tokenizers go into a new folder.
+    - `about`: ``title``, ``author``, ``license`` and ``description``, for the metadata.
+    - `hash`: record the SHA-256 of each model, too.
+    - `overwrite`: replace an output that exists.
+    - `allow_nonfinite`: write NaN and infinity instead of refusing them.
+    - `dry_run`: write nothing. The result says what would be written.
+
+    How it runs:
+
+    - `device`: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"auto"``.
+    - `threads`: the number of workers. The default is twice the processors, at most 8.
+    - `progress`: called as ``progress(done, total)``, in bytes.
+
+    Values are computed in float32 or wider and rounded once. The models are never changed, and the output
     appears complete or not at all.
 
-    Raises a BlockmergeError: see `blockmerge.errors` for which and when.
+    Raises a `BlockmergeError`. Everything that headers tell is checked before a weight is read.
     """
     request = make_request(
         method,
@@ -109,5 +134,5 @@ def merge(
         arguments=merge.__kwdefaults__,
     )
     return Recipe.of(models, request).run(
-        output, device=device, threads=threads, overwrite=overwrite, progress=progress
+        output, device=device, threads=threads, overwrite=overwrite, dry_run=dry_run, progress=progress
     )

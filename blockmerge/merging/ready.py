@@ -21,14 +21,14 @@ _STEP = 1 << 22  # bytes that are hashed at once
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe with its models opened and everything decided that headers tell, ready to be run.
+    """A recipe whose models are open and whose output is decided, ready to be run.
 
     >>> plan = blockmerge.Merge("a.safetensors", "b.safetensors", weights=0.5).plan("c.safetensors")
     ... # doctest: +SKIP
     >>> print(*plan.summary().notes, sep="\\n")  # doctest: +SKIP
     >>> result = plan.run()  # doctest: +SKIP
 
-    `target` is where the output will really lie; `planned` is what will be done, byte by byte.
+    `target` is where the output will be. `planned` is every byte of it, as the inside of blockmerge has it.
     """
 
     recipe: Node
@@ -40,18 +40,20 @@ class Plan:
     seconds: float
 
     def summary(self) -> MergeResult:
-        """What the merge will be, as its result would say it, with `dry_run`.
+        """Return what the merge would do, as a `MergeResult` with `dry_run`.
 
-        Raises OutputError when the disk has not the space for it.
+        Raises `OutputError` where the disk has not enough space.
         """
         check_space(self.target, self.planned.size)
         return self._result(self.seconds)
 
     def run(self, progress: Progress | None = None, *, sha256: str | None = None) -> MergeResult:
-        """Write the output; `progress(done, total)` is told the bytes.
+        """Write the output, and return what was done.
 
-        With `sha256`, the output gets its name only if it has that hash. Raises what `merge` raises, and
-        OutputError for another hash.
+        - `progress`: called as ``progress(done, total)``, in bytes.
+        - `sha256`: the hash that the output must have, in hexadecimal digits.
+
+        Raises what `merge` raises, and `OutputError` for another hash; nothing is written then.
         """
         started = time.perf_counter()
         plan = self.planned

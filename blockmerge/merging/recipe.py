@@ -37,11 +37,13 @@ from blockmerge.merging.recipe_files import Places, expanded, load, read_recipe,
 from blockmerge.merging.recipe_writing import dumped
 from blockmerge.merging.result import MergeResult
 from blockmerge.merging.tree import Node, check_size, inner_first, open_models
+from blockmerge.methods import MethodLike
 from blockmerge.streaming import Progress
+from blockmerge.types import DtypeLike, PathLike
 from blockmerge.weights import AdjustLike, RulesLike, WeightsLike, WeightsRequest
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 Leaf = Union[CheckpointLike, "Recipe"]
 """What a recipe merges: a model, or what another recipe makes."""
@@ -49,7 +51,7 @@ Leaf = Union[CheckpointLike, "Recipe"]
 
 @dataclass(frozen=True, init=False, eq=False)
 class Recipe(Node):
-    """What to merge and how, as data: nothing is opened before `plan` or `run`.
+    """What to merge and how, as data. Nothing is opened before `plan` or `run`.
 
     >>> recipe = blockmerge.Merge("a.safetensors", "b.safetensors", preset="high_res", dtype="fp16")
     >>> recipe.to_dict()
@@ -58,17 +60,15 @@ class Recipe(Node):
     True
     >>> recipe.run("merged.safetensors")  # doctest: +SKIP
 
-    `models` are paths, opened checkpoints or state dicts; the first is A. All other arguments are those of
-    `merge` that decide what is written, and `prune` of `convert`; `numbers` are the method's own.
+    The arguments are those of `merge` that decide what is written, and `prune` of `convert`.
 
-    A recipe may be a model of another: a stage, whose values stay unrounded until the result is, with
-    ``rounding="each"`` instead as they would be in a file.
+    A recipe may be a model of another. Such a stage is not rounded on the way; with ``rounding="each"`` it
+    has the values that a file would have.
 
     >>> stage = blockmerge.Merge("a.safetensors", "b.safetensors", preset="high_res")
     >>> recipe = blockmerge.Merge(stage, "c.safetensors", weights=0.3, dtype="fp16")
 
-    Raises RecipeError, WeightsError among them, for options and numbers that there are not. Weights, presets
-    and models are looked at by `plan`.
+    Raises `RecipeError` for arguments that cannot be used. Weights, presets and models are checked by `plan`.
     """
 
     models: tuple[Leaf, ...]
@@ -82,7 +82,7 @@ class Recipe(Node):
         preset: str | Sequence[str] | None = None,
         weights: WeightsLike | None = None,
         changes: str | None = None,
-        method: object = "weighted_sum",
+        method: MethodLike = "weighted_sum",
         preset_beta: str | Sequence[str] | None = None,
         weights_beta: WeightsLike | None = None,
         changes_beta: str | None = None,
@@ -92,7 +92,7 @@ class Recipe(Node):
         seed: int = 0,
         vae: CheckpointLike = "auto",
         text_encoder: str = "auto",
-        dtype: str | torch.dtype = "keep",
+        dtype: DtypeLike = "keep",
         sdxl_map: str | None = None,
         allow_nonfinite: bool = False,
         naming: str | None = None,
@@ -184,13 +184,13 @@ class Recipe(Node):
     # -- as data ---------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the recipe as plain data, ready for JSON: `models`, and all that is not as by default.
+        """Return the recipe as plain data, ready for JSON: `models`, and every argument that is not the
+        default.
 
-        Keys are the command line's long options, with `_` for `-` (`set`, `to`, `weights_beta`), and the
-        method's numbers by their names. Paths are as they were given, and those that are relative are so to
-        the folder in which the recipe is run.
+        Keys are the command line's long options with `_` for `-`, and the names of the method's numbers.
+        Paths are as they were given.
 
-        Raises RecipeError for models that are in memory and so have no name.
+        Raises `RecipeError` for models in memory, which have no path.
         """
         models = [
             model.to_dict() if isinstance(model, Recipe) else path_of(model, f"model {number}")
@@ -209,18 +209,22 @@ class Recipe(Node):
         loras: Sequence[CheckpointLike] | None = None,
         methods: Mapping[str, object] | None = None,
     ) -> Self:
-        """Return the recipe that `to_dict` has written, or that stands in a merged file's metadata.
+        """Return the recipe that `to_dict` or the metadata of a merged file holds.
 
         >>> with safe_open("merged.safetensors", "pt") as file:  # doctest: +SKIP
         ...     written = json.loads(file.metadata()["blockmerge.recipe"])
         >>> recipe = blockmerge.Recipe.from_dict(written, models=["a.safetensors", "b.safetensors"])
+        ... # doctest: +SKIP
 
-        `models` and the files of `loras`, in order, `vae` and `configs` go in place of those that are
-        written. Metadata knows names only, so what it names must be given. The weights of the blocks are
-        those that the file was made with, whatever has become of its preset. A method of one's own is given
-        as `methods`, ``{"module:function": function}``: nothing is imported because a recipe names it.
+        - `written`: the plain data.
+        - `models`, `vae`, `configs`, `loras`: files in place of those that are written. Metadata hold names
+          without folders, so these must be given for them.
+        - `methods`: {``"module:function"``: function} for methods of your own. Nothing is imported because a
+          recipe names it.
 
-        Raises RecipeError for what cannot be read, and names what is missing.
+        Block weights are those that the file was made with, even if the preset has changed since.
+
+        Raises `RecipeError` for data that cannot be read, or for files that are missing.
         """
         if not isinstance(written, Mapping):
             raise RecipeError(f"a recipe is a table of options; {type(written).__name__} given")
@@ -267,10 +271,10 @@ class Recipe(Node):
         ]
         return cls.of(read, from_asked(asked, methods, **given))
 
-    def dump(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write the recipe as TOML, or as JSON where the name ends so, its stages in tables; `load` reads it.
+    def dump(self, path: PathLike, *, overwrite: bool = False) -> None:
+        """Write the recipe to a file: JSON where the name ends in ``.json``, else TOML. `load` reads it.
 
-        Raises RecipeError for models in memory, OutputError when it cannot be written.
+        Raises `RecipeError` for models in memory, `OutputError` where the file cannot be written.
         """
         _check_path(path)
         try:
@@ -300,9 +304,9 @@ class Recipe(Node):
     @classmethod
     def load(
         cls,
-        path: str | os.PathLike[str],
+        path: PathLike,
         *,
-        models: Sequence[str | os.PathLike[str]] = (),
+        models: Sequence[PathLike] = (),
         changes: Sequence[str] = (),
         methods: Mapping[str, object] | None = None,
     ) -> Self:
@@ -311,8 +315,11 @@ class Recipe(Node):
         >>> recipe = blockmerge.Recipe.load("mix.toml", changes=["X.preset=low_res", "OUT05=0.7"])
         ... # doctest: +SKIP
 
-        Relative files are those beside the recipe, or else of that name in the folders `models`. `changes`
-        are what ``--set`` takes. Raises RecipeError, naming file, stage and key.
+        - `models`: folders in which files are looked for that are not beside the recipe.
+        - `changes`: what the option ``--set`` takes, ``"STAGE.KEY=VALUE"`` or ``"BLOCK=WEIGHT"``.
+        - `methods`: as for `from_dict`.
+
+        Raises `RecipeError`, which names the file, the stage and the key.
         """
         _check_path(path)
         written = read_recipe(path)
@@ -327,17 +334,18 @@ class Recipe(Node):
 
     def plan(
         self,
-        output: str | os.PathLike[str] | None = None,
+        output: PathLike | None = None,
         *,
         device: str = "cpu",
         threads: int | None = None,
         overwrite: bool = False,
         metadata: Mapping[str, str] | None = None,
     ) -> Plan:
-        """Open the models, make all checks that their headers allow, and say what will be done.
+        """Open the models, check all that their headers tell, and say what would be done.
 
-        The arguments are those of `merge`; the output is by default the one that the recipe's file names, and
-        `metadata` takes the place of what the output's would be. No weight is read and nothing written.
+        The arguments are those of `merge`. The default of `output` is the one that the recipe's file names,
+        and `metadata` takes the place of the output's own. No weight is read and nothing is written.
+
         Raises what `merge` raises before it reads a weight.
         """
         started = time.perf_counter()
@@ -352,7 +360,7 @@ class Recipe(Node):
 
     def computed(
         self,
-        output: str | os.PathLike[str],
+        output: PathLike,
         *,
         device: str = "cpu",
         threads: int | None = None,
@@ -375,12 +383,11 @@ class Recipe(Node):
             return make_plan(opened, self.request, kind, metadata), pace, device
 
     def as_checkpoint(self) -> Checkpoint:
-        """Return what the recipe makes as a checkpoint that is computed where it is read, for all that takes
-        models.
+        """Return what the recipe makes as a checkpoint, whose tensors are computed when they are read.
 
         >>> blockmerge.similarity(blockmerge.Recipe.load("mix.toml"), ["refs/"])  # doctest: +SKIP
 
-        Its bits are those of one file in LDM's names. Raises what `plan` raises.
+        Its names are LDM's, and its bits are those of the file. Raises what `plan` raises.
         """
         in_ldm = self.of(self.models, replace(self.request, naming="ldm", configs=None), self.name)
         planned, pace, _ = in_ldm.computed("made.safetensors")
@@ -388,18 +395,23 @@ class Recipe(Node):
 
     def run(
         self,
-        output: str | os.PathLike[str] | None = None,
+        output: PathLike | None = None,
         *,
         device: str = "cpu",
         threads: int | None = None,
         overwrite: bool = False,
         metadata: Mapping[str, str] | None = None,
         sha256: str | None = None,
+        dry_run: bool = False,
         progress: Progress | None = None,
     ) -> MergeResult:
-        """Merge: `plan`, and `run` of the plan. Raises what these raise."""
+        """Merge: `plan` and then `Plan.run`, or with `dry_run` only `Plan.summary`.
+
+        The arguments are those of `plan` and `Plan.run`. Raises what these raise.
+        """
+        check_flag("dry_run", dry_run)
         plan = self.plan(output, device=device, threads=threads, overwrite=overwrite, metadata=metadata)
-        return plan.run(progress, sha256=sha256)
+        return plan.summary() if dry_run else plan.run(progress, sha256=sha256)
 
 
 def _told(leaf: object, numbers: Mapping[int, int]) -> object:

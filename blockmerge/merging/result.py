@@ -29,16 +29,23 @@ class Counts:
 
 @dataclass(frozen=True)
 class MergeResult:
-    """A finished merge, or with `dry_run` the plan for one.
+    """What a merge did, or with `dry_run` what it would do.
 
-    `weights` is what each block took (None: left out of the merge); `bytes` is the output's size; `notes` are
-    texts for the user about everything that was decided for them. `preset` is the preset's name, if one was
-    asked for. `recipe` decides the output, given the models, as its metadata has it; models, a VAE file and
-    configs are there by name, without folders. `loras` say of each LoRA its name, kind, strength, blocks,
-    how many of its modules met a tensor, and as ``"change"`` how large what it adds is in each block that it
-    changes: ‖ΔW‖/‖W‖, ‖W‖ being that of the weights that any LoRA changes there. `change` is that of all
-    together. None stands for what is not known, as where one LoRA looks at weights that another has changed.
-    `stages` are what the recipe merges on the way, each as `recipe` has it.
+    - `output`: the file or folder.
+    - `family`, `variant`, `naming`: what kind of model it is.
+    - `method`, `preset`: their names. `preset` is None where none was given.
+    - `weights`, `weights_beta`: {block: weight}. None stands for a block that was left out of the merge.
+    - `models`: the models' names, A first.
+    - `tensors`: how many were `computed`, taken `from_a`, `from_b`, `from_c`, `from_others` and `from_vae`,
+      `dropped`, and `written`.
+    - `bytes`: the size of the output. `seconds`: how long it took.
+    - `notes`: sentences for the user about what was decided for them.
+    - `runs`: in how many stretches of bytes it was written.
+    - `recipe`: what was merged and how, as the output's metadata has it.
+    - `loras`: for each LoRA its name, kind, strength, blocks, modules and `change`.
+    - `change`: {block: ‖ΔW‖ / ‖W‖} of all LoRAs together. None stands for what is not known.
+    - `stages`: recipes that were merged on the way.
+    - `dry_run`: whether nothing was written.
     """
 
     output: Path
@@ -62,5 +69,5 @@ class MergeResult:
     stages: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the result as plain data, ready for JSON, with the keys of `docs/json.md`."""
+        """Return the result as plain data, ready for JSON. The keys are those of `docs/json.md`."""
         return {**asdict(self), "output": str(self.output)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from blockmerge.merging.again import Finder, Recorded, Searched
 from blockmerge.merging.execute import compute
 from blockmerge.merging.planning.runs import PlannedFile
 from blockmerge.streaming import Progress, aligned_buffer
+from blockmerge.types import PathLike
 
 _MOST_DIFFERENT = 10
 """Tensors that differ before nobody needs to know more."""
@@ -27,10 +27,13 @@ _MOST_DIFFERENT = 10
 class Verification:
     """Whether a file is what its recipe makes: the same tensors with the same bits.
 
-    `different` says of tensors by how many steps of their dtype they differ at most (integers: by how much);
-    of ten and more, some are there. `missing` are tensors that the recipe makes and the file lacks, `added`
-    those that it has besides, or in another dtype or shape. `recipe` is what was recorded, `sources` are the
-    files that it was made from, opened, `models` the names that they have now.
+    - `name`: the file's name. `same`: whether everything is the same.
+    - `different`: {tensor: the largest difference, in steps of its dtype}. Of more than ten tensors, some are
+      listed.
+    - `missing`: tensors that the recipe makes and the file lacks.
+    - `added`: tensors that only the file has, or has in another dtype or shape.
+    - `recipe`: what was recorded.
+    - `sources`: the files that it was made from, opened.
     """
 
     name: str
@@ -59,7 +62,7 @@ class Verification:
         return ", ".join(part for part, is_there in parts.items() if is_there)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain data, ready for JSON."""
+        """Return the result as plain data, ready for JSON. The keys are those of `docs/json.md`."""
         return {
             "same": self.same,
             "different": dict(self.different),
@@ -71,25 +74,24 @@ class Verification:
 
 def verify(
     file: CheckpointLike,
-    models: Sequence[str | os.PathLike[str]] = (),
+    models: Sequence[PathLike] = (),
     *,
     device: str = "cpu",
     threads: int | None = None,
     methods: Mapping[str, object] | None = None,
     progress: Progress | None = None,
 ) -> Verification:
-    """Make a merged file again, in memory, from the recipe in its metadata, and compare.
+    """Make a merged file again in memory, from the recipe in its metadata, and compare the two.
 
     >>> found = blockmerge.verify("merged.safetensors", models=["~/models"])  # doctest: +SKIP
     >>> found.same, found.different  # doctest: +SKIP
     (True, {})
 
-    The models are found by what is in them, whatever they are called now: beside the file, and in the folders
-    `models` with their subfolders. Bits depend on the kind of processor and on torch, so that a difference of
-    one step on another machine may be no more than that. `progress(done, total)` is told the bytes.
+    The arguments are those of `again`. Bits depend on the kind of processor and on torch's version, so
+    another machine may differ by one step of the dtype.
 
-    Raises RecipeError when the file has no recipe, or its models are not found, CheckpointError for what
-    cannot be read, and what `merge` raises.
+    Raises `RecipeError` where the file has no recipe or a model is not found. Raises `CheckpointError` where
+    a file cannot be read, and what `merge` raises.
     """
     recorded, source = Recorded.of(file), open_checkpoint(file)
     searched = Searched.beside_file(recorded, models)

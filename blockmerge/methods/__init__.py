@@ -7,7 +7,7 @@ themselves load it when they first compute.
 """
 
 from blockmerge.methods.define import merge_method
-from blockmerge.methods.method import Method, Number
+from blockmerge.methods.method import Method, MethodLike, Number
 from blockmerge.methods.planning import key_of
 from blockmerge.methods.registry import BAKE, IDENTITIES, IDENTITY, METHODS, find_method
 
@@ -17,6 +17,7 @@ __all__ = [
     "IDENTITY",
     "METHODS",
     "Method",
+    "MethodLike",
     "Number",
     "find_method",
     "key_of",

@@ -27,9 +27,9 @@ _BUILT_IN = "blockmerge.methods.builtin."
 _SEED = Number("seed", 0, "with the tensor's name it decides what chance brings", "whole number")
 _TAKEN = (
     "about", "adjust", "allow_nonfinite", "changes", "changes_beta", "check_finite", "clip", "configs",
-    "device", "dtype", "ema", "hash", "loras", "method", "module", "naming", "out", "output", "overwrite",
-    "partial", "preset", "preset_beta", "progress", "prune", "rounding", "rules", "sdxl_map", "text_encoder",
-    "threads", "vae", "variant", "weights", "weights_beta",
+    "device", "dry_run", "dtype", "ema", "hash", "loras", "method", "module", "naming", "out", "output",
+    "overwrite", "partial", "preset", "preset_beta", "progress", "prune", "rounding", "rules", "sdxl_map",
+    "text_encoder", "threads", "vae", "variant", "weights", "weights_beta",
 )  # fmt: skip
 """Arguments of merging, which a number of the same name would never get past. `seed` is not among them:
 methods get it.
@@ -64,38 +64,43 @@ def merge_method(
     rows: Callable[..., Rows] | None = None,
     passes: Passes | None = None,
 ) -> Any:
-    """Make a function a merge method, to be given as `method=` or, on the command line, as ``--method
-    module:function``.
+    """Make a function a merge method, for the argument `method` or the option ``--method module:function``.
 
     >>> @merge_method(formula="A + α·γ·(B − A)")
     ... def soften(a, b, *, alpha, gamma=0.5):
     ...     return a + alpha * gamma * (b - a)
 
-    The function `f(a, b, …, *, alpha, …)` gets one tensor of each model, in float32 or float64, and returns
-    the result, a tensor of the same shape, which is then rounded once; it must depend on nothing else, and
-    not change what it gets. Parameters by position are the models; with ``*others`` it takes any number of
-    them. Parameters by keyword are the weights `alpha` and, if it has one, `beta` (those with a default need
-    not be given), and numbers, with their defaults: a default of type int wants a whole number. No number has
-    the name of an argument of `merge`, but for `seed`, which is merge's.
+    The function gets one tensor of each model, in float32 or float64, and returns a tensor of the same shape,
+    which is rounded once. It must depend on nothing else, and not change what it gets.
 
-    A function with a keyword `out`, without a default, writes its result into it, rounded to its dtype. It
-    gets the tensors as they are, of any float dtypes; `out` may be the memory of A.
+    Its parameters say what it takes:
 
-    - `locality` is what it must see at once. ``"element"``: it may be given any stretch of a tensor, flat.
-      ``"row"``: any entries of the first axis, in their shape. ``"tensor"``: the whole tensor. ``"model"``:
-      the whole tensor, and figures of all tensors, by its `passes`.
-    - `formula` and `source` are texts, for `blockmerge methods`.
-    - `copies(alpha, beta)` says at which weights the result is one of the models, which is then copied and no
-      other read: 0 for A, 1 for B, …, None for none. `blockmerge.methods.planning` has the usual ones.
-    - `numbers` says more of numbers: ``Number("gamma", text="how fast it falls off", low=0, high=1)``.
-    - `chance`: it takes the keywords `key` and `position`, that of the first element in its tensor, for
-      `normal` and `chosen` of `blockmerge.methods.randomness`. Whoever merges gives a `seed`.
-    - `rows(shape, alpha, beta)`, for a method that takes whole rows from its models: stretches (start, stop,
-      model) of the first axis, in order and without gaps. They are copied, without the function.
-    - `passes`, two functions: the first gives a tensor's figures `f(a, b, …)`, and the second makes of those
-      of all tensors, a list in the order of A, what the method gets as the keyword `gathered`.
+    - by position: the models. With ``*others`` it takes any number of them.
+    - `alpha` and `beta`, by keyword: the weights. One with a default need not be given.
+    - other keywords: numbers with their defaults. A default of type int means a whole number. No number may
+      have the name of an argument of `merge`, but for `seed`.
+    - `out`, without a default: the result is written into it, rounded. The tensors then come as they are, of
+      any float dtype, and `out` may be the memory of A.
 
-    The parentheses may be left out. Raises RecipeError, naming the function and what it lacks.
+    The options of the decorator:
+
+    - `locality`: what the function must see at once. ``"element"``: any stretch of a tensor, flat. ``"row"``:
+      any entries of the first axis. ``"tensor"``: the whole tensor. ``"model"``: the whole tensor, and
+      figures of all tensors by its `passes`.
+    - `formula`, `source`: texts for `blockmerge methods`.
+    - `copies`: a function of alpha and beta. It returns which model the result is a copy of: 0 for A, 1 for
+      B, None for none. `blockmerge.methods.planning` has the usual ones.
+    - `numbers`: more about numbers, such as ``Number("gamma", text="how fast it falls off", low=0, high=1)``.
+    - `chance`: the function takes the keywords `key` and `position`, for `normal` and `chosen` of
+      `blockmerge.methods.randomness`. A merge then takes a `seed`.
+    - `rows`: a function of shape, alpha and beta, for methods that take whole rows from their models. It
+      returns stretches (start, stop, model) of the first axis, in order and without gaps.
+    - `passes`: two functions. The first gives one tensor's figures. The second makes of those of all tensors,
+      in any order, the keyword `gathered`.
+
+    The parentheses may be left out.
+
+    Raises `RecipeError`, which names the function and what it lacks.
     """
 
     def decorate(function: _Function) -> _Function:

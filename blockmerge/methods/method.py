@@ -189,6 +189,12 @@ class Method:
         return values
 
 
+MethodLike = str | Method | Callable[..., Any]
+"""A merge method: its name, ``"module:function"`` for one of your own, or a function decorated with
+`merge_method`.
+"""
+
+
 def _as_float(value: Any) -> float:
     """Return a number as a float. Raises TypeError for True and False, which Python takes for 1 and 0."""
     if isinstance(value, bool):

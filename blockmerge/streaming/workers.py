@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 from blockmerge.errors import RecipeError, shown
 
 Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all), always from the thread that started the work."""
+"""Called as ``progress(done, total)``, in bytes, always from the thread that started the work."""
 
 Task = TypeVar("Task")
 

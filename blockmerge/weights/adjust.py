@@ -120,4 +120,4 @@ class Adjust:
 
 
 AdjustLike = str | Sequence[float] | Adjust
-"""What is taken for `adjust`: a text, a list of numbers, or an Adjust."""
+"""What stands for `adjust`: a text such as ``"0,0,0,1"``, a list of up to eight numbers, or an `Adjust`."""

@@ -38,17 +38,15 @@ class BlockWeights(Mapping[str, float | None]):
     >>> weights["BASE"], weights["IN04"], weights.complement()["BASE"]
     (0.0, 0.5, 1.0)
 
-    26 blocks (SD1, SD2), 20 (SDXL), or those of another family; `blocks` are their names in order, which
-    follow from `weights` where they are left out. A weight is how much of B the block takes, 0 all A and 1
-    all B; values outside [0, 1] are allowed. None, or the word "skip", leaves the block out of the merge, and
-    stays None in all arithmetic.
+    - `weights`: {block: weight}. A weight is how much of B the block takes: 0 is all A and 1 is all B. Values
+      outside of [0, 1] are allowed. None or ``"skip"`` leaves the block out of the merge.
+    - `blocks`: the names of all blocks in order. The default follows from `weights`.
 
-    They can be added and subtracted block by block, and multiplied and divided by numbers:
+    Weights can be added and subtracted, and multiplied and divided by numbers. A skipped block stays skipped.
 
     >>> mixed = 0.6 * load_preset("high_res") + 0.4 * load_preset("GRAD_A")
 
-    Raises WeightsError for anything but a mapping, for unknown or missing blocks, and for values that are not
-    numbers from -1e6 to 1e6.
+    Raises `WeightsError` for unknown or missing blocks, and for values that are not numbers from -1e6 to 1e6.
     """
 
     __slots__ = ("_weights",)
@@ -76,10 +74,15 @@ class BlockWeights(Mapping[str, float | None]):
     def from_numbers(
         cls, numbers: Sequence[float | None], blocks: Sequence[str] | None = None
     ) -> BlockWeights:
-        """From 26 or 20 numbers in block order, or 25 or 19 without BASE, which is then 0.
+        """Return the weights that a list holds, in block order.
 
-        The count tells whose numbers they are. Where it fits several families, `blocks` are meant, or else
-        those of the first. Raises WeightsError for a count that fits none, and for what is not a list.
+        >>> BlockWeights.from_numbers([0.5] * 25)["BASE"]
+        0.0
+
+        SD1 and SD2 have 26 blocks and SDXL has 20. Lists of one number less have no BASE, which is then 0.
+        `blocks` are meant where a count fits several families.
+
+        Raises `WeightsError` for a count that fits none, and for anything that is not a list.
         """
         if isinstance(numbers, (str, bytes)) or not hasattr(numbers, "__len__"):
             raise WeightsError(
@@ -94,7 +97,11 @@ class BlockWeights(Mapping[str, float | None]):
     def flat(
         cls, weight: float | None, blocks: Sequence[str] = FAMILIES[DEFAULT_FAMILY].blocks
     ) -> BlockWeights:
-        """The same weight for every one of `blocks`."""
+        """Return the same weight for every one of `blocks`.
+
+        >>> BlockWeights.flat(0.5)["M00"]
+        0.5
+        """
         return cls(dict.fromkeys(blocks, weight), blocks)
 
     def __getitem__(self, block: str) -> float | None:
@@ -121,7 +128,7 @@ class BlockWeights(Mapping[str, float | None]):
         return tuple(self._weights)
 
     def scale(self, factor: float) -> BlockWeights:
-        """Every weight times `factor`. Raises WeightsError when that is no number."""
+        """Return every weight times `factor`. Raises `WeightsError` where that is not a number."""
         factor = _checked_number(factor, "the factor")
         return self._map(lambda weight: weight * factor)
 
@@ -149,13 +156,13 @@ class BlockWeights(Mapping[str, float | None]):
         return self.scale(-1.0)
 
     def complement(self) -> BlockWeights:
-        """1 minus every weight: the same merge with A and B exchanged."""
+        """Return 1 minus every weight: the same merge with A and B exchanged."""
         return self._map(lambda weight: 1.0 - weight)
 
     def add(self, other: BlockWeights) -> BlockWeights:
-        """The sum, block by block; a block that either skips is skipped.
+        """Return the sum, block by block. A block that either skips is skipped.
 
-        Raises WeightsError when the two are not of the same family's blocks, or `other` is no BlockWeights.
+        Raises `WeightsError` where the two have different blocks.
         """
         if self.blocks != _checked_other(other).blocks:
             whose = [f"{len(weights)}" for weights in (self, other)]
@@ -167,14 +174,14 @@ class BlockWeights(Mapping[str, float | None]):
         return BlockWeights(sums, self.blocks)
 
     def interpolate(self, other: BlockWeights, ratio: float) -> BlockWeights:
-        """`(1 − ratio)·self + ratio·other`. Raises WeightsError as `add` and `scale` do."""
+        """Return `(1 − ratio)·self + ratio·other`. Raises `WeightsError` as `add` and `scale` do."""
         ratio = _checked_number(ratio, "the ratio")
         return self.scale(1.0 - ratio).add(_checked_other(other).scale(ratio))
 
     def replace(self, changes: Mapping[str, float | None]) -> BlockWeights:
-        """The same with the weights of some blocks changed.
+        """Return the same with the weights of some blocks changed.
 
-        Raises WeightsError for a block that is not there.
+        Raises `WeightsError` for a block that is not there.
         """
         for block in changes:
             if block not in self._weights:
@@ -182,23 +189,23 @@ class BlockWeights(Mapping[str, float | None]):
         return BlockWeights({**self._weights, **changes}, self.blocks)
 
     def for_sdxl(self, by: str = "name") -> BlockWeights:
-        """The 26 weights carried over to SDXL's 20 blocks; 20 weights stay as they are.
+        """Return 26 weights carried over to SDXL's 20 blocks. 20 weights stay as they are.
 
-        ``"name"`` keeps the weights of the blocks that SDXL has too (as SuperMerger does). ``"resolution"``
-        gives SDXL's OUT*k* what SD1's OUT*(k+3)* has, since those work at the same resolution.
+        ``"name"`` keeps the weights of the blocks that SDXL has, as SuperMerger does. ``"resolution"`` gives
+        SDXL's OUT*k* the weight of SD1's OUT*(k+3)*, which works at the same resolution.
         """
         if self.blocks != FAMILIES[_SDXL].blocks:
             check_sdxl_map(by)
         return self.for_family(_SDXL, by)
 
     def for_family(self, family: Family | str, by: str | None = None) -> BlockWeights:
-        """The weights for a family: as they are where they are of its blocks, or carried over to them, `by`
-        one of its ways.
+        """Return the weights carried over to the blocks of a family, such as ``"flux1"``.
 
-        Where the family has no way for these blocks, and is not drawn in arms as a U-Net is, they are carried
-        over by depth: BASE stays BASE, and of the others the first goes to the first, the last to the last,
-        and what is between them is interpolated linearly; between a weight and a skip it is a skip. Raises
-        WeightsError when they are of the blocks of a family that none are carried over from.
+        Between U-Nets, blocks of the same name keep their weights, or `by` names another way. For a
+        transformer the weights are spread by depth: the first block gets the first weight, the last the last.
+        Those between are interpolated linearly; between a weight and a skip it is a skip. BASE stays BASE.
+
+        Raises `WeightsError` where the family takes no weights of these blocks.
         """
         wanted = family_named(family)
         if self.blocks == wanted.blocks:
@@ -214,10 +221,11 @@ class BlockWeights(Mapping[str, float | None]):
         return BlockWeights({block: self._weights[sources[block]] for block in wanted.blocks}, wanted.blocks)
 
     def lost_for(self, family: Family | str, by: str | None = None) -> dict[str, float | None]:
-        """The weights that `for_family` has no place for, and that are missed: neither 0 nor that of the
-        nearest block that is kept, among those of the same letters.
+        """Return the weights that `for_family` drops and that are missed.
 
-        Raises WeightsError as `for_family` does.
+        A weight is not missed where it is 0, or where the nearest block that is kept has the same.
+
+        Raises `WeightsError` as `for_family` does.
         """
         wanted = family_named(family)
         if self.blocks == wanted.blocks or self.go_by_depth_to(wanted):
@@ -231,7 +239,7 @@ class BlockWeights(Mapping[str, float | None]):
         }
 
     def go_by_depth_to(self, family: Family | str) -> bool:
-        """Whether `for_family` carries the weights over by depth."""
+        """Return whether `for_family` spreads the weights by depth."""
         wanted = family_named(family)
         is_other = self.blocks != wanted.blocks and set(self.blocks) != {OUTSIDE}
         return is_other and wanted.arms is None and ways_to(wanted, self.blocks) is None

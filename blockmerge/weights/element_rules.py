@@ -105,7 +105,9 @@ class ElementRules:
 
 
 RulesLike = str | ElementRule | ElementRules | Sequence["str | ElementRule | ElementRules"]
-"""What is taken for element rules: a text, ElementRules, or a list of texts and rules."""
+"""What stands for element rules: a text such as ``"OUT03-OUT05:attn2:0.8"``, `ElementRules`, or a list of
+both.
+"""
 
 
 @dataclass(frozen=True)

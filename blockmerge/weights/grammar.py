@@ -37,10 +37,10 @@ from blockmerge.weights.random_weights import random_weight
 from blockmerge.weights.words import Named, named_blocks, names_blocks
 
 WeightsLike = str | float | Sequence[float | str | None] | Mapping[str, float | str | None] | BlockWeights
-"""What is taken for weights: a text, one number, a sequence of numbers, a mapping from block names, a
-BlockWeights.
+"""What stands for weights: a text, one number, a list, a mapping from block names, or `BlockWeights`.
 
-In a sequence or mapping None or "skip" stands for skip, and "random" and its like for a random weight.
+A text is what ``--weights`` takes, such as ``"BASE=0,IN00-IN05=0.3"``. In a list or mapping, None and
+``"skip"`` leave a block out of the merge, and words such as ``"random"`` draw a weight.
 """
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -52,6 +52,7 @@ class Preset:
     aliases: tuple[str, ...] = ()
     source: str = ""
     description: str = ""
+    path: Path | None = field(default=None, compare=False)
 
     @property
     def weights(self) -> BlockWeights | None:
@@ -68,12 +69,14 @@ class Preset:
         """The weights of its tables for other families, by the families' names: without those for models of
         more or fewer blocks than are usual.
         """
+        tables = self.usual_tables
+        return {name: tables[name] for name in tables if name not in (DEFAULT_FAMILY, _SDXL)}
+
+    @property
+    def usual_tables(self) -> dict[str, BlockWeights]:
+        """The weights of its tables, by the families' names, as `others` has some of them."""
         found = {family: self._usual_weights(family) for family in self.tables}
-        return {
-            family: weights
-            for family, weights in found.items()
-            if weights is not None and family not in (DEFAULT_FAMILY, _SDXL)
-        }
+        return {family: weights for family, weights in found.items() if weights is not None}
 
     @property
     def tables_as_written(self) -> dict[str, str]:
@@ -199,9 +202,9 @@ def read_preset_file(path: Path) -> PresetFile:
         raise PresetError(f"cannot read preset file {shown(path)}: {reason(error)}") from error
     except UnicodeDecodeError as error:
         raise PresetError(f"preset file {shown(path)} is not text (UTF-8)") from error
-    if path.suffix.lower() == ".toml":
-        return PresetFile((_from_toml(text, path),))
-    return _from_lines(text, path)
+    is_toml = path.suffix.lower() == ".toml"
+    read = PresetFile((_from_toml(text, path),)) if is_toml else _from_lines(text, path)
+    return replace(read, presets=tuple(replace(preset, path=path) for preset in read.presets))
 
 
 def _from_toml(text: str, path: Path) -> Preset:

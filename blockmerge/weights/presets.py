@@ -42,16 +42,25 @@ read.
 
 
 def load_preset(name: str) -> BlockWeights:
-    """Return the 26 weights of a preset (its SDXL table is in `find_preset(name).sdxl`).
+    """Return the 26 weights of a preset.
 
-    `name` is a preset's name or alias, a preset file's path, or ``FILE#NAME`` for a file of many.
-    Raises PresetError, with the nearest known name, when there is none, and when it has no such weights.
+    >>> load_preset("high_res")["IN01"]
+    1.0
+
+    `name` is a preset's name or alias, a preset file, or ``FILE#NAME`` for a file of many. `list_presets` has
+    the tables for other families.
+
+    Raises `PresetError` where there is no such preset, or it has no weights for SD1.
     """
     return find_preset(name).weights_for(DEFAULT_FAMILY)
 
 
 def preset_names() -> list[str]:
-    """Return the names of all presets, the user's own first, each in alphabetical order."""
+    """Return the names of all presets: your own first, each group in alphabetical order.
+
+    >>> "high_res" in preset_names()
+    True
+    """
     return [preset.name for preset in presets()]
 
 
