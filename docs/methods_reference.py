@@ -15,8 +15,8 @@ blockmerge a.safetensors b.safetensors -m slerp -w 0.5                   # merge
 blockmerge a.safetensors b.safetensors c.safetensors -m ties -w 1 --density 0.3
 ```
 
-[merge.md](merge.md#choose-a-method) says which method is for what. To add one, see
-[own_method.md](own_method.md).
+[merge.md](merge.md#choose-a-method) says what each is good for. To write one yourself, see
+[own_method.md](own_method.md). LDM names and other words are in the [glossary](glossary.md).
 `make docs` writes this page from the definitions in `blockmerge/methods/builtin/`.
 
 - A, B and C are one tensor of each model. Xᵢ stands for all models, of which A is the first.
@@ -26,23 +26,24 @@ blockmerge a.safetensors b.safetensors c.safetensors -m ties -w 1 --density 0.3
 """
 
 _TAIL = """
-- **Looks at** is how much of a tensor a result depends on, and so how a merge may cut its work. A method
-  that looks at the whole model reads the models twice: once for the figures that it needs, once to merge.
+- **Looks at** says how much the method must see to compute one value: that element alone, its row, its
+  tensor, or the whole model. Methods that look at the whole model read the models twice: once for the
+  figures that they need, once to merge.
 - **Copied at** gives the weights, or pairs (α, β), at which the result is one of the inputs, bit for bit.
-  The other models are not even read there. `tensor_sum` always takes whole rows as they are.
+  The other models are then not even read. `tensor_sum` always takes whole rows unchanged.
 
 SuperMerger's *self* and *plus random* are `scale` and `add_noise` here. SuperMerger leaves out all tensors
-with `to_out`, `proj_out` or `norm` in their names, blockmerge includes them. To leave them out, add
+with `to_out`, `proj_out` or `norm` in their names. blockmerge includes them. To leave them out, add
 `--rules ":to_out proj_out norm:skip"`.
 
 ## Rounding and range
 
 - fp16, bf16 and 8-bit floats are combined in float32, and float32 in float64. The result is rounded once.
-- From finite weights every method makes finite ones, with two exceptions. The result may be beyond the
-  range of the output's dtype. A step on the way may be beyond the range of the dtype that it is computed
-  in.
-- Such steps are a difference of two tensors, or a product with α or β. Only bf16 and float64 come near
-  that limit, since they are combined in a dtype of the same range. With α and β from 0 to 1, bf16 is safe
+- Every method turns finite weights into finite results, with two exceptions. The result may be beyond the
+  range of the output's dtype. An intermediate value may be beyond the range of the dtype that it is
+  computed in.
+- Such a value is a difference of two tensors, or a product with α or β. This concerns only bf16 and
+  float64, since they are combined in a dtype of the same range. With α and β from 0 to 1, bf16 is safe
   up to 1.7·10³⁸, half of the largest float32.
 - What overflows is refused, not written.
 
@@ -52,16 +53,16 @@ with `to_out`, `proj_out` or `norm` in their names, blockmerge includes them. To
 | --- | --- | --- |
 | `slerp` | A and B are parallel, opposite, or one is 0 | weighted_sum |
 | `train_difference` | A = B = C | A |
-| `extract` | B or C is A along a whole last axis | the cosine counts as 0 |
+| `extract` | B or C equals A along a whole last axis | the cosine counts as 0 |
 | `cosine_a`, `cosine_b` | a column of zeros; min = max | A |
 | `ties` | the kept deltas add up to 0 | A |
 | `model_stock` | the mean cosine is not above 0; a delta of zeros has the cosine 0 | A |
 
 ## Shares and counts
 
-Shares are read as the decimal numbers that you write. α = 0.29 of 100 rows are 29 rows, though the double
-nearest to 0.29 is a little less. `ties` keeps ⌈k·n⌉ of n values, and all that are as large as the smallest
-of them.
+Shares are read as the decimal numbers that you write: α = 0.29 of 100 rows is 29 rows, although the double
+nearest to 0.29 is a little less. `ties` keeps ⌈k·n⌉ of n values, and all others that are as
+large as the smallest of these.
 
 ## Chance
 
