@@ -2,13 +2,15 @@
 
 ::
 
-BlockmergeError the base of all; its text is one line that says what to do ├── CheckpointError a model cannot
-be read: missing, damaged, changed, of an unknown kind ├── UnknownFamilyError a model can be read but holds no
-known U-Net or transformer ├── IncompatibleModelsError models cannot be merged or compared: families, names,
-shapes ├── RecipeError what was asked for makes no sense: unknown method, dtype, … │ └── WeightsError block
-weights: unknown block, wrong count, not a number │ └── PresetError a preset that does not exist or a preset
-file that cannot be read ├── NonFiniteError a merged tensor would hold NaN or infinity, or a compared one does
-└── OutputError the output cannot be written: it exists, is an input, the disk is full
+    BlockmergeError                 the base of all; its text is one line that says what to do
+    ├── CheckpointError             a model cannot be read: missing, damaged, changed, of an unknown kind
+    ├── UnknownFamilyError          a model can be read, but holds no known U-Net or transformer
+    ├── IncompatibleModelsError     models cannot be merged or compared: families, names, shapes
+    ├── RecipeError                 the request makes no sense: unknown method, dtype, …
+    │   └── WeightsError            block weights: unknown block, wrong count, not a number
+    │       └── PresetError         a preset that does not exist or a preset file that cannot be read
+    ├── NonFiniteError              a merged tensor would hold NaN or infinity, or a compared one does
+    └── OutputError                 the output cannot be written: it exists, is an input, the disk is full
 
 Only the command line turns these into messages and exit codes.
 """

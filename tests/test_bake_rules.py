@@ -210,7 +210,7 @@ def test_partial_without_a_lora_is_noted(files, model):
             model, model, weights=0.5, partial=partial, output="o.safetensors", overwrite=True
         )
         assert (
-            any("partial (--partial, of merge and bake) without effect" in note for note in result.notes)
+            any("partial (--partial, of merge and bake) has no effect" in note for note in result.notes)
             == partial
         )
 

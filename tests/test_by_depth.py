@@ -241,4 +241,4 @@ def test_a_merge_says_it_and_draws_rows(toy_files, tmp_path, capsys):
     assert "layers.1.=0.5" in recipe
     ok(capsys, "verify", out)
     explained = ok(capsys, "explain", out, *toy_files)
-    assert "made again it is the same to the last bit" in explained
+    assert "merging again gives the same file, to the last bit" in explained

@@ -47,12 +47,12 @@ def test_merge_may_be_said_or_not_and_options_stand_anywhere(pairs, here, capsys
 
 
 def test_what_is_without_effect_is_said(pairs, here, capsys):
-    seed = "seed (--seed) without effect, since nothing is left to chance"
-    mapping = "sdxl_map (--sdxl-map) without effect, since these weights are the same with any"
+    seed = "seed (--seed) has no effect, since nothing is random"
+    mapping = "sdxl_map (--sdxl-map) has no effect, since both mappings give the same weights"
 
     def notes(*arguments, family="sd1"):
         found = json.loads(ok(capsys, *pairs(family), *arguments, "--dry-run", "--json"))["notes"]
-        return [note for note in found if "without effect" in note]
+        return [note for note in found if "no effect" in note]
 
     assert notes("-w", "0.5", "--seed", "7") == notes("-w", "0.5", "--number", "seed=7") == [seed]
     assert notes("-p", "high_res", "--seed", "7", "--sdxl-map", "name") == [seed, mapping]
@@ -62,7 +62,7 @@ def test_what_is_without_effect_is_said(pairs, here, capsys):
     assert notes("-w", "0.5", "--sdxl-map", "name", family="sdxl") == [mapping]
     assert notes("-p", "high_res", "--sdxl-map", "name", family="sdxl") == []
     assert notes("-w", "0.5") == []
-    rule = "1 element rule without effect, since no merged tensor fits: OUT06:ATTN:0.2"
+    rule = "1 element rule has no effect, since no merged tensor fits: OUT06:ATTN:0.2"
     assert notes("-w", "0.5", "--rules", "out06:ATTN:0.2,out06:attn:0.2") == [rule]
 
 

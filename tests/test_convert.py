@@ -467,7 +467,7 @@ def places(states, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("line", "says"), [
-    ("m.ckpt o.ckpt", "o.ckpt: the output is a .safetensors file; end its name so"),
+    ("m.ckpt o.ckpt", "o.ckpt: the output is a .safetensors file: give it that ending"),
     ("m.ckpt o", "o: the output is a .safetensors file"),
     ("m.ckpt o/", "o/ is a folder: give the output a file name, or naming='diffusers' (--to diffusers, of merge, bake and convert)"),
     ("folder o --to ldm", "o: the output is a .safetensors file"),

@@ -380,7 +380,7 @@ def test_a_true_recipe_is_the_explanation_and_a_false_one_a_warning(pairs, tmp_p
     tensors = load_file(output)
     save_file(tensors, output, {**metadata, "blockmerge.recipe": json.dumps(false)})
     found = blockmerge.explain(output, [a, b])
-    assert found.notes[0].startswith("warning: its own recipe is not what made it: ")
+    assert found.notes[0].startswith("warning: its own recipe does not give this file: ")
     assert "own recipe says so" not in found.verdict
     save_file(tensors, output, metadata)
     alone = blockmerge.explain(output, [a])

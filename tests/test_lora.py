@@ -131,7 +131,7 @@ def test_what_is_taken_for_a_lora(tmp_path):
         assert Lora.of(source).file is source
         assert Lora.of((source, 0.5)).strength == 0.5
     for other in (None, 1, (), (1, 2), ("a", 1, None, None, None)):
-        with pytest.raises(RecipeError, match="is no LoRA"):
+        with pytest.raises(RecipeError, match="is not a LoRA"):
             Lora.of(other)
 
 

@@ -365,8 +365,8 @@ def test_too_large_for_half_precision(refused, pairs, tmp_path):
         ({"energy": 0.9, "rank": 2}, "leave one of them out"),
         ({"energy": 0.9, "conv_rank": 2}, "conv_rank (--conv-rank) goes with a rank"),
         ({"conv_rank": 0}, "conv_rank (--conv-rank) is a whole number"),
-        ({"dtype": "fp8_e4m3fn"}, "is no dtype (--dtype) of a LoRA: fp16, bf16, fp32"),
-        ({"dtype": "keep"}, "is no dtype (--dtype)"),
+        ({"dtype": "fp8_e4m3fn"}, "is not a dtype of LoRAs (--dtype): fp16, bf16, fp32"),
+        ({"dtype": "keep"}, "is not a dtype of LoRAs (--dtype)"),
         ({"threads": 0}, "threads"),
         ({"ema": "keep"}, "ema (--ema) is drop or use"),
     ],
@@ -379,7 +379,7 @@ def test_what_makes_no_sense(how, said, refused, pairs):
 def test_outputs_that_cannot_be(refused, pairs, tmp_path):
     base, tuned = pairs("sd1")
     for output, said in (
-        (tmp_path / "out.ckpt", "end its name so"),
+        (tmp_path / "out.ckpt", "give it that ending"),
         (tmp_path / "no folder" / "out.safetensors", "does not exist"),
         (5, "the output is a path"),
     ):

@@ -210,7 +210,7 @@ def refused(tmp_path):
         ({"rank": 0}, "rank (--rank) is a whole number from 1 up; 0 given"),
         ({"energy": 2}, "energy (--energy)"),
         ({"rank": 2, "energy": 0.5}, "leave one of them out"),
-        ({"dtype": "fp64"}, "is no dtype (--dtype) of a LoRA"),
+        ({"dtype": "fp64"}, "is not a dtype of LoRAs (--dtype)"),
         ({"threads": 0}, "threads"),
     ],
 )
@@ -280,7 +280,7 @@ def test_outputs_that_cannot_be(refused, tmp_path):
     a = make_lora(tmp_path / "a.safetensors", "sd1")
     (tmp_path / "there.safetensors").write_text("somebody else's")
     for output, said in (
-        (tmp_path / "out.pt", "end its name so"),
+        (tmp_path / "out.pt", "give it that ending"),
         (tmp_path / "no folder" / "out.safetensors", "does not exist"),
         (tmp_path / "there.safetensors", "--overwrite"),
         (a, "is the input"),

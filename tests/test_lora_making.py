@@ -229,7 +229,7 @@ def test_kinds_become_lora(kind, module, tmp_path):
     wanted = -0.5 * lora_oracle.added(parts, shape) + 2 * lora_oracle.added(plain, shape)
     assert_near(changes(result.output), {module: wanted.flatten(1)}, 2e-6)
     assert result.kind == ("locon" if module == CONV else "lora")
-    assert any("taken apart by their singular values" in note for note in result.notes) == (kind in WHOLE)
+    assert any("decomposed by their singular values" in note for note in result.notes) == (kind in WHOLE)
     assert any("become LoRA" in note for note in result.notes) == kind.startswith(("loha", "lokr"))
     if kind in PLAIN:
         assert result.rank == 6

@@ -57,7 +57,9 @@ def files(tmp_path):
 
 
 def test_a_toy_kind_is_one_class_and_a_word_in_the_registry(files, tmp_path, monkeypatch):
-    with pytest.raises(blockmerge.OutputError, match=r"the output is a \.safetensors file; end its name so"):
+    with pytest.raises(
+        blockmerge.OutputError, match=r"the output is a \.safetensors file: give it that ending"
+    ):
         blockmerge.merge(*files, weights=0.3, output=tmp_path / "out.pair")
     monkeypatch.setattr(outputs, "KINDS", (Pair, *outputs.KINDS))
     result = blockmerge.merge(*files, weights=0.3, vae="blend", output=tmp_path / "out.pair")

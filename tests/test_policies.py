@@ -289,7 +289,7 @@ def test_floats_in_only_one_model_are_refused_in_the_unet_and_noted_elsewhere(mo
     out, result = merged(a, {**b, text: b[text].to(dtype)})
     assert torch.equal(out[text], a[text])
     assert (
-        f"1 tensor is of floats in some models only, and copied from the first that has them ({text} is F16 and {spelled})"
+        f"1 tensor is stored as floats in some models only, and copied from the first that has them ({text} is F16 and {spelled})"
         in result.notes
     )
     out, result = merged({**a, unet: a[unet].to(dtype)}, {**b, unet: b[unet].to(dtype)})

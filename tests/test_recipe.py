@@ -214,9 +214,9 @@ TWO = {"models": ["a", "b"]}
         ({**TWO, "method": "nosuch"}, "unknown method 'nosuch' ('blockmerge methods' lists them)"),
         ({**TWO, "found": {"weights": None}}, "recipe: found has no weights"),
         ({**TWO, "found": {"x": 1}}, "recipe: unknown key x in found"),
-        ({**TWO, "version": "1"}, "this recipe has names only, no places: give its models, a, b"),
+        ({**TWO, "version": "1"}, "this recipe has names only, no paths: give its models, a, b"),
         ({"models": ["a"], "version": "1", "vae": "/etc/passwd"},
-         "this recipe has names only, no places: give its models, a and its vae, /etc/passwd"),
+         "this recipe has names only, no paths: give its models, a and its vae, /etc/passwd"),
         ({**TWO, "version": "1", "asked": {"output": "x"}}, "recipe: unknown key output in asked"),
     ],
 )  # fmt: skip

@@ -94,8 +94,8 @@ class Lora:
             if isinstance(file, (str, os.PathLike, Checkpoint, Mapping)):
                 return cls(file, *others)
         raise RecipeError(
-            f"a {type(lora).__name__} is no LoRA: give a path, (path, strength), (path, strength, blocks), "
-            "or a Lora"
+            f"a {type(lora).__name__} is not a LoRA: give a path, (path, strength), "
+            "(path, strength, blocks), or a Lora"
         )
 
     @property

@@ -46,7 +46,7 @@ def open_checkpoint(
     - `name`: what messages call a state dict.
     - `variant`: which weights of a diffusers folder are opened where it has several, such as ``"fp16"``.
 
-    The kind of a file is told by its contents, not by its name. No code in a `.ckpt` is ever run.
+    A file is recognised by its contents, not by its name. No code in a `.ckpt` is ever run.
 
     Raises `CheckpointError` where there is no model, or none that can be read.
     """

@@ -304,7 +304,7 @@ class _Scaled:
                 self._miss(scale, "is the scale of", layer)
         for layer in self._formats.layers:
             if f"{layer}weight" not in self._tensors:
-                self._miss(layer + _FORMAT, "tells of", layer)
+                self._miss(layer + _FORMAT, "describes", layer)
         for name, info in self._tensors.items():
             if name.endswith("weight") and len(info.shape) > 1 and self._lacks_its_scale(name, info):
                 self._faults.append(f"{shown(name)} should be scaled fp8, and its scale is not there")

@@ -13,7 +13,7 @@ from blockmerge.cli.opening import variant_option
 @click.option(
     "--fix",
     metavar="OUT",
-    help="Write a copy without what can be repaired: a .safetensors file, or a folder of one.",
+    help="Write a repaired copy: a .safetensors file, or a folder if FILE is one.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing copy.")
 @variant_option
@@ -39,7 +39,7 @@ def check(
       blockmerge check model.safetensors
       blockmerge check model.ckpt --fix repaired.safetensors
 
-    With --fix, the exit code tells of what could not be repaired. FILE itself is never changed.
+    With --fix, the exit code is about what could not be repaired. FILE itself is never changed.
     """
     from blockmerge.errors import CheckpointError, counted, listing, shown
     from blockmerge.inspecting import check as look

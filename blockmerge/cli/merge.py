@@ -117,7 +117,7 @@ if TYPE_CHECKING:
     type=int,
     default=0,
     show_default=True,
-    help="For random weights and methods of chance.",
+    help="For random weights, and methods that draw random numbers.",
 )
 @click.option(
     "--vae",

@@ -25,7 +25,7 @@ def opening_options(ema: str) -> Callable[[Command], Command]:
     """The options of commands that take a model for one U-Net; `ema` are the choices for EMA copies."""
 
     def add(command: Command) -> Command:
-        about = "What becomes of EMA copies; use makes them the U-Net. [default: drop]"
+        about = "What happens to EMA copies; use makes them the U-Net. [default: drop]"
         with_ema = click.option("--ema", metavar=ema, default="drop", help=about)
         return with_ema(variant_option(command))
 

@@ -33,7 +33,7 @@ def report_options(command: Command) -> Command:
             "-o",
             "--output",
             metavar="FILE",
-            help="Write the report to a file. Its ending tells the format: .txt, .json, .csv or .html.",
+            help="Write the report to a file. Its ending decides the format: .txt, .json, .csv or .html.",
         ),
         click.option("--json", "as_json", is_flag=True, help="The same as --format json."),
         click.option("--format", "form", metavar="|".join(FORMATS), help="How to show it. [default: table]"),

@@ -59,7 +59,7 @@ def explain(
 
     Of more than 24 candidates, those that look most useful are examined. A note names the others.
 
-    Raises what is wrong with the merge itself, and `RecipeError` without any candidate. Raises
+    Raises an error where the merge itself cannot be used, and `RecipeError` without any candidate. Raises
     `IncompatibleModelsError` or `NonFiniteError` where no candidate can be compared.
     """
     opening = opening_to_compare(variant, ema)

@@ -46,7 +46,7 @@ def own_recipe(
         return OwnRecipe(note=f"its own recipe could not be verified: {error}")
     if found.same:
         return OwnRecipe(found)
-    return OwnRecipe(found, f"warning: its own recipe is not what made it: {found.said}")
+    return OwnRecipe(found, f"warning: its own recipe does not give this file: {found.said}")
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def explained(merged: Model, candidates: Candidates, own: OwnRecipe) -> Explanat
         blocks=_blocks(run, parents) if is_flat and _is_plain(run, parents) else {},
         components={},
         verdict=(
-            f"{shown(merged.name)} is {made} of {of}{by}. Its own recipe says so, and made again it is the "
-            f"same to the last bit{tree}."
+            f"{shown(merged.name)} was {made} of {of}{by}. Its own recipe says so, and merging again gives "
+            f"the same file, to the last bit{tree}."
         ),
         notes=tuple(note for model in (merged, *candidates.models) for note in model.notes),
         left_out=candidates.left_out,

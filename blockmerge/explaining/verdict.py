@@ -26,7 +26,7 @@ def write_verdict(found: Explanation, *, agrees: bool, by_tensor: bool) -> str:
         what += ", with weights that change within blocks (--tensors shows them)"
     unknown = sum(not origin.determined for origin in found.blocks.values())
     if found.method != "copy" and unknown:
-        what += f"; in {unknown} of {len(found.blocks)} blocks the weights cannot be told"
+        what += f"; in {unknown} of {len(found.blocks)} blocks the weights cannot be determined"
     if found.exact:
         again = "it is the same within two steps of its dtype everywhere."
     elif agrees:
@@ -75,7 +75,7 @@ def _without_parents(found: Explanation) -> str:
     explained = sum(origin.explained for origin in unet)
     if explained == len(unet):
         return (
-            f"At its dtype, {merge} cannot be told from merges of {base} with the others: "
+            f"At its dtype, {merge} cannot be distinguished from merges of {base} with the others: "
             "they differ by less than rounding."
         )
     worst = max(origin.residual or 0.0 for origin in unet)

@@ -36,8 +36,8 @@ class LoraInspection:
     - `dtypes`: {dtype: tensors}.
     - `blocks`: {block: its number of `modules`, and `norm`, the ‖ΔW‖ of what they add}, for the blocks that
       it changes.
-    - `norm`: that of all blocks. None where one of theirs is.
-    - `unmet`: modules that blockmerge does not know. `embeddings`: tensors that travel along.
+    - `norm`: that of all blocks together. None where that of any block is None.
+    - `unmet`: modules that blockmerge does not know. `embeddings`: tensors of embeddings in the same file.
     - `metadata`: what people look for first, under the file's keys. ``"trigger_words"`` are the most frequent
       tags of its training.
     - `notes`: sentences for the user.

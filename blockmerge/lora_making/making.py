@@ -50,10 +50,10 @@ class LoraTarget:
         if not os.fspath(self.output):
             raise OutputError(f"the output is an empty path: give the name of a {ENDING} file")
         if not os.fspath(self.output).endswith(ENDING):
-            raise OutputError(f"{shown(self.output)}: a LoRA is a {ENDING} file; end its name so")
+            raise OutputError(f"{shown(self.output)}: a LoRA is a {ENDING} file: give it that ending")
         if self.dtype is not None and self.dtype not in DTYPES_OF_LORAS:
             raise RecipeError(
-                f"'{shown(self.dtype)}' is no dtype (--dtype) of a LoRA: {', '.join(DTYPES_OF_LORAS)}"
+                f"'{shown(self.dtype)}' is not a dtype of LoRAs (--dtype): {', '.join(DTYPES_OF_LORAS)}"
             )
         if self.threads is not None:
             thread_count(self.threads)

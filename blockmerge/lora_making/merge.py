@@ -181,7 +181,7 @@ def _check(one: Applied) -> None:
         kinds = " and ".join(dict.fromkeys(module.kind for module in looking))
         raise CheckpointError(
             f"{shown(name)} has {counted(len(looking), 'module')} of the kind {kinds}, which looks at the "
-            "model's weights and is no LoRA without them: bake it into its model (blockmerge bake), and "
+            "model's weights and is not a LoRA without them: bake it into its model (blockmerge bake), and "
             "extract a LoRA from the result (blockmerge lora extract)"
         )
     check_known(one.adapter)
@@ -257,8 +257,8 @@ def _notes(applied: Sequence[Applied], sums: Sequence[Sum], size: Size) -> Itera
     if whole:
         at_what = ", at full rank, which is large: energy (--energy 0.99) is smaller" if size.is_exact else ""
         yield (
-            f"{counted(len(whole), 'module')} that are no products of small factors ({listing(whole)}) are "
-            f"taken apart by their singular values{at_what}"
+            f"{counted(len(whole), 'module')} that are not products of small factors ({listing(whole)}) are "
+            f"decomposed by their singular values{at_what}"
         )
     vectors = [one.layer.name for one in sums if one.vectors]
     if vectors:

@@ -95,7 +95,7 @@ def check_form(form: object) -> None:
     """Raise RecipeError for what is no form of LoRAs."""
     if form not in FORMS:
         raise RecipeError(
-            f"'{shown(form)}' is no form of LoRAs (--to){did_you_mean(form, FORMS)}: {' or '.join(FORMS)}"
+            f"'{shown(form)}' is not a form of LoRAs (--to){did_you_mean(form, FORMS)}: {' or '.join(FORMS)}"
         )
 
 

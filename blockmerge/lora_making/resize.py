@@ -38,8 +38,7 @@ def resize_lora(
     - `rank`: the highest rank of a module.
     - `energy`: in place of `rank`, the share of each module's squared norm that is kept.
 
-    The other arguments and the errors are those of `merge_loras`. What the metadata say of the training is
-    kept.
+    The other arguments and the errors are those of `merge_loras`. Metadata about the training are kept.
     """
     size = Size(rank, energy)
     size.check_given()

@@ -78,7 +78,7 @@ def merge(
     - `rules`: weights of single tensors. `docs/rules.md` describes them, `adjust` and `clip`.
     - `adjust`: eight numbers that change detail and colour.
     - `clip`: keep each value between those of A and B.
-    - `seed`: for random weights, and for methods of chance.
+    - `seed`: for random weights, and for methods that draw random numbers.
 
     What comes from one model:
 

@@ -28,7 +28,7 @@ class Plan:
     >>> print(*plan.summary().notes, sep="\\n")  # doctest: +SKIP
     >>> result = plan.run()  # doctest: +SKIP
 
-    `target` is where the output will be. `planned` is every byte of it, as the inside of blockmerge has it.
+    `target` is where the output will be. `planned` describes every byte of it, for blockmerge's own use.
     """
 
     recipe: Node

@@ -264,7 +264,7 @@ class Recipe(Node):
             if models is None:
                 missing.insert(0, f"its models, {', '.join(map(shown, leaves))}")
             if missing:
-                raise RecipeError(f"this recipe has names only, no places: give {' and '.join(missing)}")
+                raise RecipeError(f"this recipe has names only, no paths: give {' and '.join(missing)}")
         read: Sequence[Leaf] = models or [
             cls._read(leaf, None, dict.fromkeys(given), methods) if isinstance(leaf, Mapping) else leaf
             for leaf in leaves

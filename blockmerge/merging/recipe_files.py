@@ -191,7 +191,7 @@ def recipe_of(
     building = _Building(kind, stages, places, methods)
     recipe = building.stage(result)
     if unused := [name for name in stages if name not in building.made]:
-        raise RecipeError(f"stages that the result is not made of: {listing(unused)}: take them out")
+        raise RecipeError(f"the result does not use these stages: {listing(unused)}: remove them")
     return recipe.named(None if result == TOP else result, output)
 
 

@@ -78,7 +78,7 @@ def merge_method(
     - by position: the models. With ``*others`` it takes any number of them.
     - `alpha` and `beta`, by keyword: the weights. One with a default need not be given.
     - other keywords: numbers with their defaults. A default of type int means a whole number. No number may
-      have the name of an argument of `merge`, but for `seed`.
+      have the name of an argument of `merge`, except `seed`.
     - `out`, without a default: the result is written into it, rounded. The tensors then come as they are, of
       any float dtype, and `out` may be the memory of A.
 

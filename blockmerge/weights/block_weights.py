@@ -221,9 +221,9 @@ class BlockWeights(Mapping[str, float | None]):
         return BlockWeights({block: self._weights[sources[block]] for block in wanted.blocks}, wanted.blocks)
 
     def lost_for(self, family: Family | str, by: str | None = None) -> dict[str, float | None]:
-        """Return the weights that `for_family` drops and that are missed.
+        """Return the weights that `for_family` drops although they matter.
 
-        A weight is not missed where it is 0, or where the nearest block that is kept has the same.
+        A weight does not matter where it is 0, or where the nearest block that is kept has the same.
 
         Raises `WeightsError` as `for_family` does.
         """

@@ -60,8 +60,8 @@ def choose_output(
         )
     if kind is None:
         raise OutputError(
-            f"{shown(wish.path)}: the output is a .safetensors file; end its name so, or, "
-            "for a diffusers folder, give naming='diffusers' (--to diffusers, of merge, bake and convert)"
+            f"{shown(wish.path)}: the output is a .safetensors file: give it that ending, "
+            "or, for a diffusers folder, naming='diffusers' (--to diffusers, of merge, bake and convert)"
         )
     if configs is not None and not kind.has_configs:
         raise RecipeError(

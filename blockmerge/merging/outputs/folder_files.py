@@ -183,8 +183,8 @@ def _without_tokenizers(files: Mapping[str, bytes], needed: Mapping[str, str]) -
     alone = ", or the tokenizer's folder alone" if len(needed) == 1 else ", or one that holds just these"
     return [
         f"warning: the new folder lacks {' and '.join(missing)}, which single files do not hold: "
-        "loading it as a pipeline will fail, or prompts will. Give configs (--configs FOLDER), a diffusers "
-        f"folder that has {'it' if len(missing) == 1 else 'them'}{alone}"
+        "loading it as a pipeline will fail, or prompts will not work. Give configs (--configs FOLDER), "
+        f"a diffusers folder that has {'it' if len(missing) == 1 else 'them'}{alone}"
     ]
 
 
@@ -289,8 +289,8 @@ def unsaid_in_a_file(a: Model) -> list[str]:
     if told is None or told.prediction == usual or not is_pipeline(a.source) or _markers_of(a):
         return []
     return [
-        f"warning: {shown(a.name)} predicts {shown(told.prediction)}, as its {shown(told.where)} says and "
-        "the single file does not: set that prediction type in the program that loads it"
+        f"warning: {shown(a.name)} predicts {shown(told.prediction)}, as its {shown(told.where)} says, but "
+        "the single file cannot say so: set that prediction type in the program that loads it"
     ]
 
 

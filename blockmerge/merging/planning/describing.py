@@ -160,7 +160,7 @@ def _tensors(models: Sequence[Model], found: Findings, naming: str) -> Iterator[
         kept = _tensors_are(len(found.kept), "integer or schedule tensor")
         yield f"{kept} copied from {shown(models[0].name)}"
     if found.mixed:
-        mixed = f"{_tensors_are(len(found.mixed))} of floats in some models only"
+        mixed = f"{_tensors_are(len(found.mixed))} stored as floats in some models only"
         yield f"{mixed}, and copied from the first that has them ({listing(found.mixed, width=300)})"
     for model, names in found.only_of_shape.items():
         several = f"{_tensors_are(len(names))} of several shapes"
@@ -168,8 +168,8 @@ def _tensors(models: Sequence[Model], found: Findings, naming: str) -> Iterator[
     if found.restored:
         yield f"broken position_ids restored to 0, 1, 2, … ({listing(found.restored)})"
     if idle := found.rules.idle(found.blended):
-        rules = counted(len(idle), "element rule")
-        yield f"{rules} without effect, since no merged tensor fits: {listing(idle)}"
+        rules = f"{counted(len(idle), 'element rule')} {'has' if len(idle) == 1 else 'have'}"
+        yield f"{rules} no effect, since no merged tensor fits: {listing(idle)}"
 
 
 def differing_predictions(models: Sequence[Model]) -> Iterator[str]:

@@ -72,7 +72,7 @@ class Resolved:
     """A request, looked up and checked once for models of a family: all that was left open is decided.
 
     `preset` is the presets' label, None without; `numbers` are all that the method takes; `notes` say which
-    weights have no place in the family, and which arguments are without effect.
+    weights have no place in the family, and which arguments have no effect.
     """
 
     preset: str | None
@@ -322,17 +322,17 @@ class MergeRequest:
         ]
 
     def _idle(self, family: Family) -> Iterator[str]:
-        """Say which arguments are without effect on models of a family."""
+        """Say which arguments have no effect on models of a family."""
         if self.found:
             return
         if self.weights.seed and not self.is_random:
-            yield "seed (--seed) without effect, since nothing is left to chance"
+            yield "seed (--seed) has no effect, since nothing is random"
         if self.weights.sdxl_map and not (self.weights.heeds_map(family) or self.beta.heeds_map(family)):
-            yield "sdxl_map (--sdxl-map) without effect, since these weights are the same with any"
+            yield "sdxl_map (--sdxl-map) has no effect, since both mappings give the same weights"
         if self.adjust and not family.adjusted:
-            yield f"adjust (--adjust) without effect: it is for U-Nets, and these are {family.title} models"
+            yield f"adjust (--adjust) has no effect: it is for U-Nets, and these are {family.title} models"
         if self.partial and not self.loras:
-            yield "partial (--partial, of merge and bake) without effect, since there is no LoRA"
+            yield "partial (--partial, of merge and bake) has no effect, since there is no LoRA"
 
 
 def vae_choice(vae: CheckpointLike, models: int) -> CheckpointLike | int:
