@@ -15,7 +15,7 @@ from blockmerge.weights.presets import user_folder
 
 @dataclass(frozen=True)
 class NumberInfo:
-    """A number that a method takes beside its weights.
+    """A number that a method takes besides its weights.
 
     - `name`: the keyword of `merge`.
     - `kind`: ``"number"``, ``"whole number"``, or ``"numbers"``, one for each model.

@@ -43,7 +43,8 @@ origin = blockmerge.explain("merged.safetensors", ["a.safetensors", "b.safetenso
 print(origin.verdict)
 ```
 
-`examples/` has longer ones.
+[examples/](../examples/merge_from_python.py) has longer ones. Words such as block and LDM names are in the
+[glossary](glossary.md).
 """
 
 SUBJECTS = {

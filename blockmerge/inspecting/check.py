@@ -39,7 +39,7 @@ def check(
     - `variant`, `threads`, `progress`: as for `merge`.
 
     All floats are read once, and the checksums of a zip archive are verified, in a few megabytes of memory.
-    `docs/check.md` lists the problems. A file that is not an image model is no error, but a problem.
+    `docs/check.md` lists the problems. A file that is not an image model is not an error, but a problem.
 
     Raises `CheckpointError` where the file cannot be read.
     """

@@ -110,7 +110,7 @@ def inspect(
     - `tensors`: list every tensor with its block, and with the LDM name that element rules know it by.
     - `variant`, `progress`: as for `merge`.
 
-    A file that is not an image model is no error: `why_unknown` says what it is.
+    A file that is not an image model is not an error: `why_unknown` says what it is.
 
     Raises `CheckpointError` where the file cannot be read.
     """
