@@ -9,6 +9,8 @@ BIN := .venv/bin
 # The main job, on files it makes itself: two thin checkpoints, merged with the preset high_res.
 demo: .venv/run
 	$(BIN)/blockmerge demo blockmerge-demo --overwrite
+	@echo
+	@echo "The command is $(BIN)/blockmerge. To type blockmerge alone: . $(BIN)/activate"
 
 # All checks and all tests.
 test: check
