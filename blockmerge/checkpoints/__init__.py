@@ -29,7 +29,15 @@ from blockmerge.checkpoints.model import (
     recognised,
     vae_tensors,
 )
-from blockmerge.checkpoints.open import CheckpointLike, located, open_checkpoint, open_source, told_apart
+from blockmerge.checkpoints.named import Unreadable, single_models, stands_for_several
+from blockmerge.checkpoints.open import (
+    CheckpointLike,
+    check_variant,
+    names_apart,
+    open_checkpoint,
+    open_source,
+    told_apart,
+)
 from blockmerge.checkpoints.opening import Opening, names_of
 from blockmerge.checkpoints.position_ids import embedding_of, fault_of_position_ids, positions_beside
 from blockmerge.checkpoints.prediction import ToldPrediction, prediction_of_scheduler, told_prediction
@@ -71,11 +79,13 @@ __all__ = [
     "TensorInfo",
     "ToldPrediction",
     "TorchFile",
+    "Unreadable",
     "anatomy_of",
     "carried_without_weights",
     "check_output",
     "check_output_folder",
     "check_space",
+    "check_variant",
     "embedding_of",
     "encode_header",
     "fault_of_position_ids",
@@ -85,10 +95,10 @@ __all__ = [
     "identity_of",
     "in_cache",
     "is_diffusers_folder",
-    "located",
     "made",
     "model_files",
     "name_of",
+    "names_apart",
     "names_of",
     "no_garbage_collection",
     "old_hash",
@@ -101,7 +111,9 @@ __all__ = [
     "read",
     "recognised",
     "sha256_of",
+    "single_models",
     "size_of_files",
+    "stands_for_several",
     "state_dict_name",
     "told_apart",
     "told_prediction",
