@@ -1,5 +1,6 @@
 """One lazy `Checkpoint` for every kind of source, the `Model` in it, and a writer that leaves no bad file."""
 
+from blockmerge.checkpoints.alone import COMPONENT_WORDS, lone_model, only_component
 from blockmerge.checkpoints.assembled import Assembled, Assembly, Piece
 from blockmerge.checkpoints.checkpoint import Checkpoint, Checksummed, Makes, Reader, TensorInfo
 from blockmerge.checkpoints.formats.any_file import SUFFIXES
@@ -49,6 +50,7 @@ from blockmerge.checkpoints.writing.folder_writer import AtomicFolder, check_out
 from blockmerge.checkpoints.writing.writer import AtomicFile, check_output
 
 __all__ = [
+    "COMPONENT_WORDS",
     "EMA_CHOICES",
     "LARGEST_CARRIED",
     "QUANTISATION_KEY",
@@ -95,6 +97,7 @@ __all__ = [
     "identity_of",
     "in_cache",
     "is_diffusers_folder",
+    "lone_model",
     "made",
     "model_files",
     "name_of",
@@ -102,6 +105,7 @@ __all__ = [
     "names_of",
     "no_garbage_collection",
     "old_hash",
+    "only_component",
     "open_checkpoint",
     "open_source",
     "other_kind_of",

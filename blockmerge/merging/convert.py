@@ -25,6 +25,7 @@ def convert(
     output: str | os.PathLike[str],
     *,
     naming: str | None = None,
+    only: str | None = None,
     vae: CheckpointLike = "auto",
     dtype: str | torch.dtype = "keep",
     ema: str = "drop",
@@ -41,7 +42,10 @@ def convert(
     >>> blockmerge.convert("model.ckpt", "model.safetensors", dtype="fp16")  # doctest: +SKIP
 
     `naming` is ``"ldm"`` (a single file) or ``"diffusers"`` (a folder); without it the output is what the
-    source is, or a single file where its name ends in ``.safetensors``. `vae` bakes in another VAE (a file, a
+    source is, or a single file where its name ends in ``.safetensors``. `only` writes one component
+    (``"unet"``, also called ``"transformer"``, ``"vae"``, ``"text_encoder"``, ``"text_encoder_2"``,
+    ``"text_encoder_3"``), as a file or as its own folder; a VAE or a text encoder alone is converted without
+    it, too. `vae` bakes in another VAE (a file, a
     folder, an opened checkpoint or a state dict). `ema` says what becomes of EMA copies: ``"drop"``,
     ``"keep"``, or ``"use"`` them as the U-Net. `variant` picks the weights of folders that have several
     (``"fp16"``), the VAE's too. `prune` leaves out what is known to be dead. `configs` is a
@@ -63,6 +67,7 @@ def convert(
         ema=ema,
         prune=prune,
         configs=configs,
+        only=only,
         variant=variant,
     )
     return Recipe.of((source,), request).run(output, threads=threads, overwrite=overwrite, progress=progress)
