@@ -200,11 +200,12 @@ def read_preset_file(path: Path) -> PresetFile:
     except UnicodeDecodeError as error:
         raise PresetError(f"preset file {shown(path)} is not text (UTF-8)") from error
     if path.suffix.lower() == ".toml":
-        return PresetFile((_from_toml(text, path),))
+        return PresetFile((preset_of_text(text, path),))
     return _from_lines(text, path)
 
 
-def _from_toml(text: str, path: Path) -> Preset:
+def preset_of_text(text: str, path: Path) -> Preset:
+    """Return the preset of a TOML file's text. Raises PresetError, which calls the file `path`."""
     try:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
