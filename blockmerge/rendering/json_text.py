@@ -69,10 +69,13 @@ def files_json(files: Sequence[Mapping[str, Any]]) -> str:
 
 def methods_json(methods: Sequence[Method]) -> str:
     """A list of methods; `models` is null for any number, `weights` are the block weights each takes."""
+    from blockmerge.methods import purpose_of
+
     return _dumps(
         [
             {
                 "name": method.name,
+                "purpose": purpose_of(method),
                 "models": method.models,
                 "weights": list(method.weights),
                 "numbers": [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
@@ -13,6 +14,7 @@ from rich.text import Text
 
 from blockmerge.anatomy import FAMILIES
 from blockmerge.errors import bytes_text, counted, listing, shown
+from blockmerge.methods import purpose_of
 from blockmerge.rendering.block_rows import drawn_blocks
 from blockmerge.rendering.tables import print_table
 from blockmerge.rendering.u_net import Curve, SharesU, WeightsU
@@ -176,12 +178,14 @@ def _curve(preset: Preset) -> RenderableType:
 
 
 def print_methods(console: Console, methods: Sequence[Method]) -> None:
-    """Print each method with its formula, and what it takes."""
-    for method in methods:
-        _line(console, Text(method.name, "bold"))
-        _line(console, Text(f"  {shown(method.formula, 400)}"))
-        taken = (method.count, *method.weights, *(number.name for number in method.numbers))
-        _line(console, Text(f"  {', '.join(taken)}", "dim"))
+    """Print each method with its formula, and what it takes, below what it is for."""
+    for number, (purpose, group) in enumerate(groupby(methods, purpose_of)):
+        _line(console, Text(("\n" if number else "") + f"{purpose}:"))
+        for method in group:
+            _line(console, Text.assemble("  ", (method.name, "bold")))
+            _line(console, Text(f"    {shown(method.formula, 400)}"))
+            taken = (method.count, *method.weights, *(one.name for one in method.numbers))
+            _line(console, Text(f"    {', '.join(taken)}", "dim"))
 
 
 _CUTS = {
@@ -196,7 +200,8 @@ def print_method(console: Console, method: Method) -> None:
     """Print all there is to know about a method."""
     _line(console, Text(shown(method.name), "bold"))
     _line(console, Text(f"  {shown(method.formula, 400)}"))
-    facts = [("models", method.count)]
+    purpose = purpose_of(method)
+    facts = [*([("for", purpose[0].lower() + purpose[1:])] if purpose else []), ("models", method.count)]
     for weight, usual in method.weights.items():
         facts.append(
             (weight, "a weight for each block" + ("" if usual is None else f", {usual:g} by default"))
