@@ -56,14 +56,14 @@ clean:
 # What the command needs, and what the tests need besides: each is a mark that the installation is done.
 .venv/run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable .
 	touch $@
 
 .venv/test: .venv/run
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 .venv-peers/done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]' sd-mecha==1.1.8
+	.venv-peers/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[test]' sd-mecha==1.1.8
 	touch $@
