@@ -51,7 +51,7 @@ PURPOSES: Mapping[str, dict[str, str]] = {
 listed.
 """
 
-BUILT_IN = ChainMap(*reversed(PURPOSES.values()))  # which begins with its last
+BUILT_IN = ChainMap(*reversed(list(PURPOSES.values())))  # which begins with its last
 
 
 class _Methods(Mapping[str, Method]):

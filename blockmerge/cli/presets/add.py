@@ -47,7 +47,7 @@ def add(
     \b
       blockmerge presets add soft -w "IN00-IN05=0.3,OUT06-OUT11=0.3"
       blockmerge presets add mbwpresets.txt
-      blockmerge presets add "mbwpresets.txt#NAME"
+      blockmerge presets add "mbwpresets.txt#NAME" --name mine
       blockmerge presets add merged.safetensors --name soft
     """
     from blockmerge.checkpoints import check_output
