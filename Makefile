@@ -9,6 +9,8 @@ BIN := .venv/bin
 # The main job, on files it makes itself: two thin checkpoints, merged with the preset high_res.
 demo: .venv/run
 	$(BIN)/blockmerge demo blockmerge-demo --overwrite
+	@echo
+	@echo "The command is $(BIN)/blockmerge. To type blockmerge alone: . $(BIN)/activate"
 
 # All checks and all tests.
 test: check
@@ -54,14 +56,14 @@ clean:
 # What the command needs, and what the tests need besides: each is a mark that the installation is done.
 .venv/run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable .
 	touch $@
 
 .venv/test: .venv/run
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 .venv-peers/done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]' sd-mecha==1.1.8
+	.venv-peers/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[test]' sd-mecha==1.1.8
 	touch $@

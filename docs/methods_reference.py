@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
-from blockmerge.methods import METHODS, Method
+from blockmerge.methods import METHODS, PURPOSES, Method
 
 _HEAD = """# The methods
 
@@ -26,6 +27,8 @@ blockmerge a.safetensors b.safetensors c.safetensors -m ties -w 1 --density 0.3
 """
 
 _TAIL = """
+## How to read the tables
+
 - **Looks at** says how much the method must see to compute one value: that element alone, its row, its
   tensor, or the whole model. Methods that look at the whole model read the models twice: once for the
   figures that they need, once to merge.
@@ -80,12 +83,17 @@ _COPIED = {0: "A", 1: "B", 2: "C"}
 
 def reference() -> str:
     """Return the text of docs/methods.md."""
+    tables = [f"## {purpose}\n\n{_table(names)}" for purpose, names in PURPOSES.items()]
+    return _HEAD + "\n".join(tables) + _TAIL
+
+
+def _table(names: Iterable[str]) -> str:
     rows = [
         "| method | models | weights and numbers | result | looks at | copied at | source |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    rows += [f"| {' | '.join(_cells(method))} |" for method in METHODS.values()]
-    return _HEAD + "\n".join(rows) + "\n" + _TAIL
+    rows += [f"| {' | '.join(_cells(METHODS[name]))} |" for name in names]
+    return "\n".join(rows) + "\n"
 
 
 def _cells(method: Method) -> list[str]:

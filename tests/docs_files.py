@@ -15,7 +15,7 @@ from tests.forms import UNET, ema_of, is_unet, write
 from tests.test_tokenizers import write_tokenizer
 from tests.thin_loras import make_lora
 
-MODELS = "a b c d base e tuned detailed mine model any-model nai"
+MODELS = "a b c d base e tuned detailed mine model any-model nai more unused"
 LORAS = "style detail a-lora b-lora v1 v2 big"
 PAIRS = {"flux": "flux1", "anima": "anima", "zit": "z_image"}
 RECIPE = """
@@ -82,7 +82,10 @@ def _write_other_forms(folder):
     for name in ("b", "model", "a", "c"):
         write(model, folder / name, "zip")
     vae = {name: tensor for name, tensor in model.items() if name.startswith("first_stage_model.")}
-    save_file(vae, folder / "kl-f8.safetensors")
+    for name in ("kl-f8", "vae"):
+        save_file(vae, folder / f"{name}.safetensors")
+    write(model, folder / "more", "zip")
+    write_pair(folder / "sdxl.safetensors", folder / "sdxl-b.safetensors", "sdxl")
     write(
         {n: t for n, t in (model | ema_of(model)).items() if not n.startswith(UNET)},
         folder / "ema-only",

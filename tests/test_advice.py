@@ -133,6 +133,7 @@ FILLED_IN = {
 
 RECORDED = {
     "recipe": {"merging/recipe_recorded.py", "rendering/recipes.py", "cli/recipe.py"},
+    "presets add": {"cli/presets/add.py", "weights/own_presets.py", "checkpoints/writing/writer.py"},
     "verify": {"merging/again.py", "merging/verify.py", "cli/verify.py", "cli/models_folders.py"},
 }
 """Commands that read a merge that was made: of its options none is to be chosen. What they themselves say."""

@@ -534,8 +534,9 @@ def test_what_fails_while_models_are_brought_there_is_told_in_a_line(files, from
 # -- how much is launched ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
-@pytest.mark.parametrize("name", OF_ELEMENTS)
+@pytest.mark.parametrize(
+    ("name", "family"), [("add_difference", "sdxl"), *((name, "sd1") for name in OF_ELEMENTS)]
+)
 def test_small_tensors_are_computed_together(name, family):
     """No function is launched half as many times as a U-Net has tensors: thin ones, but as many as there are.
 

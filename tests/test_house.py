@@ -8,6 +8,7 @@ import ast
 import graphlib
 import inspect as python_inspect
 import re
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -124,9 +125,14 @@ def room_of(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+@cache
+def parsed(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports(path):
     """Yield (module, at the top level?) of every import statement of a file."""
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     late = {
         id(node)
         for outer in ast.walk(tree)
@@ -141,28 +147,28 @@ def imports(path):
             yield node.module, id(node) not in late
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_keep_to_the_table(path):
-    room = room_of(path)
-    if room == "__init__":
-        return
-    for module, _ in imports(path):
-        first, *rest = module.split(".")
-        if first == "blockmerge" and rest and rest[0] != room:
-            assert rest[0] in MAY_IMPORT[room] | EVERYONE_MAY_IMPORT, f"{room} may not import {rest[0]}"
-        if first in ("click", "rich", "click_default_group"):
-            allowed = {"cli"} | ({"rendering"} if first == "rich" else {"weights"})
-            assert room in allowed, f"{room} may not know {first}"
+def test_imports_keep_to_the_table():
+    for path in modules():
+        room = room_of(path)
+        if room == "__init__":
+            continue
+        for module, _ in imports(path):
+            first, *rest = module.split(".")
+            if first == "blockmerge" and rest and rest[0] != room:
+                allowed = MAY_IMPORT[room] | EVERYONE_MAY_IMPORT
+                assert rest[0] in allowed, f"{short(path)}: {room} may not import {rest[0]}"
+            if first in ("click", "rich", "click_default_group"):
+                allowed = {"cli"} | ({"rendering"} if first == "rich" else {"weights"})
+                assert room in allowed, f"{short(path)}: {room} may not know {first}"
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_torch_is_loaded_late(path):
-    top = {module.split(".")[0] for module, at_top in imports(path) if at_top}
-    if "torch" in top:
+def test_torch_is_loaded_late():
+    for path in modules():
+        top = {module.split(".")[0] for module, at_top in imports(path) if at_top}
         # Only files that are themselves loaded late, by the first worker that computes.
-        assert path.relative_to(PACKAGE).as_posix() in LOADED_LATE
-    if room_of(path) in NO_TORCH:
-        assert not {module.split(".")[0] for module, _ in imports(path)} & {"torch"}
+        assert "torch" not in top or short(path) in LOADED_LATE, f"{short(path)} loads torch at once"
+        anywhere = {module.split(".")[0] for module, _ in imports(path)}
+        assert room_of(path) not in NO_TORCH or "torch" not in anywhere, f"{short(path)} knows torch"
 
 
 def imported_names(path):
@@ -171,7 +177,7 @@ def imported_names(path):
 
     Late and TYPE_CHECKING imports count.
     """
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, None) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -213,11 +219,11 @@ def test_files_import_in_no_circle():
         pytest.fail(f"files that import each other: {' ← '.join(error.args[1])}")
 
 
-@pytest.mark.parametrize("path", modules(), ids=short)
-def test_no_file_imports_from_the_init_above_it(path):
+def test_no_file_imports_from_the_init_above_it():
     """That would be a circle too: the `__init__` imports the file."""
-    above = {folder / "__init__.py" for folder in path.parents} - {path}
-    assert not above & {file_of(module) for module, _ in imported_names(path)}
+    for path in modules():
+        above = {folder / "__init__.py" for folder in path.parents} - {path}
+        assert not above & {file_of(module) for module, _ in imported_names(path)}, short(path)
 
 
 def test_the_table_is_the_one_in_the_docs():

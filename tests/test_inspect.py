@@ -79,7 +79,7 @@ def test_one_component_alone_is_called_so(here, capsys, form, part, title):
     assert says.removeprefix(path.name).strip() in ok(capsys, "inspect", path)
     found = json.loads(ok(capsys, "inspect", path, "--json"))
     assert (found["family"], found["naming"], list(found["components"])) == (None, naming, [part])
-    assert_refused(capsys, here, "convert", path, "x.safetensors", says=says)
+    assert_refused(capsys, here, "merge", path, path, "-w", "0.5", "-o", "x.safetensors", says=says)
 
 
 def test_inspect_of_what_is_no_model(here, capsys):

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import blockmerge
 from blockmerge.cli.main import run
 from blockmerge.errors import RecipeError
-from blockmerge.methods import METHODS, arithmetic, find_method, key_of
+from blockmerge.methods import METHODS, arithmetic, find_method, key_of, purpose_of
 from tests import method_oracle as oracle
 from tests.every_pair import every_pair
 from tests.oracle import bits, step_at
@@ -474,11 +474,34 @@ def test_the_list(capsys):
     assert "did you mean 'sigmoid'" in capsys.readouterr().err
 
 
+def test_the_list_is_grouped_by_what_methods_are_for(capsys):
+    """Every method is in one group, and groups are of methods that take as many models, where they say so."""
+    assert run(["methods"]) == 0
+    groups = {}
+    for line in capsys.readouterr().out.splitlines():
+        if line and not line.startswith(" "):
+            groups[line.removesuffix(":")] = names = []
+        elif line[:2] == "  " and line[2:3] != " ":
+            names.append(line.strip())
+    assert [name for names in groups.values() for name in names] == list(METHODS)
+    assert groups.keys() == {purpose_of(method) for method in METHODS.values()}
+    counts = {purpose: {METHODS[name].models for name in names} for purpose, names in groups.items()}
+    assert counts["Blend two models"] == counts["Take parts of two models as they are"] == {2}
+    assert counts["Blend three models"] == counts["Add to A what B has learned and C has not"] == {3}
+    assert counts["Change one model"] == {1}
+    assert run(["methods", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {one["name"]: one["purpose"] for one in found} == {
+        name: purpose for purpose, names in groups.items() for name in names
+    }
+
+
 def test_one_method(capsys):
     assert run(["methods", "dare"]) == 0
     assert capsys.readouterr().out == (
         "dare\n"
         "  A + α·(B − A)·Bernoulli(1 − p)/(1 − p)\n"
+        "  for        join what several models have learned from the same base\n"
         "  models     2 models\n"
         "  alpha      a weight for each block\n"
         "  drop_rate  a number from 0 to below 1, 0.5 by default; p, the share of the differences that is dropped\n"

@@ -71,7 +71,7 @@ def test_a_new_method_is_one_file_and_one_line(toy, pairs, tmp_path, capsys):
     assert run(["methods", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[-1]["name"] == "toy"
     assert run(["methods"]) == 0
-    assert capsys.readouterr().out.endswith("toy\n  A + α·γ·(B − A)\n  2 models, alpha, gentleness\n")
+    assert capsys.readouterr().out.endswith("  toy\n    A + α·γ·(B − A)\n    2 models, alpha, gentleness\n")
     a, b = small_model(seed=0), small_model(seed=1)
     merged = blockmerge.merge_state_dicts(a, b, weights=0.5, method="toy", gentleness=1)
     same(merged, blockmerge.merge_state_dicts(a, b, weights=0.5, method=toy, gentleness=1.0))

@@ -122,8 +122,6 @@ def test_a_folder_of_files_is_no_model(models, capsys):
     for asked in (
         ("models", "b.safetensors", "-w", "0.5"),
         ("b.safetensors", "models/", "-w", "0.5"),
-        ("inspect", "models"),
-        ("check", "models/"),
         ("convert", "models", "out.safetensors"),
         ("explain", "models", "a.safetensors"),
     ):

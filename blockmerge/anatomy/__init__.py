@@ -36,6 +36,7 @@ from blockmerge.anatomy.names import (
 )
 from blockmerge.anatomy.origins import Origin, Place, Relation, Rows
 from blockmerge.anatomy.other_kinds import other_kind
+from blockmerge.anatomy.renaming import Renaming
 from blockmerge.anatomy.standing import Standing
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "Origin",
     "Place",
     "Relation",
+    "Renaming",
     "Rows",
     "Standing",
     "any_core_of",

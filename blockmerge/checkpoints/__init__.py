@@ -1,5 +1,6 @@
 """One lazy `Checkpoint` for every kind of source, the `Model` in it, and a writer that leaves no bad file."""
 
+from blockmerge.checkpoints.alone import COMPONENT_WORDS, lone_model, only_component
 from blockmerge.checkpoints.assembled import Assembled, Assembly, Piece
 from blockmerge.checkpoints.checkpoint import Checkpoint, Checksummed, Makes, Reader, TensorInfo
 from blockmerge.checkpoints.formats.any_file import SUFFIXES
@@ -29,7 +30,15 @@ from blockmerge.checkpoints.model import (
     recognised,
     vae_tensors,
 )
-from blockmerge.checkpoints.open import CheckpointLike, located, open_checkpoint, open_source, told_apart
+from blockmerge.checkpoints.named import Unreadable, single_models, stands_for_several
+from blockmerge.checkpoints.open import (
+    CheckpointLike,
+    check_variant,
+    names_apart,
+    open_checkpoint,
+    open_source,
+    told_apart,
+)
 from blockmerge.checkpoints.opening import Opening, names_of
 from blockmerge.checkpoints.position_ids import embedding_of, fault_of_position_ids, positions_beside
 from blockmerge.checkpoints.prediction import ToldPrediction, prediction_of_scheduler, told_prediction
@@ -41,6 +50,7 @@ from blockmerge.checkpoints.writing.folder_writer import AtomicFolder, check_out
 from blockmerge.checkpoints.writing.writer import AtomicFile, check_output
 
 __all__ = [
+    "COMPONENT_WORDS",
     "EMA_CHOICES",
     "LARGEST_CARRIED",
     "QUANTISATION_KEY",
@@ -71,11 +81,13 @@ __all__ = [
     "TensorInfo",
     "ToldPrediction",
     "TorchFile",
+    "Unreadable",
     "anatomy_of",
     "carried_without_weights",
     "check_output",
     "check_output_folder",
     "check_space",
+    "check_variant",
     "embedding_of",
     "encode_header",
     "fault_of_position_ids",
@@ -85,13 +97,15 @@ __all__ = [
     "identity_of",
     "in_cache",
     "is_diffusers_folder",
-    "located",
+    "lone_model",
     "made",
     "model_files",
     "name_of",
+    "names_apart",
     "names_of",
     "no_garbage_collection",
     "old_hash",
+    "only_component",
     "open_checkpoint",
     "open_source",
     "other_kind_of",
@@ -101,7 +115,9 @@ __all__ = [
     "read",
     "recognised",
     "sha256_of",
+    "single_models",
     "size_of_files",
+    "stands_for_several",
     "state_dict_name",
     "told_apart",
     "told_prediction",

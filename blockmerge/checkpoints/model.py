@@ -47,6 +47,20 @@ EMA_CHOICES = ("drop", "keep", "use")
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})\.\w+$")
 
 
+@dataclass(frozen=True)
+class Alone:
+    """That a model is one component: the `folder` that diffusers has it in, and the prefix that LDM's names
+    lose where nothing else is there, as single components are published.
+
+    `others` are more families that have the very same; `is_part` says that it was a part of a whole model.
+    """
+
+    folder: str
+    prefix: str
+    others: tuple[Family, ...] = ()
+    is_part: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class Model:
     """A checkpoint, what it is, and its `tensors` under LDM names, whatever its own naming.
@@ -54,7 +68,7 @@ class Model:
     EMA copies are left out, unless they are all the U-Net there is, or wanted: `ema_tensors` are those.
     `name` is what messages call it. `prefix` is what the names of its diffusion model begin with in the file.
     `notes` are texts for the user about what was decided when it was opened. What `quantised` sets aside is
-    none of the tensors.
+    none of the tensors. `alone` is for what is one component.
     """
 
     source: Checkpoint
@@ -66,6 +80,7 @@ class Model:
     notes: tuple[str, ...]
     name: str
     quantised: Quantised = field(default_factory=Quantised)
+    alone: Alone | None = None
 
     @classmethod
     def of(
@@ -95,9 +110,9 @@ class Model:
             core, anatomy = found, found.anatomy
             original, twice, notes = _matched_names(checkpoint, ema, name, how, core)
             notes.append(_found_lists(found, name))
-        tensors = _in_ldm(checkpoint, original, anatomy.naming, anatomy.family, how)
+        tensors = in_ldm(checkpoint, original, anatomy.naming, anatomy.family, how)
         if to_compute:
-            _refuse_integers(tensors, anatomy.family, name)
+            refuse_integers(tensors, anatomy.family, name)
         used = set(original.values())
         twice += sorted(used - set(_stored_in(tensors)))
         return cls(
@@ -237,7 +252,7 @@ def _name_in_file(tensor: Expression) -> str:
     return next(one.name for one in leaves_of(tensor) if isinstance(one, Stored))
 
 
-def _in_ldm(
+def in_ldm(
     checkpoint: Checkpoint, original: Mapping[str, str], naming: str, family: Family, how: Quantised
 ) -> dict[str, Expression]:
     """A checkpoint's tensors under LDM names; `original` maps canonical names to the file's own."""
@@ -252,7 +267,7 @@ def _in_ldm(
     return {original.get(name, name) if "/" in name else name: one for name, one in found.items()}
 
 
-def _refuse_integers(tensors: Mapping[str, Expression], family: Family, label: str) -> None:
+def refuse_integers(tensors: Mapping[str, Expression], family: Family, label: str) -> None:
     """Raise CheckpointError for weights that are none: what the layout has as floats is something else."""
     odd = {
         _name_in_file(one): one.dtype
@@ -405,7 +420,7 @@ def vae_tensors(checkpoint: Checkpoint, family: Family) -> dict[str, Expression]
         original, naming = {canonical_name(f"vae/{short}"): name for name, short in own.items()}, "diffusers"
     else:
         original, naming = {VAE_PREFIX + short: name for name, short in own.items()}, "ldm"
-    tensors = _in_ldm(checkpoint, original, naming, family, how)
+    tensors = in_ldm(checkpoint, original, naming, family, how)
     # Where the layout has a VAE, this is held against it later.
     strange = [] if family.arms else [name for name in tensors if not family.knows(name)]
     if strange or not (family.arms or tensors):
@@ -421,5 +436,5 @@ def vae_tensors(checkpoint: Checkpoint, family: Family) -> dict[str, Expression]
             f"the VAE of {shown(checkpoint.name)} is for latent images of another kind than those of "
             f"{family.title}, which have {channels} channels ({shape})"
         )
-    _refuse_integers(tensors, family, checkpoint.name)
+    refuse_integers(tensors, family, checkpoint.name)
     return tensors

@@ -109,16 +109,20 @@ def told_apart(checkpoints: Sequence[Checkpoint]) -> list[str]:
     """Return what messages call checkpoints: their names, and where two of them have the same, with the
     folders that differ, in Hugging Face's cache with the revisions.
     """
-    places = [None if one.path is None else os.path.abspath(one.path) for one in checkpoints]
+    return names_apart([(one.name, one.path) for one in checkpoints])
+
+
+def names_apart(named: Sequence[tuple[str, str | os.PathLike[str] | None]]) -> list[str]:
+    """Return what `told_apart` does, for names and the paths that have them."""
+    places = [None if path is None else os.path.abspath(path) for _, path in named]
+    of_a_name: dict[str, set[str]] = {}
+    for (name, _), place in zip(named, places, strict=True):
+        of_a_name.setdefault(name, set()).update([] if place is None else [place])
     labels = []
-    for one, place in zip(checkpoints, places, strict=True):
-        others = [
-            long_name(path)
-            for other, path in zip(checkpoints, places, strict=True)
-            if path is not None and path != place and other.name == one.name
-        ]
-        least = one.name.count("/") + 1
-        labels.append(one.name if place is None or not others else _shortest(long_name(place), others, least))
+    for (name, _), place in zip(named, places, strict=True):
+        others = [long_name(path) for path in of_a_name[name] - {place}]
+        least = name.count("/") + 1
+        labels.append(name if place is None or not others else _shortest(long_name(place), others, least))
     return labels
 
 

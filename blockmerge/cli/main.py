@@ -24,7 +24,7 @@ from blockmerge.cli.inspect import inspect
 from blockmerge.cli.lora.group import lora
 from blockmerge.cli.merge import is_word, merge
 from blockmerge.cli.methods import methods
-from blockmerge.cli.presets import presets
+from blockmerge.cli.presets.group import presets
 from blockmerge.cli.recipe import recipe
 from blockmerge.cli.run import run as run_recipe
 from blockmerge.cli.similarity import similarity

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from blockmerge.cli.console import stdout_console
+from blockmerge.cli.text_files import write_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -108,15 +109,8 @@ class ReportTarget:
             self._save(texts[self.form]() + "\n")
 
     def _save(self, text: str) -> None:
-        from blockmerge.checkpoints import AtomicFile
-        from blockmerge.errors import OutputError, reason, shown
+        from blockmerge.errors import shown
 
         assert self.path is not None
-        data = text.encode("utf-8", "backslashreplace")
-        with AtomicFile(self.path, len(data), overwrite=self.overwrite) as file:
-            try:
-                file.path.write_bytes(data)
-            except OSError as error:
-                raise OutputError(f"cannot write {shown(self.path)}: {reason(error)}") from error
-            file.commit()
+        write_file(self.path, text.encode("utf-8", "backslashreplace"), overwrite=self.overwrite)
         click.echo(f"wrote {shown(self.path)}", err=True)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from blockmerge.anatomy import is_position_ids, is_schedule
 from blockmerge.checkpoints import (
@@ -14,13 +12,12 @@ from blockmerge.checkpoints import (
     CheckpointLike,
     Model,
     Opening,
-    is_diffusers_folder,
-    located,
-    model_files,
+    Unreadable,
     name_of,
+    single_models,
 )
 from blockmerge.dtypes import FLOAT_DTYPES
-from blockmerge.errors import BlockmergeError, CheckpointError, RecipeError, reason, shown
+from blockmerge.errors import BlockmergeError, CheckpointError, RecipeError
 from blockmerge.expressions import Expression
 
 
@@ -52,56 +49,10 @@ def open_sources(models: CheckpointLike | Iterable[CheckpointLike], opening: Ope
         raise CheckpointError(
             f"{type(models).__name__} given: name a path, a checkpoint, a state dict, or several of these"
         )
-    named = (one for model in models for one in _expand(model))
-    found = [_open(one, number, opening) for number, one in enumerate(_once_each(named), 1)]
+    found = [_open(one, number, opening) for number, one in enumerate(single_models(models), 1)]
     if not found:
         raise RecipeError("nothing to compare with: name at least one model, or a folder of them")
     return _unique(found)
-
-
-def _expand(model: CheckpointLike) -> Iterator[CheckpointLike | Source]:
-    if not isinstance(model, (str, os.PathLike)):
-        yield model
-        return
-    try:
-        path = os.fspath(located(model))
-    except CheckpointError as error:
-        yield Source(name_of(model), None, str(error).replace(shown(model), shown(name_of(model))))
-        return
-    if os.path.isdir(path) and not is_diffusers_folder(path):
-        try:
-            files = model_files(path)
-        except OSError as error:
-            yield Source(
-                name_of(path), None, f"cannot read the folder {shown(name_of(path))}: {reason(error)}"
-            )
-            return
-        if not files:
-            yield Source(name_of(path), None, f"the folder {shown(name_of(path))} holds no model file")
-        yield from files
-    elif not os.path.exists(path) and glob.has_magic(path):
-        # The shell of Windows leaves patterns to the program.
-        found = sorted(map(Path, glob.glob(path)))
-        if not found:
-            yield Source(name_of(path), None, f"no file matches {shown(name_of(path))}")
-        yield from found
-    else:
-        yield path
-
-
-def _once_each(models: Iterable[CheckpointLike | Source]) -> Iterator[CheckpointLike | Source]:
-    """Leave out files that were named before, as `a.safetensors *.safetensors` does."""
-    seen: set[str] = set()
-    for model in models:
-        if isinstance(model, (str, os.PathLike)):
-            try:
-                path = os.path.realpath(model)
-            except (OSError, ValueError):  # a name that no file can have: opening it will say so
-                path = os.fspath(model)
-            if path in seen:
-                continue
-            seen.add(path)
-        yield model
 
 
 def is_same_file(one: Model, other: Model) -> bool:
@@ -110,17 +61,16 @@ def is_same_file(one: Model, other: Model) -> bool:
     return bool(a) and a == b
 
 
-def _open(model: CheckpointLike | Source, number: int, opening: Opening) -> Source:
-    if isinstance(model, Source):
-        return model
+def _open(model: CheckpointLike | Unreadable, number: int, opening: Opening) -> Source:
+    if isinstance(model, Unreadable):
+        return Source(model.name, None, model.error)
     name = name_of(model) if isinstance(model, (str, os.PathLike)) else f"state dict {number}"
     try:
         opened = opening.model(model, name)
         return Source(opened.name, opened)
     except BlockmergeError as error:
-        said = str(error)
-        if isinstance(model, (str, os.PathLike)):  # reports show no folders
-            said = said.replace(str(Path(model)), name).replace(shown(model), shown(name))
+        # reports show no folders
+        said = Unreadable.of(model, error).error if isinstance(model, (str, os.PathLike)) else str(error)
         return Source(name, None, said)
 
 

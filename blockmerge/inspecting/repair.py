@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from blockmerge.checkpoints import CheckpointLike
+from blockmerge.checkpoints import CheckpointLike, Model, open_checkpoint
 from blockmerge.inspecting.check import check
 from blockmerge.inspecting.problems import CheckResult
 from blockmerge.merging import convert
@@ -33,17 +33,18 @@ def repair(
 
     Raises what `check` and `convert` raise; a file without a known U-Net cannot be repaired.
     """
+    source = open_checkpoint(path, variant=variant)
+    Model.of(source)  # one component alone is converted, but is no model to be repaired
     written = convert(
-        path,
+        source,
         output,
         prune=True,
         threads=threads,
         overwrite=overwrite,
-        variant=variant,
         allow_nonfinite=True,
         progress=progress,
     )
-    before = check(path, progress, threads, variant=variant)
+    before = check(source, progress, threads)
     after = check(output, progress, threads)
     remaining = {problem.code for problem in after.problems}
     lost = [note for note in written.notes if note.startswith(LOST_METADATA)]

@@ -25,6 +25,7 @@ def convert(
     output: PathLike,
     *,
     naming: str | None = None,
+    only: str | None = None,
     vae: CheckpointLike = "auto",
     dtype: DtypeLike = "keep",
     ema: str = "drop",
@@ -46,6 +47,8 @@ def convert(
     - `output`: a path that ends in ``.safetensors``, or a folder.
     - `naming`: ``"ldm"`` for one file, ``"diffusers"`` for a folder. The default is what the source is, or
       one file where `output` ends in ``.safetensors``.
+    - `only`: write one component: ``"unet"`` (or ``"transformer"``), ``"vae"``, ``"text_encoder"``,
+      ``"text_encoder_2"`` or ``"text_encoder_3"``. A VAE or a text encoder alone needs no `only`.
     - `vae`: another VAE to bake in: a file, a folder, an opened checkpoint or a state dict.
     - `ema`: ``"drop"`` EMA copies, ``"keep"`` them, or ``"use"`` them as the U-Net.
     - `prune`: leave out tensors that no program needs.
@@ -67,6 +70,7 @@ def convert(
         ema=ema,
         prune=prune,
         configs=configs,
+        only=only,
         variant=variant,
     )
     return Recipe.of((source,), request).run(

@@ -376,7 +376,9 @@ class Recipe(Node):
         with no_garbage_collection():
             opened = open_models(expanded(self))
             has_vae = self.request.vae_file(len(opened)) is not None
-            is_whole = has_vae or any(model.components != {"unet"} for model in opened)
+            is_whole = has_vae or any(
+                model.alone is None and model.components != {"unet"} for model in opened
+            )
             kind = choose_output(
                 output, opened[0], self.request.naming, self.request.configs, is_whole=is_whole
             )

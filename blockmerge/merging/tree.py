@@ -7,11 +7,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from blockmerge.checkpoints import Checkpoint, CheckpointLike, Makes, Model, state_dict_name, told_apart
+from blockmerge.checkpoints import (
+    Checkpoint,
+    CheckpointLike,
+    Makes,
+    Model,
+    lone_model,
+    only_component,
+    state_dict_name,
+    told_apart,
+)
 from blockmerge.errors import RecipeError, counted, shown
 from blockmerge.merging.planning.request import MergeRequest
 from blockmerge.merging.planning.stages import Stage, held_for
 from blockmerge.merging.recipe_tables import RESULT, free_name
+from blockmerge.methods import IDENTITY
 
 _DEEPEST = 40
 """Stages within stages. Each costs the interpreter several calls for every tensor."""
@@ -120,7 +130,7 @@ class _Tree:
         self._opened = self._open(recipe)
         labels = told_apart(list(self._opened.values()))
         self._labels = {id(one): label for one, label in zip(self._opened.values(), labels, strict=True)}
-        self._files: dict[tuple[int, str], Model] = {}
+        self._files: dict[tuple[int, str, str | None], Model] = {}
         self._stages: dict[int, Stage] = {}
         request = recipe.request
         if any(isinstance(one, Node) for one in recipe.models):
@@ -160,9 +170,9 @@ class _Tree:
 
     def _file(self, source: CheckpointLike, request: MergeRequest) -> Model:
         checkpoint = self._opened[_key(source, request)]
-        key = id(checkpoint), request.ema
+        key = id(checkpoint), request.ema, request.only
         if key not in self._files:
-            self._files[key] = Model.of(checkpoint, request.ema, self._labels[id(checkpoint)])
+            self._files[key] = _model(checkpoint, request, self._labels[id(checkpoint)])
         return self._files[key]
 
     def _stage(self, node: Node) -> Stage:
@@ -233,3 +243,12 @@ def _check_options(name: str, request: MergeRequest) -> None:
             f"stage {shown(name)}: {', '.join(wrong)} of a stage: only the result is written, so only it can "
             "have that"
         )
+
+
+def _model(checkpoint: Checkpoint, request: MergeRequest, label: str) -> Model:
+    """A file as a model; where it is only converted, it may be one component, or one is taken out of it."""
+    if request.merge_method is IDENTITY and (lone := lone_model(checkpoint, label)) is not None:
+        model = lone
+    else:
+        model = Model.of(checkpoint, request.ema, label)
+    return model if request.only is None else only_component(model, request.only)

@@ -5,6 +5,7 @@ A method is loaded when it is first asked for; none needs torch before it comput
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 
@@ -12,29 +13,45 @@ from blockmerge.errors import RecipeError, did_you_mean, shown
 from blockmerge.methods.method import Method
 from blockmerge.methods.own import own_method
 
-BUILT_IN = {
-    "weighted_sum": "weighted_sums",
-    "sigmoid": "weighted_sums",
-    "inverse_sigmoid": "weighted_sums",
-    "slerp": "slerp",
-    "cosine_a": "cosines",
-    "cosine_b": "cosines",
-    "tensor_sum": "tensor_sums",
-    "tensor_sum_columns": "tensor_sums",
-    "scale": "weighted_sums",
-    "add_noise": "chance",
-    "add_difference": "differences",
-    "triple_sum": "weighted_sums",
-    "sum_twice": "weighted_sums",
-    "train_difference": "differences",
-    "smooth_add_difference": "differences",
-    "extract": "extract",
-    "average": "weighted_sums",
-    "dare": "chance",
-    "ties": "deltas",
-    "model_stock": "deltas",
+PURPOSES: Mapping[str, dict[str, str]] = {
+    "Blend two models": {
+        "weighted_sum": "weighted_sums",
+        "sigmoid": "weighted_sums",
+        "inverse_sigmoid": "weighted_sums",
+        "slerp": "slerp",
+        "cosine_a": "cosines",
+        "cosine_b": "cosines",
+    },
+    "Take parts of two models as they are": {
+        "tensor_sum": "tensor_sums",
+        "tensor_sum_columns": "tensor_sums",
+    },
+    "Blend three models": {
+        "triple_sum": "weighted_sums",
+        "sum_twice": "weighted_sums",
+    },
+    "Add to A what B has learned and C has not": {
+        "add_difference": "differences",
+        "train_difference": "differences",
+        "smooth_add_difference": "differences",
+    },
+    "Join what several models have learned from the same base": {
+        "average": "weighted_sums",
+        "dare": "chance",
+        "ties": "deltas",
+        "model_stock": "deltas",
+        "extract": "extract",
+    },
+    "Change one model": {
+        "scale": "weighted_sums",
+        "add_noise": "chance",
+    },
 }
-"""The file in `builtin` that defines each method; in the order in which they are listed."""
+"""What methods are for, and the file in `builtin` that defines each; in the order in which they are
+listed.
+"""
+
+BUILT_IN = ChainMap(*reversed(list(PURPOSES.values())))  # which begins with its last
 
 
 class _Methods(Mapping[str, Method]):
@@ -60,6 +77,11 @@ IDENTITIES = {name: _built_in(name, "convert") for name in ("convert", "bake")}
 """Methods that do nothing, to one model: what converting and baking are merges with. Not among METHODS."""
 
 IDENTITY, BAKE = IDENTITIES.values()
+
+
+def purpose_of(method: Method) -> str | None:
+    """What a method is for, one of PURPOSES; None of the user's own."""
+    return next((purpose for purpose, group in PURPOSES.items() if method.name in group), None)
 
 
 def find_method(method: object) -> Method:

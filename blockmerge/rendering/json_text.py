@@ -62,12 +62,20 @@ def check_json(found: CheckResult) -> str:
     return _dumps(found.to_dict())
 
 
+def files_json(files: Sequence[Mapping[str, Any]]) -> str:
+    """Several files, each as it is alone, or with an `error` that says why it cannot be read."""
+    return _dumps({"files": files})
+
+
 def methods_json(methods: Sequence[Method]) -> str:
     """A list of methods; `models` is null for any number, `weights` are the block weights each takes."""
+    from blockmerge.methods import purpose_of
+
     return _dumps(
         [
             {
                 "name": method.name,
+                "purpose": purpose_of(method),
                 "models": method.models,
                 "weights": list(method.weights),
                 "numbers": [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
@@ -13,9 +14,10 @@ from rich.text import Text
 
 from blockmerge.anatomy import FAMILIES
 from blockmerge.errors import bytes_text, counted, listing, shown
+from blockmerge.methods import purpose_of
 from blockmerge.rendering.block_rows import drawn_blocks
 from blockmerge.rendering.tables import print_table
-from blockmerge.rendering.u_net import SharesU, WeightsU
+from blockmerge.rendering.u_net import Curve, SharesU, WeightsU
 
 if TYPE_CHECKING:
     from blockmerge.inspecting import CheckResult, Inspection, ListedTensor, Part
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from blockmerge.methods import Method
     from blockmerge.weights import Preset
 
+_CURVE = 29  # columns of a curve of 26 blocks, and what stands before it
 _DESCRIPTION = 24  # columns that a description has at least
 _MOST_LORAS = 6  # of which each has a line
 _LEAST = 0.0005  # of a weight, that is shown
@@ -150,28 +153,39 @@ def _repaired(found: CheckResult) -> str:
 
 
 def print_presets(console: Console, presets: Sequence[Preset]) -> None:
-    """Print a line for each preset."""
+    """Print a line for each preset, with its curve; where it is not for U-Nets, with the families it is
+    for.
+    """
     table = Table(box=None, pad_edge=False)
     table.add_column("preset", style="bold", no_wrap=True)
+    table.add_column("BASE, IN to OUT", no_wrap=True)
     table.add_column("SDXL", no_wrap=True)
     table.add_column("what it does")
     for preset in presets:
         table.add_row(
             Text(shown(preset.name)),
+            _curve(preset),
             "own" if preset.sdxl else "by name" if preset.weights else "-",
             Text(shown(preset.description, 400)),
         )
     names = max((cell_len(shown(preset.name)) for preset in presets), default=0)
-    print_table(console, table, names + len("  by name  ") + _DESCRIPTION)
+    print_table(console, table, names + _CURVE + len("  by name  ") + _DESCRIPTION)
+
+
+def _curve(preset: Preset) -> RenderableType:
+    weights = preset.weights or preset.sdxl
+    return Curve(weights) if weights else Text(f"for {', '.join(preset.tables)}")
 
 
 def print_methods(console: Console, methods: Sequence[Method]) -> None:
-    """Print each method with its formula, and what it takes."""
-    for method in methods:
-        _line(console, Text(method.name, "bold"))
-        _line(console, Text(f"  {shown(method.formula, 400)}"))
-        taken = (method.count, *method.weights, *(number.name for number in method.numbers))
-        _line(console, Text(f"  {', '.join(taken)}", "dim"))
+    """Print each method with its formula, and what it takes, below what it is for."""
+    for number, (purpose, group) in enumerate(groupby(methods, purpose_of)):
+        _line(console, Text(("\n" if number else "") + f"{purpose}:"))
+        for method in group:
+            _line(console, Text.assemble("  ", (method.name, "bold")))
+            _line(console, Text(f"    {shown(method.formula, 400)}"))
+            taken = (method.count, *method.weights, *(one.name for one in method.numbers))
+            _line(console, Text(f"    {', '.join(taken)}", "dim"))
 
 
 _CUTS = {
@@ -186,7 +200,8 @@ def print_method(console: Console, method: Method) -> None:
     """Print all there is to know about a method."""
     _line(console, Text(shown(method.name), "bold"))
     _line(console, Text(f"  {shown(method.formula, 400)}"))
-    facts = [("models", method.count)]
+    purpose = purpose_of(method)
+    facts = [*([("for", purpose[0].lower() + purpose[1:])] if purpose else []), ("models", method.count)]
     for weight, usual in method.weights.items():
         facts.append(
             (weight, "a weight for each block" + ("" if usual is None else f", {usual:g} by default"))

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.text import Text
 
 from blockmerge.anatomy import OUTSIDE, Arms
@@ -18,7 +19,7 @@ _CELL = 13 + _BAR  # a block's name, its weight and its bar
 _WIDTH = 56  # of the U; narrower terminals get the blocks one below another
 _NAME = 5  # columns of a block's name
 _SMALL_CELL = 7  # of a weight in a row, and its bar of one character
-_LEVELS, _ASCII_LEVELS = " ▁▂▃▄▅▆▇█", " .:-=+*%#"
+_LEVELS, _ASCII_LEVELS, _ASCII_CURVE = " ▁▂▃▄▅▆▇█", " .:-=+*%#", "_.:-=+*#"
 
 
 class WeightsU:
@@ -87,6 +88,33 @@ class WeightsU:
 
     def _said(self, block: str, weight: float) -> str:
         return number(weight)
+
+
+class Curve:
+    """Draws the weights of a U-Net's blocks as one line: OUTSIDE apart, then from the first input to the last
+    output; a cross is a block that is left out.
+    """
+
+    def __init__(self, weights: Mapping[str, float | None]) -> None:
+        self.weights = weights
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """One character for each block."""
+        levels = _ASCII_CURVE if options.ascii_only else _LEVELS[1:]
+        yield self._line(levels)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        """It is never broken."""
+        width = len(self._line(_ASCII_CURVE))
+        return Measurement(width, width)
+
+    def _line(self, levels: str) -> Text:
+        line = Text(no_wrap=True)
+        for block, weight in self.weights.items():
+            level = "x" if weight is None else levels[_filled(weight, len(levels) - 1)]
+            line.append(level, "dim" if weight is None else _style(weight))
+            line.append(" " if block == OUTSIDE else "")
+        return line
 
 
 class SharesU(WeightsU):

@@ -13,6 +13,7 @@ from blockmerge.weights.presets import (
     preset_names,
     presets,
     unreadable_presets,
+    user_folder,
 )
 from blockmerge.weights.request import WeightsRequest
 
@@ -35,4 +36,5 @@ __all__ = [
     "preset_names",
     "presets",
     "unreadable_presets",
+    "user_folder",
 ]

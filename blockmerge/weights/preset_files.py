@@ -203,11 +203,12 @@ def read_preset_file(path: Path) -> PresetFile:
     except UnicodeDecodeError as error:
         raise PresetError(f"preset file {shown(path)} is not text (UTF-8)") from error
     is_toml = path.suffix.lower() == ".toml"
-    read = PresetFile((_from_toml(text, path),)) if is_toml else _from_lines(text, path)
+    read = PresetFile((preset_of_text(text, path),)) if is_toml else _from_lines(text, path)
     return replace(read, presets=tuple(replace(preset, path=path) for preset in read.presets))
 
 
-def _from_toml(text: str, path: Path) -> Preset:
+def preset_of_text(text: str, path: Path) -> Preset:
+    """Return the preset of a TOML file's text. Raises PresetError, which calls the file `path`."""
     try:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:

@@ -13,7 +13,7 @@ named like the preset, so that it is found without reading the others.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from blockmerge.anatomy import DEFAULT_FAMILY
@@ -138,14 +138,14 @@ def _find(name: str) -> Preset | None:
     name = os.fspath(name)
     own = _own()
     hiding = _by_own_name(own)
-    if preset := next((preset for preset in own if _fold(name) in _names(preset)), None):
-        return hiding[_fold(preset.name)]
+    if preset := next((preset for preset in own if fold(name) in names_of(preset)), None):
+        return hiding[fold(preset.name)]
     if preset := _shipped(name):
-        if fault := next((why for called, why in _faults() if _fold(called) in _names(preset)), None):
+        if fault := next((why for called, why in _faults() if fold(called) in names_of(preset)), None):
             # The user's own would hide it, and is not what it is.
             raise PresetError(f"your own preset '{shown(preset.name)}' cannot be read: {fault}")
         # A hidden preset's aliases lead to the one that hides it.
-        return hiding.get(_fold(preset.name), preset)
+        return hiding.get(fold(preset.name), preset)
     path, _, inner = name.partition("#")
     if Path(path).suffix.lower() in SUFFIXES or os.path.isfile(path):
         return _from_file(Path(path), inner)
@@ -154,19 +154,24 @@ def _find(name: str) -> Preset | None:
 
 def _shipped(name: str) -> Preset | None:
     """The preset of that name or alias that comes with blockmerge."""
-    own_name = _ALIASES.get(_fold(name), _fold(name))
+    own_name = _ALIASES.get(fold(name), fold(name))
     stem = own_name.replace("/", "_div").replace("*", "_x")
     try:
         path = next((path for path in shipped_folder().iterdir() if path.stem == stem), None)
     except OSError:
         return None
     presets = () if path is None else _read(path).presets
-    return next((preset for preset in presets if _fold(preset.name) == own_name), None)
+    return next((preset for preset in presets if fold(preset.name) == own_name), None)
+
+
+def is_shipped(name: str) -> bool:
+    """Whether a preset of that name or alias comes with blockmerge."""
+    return _shipped(name) is not None
 
 
 def _unknown(name: str) -> PresetError:
     faults = _faults()
-    if why := next((why for called, why in faults if _fold(called) == _fold(name)), None):
+    if why := next((why for called, why in faults if fold(called) == fold(name)), None):
         return PresetError(f"your own preset '{shown(name)}' cannot be read: {why}")
     unread = f", and says why it cannot read {len(faults)} of your own" if faults else ""
     names = [name for preset in presets() for name in (preset.name, *preset.aliases)]
@@ -187,8 +192,8 @@ def _from_file(path: Path, inner: str) -> Preset:
                 f"{shown(path)} holds {len(found)} presets ({names}): write {shown(path.name)}#NAME"
             )
         return found[0]
-    wanted = [preset for preset in found if _fold(inner) in _names(preset)]
-    if fault := next((why for called, why in file.faults if _fold(called) == _fold(inner)), None):
+    wanted = [preset for preset in found if fold(inner) in names_of(preset)]
+    if fault := next((why for called, why in file.faults if fold(called) == fold(inner)), None):
         raise PresetError(fault)
     if len(wanted) > 1:
         raise PresetError(
@@ -218,32 +223,42 @@ def _sorted(presets: Iterable[Preset]) -> list[Preset]:
 def _by_own_name(presets: Iterable[Preset]) -> dict[str, Preset]:
     found: dict[str, Preset] = {}
     for preset in presets:
-        found.setdefault(_fold(preset.name), preset)
+        found.setdefault(fold(preset.name), preset)
     return found
 
 
-def _names(preset: Preset) -> list[str]:
-    return [_fold(name) for name in (preset.name, *preset.aliases)]
+def own_files() -> list[tuple[Path, Sequence[Preset]]]:
+    """The files of the user's folder that can be read, and the presets in each."""
+    return [(path, _read(path).presets) for path in _paths_in(user_folder())]
 
 
-def _fold(name: str) -> str:
+def names_of(preset: Preset) -> list[str]:
+    """All names that a preset answers to, in the spelling in which names are compared."""
+    return [fold(name) for name in (preset.name, *preset.aliases)]
+
+
+def fold(name: str) -> str:
+    """A name in the one spelling in which names are compared."""
     return name.strip().casefold().replace("-", "_")
 
 
 def _presets_in(folder: Path) -> tuple[list[Preset], list[tuple[str, str]]]:
     """The presets in a folder, and what cannot be read: (name of the preset or the file, why)."""
-    try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    except OSError:  # the user's folder need not exist
-        return [], []
     found: list[Preset] = []
     faults: list[tuple[str, str]] = []
-    for path in paths:
+    for path in _paths_in(folder):
         # A stray text in the user's folder must not take all presets away.
         file = _read(path)
         found += file.presets
         faults += file.faults
     return found, faults
+
+
+def _paths_in(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    except OSError:  # the user's folder need not exist
+        return []
 
 
 def _read(path: Path) -> PresetFile:

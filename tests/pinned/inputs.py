@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from zlib import crc32
@@ -329,10 +329,13 @@ def _tensor(name: str, shape: tuple[int, ...], source: Source) -> torch.Tensor:
     if chance % 7:  # the others are the same in all models
         values = values + DIFFERENCES[source.letter] * _values(f"{source.letter} {name}", shape)
     if source.dtype == "mixed":
-        return values.to(tuple(DTYPES.values())[crc32(f"dtype {source.letter} {name}".encode()) % 3])
-    return values.to(DTYPES[source.dtype])
+        return values.to(
+            tuple(DTYPES.values())[crc32(f"dtype {source.letter} {name}".encode()) % 3], copy=True
+        )
+    return values.to(DTYPES[source.dtype], copy=True)
 
 
+@lru_cache(1 << 14)
 def _values(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     # A seed of each name: whatever becomes of the layouts' order, these tensors stay what they are.
     return torch.randn(shape, generator=torch.Generator().manual_seed(crc32(name.encode())))

@@ -11,6 +11,7 @@ from blockmerge.checkpoints import CheckpointLike, Model, followed, is_diffusers
 from blockmerge.errors import OutputError, RecipeError, shown
 from blockmerge.merging.outputs.component_folder import ComponentFolder
 from blockmerge.merging.outputs.folder import DiffusersOutput
+from blockmerge.merging.outputs.lone_folder import LoneFolder
 from blockmerge.merging.outputs.output import Layout, NamedTensor, Output, Reservation, WeightFile, Wish
 from blockmerge.merging.outputs.single_file import SingleFile
 
@@ -19,6 +20,7 @@ __all__ = [
     "ComponentFolder",
     "DiffusersOutput",
     "Layout",
+    "LoneFolder",
     "NamedTensor",
     "Output",
     "Reservation",
@@ -29,7 +31,7 @@ __all__ = [
     "default_ending",
 ]
 
-KINDS: tuple[type[Output], ...] = (SingleFile, DiffusersOutput, ComponentFolder)
+KINDS: tuple[type[Output], ...] = (SingleFile, LoneFolder, DiffusersOutput, ComponentFolder)
 """The first that takes a name is the output's kind."""
 
 

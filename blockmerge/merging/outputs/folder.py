@@ -39,7 +39,7 @@ class DiffusersOutput(FolderOutput):
         files: list[WeightFile[Tensor]] = []
         indexes: dict[str, bytes] = {}
         for component, members in components.items():
-            stem = _stem(component, models, anatomy.family)
+            stem = stem_of(component, models, anatomy.family)
             own = {tensor.name.partition("/")[2]: tensor for tensor in members}
             shards, index = sharded(own, stem, f"{component}/")
             files += shards
@@ -48,7 +48,7 @@ class DiffusersOutput(FolderOutput):
         return Layout(files, {**beside, **indexes}, notes)
 
 
-def _stem(component: str, models: Sequence[Model], family: Family) -> str:
+def stem_of(component: str, models: Sequence[Model], family: Family) -> str:
     """How the names of a component's weight files begin: as in the first model that is a folder with it."""
     for model in models:
         if isinstance(model.source, DiffusersFolder) and component in model.source.components:

@@ -90,8 +90,9 @@ class Wish:
 
     @property
     def from_folder(self) -> bool:
-        """Whether A is a whole model in diffusers' naming."""
-        return self.a.anatomy.naming == "diffusers" and not self.a.bare
+        """Whether A is of a whole model in diffusers' naming."""
+        is_lone = self.a.alone is not None and not self.a.alone.is_part
+        return self.a.anatomy.naming == "diffusers" and not (self.a.bare or is_lone)
 
 
 class Output(ABC):

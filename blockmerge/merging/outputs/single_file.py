@@ -1,4 +1,4 @@
-"""A single `.safetensors` file: a whole model in LDM naming, or a U-Net alone in either."""
+"""A single `.safetensors` file: a whole model in LDM naming, or one component alone in either."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class SingleFile(Output):
 
     def naming_of(self, wish: Wish) -> str:
         """A's, or LDM's where A is a whole model of diffusers. Raises OutputError for such a one."""
-        naming = wish.naming or ("ldm" if wish.is_whole or wish.from_folder else wish.a.anatomy.naming)
+        naming = wish.naming or self._usual_naming(wish)
         if naming == "diffusers" and wish.is_whole:
             raise OutputError(
                 f"{shown(wish.path)}: a whole model under diffusers' names is a folder; "
@@ -35,10 +35,18 @@ class SingleFile(Output):
             )
         return naming
 
+    @staticmethod
+    def _usual_naming(wish: Wish) -> str:
+        alone = wish.a.alone
+        if alone is not None and alone.is_part and alone.folder.startswith("text_encoder"):
+            return "diffusers"  # as text encoders are published: transformers' names
+        return "ldm" if wish.is_whole or wish.from_folder else wish.a.anatomy.naming
+
     def lay_out(self, tensors: Sequence[Tensor], models: Sequence[Model], anatomy: Anatomy) -> Layout[Tensor]:
         """All tensors under their own names."""
         file = WeightFile("", {tensor.name: tensor for tensor in tensors})
-        return Layout((file,), notes=unsaid_in_a_file(models[0]))
+        has_core = "unet" in models[0].components
+        return Layout((file,), notes=unsaid_in_a_file(models[0]) if has_core else ())
 
     def check(self, inputs: Iterable[Path], *, overwrite: bool = False) -> Path:
         """As `check_output` does."""

@@ -81,6 +81,9 @@ def named(
     else:
         found, notes = [OutputTensor(name, name, one) for name, one in tensors.items()], []
     family = a.anatomy.family
+    if a.alone is not None and not (family.takes_any_name and naming == a.anatomy.naming):
+        lost = f"{a.alone.folder}/" if naming == "diffusers" else a.alone.prefix
+        return [replace(one, name=one.name.removeprefix(lost)) for one in found], notes
     # Transformers alone are published without prefix, U-Nets with it.
     is_bare = a.bare or naming == "diffusers" if a.anatomy.naming == naming else not family.arms
     if names_components or (naming == "ldm" and not is_bare):

@@ -12,10 +12,10 @@ from typing import Any
 
 from blockmerge.adapters import Lora, LoraLike
 from blockmerge.anatomy import Family
-from blockmerge.checkpoints import Checkpoint, CheckpointLike, Opening, name_of
+from blockmerge.checkpoints import COMPONENT_WORDS, Checkpoint, CheckpointLike, Opening, name_of
 from blockmerge.dtypes import DTYPES, short_dtype
 from blockmerge.errors import RecipeError, WeightsError, counted, did_you_mean, listing, shown
-from blockmerge.methods import Method, find_method
+from blockmerge.methods import IDENTITY, Method, find_method
 from blockmerge.weights import Adjust, AdjustLike, BlockWeights, ElementRules, RulesLike, WeightsRequest
 from blockmerge.weights.block_lists import family_named
 
@@ -95,7 +95,8 @@ class MergeRequest:
     `numbers` are for methods that have them; `rules` override the weights of single tensors; `clip`,
     `loras` and `adjust` are done to what the method gives, in this order; `partial` allows LoRAs with modules
     that meet no tensor; `text_encoder` is one of TEXT_ENCODERS, `rounding` one of ROUNDINGS; `about` has
-    texts for some of ABOUT; with `hash`, models are recorded by their SHA-256s, too. `found` are weights that
+    texts for some of ABOUT; with `hash`, models are recorded by their SHA-256s, too; `only` is one of
+    COMPONENT_WORDS, which is all that is converted. `found` are weights that
     go before those that `weights` and `beta` ask for.
     """
 
@@ -121,6 +122,7 @@ class MergeRequest:
     rounding: str = ROUNDINGS[0]
     about: Mapping[str, str] = field(default_factory=dict)
     hash: bool = False
+    only: str | None = None
 
     def __post_init__(self) -> None:
         plain = {
@@ -152,6 +154,7 @@ class MergeRequest:
         if self.naming not in (None, *NAMINGS):
             raise RecipeError(f"unknown naming '{shown(self.naming)}': {' or '.join(NAMINGS)}")
         self._check_words()
+        self._check_only()
         if self.loras and self.ema == "keep":
             raise RecipeError(
                 "EMA copies would lack the LoRAs: ema is drop or use (--ema, of merge and bake), "
@@ -172,6 +175,20 @@ class MergeRequest:
             if word not in words:
                 option = _SAID[name]
                 raise RecipeError(f"unknown {name} '{shown(word)}' ({option}): {' or '.join(words)}")
+
+    def _check_only(self) -> None:
+        """Refuse a component that there is none of, and what does not go with one alone."""
+        if self.only is None:
+            return
+        if self.only not in COMPONENT_WORDS:
+            known = f"{did_you_mean(self.only, COMPONENT_WORDS)} ({', '.join(COMPONENT_WORDS)})"
+            raise RecipeError(f"unknown component '{shown(self.only)}'{known}")
+        if self.merge_method is not IDENTITY:
+            raise RecipeError("one component alone is converted only: leave out 'only' here")
+        if self.vae != "auto":
+            raise RecipeError(
+                "only (--only, of convert) writes one component: leave out vae, which adds another"
+            )
 
     def _fit_to(self, method: Method) -> None:
         """Take the method's defaults where nothing is said, and refuse what it does not take."""

@@ -39,7 +39,8 @@ _ASKED = (*_OF_WEIGHTS, *(f"{key}_beta" for key in _OF_WEIGHTS))
 """What was asked of the weights, which a run replaces with what it has found."""
 
 _TEXTS = (
-    "method", "vae", "text_encoder", "dtype", "to", "ema", "variant", "configs", "sdxl_map", "round", *ABOUT,
+    "method", "vae", "text_encoder", "dtype", "to", "ema", "variant", "configs", "sdxl_map", "round",
+    "only", *ABOUT,
 )  # fmt: skip
 _FLAGS = ("clip", "prune", "allow_nonfinite", "partial", "hash")
 OPTIONS = (*_ASKED, *_TEXTS, *_FLAGS, "rules", "adjust", "seed", "numbers", "found", "loras")
@@ -48,7 +49,7 @@ OPTIONS = (*_ASKED, *_TEXTS, *_FLAGS, "rules", "adjust", "seed", "numbers", "fou
 _AS_RUN = frozenset((
     "version", "method", "models", "preset", "weights", "weights_beta", "numbers", "rules", "adjust",
     "clip", "vae", "vae_file", "dtype", "ema", "prune", "naming", "variant", "configs", "allow_nonfinite",
-    "asked", "loras", "partial", "round", "text_encoder", "files", "stages", "about", "hash",
+    "asked", "loras", "partial", "round", "text_encoder", "files", "stages", "about", "hash", "only",
 ))  # fmt: skip
 
 _NOT_NUMBERS = (*OPTIONS, "models", "version")
@@ -81,6 +82,7 @@ def as_asked(request: MergeRequest) -> dict[str, Any]:
         "allow_nonfinite": request.allow_nonfinite or None,
         "loras": [_lora_asked(lora) for lora in request.loras] or None,
         **request.about,
+        "only": request.only,
         "partial": request.partial or None,
         "hash": request.hash or None,
         "round": None if request.rounding == ROUNDINGS[0] else request.rounding,
@@ -133,7 +135,7 @@ def from_asked(
     rules = written.get("rules") or ""
     if vae is not None:
         written = {**written, "vae": Path(vae) if isinstance(vae, str) and vae else vae}
-    same = {key: key for key in ("vae", "text_encoder", "dtype", "ema", "variant")}
+    same = {key: key for key in ("vae", "text_encoder", "dtype", "ema", "variant", "only")}
     beside = {**same, "to": "naming", "round": "rounding"}
     options = {name: written[key] for key, name in beside.items() if written.get(key) is not None}
     about = {key: written[key] for key in ABOUT if written.get(key) is not None}
@@ -194,6 +196,8 @@ def as_run(
         run["hash"] = True
     if request.text_encoder != TEXT_ENCODERS[0]:
         run["text_encoder"] = request.text_encoder
+    if request.only:
+        run["only"] = request.only
     if request.about:
         run["about"] = dict(request.about)
     if request.loras:
@@ -216,7 +220,8 @@ def asked_of_run(run: Mapping[str, Any], models: int) -> tuple[dict[str, Any], d
     it calls those of ``"vae"`` and ``"configs"`` that it does not say the place of.
     """
     same = ("method", "rules", "adjust", "clip", "dtype", "ema", "prune", "variant", "hash", "text_encoder")
-    asked = {key: run.get(key) for key in (*same, "numbers", "allow_nonfinite", "vae", "loras", "partial")}
+    as_written = (*same, "only", "numbers", "allow_nonfinite", "vae", "loras", "partial")
+    asked = {key: run.get(key) for key in as_written}
     asked["to"] = run.get("naming")
     _check(run, "about", Mapping, "a table")
     asked |= {key: text for key, text in (run.get("about") or {}).items() if key in ABOUT}

@@ -1,0 +1,1 @@
+"""`blockmerge presets` and its commands, one file each."""
