@@ -48,7 +48,7 @@ def add(
       blockmerge presets add soft -w "IN00-IN05=0.3,OUT06-OUT11=0.3"
       blockmerge presets add mbwpresets.txt
       blockmerge presets add "mbwpresets.txt#NAME" --name mine
-      blockmerge presets add merged.safetensors --name soft
+      blockmerge presets add merged.safetensors --name merged
     """
     from blockmerge.checkpoints import check_output
     from blockmerge.errors import OutputError, reason, shown
