@@ -67,6 +67,7 @@ MAY_IMPORT = {
         "rendering",
         "demo",
         "streaming",
+        "anatomy",
     },
     "__main__": {"cli"},
 }
