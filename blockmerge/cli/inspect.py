@@ -31,8 +31,8 @@ def inspect(files: tuple[str, ...], hashes: bool, tensors: bool, variant: str | 
       blockmerge inspect model.safetensors
       blockmerge inspect models/ more.ckpt
 
-    If you give several files, folders or patterns, each file gets a line. If one cannot be read, its line says
-    why, the others are still shown, and the exit code is 1.
+    If you give several files, folders or patterns, each file gets a line. If one cannot be read, its line
+    says why, the others are still shown, and the exit code is 1.
     """
     from blockmerge.inspecting import inspect as look
 
