@@ -46,7 +46,7 @@ def files(tmp_path_factory):
 def words_of(line):
     """A command's words, as a shell gives them, without where its output goes."""
     words = shlex.split(line, comments=True)[1:]
-    words = words[: words.index(">")] if ">" in words else words
+    words = words[: next((place for place, word in enumerate(words) if word in (">", ">>")), None)]
     expanded = []
     for word in words:
         word = re.sub(r"^~(?=/)", str(Path.home()), word)

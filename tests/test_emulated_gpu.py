@@ -29,6 +29,8 @@ from tests.quantising import SPELLINGS, quantised
 from tests.small_models import small_model
 from tests.test_live import module_of, unet_of, values
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2]
 LIVE_DTYPES = dict(zip(METHODS, cycle(DTYPES[:3])))
 OF_ELEMENTS = [

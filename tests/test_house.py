@@ -71,6 +71,7 @@ MAY_IMPORT = {
         "rendering",
         "demo",
         "streaming",
+        "anatomy",
     },
     "__main__": {"cli"},
 }

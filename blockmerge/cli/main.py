@@ -12,11 +12,14 @@ import sys
 from types import FrameType
 
 import click
+from click.shell_completion import CompletionItem
 from click_default_group import DefaultGroup
 
 from blockmerge.cli.again import again
 from blockmerge.cli.bake import bake
 from blockmerge.cli.check import check
+from blockmerge.cli.completing import WORDS, add_completers
+from blockmerge.cli.completion import VARIABLE, completion
 from blockmerge.cli.convert import convert
 from blockmerge.cli.demo import demo
 from blockmerge.cli.explain import explain
@@ -27,6 +30,7 @@ from blockmerge.cli.methods import methods
 from blockmerge.cli.presets.group import presets
 from blockmerge.cli.recipe import recipe
 from blockmerge.cli.run import run as run_recipe
+from blockmerge.cli.shells import register
 from blockmerge.cli.similarity import similarity
 from blockmerge.cli.verify import verify
 from blockmerge.errors import BlockmergeError, RecipeError, did_you_mean, reason
@@ -36,15 +40,33 @@ from blockmerge.version import __version__
 class Commands(DefaultGroup):  # type: ignore[misc]
     """The commands, where `blockmerge A B …` means `blockmerge merge A B …`."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the command line, and keep it for completion."""
+        ctx.meta[WORDS] = tuple(args)
+        rest: list[str] = super().parse_args(ctx, args)
+        return rest
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return the command of a name, or `merge` where it is the first model's.
 
         Raises RecipeError for a word that is neither a command nor a file, and near to a command.
         """
-        if cmd_name not in self.commands and is_word(cmd_name) and (meant := self._meant(cmd_name)):
+        is_misspelt = cmd_name not in self.commands and is_word(cmd_name) and not ctx.resilient_parsing
+        if is_misspelt and (meant := self._meant(cmd_name)):
             raise RecipeError(f"{cmd_name}: no such file or command{meant}")
         found: click.Command | None = super().get_command(ctx, cmd_name)
         return found
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete commands, and what a merge begins with: its options and models."""
+        default = self.commands["merge"]
+        found = super().shell_complete(ctx, incomplete)
+        with default.make_context("merge", [], parent=ctx, resilient_parsing=True) as merging:
+            if incomplete.startswith("-"):
+                more = default.shell_complete(merging, incomplete)
+            else:
+                more = default.params[0].shell_complete(merging, incomplete)
+        return list({item.value: item for item in (*found, *more)}.values())
 
     def _meant(self, word: str) -> str:
         """Say which command has an option of that name, or is near to a word; nothing for any other word."""
@@ -78,9 +100,10 @@ def cli() -> None:
 
 for command in (
     merge, run_recipe, recipe, again, verify, convert, bake, lora, inspect, check, similarity, explain,
-    presets, methods, demo,
+    presets, methods, demo, completion,
 ):  # fmt: skip
     cli.add_command(command)
+add_completers(cli)
 
 
 def main() -> None:
@@ -101,6 +124,8 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run the command line on `arguments` and return the exit code."""
+    if VARIABLE in os.environ:
+        register()
     try:
         cli.main(arguments, prog_name="blockmerge", standalone_mode=False)
         sys.stdout.flush()

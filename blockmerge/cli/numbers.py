@@ -25,6 +25,8 @@ class CommandWithNumbers(click.Command):
         """Read the command line. Raises RecipeError for a number that cannot be read or is given twice."""
         rest = super().parse_args(ctx, args)
         named = {name: ctx.params.pop(name) for name in _options()}
+        if ctx.resilient_parsing:  # a shell asks what may come next
+            return rest
         given = {name: value for name, value in named.items() if value is not None}
         if ctx.get_parameter_source("seed") is ParameterSource.COMMANDLINE:
             given["seed"] = str(ctx.params["seed"])

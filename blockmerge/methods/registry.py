@@ -13,7 +13,7 @@ from blockmerge.errors import RecipeError, did_you_mean, shown
 from blockmerge.methods.method import Method
 from blockmerge.methods.own import own_method
 
-PURPOSES: Mapping[str, dict[str, str]] = {
+PURPOSES: dict[str, dict[str, str]] = {
     "Blend two models": {
         "weighted_sum": "weighted_sums",
         "sigmoid": "weighted_sums",
