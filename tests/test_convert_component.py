@@ -11,6 +11,7 @@ import diffusers
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import blockmerge
@@ -216,6 +217,24 @@ def test_what_is_not_there_is_refused(here, capsys, whole):
         (("vae.safetensors", "x.safetensors", "--only", "unet"), "has no unet"),
     ]:
         assert_refused(capsys, here, "convert", *arguments, says=says)
+
+
+def test_nothing_is_baked_into_one_component(here, capsys, whole):
+    for component in ("vae", "text_encoder"):
+        save_file(bare(whole("sd1"), "sd1", component), f"{component}.safetensors")
+    for name in ("vae", "text_encoder"):
+        arguments = (f"{name}.safetensors", "x.safetensors", "--vae", "vae.safetensors")
+        assert_refused(capsys, here, "convert", *arguments, says="leave out vae")
+
+
+def test_metadata_of_the_whole_is_not_that_of_a_part(here, capsys, whole):
+    said = {"format": "pt", "modelspec.architecture": "stable-diffusion-v1", "mine": "stays"}
+    save_file(whole("sd1"), "a.safetensors", said)
+    for component, names in {"vae": {"mine"}, "unet": {"mine", "modelspec.architecture"}}.items():
+        ok(capsys, "convert", "a.safetensors", f"{component}.safetensors", "--only", component)
+        with safe_open(f"{component}.safetensors", "pt") as file:
+            found = file.metadata()
+        assert found.keys() - {"format", "blockmerge.recipe"} == names
 
 
 def test_an_incomplete_vae_is_not_taken_for_one(here, capsys, whole):

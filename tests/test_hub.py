@@ -322,8 +322,6 @@ def test_a_repository_of_several_files_lists_them(hub, whole, tmp_path, capsys):
     home = cached(hub, "org/two", whole / "a.safetensors")
     cached(hub, "org/two", whole / "b.safetensors")
     for command in (
-        ["inspect", home],
-        ["check", home],
         ["convert", home, "o.safetensors"],
         [home, home, "-w", "1"],
     ):
@@ -332,6 +330,9 @@ def test_a_repository_of_several_files_lists_them(hub, whole, tmp_path, capsys):
         )
         for name in "ab":
             assert f"{REVISION}/{name}.safetensors" in line
+    for command in ("inspect", "check"):
+        lines = ok(capsys, command, home).splitlines()
+        assert [one.split()[0] for one in lines] == ["org/two/a.safetensors", "org/two/b.safetensors"]
 
 
 def test_no_output_is_the_repository_of_the_input(hub, whole, tmp_path):

@@ -286,7 +286,7 @@ OPENING = {"merge": {"--variant", "--ema"}, "bake": {"--variant", "--ema"}, "con
 
 def test_every_command_that_opens_models_has_the_options_for_it():
     """Those of no models are named here, so that a new command is one or the other."""
-    without = {"presets", "methods", "demo", "lora"}  # LoRAs are taken in any variant
+    without = {"presets", "methods", "demo", "completion", "lora"}  # LoRAs are taken in any variant
     without |= {"run", "again", "recipe", "verify"}  # recipes say how their models are opened
     assert OPENING.keys() | without == cli.commands.keys()
     described = set()

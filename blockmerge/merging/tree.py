@@ -249,6 +249,11 @@ def _model(checkpoint: Checkpoint, request: MergeRequest, label: str) -> Model:
     """A file as a model; where it is only converted, it may be one component, or one is taken out of it."""
     if request.merge_method is IDENTITY and (lone := lone_model(checkpoint, label)) is not None:
         model = lone
+        if request.vae != "auto":
+            raise RecipeError(
+                f"{shown(label)} is one component alone, with no place for a VAE: "
+                "leave out vae (--vae, of convert)"
+            )
     else:
         model = Model.of(checkpoint, request.ema, label)
     return model if request.only is None else only_component(model, request.only)

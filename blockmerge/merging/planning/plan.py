@@ -97,7 +97,7 @@ def make_plan(
         described |= {"stages": stages, "round": request.rounding}
     recipe = json.dumps(described, ensure_ascii=False)
     changes_values = request.changes_values or not all(model.is_file for model in models)
-    made = output_metadata(a.source.metadata, recipe, family.name, changes_values=changes_values)
+    made = output_metadata(_metadata_of(a), recipe, family.name, changes_values=changes_values)
     made |= {**about_metadata(request.about, a, names), **web_ui_metadata(described)}
     metadata = made if metadata is None else written_again(made, metadata)
     lost = lost_metadata(a.source.metadata, metadata, a.name)
@@ -117,6 +117,14 @@ def make_plan(
         tuple(to_gather(one.expression for one in decided.tensors)),
         adapted.said,
     )
+
+
+def _metadata_of(a: Model) -> Mapping[str, str]:
+    """A's metadata, as far as they are true of what is taken out of it: ModelSpec tells of the whole."""
+    said = a.source.metadata
+    if a.alone is None or not a.alone.is_part or "unet" in a.components:
+        return said
+    return {key: text for key, text in said.items() if not key.startswith("modelspec.")}
 
 
 def to_gather(tensors: Iterable[Expression]) -> list[Gathered]:
