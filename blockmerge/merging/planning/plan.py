@@ -76,9 +76,11 @@ def make_plan(
     request: MergeRequest,
     output: Output,
     metadata: Mapping[str, str] | None = None,
+    name: str | None = None,
 ) -> PlannedOutput:
     """Plan a merge from the checkpoints' headers. Reads no weights, but for samples that tell the files
-    again. `metadata` stands in the output in place of what would be written there.
+    again. `metadata` stands in the output in place of what would be written there. `name` is what a recipe of
+    several stages calls its result.
 
     Raises what the request, the models or the weights are refused for: RecipeError, WeightsError,
     UnknownFamilyError, IncompatibleModelsError, CheckpointError.
@@ -94,7 +96,7 @@ def make_plan(
     described = as_run(request, names, resolved, [one["blocks"] for one in adapted.said])
     described["files"] = files_of(models, names, decided.vae_file, adapted, is_hashed=request.hash)
     if stages := stages_of(models):
-        described |= {"stages": stages, "round": request.rounding}
+        described |= {"stages": stages, "round": request.rounding, **({"result": name} if name else {})}
     recipe = json.dumps(described, ensure_ascii=False)
     changes_values = request.changes_values or not all(model.is_file for model in models)
     made = output_metadata(a.source.metadata, recipe, family.name, changes_values=changes_values)
