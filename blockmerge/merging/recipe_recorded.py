@@ -47,7 +47,7 @@ def _merge(run: Mapping[str, Any], files: Files) -> dict[str, Any]:
     if len(of_models) != len(names) or not names:
         raise RecipeError(
             "its recipe does not say which files its models were, as those of earlier versions do not: "
-            "Recipe.from_dict takes it with the models"
+            "merge them by hand (blockmerge recipe FILE --json shows what is recorded)"
         )
     plain = {key: value for key, value in run.items() if key not in ("files", "stages", "round", "result")}
     asked, places = asked_of_run(plain, len(names))
