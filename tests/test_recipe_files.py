@@ -546,6 +546,26 @@ def test_folders_are_made_again_and_verified(tmp_path):
     assert set(blockmerge.verify(tmp_path / "again").different) == {"unet/conv_in.bias"}
 
 
+def test_where_a_folder_comes_from_is_carried_along(pairs, here, cli):
+    a, b = pairs()
+    blockmerge.merge(a, b, preset="low_res", output="low.safetensors")
+    merged = blockmerge.inspect("low.safetensors").metadata["blockmerge.recipe"]
+    blockmerge.convert("low.safetensors", "folder", naming="diffusers")
+    blockmerge.convert("folder", "back.safetensors")
+    tree = cli("recipe", "back.safetensors", "--tree")
+    assert [line.strip("│├└─ ") for line in tree.splitlines()] == [
+        "back.safetensors: convert", "folder: convert", "low.safetensors: weighted_sum low_res",
+        "a.safetensors", "b.safetensors",
+    ]  # fmt: skip
+    assert blockmerge.inspect("back.safetensors").metadata["blockmerge.source_recipe"] == merged
+    assert blockmerge.verify("back.safetensors").same
+    vae = here / "folder/vae/diffusion_pytorch_model.safetensors"
+    save_file(load_file(vae), vae)  # as somebody puts another VAE there
+    blockmerge.convert("folder", "other.safetensors")
+    assert len(cli("recipe", "other.safetensors", "--tree").splitlines()) == 2
+    assert "blockmerge.source_recipe" not in blockmerge.inspect("other.safetensors").metadata
+
+
 def test_a_recipe_is_compared_as_its_file_is(mix, cli):
     final = Recipe.load(mix / "mix.toml").run().output
     recipe = Recipe.load(mix / "mix.toml")

@@ -17,6 +17,7 @@ from blockmerge.merging.outputs import Output, WeightFile
 from blockmerge.merging.planning.adapting import Adapted
 from blockmerge.merging.planning.decisions import Decisions
 from blockmerge.merging.planning.metadata import (
+    RECIPE_KEYS,
     about_metadata,
     lost_metadata,
     output_metadata,
@@ -99,7 +100,8 @@ def make_plan(
         described |= {"stages": stages, "round": request.rounding, **({"result": name} if name else {})}
     recipe = json.dumps(described, ensure_ascii=False)
     changes_values = request.changes_values or not all(model.is_file for model in models)
-    made = output_metadata(a.source.metadata, recipe, family.name, changes_values=changes_values)
+    own = {key: text for key, text in a.source.shared_metadata.items() if key in RECIPE_KEYS}
+    made = output_metadata({**a.source.metadata, **own}, recipe, family.name, changes_values=changes_values)
     made |= {**about_metadata(request.about, a, names), **web_ui_metadata(described)}
     metadata = made if metadata is None else written_again(made, metadata)
     lost = lost_metadata(a.source.metadata, metadata, a.name)
