@@ -26,6 +26,7 @@ from blockmerge.cli.main import run
 from tests.commands import ok
 from tests.conftest import unchanged
 from tests.lora_oracle import Factors
+from tests.refusals import assert_refused
 from tests.thin_loras import changes, make_lora, metadata_of, own_shapes, parts_in
 
 FAMILIES = ("sd1", "sd2", "sdxl")
@@ -444,3 +445,29 @@ def test_exit_codes_of_values(code, arguments, here, capsys):
 def test_nothing_loads_torch_before_it_computes(tmp_path):
     code = "import blockmerge, sys; blockmerge.merge_loras, blockmerge.extract_lora; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("how", "of"), [("merge", "sd1.safetensors"), ("resize", "sd1"), ("extract", "sd1-b.safetensors, sd1-a")]
+)
+@pytest.mark.parametrize(
+    "command",
+    [["recipe"], ["recipe", "--json"], ["recipe", "--pin"], ["verify"], ["again", "-o", "x.safetensors"]],
+)
+def test_a_lora_is_not_made_again(how, of, command, made, here, capsys):
+    path = made(how, "sd1")
+    says = f"{path.name} is a LoRA, made by lora {how} from {of}"
+    assert_refused(capsys, here, *command, path, says=[says, "lora inspect"])
+
+
+def test_recipes_of_earlier_versions_are_shown_but_not_made_again(pairs, here, capsys):
+    a, b = pairs()
+    blockmerge.merge(a, b, weights=0.5, output="m.safetensors")
+    run_of = json.loads(metadata_of("m.safetensors")["blockmerge.recipe"])
+    del run_of["files"]
+    save_file(load_file("m.safetensors"), "old.safetensors", {"blockmerge.recipe": json.dumps(run_of)})
+    for command in (["recipe"], ["verify"], ["again", "-o", "x.safetensors"]):
+        assert_refused(
+            capsys, here, *command, "old.safetensors", says=["old.safetensors: ", "recipe FILE --json"]
+        )
+    assert json.loads(ok(capsys, "recipe", "old.safetensors", "--json")) == run_of

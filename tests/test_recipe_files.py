@@ -405,6 +405,29 @@ def test_the_recipe_that_is_shown_makes_the_same_file(mix, number, cli):
     assert sha256(mix / "again.safetensors") == sha256(mix / "made.safetensors"), name
 
 
+def test_the_result_keeps_its_name(mix, cli):
+    Recipe.load(mix / "mix.toml").run()
+    assert list(tomllib.loads(cli("recipe", mix / "final.safetensors"))) == ["dtype", "X", "Y", "final"]
+    assert json.loads(cli("recipe", mix / "final.safetensors", "--json"))["result"] == "final"
+    changes = ["final.weights=0.4", "X.weights=0.25"]
+    blockmerge.again(mix / "final.safetensors", changes=changes, output=mix / "variant.safetensors")
+    Recipe.load(mix / "mix.toml", changes=changes).run(mix / "changed.safetensors")
+    assert sha256(mix / "variant.safetensors") == sha256(mix / "changed.safetensors")
+    blockmerge.again(mix / "final.safetensors", output=mix / "same.safetensors")
+    assert sha256(mix / "same.safetensors") == sha256(mix / "final.safetensors")
+
+
+@pytest.mark.parametrize(("name", "shown"), [("a b\n[x]", "result"), ("X", "X_"), ("weights", "result")])
+def test_a_name_that_no_result_can_have_is_not_taken_from_metadata(mix, name, shown):
+    Recipe.load(mix / "mix.toml").run()
+    with safe_open(mix / "final.safetensors", "pt") as file:
+        run = json.loads(file.metadata()["blockmerge.recipe"])
+    metadata = {"blockmerge.recipe": json.dumps({**run, "result": name})}
+    save_file(load_file(mix / "final.safetensors"), mix / "evil.safetensors", metadata)
+    assert list(tomllib.loads(recipe_text(Recorded.of(mix / "evil.safetensors"))))[-1] == shown
+    assert blockmerge.verify(mix / "evil.safetensors").same
+
+
 def test_one_bit_a_swapped_model_and_a_false_recipe_are_told(mix):
     output = mix / "made.safetensors"
     Merge(mix / "a.safetensors", mix / "b.safetensors", preset="high_res").run(output)
@@ -521,6 +544,26 @@ def test_folders_are_made_again_and_verified(tmp_path):
     tensors["conv_in.bias"] += 1
     save_file(tensors, tmp_path / "again" / weights, metadata)
     assert set(blockmerge.verify(tmp_path / "again").different) == {"unet/conv_in.bias"}
+
+
+def test_where_a_folder_comes_from_is_carried_along(pairs, here, cli):
+    a, b = pairs()
+    blockmerge.merge(a, b, preset="low_res", output="low.safetensors")
+    merged = blockmerge.inspect("low.safetensors").metadata["blockmerge.recipe"]
+    blockmerge.convert("low.safetensors", "folder", naming="diffusers")
+    blockmerge.convert("folder", "back.safetensors")
+    tree = cli("recipe", "back.safetensors", "--tree")
+    assert [line.strip("│├└─ ") for line in tree.splitlines()] == [
+        "back.safetensors: convert", "folder: convert", "low.safetensors: weighted_sum low_res",
+        "a.safetensors", "b.safetensors",
+    ]  # fmt: skip
+    assert blockmerge.inspect("back.safetensors").metadata["blockmerge.source_recipe"] == merged
+    assert blockmerge.verify("back.safetensors").same
+    vae = here / "folder/vae/diffusion_pytorch_model.safetensors"
+    save_file(load_file(vae), vae)  # as somebody puts another VAE there
+    blockmerge.convert("folder", "other.safetensors")
+    assert len(cli("recipe", "other.safetensors", "--tree").splitlines()) == 2
+    assert "blockmerge.source_recipe" not in blockmerge.inspect("other.safetensors").metadata
 
 
 def test_a_recipe_is_compared_as_its_file_is(mix, cli):

@@ -97,6 +97,11 @@ class Checkpoint(ABC):
     files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def shared_metadata(self) -> Mapping[str, str]:
+        """The metadata that all of its files have in common; of one file, all of it."""
+        return self.metadata
+
     @abstractmethod
     def reader(self) -> Reader:
         """Open a reader of the tensors' bytes, addressed by the offsets of `tensors`."""

@@ -23,11 +23,14 @@ from blockmerge.expressions import Expression
 
 @dataclass(frozen=True)
 class Source:
-    """Something to compare: a unique name, and the model or one line about why there is none."""
+    """Something to compare: a unique name, and the model or one line about why there is none; what was given,
+    where that is not a model.
+    """
 
     name: str
     model: Model | None
     error: str | None = None
+    given: CheckpointLike | None = None
 
 
 def opening_to_compare(variant: str | None, ema: str) -> Opening:
@@ -71,7 +74,7 @@ def _open(model: CheckpointLike | Unreadable, number: int, opening: Opening) -> 
     except BlockmergeError as error:
         # reports show no folders
         said = Unreadable.of(model, error).error if isinstance(model, (str, os.PathLike)) else str(error)
-        return Source(name, None, said)
+        return Source(name, None, said, model)
 
 
 def _unique(sources: list[Source]) -> list[Source]:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 
-from blockmerge.checkpoints import CheckpointLike, Model, Opening
+from blockmerge.checkpoints import Checkpoint, CheckpointLike, Model, Opening, open_checkpoint
 from blockmerge.comparing.sources import is_same_file, open_sources
-from blockmerge.errors import IncompatibleModelsError, shown
+from blockmerge.errors import BlockmergeError, IncompatibleModelsError, shown
 
 
 @dataclass(frozen=True)
 class Candidates:
     """Models that a merge may come from, with unique names. `left_out` maps other names to why; `screened`
-    are those that are too unlike the merge to be looked at further.
+    are those that are too unlike the merge to be looked at further. `others` are those left out because they
+    are not models, as LoRAs are not: {name: what was given}.
     """
 
     names: tuple[str, ...]
     models: tuple[Model, ...]
     left_out: Mapping[str, str]
     screened: tuple[str, ...] = ()
+    others: Mapping[str, CheckpointLike] = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -45,7 +48,21 @@ class Candidates:
             raise IncompatibleModelsError(
                 f"no candidate can be compared with {shown(merge.name)}{_why_none(left_out)}"
             )
-        return cls(tuple(usable), tuple(usable.values()), left_out)
+        others = {source.name: source.given for source in sources if source.given is not None}
+        return cls(tuple(usable), tuple(usable.values()), left_out, others=others)
+
+    def files_of_others(self) -> dict[str, Checkpoint]:
+        """Open `others` as far as they are files that can be read."""
+        found: dict[str, Checkpoint] = {}
+        for name, given in self.others.items():
+            with suppress(BlockmergeError):
+                found[name] = open_checkpoint(given)
+        return found
+
+    def with_used(self, names: Iterable[str]) -> Candidates:
+        """Leave out all but `names`, which turned out to be of use."""
+        kept = set(names)
+        return replace(self, left_out={name: why for name, why in self.left_out.items() if name not in kept})
 
     def without(self, faults: Mapping[int, str]) -> Candidates:
         """Leave out more: `faults` maps their places to why."""

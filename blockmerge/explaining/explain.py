@@ -17,7 +17,7 @@ from blockmerge.explaining.compared import ComparedTensors
 from blockmerge.explaining.explanation import BlockOrigin, Explanation
 from blockmerge.explaining.fits import GroupFit, MergeFit, fit_parents
 from blockmerge.explaining.groups import MergeSums
-from blockmerge.explaining.own_recipe import explained, own_recipe
+from blockmerge.explaining.own_recipe import added_by, explained, own_recipe
 from blockmerge.explaining.parents import find_parents, nearest_pair
 from blockmerge.explaining.verdict import write_verdict
 from blockmerge.streaming import Progress
@@ -68,6 +68,8 @@ def explain(
 
     opened = Candidates.open(candidates, merged, opening)
     own = own_recipe(merged, opened, threads, progress)
+    added = added_by(own) if own.is_true else {}
+    opened = opened.with_used(added)
     by_recipe = explained(merged, opened, own) if own.is_true else None
     if by_recipe is not None and not tensors:
         return by_recipe
@@ -75,7 +77,7 @@ def explain(
     evidence = _gather(merged, named, threads, progress)
     found = _explanation(merged, evidence, _find_origin(evidence, merged.anatomy.family), tensors)
     note = own.note if by_recipe is None else by_recipe.verdict
-    return found if note is None else replace(found, notes=(note, *found.notes))
+    return replace(found, notes=found.notes if note is None else (note, *found.notes), added=added)
 
 
 @dataclass(frozen=True)

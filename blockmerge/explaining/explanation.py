@@ -40,6 +40,8 @@ class Explanation:
     - `preset`: a preset's name, or ``NAME@RATIO`` for one that was scaled.
     - `blocks`, `components`, `tensors`: {name: an entry}. An entry has `weights` ({parent: number}),
       `uncertainty`, `residual`, `determined`, `explained` and `divided`. `tensors` is empty unless asked for.
+    - `added`: {candidate: one line about what it is to the merge}. These are no models, as a LoRA that its
+      own recipe puts in.
     - `left_out`: {candidate: one line about why it could not be used}.
     - `screened`: candidates that were too many, and too unlike the model, to be looked at further.
     - `differences`: {candidate: ‖candidate − model‖ / ‖model‖ over the U-Net or transformer}, where measured.
@@ -62,6 +64,7 @@ class Explanation:
     left_out: Mapping[str, str] = field(default_factory=dict)
     screened: tuple[str, ...] = ()
     differences: Mapping[str, float] = field(default_factory=dict)
+    added: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain data, ready for JSON. The keys are those of `docs/json.md`, and

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from blockmerge.checkpoints import Checkpoint, Model, identity_of
@@ -18,11 +18,12 @@ from blockmerge.streaming import Progress
 @dataclass(frozen=True)
 class OwnRecipe:
     """What became of a merge's own recipe: `verification` where it could be held against the file, and a
-    `note` where it is not what made it, or could not be.
+    `note` where it is not what made it, or could not be. `others` are the candidates that are no models.
     """
 
     verification: Verification | None = None
     note: str | None = None
+    others: Mapping[str, Checkpoint] = field(default_factory=dict)
 
     @property
     def is_true(self) -> bool:
@@ -38,14 +39,15 @@ def own_recipe(
         recorded = Recorded.of(merged.source)
     except BlockmergeError:
         return OwnRecipe()
-    sources = [model.source for model in candidates.models]
+    others = candidates.files_of_others() if any(_added(recorded.run)) else {}
+    sources = [*(model.source for model in candidates.models), *others.values()]
     among = _Among(sources, recorded.folder, models_of(recorded.run))
     try:
         found = verified(merged.source, recorded, among, threads=threads, progress=progress)
     except BlockmergeError as error:
         return OwnRecipe(note=f"its own recipe could not be verified: {error}")
     if found.same:
-        return OwnRecipe(found)
+        return OwnRecipe(found, others=others)
     return OwnRecipe(found, f"warning: its own recipe does not give this file: {found.said}")
 
 
@@ -80,6 +82,29 @@ def models_of(run: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(model["identity"] for one in files for model in one.get("models") or () if model)
 
 
+def added_by(own: OwnRecipe) -> dict[str, str]:
+    """What a true recipe adds of the candidates that are no models: {name: what it is to the merge}."""
+    assert own.verification is not None
+    names = {identity.digest: name for name, one in own.others.items() if (identity := identity_of(one))}
+    found: dict[str, list[str]] = {}
+    for file, what in _added(own.verification.recipe):
+        if file["identity"] in names:
+            found.setdefault(names[file["identity"]], []).append(f"the {what}")
+    return {name: "; ".join(dict.fromkeys(each)) for name, each in found.items()}
+
+
+def _added(run: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """The files that a recipe and its stages add to models, each with what it is."""
+    for one in (run, *(run.get("stages") or {}).values()):
+        files = one.get("files") or {}
+        for lora, file in zip(one.get("loras") or (), files.get("loras") or (), strict=False):
+            by_block = "" if lora.get("blocks") is None else " by block"
+            if file:
+                yield file, f"LoRA, strength {lora.get('strength', 1.0):g}{by_block}"
+        if files.get("vae"):
+            yield files["vae"], "VAE"
+
+
 def explained(merged: Model, candidates: Candidates, own: OwnRecipe) -> Explanation:
     """The explanation that a true recipe gives."""
     assert own.verification is not None
@@ -88,7 +113,9 @@ def explained(merged: Model, candidates: Candidates, own: OwnRecipe) -> Explanat
     parents = [names[_place(one)] for one in own.verification.sources if _place(one) in names]
     method, preset, is_flat = str(run.get("method")), preset_of(run), not run.get("stages")
     made = f"made by {shown(method)}" if is_flat else f"made in {len(run['stages']) + 1} merges"
-    by = f" with the preset {shown(preset)}" if preset and is_flat else ""
+    parts = [f"the preset {shown(preset)}"] if preset and is_flat else []
+    parts += [f"{shown(str(file['name']))} ({what})" for file, what in _added(run)]
+    by = f" with {' and '.join(dict.fromkeys(parts))}" if parts else ""
     tree = "" if is_flat else "; blockmerge recipe --tree draws them"
     *first, last = map(shown, parents)
     of = f"{', '.join(first)} and {last}" if first else last
@@ -109,6 +136,7 @@ def explained(merged: Model, candidates: Candidates, own: OwnRecipe) -> Explanat
         ),
         notes=tuple(note for model in (merged, *candidates.models) for note in model.notes),
         left_out=candidates.left_out,
+        added=added_by(own),
     )
 
 

@@ -120,11 +120,27 @@ def _run_in(text: str, name: str) -> dict[str, Any]:
     run = strict_json(text)
     if run is None:
         raise RecipeError(f"{shown(name)}: the recipe in its metadata is not JSON")
+    if isinstance(run, dict) and (made := _made_as_lora(run)) is not None:
+        raise RecipeError(
+            f"{shown(name)} is a LoRA, made by {made}: LoRA files keep no recipe that can be run again; "
+            "blockmerge lora inspect FILE shows what is in it"
+        )
     if not isinstance(run, dict) or not is_as_run(run):
         raise RecipeError(f"{shown(name)}: what is in its metadata is not a recipe")
     if fault := fault_of_run(run):
         raise RecipeError(f"{shown(name)}: what is in its metadata is not a recipe: {fault}")
     return run
+
+
+def _made_as_lora(run: Mapping[str, Any]) -> str | None:
+    """The command that wrote a LoRA, and of what; None for a recipe of something else."""
+    method = run.get("method")
+    if not isinstance(method, str) or not method.startswith("lora "):
+        return None
+    models, loras = (run[key] if isinstance(run.get(key), list) else [] for key in ("models", "loras"))
+    names = [one.get("name") if isinstance(one, Mapping) else one for one in (*models, *loras)]
+    of = listing([name for name in names if isinstance(name, str)], 5)
+    return f"{shown(method)} from {of}" if of else shown(method)
 
 
 def pinned(file: PathLike, progress: Progress | None = None) -> dict[str, Any]:

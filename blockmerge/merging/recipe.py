@@ -34,6 +34,7 @@ from blockmerge.merging.planning.written import (
 )
 from blockmerge.merging.ready import Plan
 from blockmerge.merging.recipe_files import Places, expanded, load, read_recipe, recipe_of
+from blockmerge.merging.recipe_tables import RESULT
 from blockmerge.merging.recipe_writing import dumped
 from blockmerge.merging.result import MergeResult
 from blockmerge.merging.tree import Node, check_size, inner_first, open_models
@@ -382,7 +383,8 @@ class Recipe(Node):
             kind = choose_output(
                 output, opened[0], self.request.naming, self.request.configs, is_whole=is_whole
             )
-            return make_plan(opened, self.request, kind, metadata), pace, device
+            name = None if self.name == RESULT else self.name
+            return make_plan(opened, self.request, kind, metadata, name), pace, device
 
     def as_checkpoint(self) -> Checkpoint:
         """Return what the recipe makes as a checkpoint, whose tensors are computed when they are read.

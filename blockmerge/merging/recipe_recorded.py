@@ -9,8 +9,8 @@ from typing import Any
 
 from blockmerge.errors import BlockmergeError, RecipeError
 from blockmerge.merging.planning.request import told_from_words
-from blockmerge.merging.planning.written import asked_of_run
-from blockmerge.merging.recipe_tables import OF_RESULT, RESULT, free_name
+from blockmerge.merging.planning.written import OPTIONS, asked_of_run
+from blockmerge.merging.recipe_tables import OF_RESULT, RESULT, free_name, is_name
 from blockmerge.weights import WeightsRequest
 from blockmerge.weights.block_lists import families_of
 
@@ -35,7 +35,9 @@ def written_down(run: Mapping[str, Any]) -> tuple[dict[str, Any], Files]:
     if isinstance(run.get("round"), str) and run["round"] != "end":
         own["round"] = run["round"]
     top = {key: own.pop(key) for key in OF_RESULT if key in own}
-    return {**top, **stages, free_name(RESULT, stages): own}, files
+    given = run.get("result")
+    result = given if isinstance(given, str) and is_name(given) and given not in OPTIONS else RESULT
+    return {**top, **stages, free_name(result, stages): own}, files
 
 
 def _merge(run: Mapping[str, Any], files: Files) -> dict[str, Any]:
@@ -45,9 +47,9 @@ def _merge(run: Mapping[str, Any], files: Files) -> dict[str, Any]:
     if len(of_models) != len(names) or not names:
         raise RecipeError(
             "its recipe does not say which files its models were, as those of earlier versions do not: "
-            "Recipe.from_dict takes it with the models"
+            "merge them by hand (blockmerge recipe FILE --json shows what is recorded)"
         )
-    plain = {key: value for key, value in run.items() if key not in ("files", "stages", "round")}
+    plain = {key: value for key, value in run.items() if key not in ("files", "stages", "round", "result")}
     asked, places = asked_of_run(plain, len(names))
     models = [_named(str(name), one, files) for name, one in zip(names, of_models, strict=True)]
     if "vae" in places:

@@ -43,6 +43,8 @@ def candidates_of(found: Explanation) -> Iterator[Candidate]:
             tuple(_shares(found, name)) if name in part else (),
             found.differences.get(name),
         )
+    for name, what in found.added.items():
+        yield Candidate(name, what)
     for name in found.screened:
         yield Candidate(name, "not looked at further: others are more like the merge, or explain more of it")
     for name, why in found.left_out.items():

@@ -38,7 +38,10 @@ def recipe_text(recorded: Recorded) -> str:
     """The recipe as TOML, with what made it, and the command, as comments."""
     import tomli_w
 
-    table, _ = written_down(recorded.run)
+    try:
+        table, _ = written_down(recorded.run)
+    except RecipeError as error:
+        raise RecipeError(f"{shown(recorded.name)}: {error}") from error
     read = for_reading(table)
     try:
         text = tomli_w.dumps(read)

@@ -127,6 +127,12 @@ class DiffusersFolder(Checkpoint):
             for name, info in file.tensors.items():
                 self.tensors[prefix + name] = TensorInfo(info.dtype, info.shape, start + info.offset)
 
+    @property
+    def shared_metadata(self) -> Mapping[str, str]:
+        """The metadata that all of its files have in common."""
+        first, *others = (file.metadata for file in self._files)
+        return {key: text for key, text in first.items() if all(one.get(key) == text for one in others)}
+
     def reader(self) -> Reader:
         """Open a reader over all files; each is opened when it is first read from."""
         return _FolderReader(self._files, self._starts)

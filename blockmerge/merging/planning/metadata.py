@@ -14,6 +14,7 @@ from blockmerge.methods import IDENTITY
 RECIPE_KEY = "blockmerge.recipe"
 SOURCE_RECIPE_KEY = "blockmerge.source_recipe"
 """The recipe that a converted model was merged by."""
+RECIPE_KEYS = (SOURCE_RECIPE_KEY, RECIPE_KEY)
 
 LOST_METADATA = "left out of the metadata of"
 """How the note on it begins."""
@@ -47,7 +48,7 @@ def output_metadata(
         for key, value in of_a.items()
         if not key.startswith(untrue) and key not in faulty | _HOW_A_WAS_MADE
     }
-    own = next((key for key in (SOURCE_RECIPE_KEY, RECIPE_KEY) if key in of_a.keys() - faulty), None)
+    own = next((key for key in RECIPE_KEYS if key in of_a.keys() - faulty), None)
     if own is not None and not changes_values and _is_of_a_merge(of_a[own]):
         kept[SOURCE_RECIPE_KEY] = of_a[own]
     return {**kept, "format": "pt", RECIPE_KEY: recipe}

@@ -17,6 +17,7 @@ from blockmerge.merging.outputs import Output, WeightFile
 from blockmerge.merging.planning.adapting import Adapted
 from blockmerge.merging.planning.decisions import Decisions
 from blockmerge.merging.planning.metadata import (
+    RECIPE_KEYS,
     about_metadata,
     lost_metadata,
     output_metadata,
@@ -76,9 +77,11 @@ def make_plan(
     request: MergeRequest,
     output: Output,
     metadata: Mapping[str, str] | None = None,
+    name: str | None = None,
 ) -> PlannedOutput:
     """Plan a merge from the checkpoints' headers. Reads no weights, but for samples that tell the files
-    again. `metadata` stands in the output in place of what would be written there.
+    again. `metadata` stands in the output in place of what would be written there. `name` is what a recipe of
+    several stages calls its result.
 
     Raises what the request, the models or the weights are refused for: RecipeError, WeightsError,
     UnknownFamilyError, IncompatibleModelsError, CheckpointError.
@@ -94,7 +97,7 @@ def make_plan(
     described = as_run(request, names, resolved, [one["blocks"] for one in adapted.said])
     described["files"] = files_of(models, names, decided.vae_file, adapted, is_hashed=request.hash)
     if stages := stages_of(models):
-        described |= {"stages": stages, "round": request.rounding}
+        described |= {"stages": stages, "round": request.rounding, **({"result": name} if name else {})}
     recipe = json.dumps(described, ensure_ascii=False)
     changes_values = request.changes_values or not all(model.is_file for model in models)
     made = output_metadata(_metadata_of(a), recipe, family.name, changes_values=changes_values)
@@ -121,7 +124,8 @@ def make_plan(
 
 def _metadata_of(a: Model) -> Mapping[str, str]:
     """A's metadata, as far as they are true of what is taken out of it: ModelSpec tells of the whole."""
-    said = a.source.metadata
+    own = {key: text for key, text in a.source.shared_metadata.items() if key in RECIPE_KEYS}
+    said = {**a.source.metadata, **own}
     if a.alone is None or not a.alone.is_part or "unet" in a.components:
         return said
     return {key: text for key, text in said.items() if not key.startswith("modelspec.")}

@@ -44,7 +44,7 @@ def _recorded(checkpoint: Checkpoint, name: str, *, is_hashed: bool) -> dict[str
     identity = identity_of(checkpoint)
     if identity is None:
         return None
-    own, sha256 = _recipe_of(checkpoint.metadata), sha256_of(checkpoint) if is_hashed else None
+    own, sha256 = _recipe_of(checkpoint.shared_metadata), sha256_of(checkpoint) if is_hashed else None
     name = name.encode("utf-8", "replace").decode()  # names of files may be bytes that are no text
     said = {"name": name, "size": identity.size, "identity": identity.digest}
     more = {"sha256": sha256, "recipe": own}

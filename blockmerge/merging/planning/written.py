@@ -49,7 +49,8 @@ OPTIONS = (*_ASKED, *_TEXTS, *_FLAGS, "rules", "adjust", "seed", "numbers", "fou
 _AS_RUN = frozenset((
     "version", "method", "models", "preset", "weights", "weights_beta", "numbers", "rules", "adjust",
     "clip", "vae", "vae_file", "dtype", "ema", "prune", "naming", "variant", "configs", "allow_nonfinite",
-    "asked", "loras", "partial", "round", "text_encoder", "files", "stages", "about", "hash", "only",
+    "asked", "loras", "partial", "round", "text_encoder", "files", "stages", "result", "about", "hash",
+    "only",
 ))  # fmt: skip
 
 _NOT_NUMBERS = (*OPTIONS, "models", "version")
