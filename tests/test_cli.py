@@ -156,6 +156,20 @@ def test_dry_run_writes_nothing(pairs, here, capsys):
     assert "dry run: would write" in out
     assert re.search(r"2\.2 MB in \d+ runs", out)
     assert list(here.iterdir()) == []
+    (here / "a+b-high_res.safetensors").write_text("precious")
+    (here / "mix.toml").write_text(f"[result]\nmodels = {json.dumps([*map(str, pairs())])}\nweights = 0.5\n")
+    folder = here / "folder"
+    ok(capsys, *pairs(), "-w", "0.5", "--to", "diffusers", "-o", folder, "-q")
+    before = snapshot(here)
+    for arguments, name in (
+        ((*pairs(), "-p", "high_res"), "a+b-high_res.safetensors"),
+        (("run", "mix.toml", "-o", "a+b-high_res.safetensors"), "a+b-high_res.safetensors"),
+        ((*pairs(), "-w", "0.5", "--to", "diffusers", "-o", "folder"), "folder"),
+    ):
+        out = ok(capsys, *arguments, "--dry-run")
+        assert f"- {name} exists: give another name, or overwrite (--overwrite)" in out
+        assert "dry run: would write" in out
+    assert snapshot(here) == before
 
 
 def test_beta_is_drawn_where_there_is_one(pairs, here, capsys):
