@@ -123,7 +123,14 @@ def test_every_family(pairs, family):
     assert 80 < report.references[1].similarity < 100
     blocks = range(6) if family == "sdxl" else range(3, 11)
     assert list(report.references[1].parts) == [f"OUT{block:02}" for block in blocks]
-    assert bool(report.notes) == (family == "sdxl")  # which says that it is an extension
+    where, *more = report.notes
+    ends = "OUT00 to OUT05" if family == "sdxl" else "OUT03 to OUT10"
+    assert where == (
+        f"only the self-attention of {ends} is compared: method='weights' (--method weights) compares all weights"
+    )
+    assert bool(more) == (family == "sdxl")  # which says that it is an extension
+    assert blockmerge.similarity_matrix([a, b]).notes == report.notes
+    assert not blockmerge.similarity(a, [b], "weights").notes
 
 
 def test_only_the_attention_is_read(pairs, tmp_path):

@@ -15,6 +15,7 @@ import sys
 import time
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -64,6 +65,45 @@ def test_what_is_without_effect_is_said(pairs, here, capsys):
     assert notes("-w", "0.5") == []
     rule = "1 element rule has no effect, since no merged tensor fits: OUT06:ATTN:0.2"
     assert notes("-w", "0.5", "--rules", "out06:ATTN:0.2,out06:attn:0.2") == [rule]
+
+
+def test_rules_adjust_and_clip_are_said_with_the_number_of_tensors(pairs, here, capsys):
+    def merged(*options):
+        done = json.loads(ok(capsys, *pairs(), "-w", "0.3", *options, "-o", "o.safetensors", "--json"))
+        tensors = load_file(here / "o.safetensors")
+        (here / "o.safetensors").unlink()
+        return tensors, [note for note in done["notes"] if "VAE" not in note], done["tensors"]["computed"]
+
+    plain, none, _ = merged()
+    assert none == []
+    rules, adjust = "OUT03-OUT05:attn2:0.8", "1,0,0,2"
+    for option, text, says in (
+        ("--rules", rules, f"1 element rule sets the weight of {{}} tensors ({rules})"),
+        (
+            "--rules",
+            "BASE::0.9,:norm:skip",
+            "2 element rules set the weight of {} tensors (BASE::0.9, :norm:skip)",
+        ),
+        ("--adjust", adjust, "adjust 1,0,0,2,0,0,0,0 changes {} tensors"),
+    ):
+        changed, notes, _ = merged(option, text)
+        # The VAE is A's in both, and follows no rule.
+        differing = sum(not torch.equal(tensor, plain[name]) for name, tensor in changed.items())
+        assert notes == [says.format(differing)], text
+    _, notes, computed = merged("--clip")
+    assert notes == [f"clip keeps {computed} tensors between a.safetensors and b.safetensors"]
+    _, notes, _ = merged("--clip", "--rules", f"{rules},::1")
+    assert notes[1:] == [
+        f"1 element rule without effect, since later rules take all these tensors: {rules}",
+        "clip (--clip) without effect, since every value is A's or B's",
+    ]
+    (here / "mix.toml").write_text(
+        f"[X]\nmodels = {json.dumps([*map(str, pairs())])}\nweights = 0.5\nrules = '{rules}'\n"
+        f"[result]\nmodels = ['X', {json.dumps(str(pairs()[0]))}]\nweights = 0.5\nadjust = '0,0,0,2'\n"
+    )
+    notes = json.loads(ok(capsys, "run", "mix.toml", "-o", "o.safetensors", "--dry-run", "--json"))["notes"]
+    assert f"X: 1 element rule sets the weight of 15 tensors ({rules})" in notes
+    assert "adjust 0,0,0,2,0,0,0,0 changes 1 tensor" in notes
 
 
 def test_a_seed_among_the_numbers_is_the_seed(pairs, here, capsys):
@@ -156,6 +196,20 @@ def test_dry_run_writes_nothing(pairs, here, capsys):
     assert "dry run: would write" in out
     assert re.search(r"2\.2 MB in \d+ runs", out)
     assert list(here.iterdir()) == []
+    (here / "a+b-high_res.safetensors").write_text("precious")
+    (here / "mix.toml").write_text(f"[result]\nmodels = {json.dumps([*map(str, pairs())])}\nweights = 0.5\n")
+    folder = here / "folder"
+    ok(capsys, *pairs(), "-w", "0.5", "--to", "diffusers", "-o", folder, "-q")
+    before = snapshot(here)
+    for arguments, name in (
+        ((*pairs(), "-p", "high_res"), "a+b-high_res.safetensors"),
+        (("run", "mix.toml", "-o", "a+b-high_res.safetensors"), "a+b-high_res.safetensors"),
+        ((*pairs(), "-w", "0.5", "--to", "diffusers", "-o", "folder"), "folder"),
+    ):
+        out = ok(capsys, *arguments, "--dry-run")
+        assert f"- {name} exists: give another name, or overwrite (--overwrite)" in out
+        assert "dry run: would write" in out
+    assert snapshot(here) == before
 
 
 def test_beta_is_drawn_where_there_is_one(pairs, here, capsys):

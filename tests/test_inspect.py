@@ -41,6 +41,37 @@ def test_inspect(pairs, here, capsys):
     assert found["metadata"] == {"format": "pt"}
 
 
+def test_a_recipe_in_the_metadata_is_said_in_a_few_words(pairs, here, capsys):
+    a, b = pairs()
+    lora = {f"lora_unet_mid_block_attentions_0_proj_in.lora_{part}.weight": torch.ones(shape) for part, shape in
+            {"down": (2, 32, 1, 1), "up": (32, 2, 1, 1)}.items()}  # fmt: skip
+    save_file(lora, "l.safetensors")
+    (here / "mix.toml").write_text(
+        f"[X]\nmodels = {json.dumps([str(a), str(b)])}\nweights = 0.5\n"
+        f"[result]\nmodels = ['X', {json.dumps(str(b))}]\nweights = 0.2\n"
+    )
+    shows = " (blockmerge recipe FILE shows it)"
+    for command, says in (
+        ((a, b, "-p", "high_res"), f"weighted_sum high_res of a.safetensors and b.safetensors{shows}"),
+        (("bake", a, "l.safetensors:0.8"), f"bake of a.safetensors, with l:0.8{shows}"),
+        (("run", "mix.toml"), f"weighted_sum 0.2 of X and b.safetensors, in 2 merges{shows}"),
+        (("lora", "extract", b, a, "--rank", "1"), "lora extract of b.safetensors and a.safetensors"),
+    ):
+        ok(capsys, *command, "-o", "o.safetensors", "--overwrite", "-q")
+        assert f"blockmerge.recipe: {says}" in ok(capsys, "inspect", "o.safetensors").splitlines()
+    # What is not a recipe, and what others write, is cut at its end.
+    texts = {"blockmerge.recipe": '{"models": 7}', "notes": "\x1b[1m" + "12345" * 100, "short": "x" * 400}
+    save_file(load_file(a), "m.safetensors", {"format": "pt", **texts})
+    lines = ok(capsys, "inspect", "m.safetensors").splitlines()
+    assert 'blockmerge.recipe: {"models": 7}' in lines
+    assert f"notes: \\x1b[1m{'12345' * 100}"[: 7 + 403] + "…" in lines
+    assert f"short: {'x' * 400}" in lines
+    assert json.loads(ok(capsys, "inspect", "m.safetensors", "--json"))["metadata"] == {
+        "format": "pt",
+        **texts,
+    }
+
+
 def test_inspect_hashes(pairs, here, capsys):
     a, _ = pairs()
     found = json.loads(ok(capsys, "inspect", a, "--hash", "--json"))["hashes"]

@@ -563,7 +563,7 @@ def test_a_plan_says_what_its_run_does(folders, here):
     assert summary.dry_run
     assert through_json(result.to_dict())["recipe"] == result.recipe
     assert recipe.run("other.safetensors", dry_run=True).dry_run
-    with pytest.raises(OutputError, match=r"has appeared meanwhile|exists"):
+    with pytest.raises(OutputError, match=r"^out\.safetensors exists: give another name"):
         plan.run()
     direct = blockmerge.merge(*recipe.models, preset="high_res", output="direct.safetensors")
     the_same(result.output, direct.output)
@@ -595,7 +595,13 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(folders, here):
         assert planned.bytes == done.bytes == done.output.stat().st_size
         assert planned.weights == done.weights
         with pytest.raises(OutputError, match="exists"):
-            call(output=output, dry_run=True)
+            call(output=output)
+        before = snapshot(here)
+        there = f"{output} exists: give another name, or overwrite (--overwrite)"
+        assert call(output=output, dry_run=True).notes == (*planned.notes, there)
+        replaced = call(output=output, dry_run=True, overwrite=True)
+        assert replaced.notes == (*planned.notes, f"{output} exists: it would be replaced")
+        assert snapshot(here) == before
 
 
 # -- the choice of a VAE -------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -319,9 +319,14 @@ def _is_not(model: Model, base: Model) -> str:
     return f"is {model.anatomy.family.title}, but {shown(base.name)} is {base.anatomy.family.title}"
 
 
-def _notes(method: str, base: Model) -> tuple[str, ...]:
-    note = base.anatomy.family.attention.note
-    return (note,) if note is not None and method == "attention" else ()
+def _notes(method: str, base: Model) -> Iterator[str]:
+    attention = base.anatomy.family.attention
+    if method == "attention" and attention.layers:
+        blocks = list(attention.layers)
+        of = f"only the self-attention of {blocks[0]} to {blocks[-1]} is compared"
+        yield f"{of}: method='weights' (--method weights) compares all weights"
+        if attention.note is not None:
+            yield attention.note
 
 
 def _hash(model: Model) -> str | None:

@@ -98,7 +98,7 @@ def merge(
     - `hash`: record the SHA-256 of each model, too.
     - `overwrite`: replace an output that exists.
     - `allow_nonfinite`: write NaN and infinity instead of refusing them.
-    - `dry_run`: write nothing. The result says what would be written.
+    - `dry_run`: write nothing. The result says what would be written, and a note if the output exists.
 
     How it runs:
 

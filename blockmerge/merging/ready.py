@@ -42,10 +42,10 @@ class Plan:
     def summary(self) -> MergeResult:
         """Return what the merge would do, as a `MergeResult` with `dry_run`.
 
-        Raises `OutputError` where the disk has not enough space.
+        An output that exists is a note. Raises `OutputError` where the disk has not enough space.
         """
         check_space(self.target, self.planned.size)
-        return self._result(self.seconds)
+        return self._result(self.seconds, self._existing())
 
     def run(self, progress: Progress | None = None, *, sha256: str | None = None) -> MergeResult:
         """Write the output, and return what was done.
@@ -57,6 +57,7 @@ class Plan:
         """
         started = time.perf_counter()
         plan = self.planned
+        plan.output.check((), overwrite=self.overwrite)
         for checkpoint in plan.decided.checkpoints:
             checkpoint.check_whole()
         sizes: dict[str, int | bytes] = {file.path: file.size for file in plan.files}
@@ -70,8 +71,14 @@ class Plan:
             swept = reserved.swept
         return self._result(self.seconds + time.perf_counter() - started, swept, shares)
 
+    def _existing(self) -> tuple[str, ...]:
+        if not self.target.exists():
+            return ()
+        to_do = "it would be replaced" if self.overwrite else "give another name, or overwrite (--overwrite)"
+        return (f"{shown(self.planned.output.path)} exists: {to_do}",)
+
     def _result(
-        self, seconds: float, swept: tuple[str, ...] = (), shares: Shares | None = None
+        self, seconds: float, more_notes: tuple[str, ...] = (), shares: Shares | None = None
     ) -> MergeResult:
         plan, request = self.planned, self.recipe.request
         has = request.merge_method.weights
@@ -88,7 +95,7 @@ class Plan:
             tensors=plan.decided.counts,
             bytes=plan.size,
             seconds=seconds,
-            notes=(*plan.decided.notes, *swept),
+            notes=(*plan.decided.notes, *more_notes),
             runs=sum(len(file.runs) for file in plan.files),
             recipe=plan.described,
             dry_run=shares is None,

@@ -347,7 +347,7 @@ class Recipe(Node):
         The arguments are those of `merge`. The default of `output` is the one that the recipe's file names,
         and `metadata` takes the place of the output's own. No weight is read and nothing is written.
 
-        Raises what `merge` raises before it reads a weight.
+        Raises what `merge` raises before it reads a weight. An output that exists is refused by `Plan.run`.
         """
         started = time.perf_counter()
         check_flag("overwrite", overwrite)
@@ -355,7 +355,7 @@ class Recipe(Node):
         if output is None:
             raise OutputError("the output is a path; NoneType given: the recipe names none (-o)")
         planned, pace, device = self.computed(output, device=device, threads=threads, metadata=metadata)
-        target = planned.output.check(_inputs(planned, self.request), overwrite=overwrite)
+        target = planned.output.check(_inputs(planned, self.request), overwrite=True)
         seconds = time.perf_counter() - started
         return Plan(self, target, planned, pace, device, overwrite, seconds)
 

@@ -37,14 +37,14 @@ def print_similarity(console: Console, result: SimilarityResult, *, blocks: bool
         _line(console, Text.assemble(("seed  ", "dim"), str(result.seed)))
     if result.common_base is not None:
         _line(console, Text.assemble(("differences from  ", "dim"), (shown(result.common_base), "bold")))
-    for note in result.notes:
-        _line(console, Text(f"- {note}"))
     console.print()
     print_table(console, _attention_table(result) if result.method == "attention" else _weights_table(result))
     good = [reference for reference in result.references if reference.error is None]
     if blocks and good:
         console.print()
         print_table(console, _heat_map(good, result.method))
+    for note in result.notes:
+        _line(console, Text(f"- {note}"))
     for reference in good:
         for note in reference.notes:
             _line(console, Text(f"- {note}"))
@@ -68,10 +68,10 @@ def print_matrix(console: Console, result: SimilarityMatrix) -> None:
             console,
             Text.assemble((f"{number}  ", "bold"), shown(name), f"  not compared: {error}" if error else ""),
         )
-    for note in result.notes:
-        _line(console, Text(f"- {note}"))
     console.print()
     print_table(console, table)
+    for note in result.notes:
+        _line(console, Text(f"- {note}"))
 
 
 def print_explanation(console: Console, found: Explanation) -> None:

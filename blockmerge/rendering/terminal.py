@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _CURVE = 29  # columns of a curve of 26 blocks, and what stands before it
 _DESCRIPTION = 24  # columns that a description has at least
 _MOST_LORAS = 6  # of which each has a line
+_LONGEST_VALUE = 400  # characters of metadata
 _LEAST = 0.0005  # of a weight, that is shown
 
 _SEVERITY_STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
@@ -90,8 +91,19 @@ def print_inspection(console: Console, found: Inspection) -> None:
         for name in ("autov1", "autov2", "autov3", "sha256"):
             _line(console, Text(f"{name:<7} {getattr(found.hashes, name) or '–'}"))
     for key, value in found.metadata.items():
-        _line(console, Text.assemble((f"{shown(key)}: ", "bold"), shown(value, 400)))
+        _line(console, Text.assemble((f"{shown(key)}: ", "bold"), _metadata_text(key, value)))
     _print_tensors(console, found.tensors or {})
+
+
+def _metadata_text(key: str, value: str) -> str:
+    """A recipe in a few words, and the beginning of everything else."""
+    if key == "blockmerge.recipe":
+        from blockmerge.rendering.recipes import recipe_in_short
+
+        if (said := recipe_in_short(value)) is not None:
+            return said
+    beginning = value if len(value) <= _LONGEST_VALUE else f"{value[:_LONGEST_VALUE]}…"
+    return shown(beginning, 10 * _LONGEST_VALUE + 1)  # an escaped character is of ten at most
 
 
 def _print_change(console: Console, result: MergeResult) -> None:

@@ -8,6 +8,7 @@ off, blocks are the family's own, and what cannot be read is an error.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -123,10 +124,22 @@ class FamilyRules:
 
         `name` is the tensor's name in LDM naming, whatever the model's own naming is.
         """
-        for rule, blocks in reversed(self.rules):
-            if block in blocks and _takes(rule, name):
-                return rule.ratio
-        return otherwise
+        rule = self._rule_of(block, name)
+        return otherwise if rule is None else rule.ratio
+
+    def counts(self, tensors: Iterable[tuple[str, str]]) -> dict[str, int]:
+        """Return {rule: how many of the `tensors` have their weight from it}, of rules that any has.
+
+        `tensors` are given as (block, LDM name).
+        """
+        deciding = Counter(self._rule_of(block, name) for block, name in tensors)
+        return {str(rule): deciding[rule] for rule, _ in self.rules if deciding[rule]}
+
+    def _rule_of(self, block: str, name: str) -> ElementRule | None:
+        """The last rule that takes a tensor."""
+        return next(
+            (rule for rule, blocks in reversed(self.rules) if block in blocks and _takes(rule, name)), None
+        )
 
     def idle(self, tensors: Iterable[tuple[str, str]]) -> list[str]:
         """Return the rules that take none of the `tensors`, given as (block, LDM name): most likely a slip of

@@ -56,6 +56,13 @@ class Combination:
         seed = numbers.get("seed", 0) if method.random else 0
         return cls(method, family, tuple(own.items()), seed, clip)
 
+    @property
+    def clips(self) -> bool:
+        """Whether what is computed is clipped. Rows that are taken from A and B as they are lie between
+        them.
+        """
+        return self.clip and self.method.rows is None
+
     def copied(self, weights: Weights) -> int | None:
         """The number of the model whose tensor the result is at these weights; None where it is computed.
 
@@ -87,13 +94,10 @@ class Combination:
         )
         key = key_of(self.seed, name) if method.random else None
 
-        # Rows that are taken from A and B as they are lie between them.
-        clip = self.clip and method.rows is None
-
         def merged(given: Sequence[Expression], dtype: str) -> Expression:
-            held = _clippable_dtype(given, dtype) if clip else dtype
+            held = _clippable_dtype(given, dtype) if self.clips else dtype
             result = Merged(method, tuple(given), held, alpha, beta, self.numbers, key, gathered=self.figures)
-            return Cast(Clipped(result, *given[:2]), dtype) if clip else result
+            return Cast(Clipped(result, *given[:2]), dtype) if self.clips else result
 
         return Combined(self._made(name, tensors, tensors, dtype, change, merged), tuple(tensors), None)
 

@@ -45,7 +45,8 @@ class Findings:
     """What was found on the way, for notes: `vae` is whose VAE is taken whole; the lists are of tensors'
     names.
 
-    `blended` are the merged ones with their blocks; `faults` are what the merge is refused for.
+    `blended` are the merged ones with their blocks, `clipped` and `adjusted` those that are so changed;
+    `faults` are what the merge is refused for.
     """
 
     vae: Model | VaeFile | None
@@ -64,6 +65,8 @@ class Findings:
     only_in: dict[tuple[Model, ...], list[str]] = field(default_factory=dict)
     only_of_shape: dict[Model, list[str]] = field(default_factory=dict)
     blended: list[tuple[str, str]] = field(default_factory=list)
+    clipped: list[str] = field(default_factory=list)
+    adjusted: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
 

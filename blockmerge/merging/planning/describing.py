@@ -39,6 +39,8 @@ def describe(
         *_ema(models, request),
         *_kept(models, request, found),
         *_tensors(models, found, naming),
+        *_rules(found),
+        *_clip_and_adjust(models, request, found),
         *differing_predictions(models),
         *_weights(resolved.weights, resolved.beta),
         *_casts(decisions, written),
@@ -167,9 +169,29 @@ def _tensors(models: Sequence[Model], found: Findings, naming: str) -> Iterator[
         yield f"{several}, and copied from {shown(model.name)} ({listing(names)})"
     if found.restored:
         yield f"broken position_ids restored to 0, 1, 2, … ({listing(found.restored)})"
-    if idle := found.rules.idle(found.blended):
-        rules = f"{counted(len(idle), 'element rule')} {'has' if len(idle) == 1 else 'have'}"
-        yield f"{rules} no effect, since no merged tensor fits: {listing(idle)}"
+
+
+def _rules(found: Findings) -> Iterator[str]:
+    counts = found.rules.counts(found.blended)
+    if counts:
+        rules, tensors = counted(len(counts), "element rule"), counted(sum(counts.values()), "tensor")
+        yield f"{rules} {'sets' if len(counts) == 1 else 'set'} the weight of {tensors} ({listing(counts)})"
+    idle = found.rules.idle(found.blended)
+    overruled = [str(rule) for rule, _ in found.rules.rules if str(rule) not in {*counts, *idle}]
+    for without, why in ((idle, "no merged tensor fits"), (overruled, "later rules take all these tensors")):
+        if without:
+            rules = f"{counted(len(without), 'element rule')} {'has' if len(without) == 1 else 'have'}"
+            yield f"{rules} no effect, since {why}: {listing(without)}"
+
+
+def _clip_and_adjust(models: Sequence[Model], request: MergeRequest, found: Findings) -> Iterator[str]:
+    if found.clipped:
+        between = f"between {shown(models[0].name)} and {shown(models[1].name)}"
+        yield f"clip keeps {counted(len(found.clipped), 'tensor')} {between}"
+    elif request.clip:
+        yield "clip (--clip) has no effect, since every value is A's or B's"
+    if found.adjusted:
+        yield f"adjust {request.adjust} changes {counted(len(found.adjusted), 'tensor')}"
 
 
 def differing_predictions(models: Sequence[Model]) -> Iterator[str]:

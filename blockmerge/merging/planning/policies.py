@@ -283,6 +283,8 @@ class Policies:
         self.found.blended.append((block, name))
         change = self._change(name, dtype, shapes[widest or 0])
         made = self.combination.combine(name, tensors, weights, self._held_in(name, dtype), change)
+        if made.model is None and self.combination.clips:
+            self.found.clipped.append(name)
         copied = None if self.combination.is_changed(name) else made.model
         donor = None if copied is None else self.models[copied]
         return Decision(name, _held(made.expression, dtype), made.inputs, donor)
@@ -372,6 +374,8 @@ class Policies:
                 f"{shown(name)} (shape {list(shape)}: adjust sets the colours of 4 channels)"
             )
             return None
+        if change is not None:
+            self.found.adjusted.append(name)
         return change
 
 
