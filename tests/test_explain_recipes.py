@@ -74,4 +74,4 @@ def test_what_a_recipe_names_that_is_not_there_is_said_first(pairs, here, capsys
     assert lines[1].startswith(
         "- its own recipe could not be verified: m.safetensors: it names half.safetensors"
     )
-    assert lines[1].endswith("blockmerge recipe FILE --tree draws it")
+    assert lines[1].endswith("blockmerge recipe --tree draws it")

@@ -14,7 +14,7 @@ from blockmerge.explaining.explanation import BlockOrigin, Explanation
 from blockmerge.merging import Recorded, Searched, Verification, preset_of, verified
 from blockmerge.streaming import Progress
 
-_TREE = "blockmerge recipe FILE --tree draws it"
+_TREE = "blockmerge recipe --tree draws it"
 _MOST_NAMED = 12
 
 
