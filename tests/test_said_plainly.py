@@ -9,6 +9,7 @@ import torch
 
 import blockmerge
 from blockmerge.checkpoints.writing.disk import check_space
+from blockmerge.cli.main import run
 from tests.commands import ok
 from tests.forms import read
 from tests.refusals import assert_refused
@@ -185,3 +186,41 @@ def test_tensors_that_are_converted_are_those_of_the_output(tmp_path, pairs, nam
         floats = [dtype for dtype in dtypes_of(result.output).values() if dtype == torch.float16]
         (note,) = [note for note in result.notes if "converted from" in note]
         assert note == f"{len(floats)} tensors are converted from F32 to F16"
+
+
+def test_help_and_list_are_commands_too(here, capsys):
+    assert ok(capsys, "help") == ok(capsys, "--help")
+    assert ok(capsys, "help", "lora", "merge") == ok(capsys, "lora", "merge", "--help")
+    assert_refused(capsys, here, "help", "mrege", says="mrege: no such command; did you mean 'merge'?")
+    assert_refused(capsys, here, "help", "merge", "lora", says="lora: no such command")
+    for options in ((), ("--json",)):
+        assert ok(capsys, "presets", "list", *options) == ok(capsys, "presets", *options)
+
+
+@pytest.mark.parametrize(("option", "meant"), [("--alpha", "--weights"), ("--beta", "--weights-beta")])
+def test_options_of_other_programs_lead_to_ours(pairs, capsys, option, meant):
+    a, b = map(str, pairs())
+    assert run([a, b, option, "0.5"]) == 2
+    assert f"No such option '{option}'. Did you mean '{meant}'?" in capsys.readouterr().err.replace("(", "")
+    assert run(["inspect", a, option, "0.5"]) == 2
+    assert meant not in capsys.readouterr().err
+
+
+def test_a_text_that_is_no_model_is_told_what_it_needs(here, capsys):
+    for name, text, todo in (
+        ("t.safetensors", "just text", "download the model itself"),
+        (
+            "d.safetensors",
+            "Access to model x is restricted",
+            "itself, with a token where its site asks for one",
+        ),
+        ("j.safetensors", '{"error": "Unauthorized"}', "itself, with a token where its site asks for one"),
+        ("mix.toml", "# mine\n\n[result]\nmodels = ['a', 'b']\n", "a recipe is for blockmerge run"),
+        ("flat.toml", 'models = ["a", "b"]\n', "a recipe is for blockmerge run"),
+    ):
+        (here / name).write_text(text)
+        for command in ("recipe", "verify", "check"):
+            assert run([command, name]) == 1
+            assert capsys.readouterr().err.rstrip().endswith(todo), (name, command)
+    (here / "typo.toml").write_text('[result]\nmodels = ["a" "b"]\n')
+    assert_refused(capsys, here, "run", "typo.toml", says='at line 2, column 15): models = ["a" "b"] (TOML)')

@@ -23,6 +23,7 @@ from blockmerge.cli.completion import VARIABLE, completion
 from blockmerge.cli.convert import convert
 from blockmerge.cli.demo import demo
 from blockmerge.cli.explain import explain
+from blockmerge.cli.help import show_help
 from blockmerge.cli.inspect import inspect
 from blockmerge.cli.lora.group import lora
 from blockmerge.cli.merge import is_word, merge
@@ -35,6 +36,9 @@ from blockmerge.cli.similarity import similarity
 from blockmerge.cli.verify import verify
 from blockmerge.errors import BlockmergeError, RecipeError, did_you_mean, reason
 from blockmerge.version import __version__
+
+_OTHERS_OPTIONS = {"alpha": "weights", "beta": "weights-beta"}
+"""What other programs call options."""
 
 
 class Commands(DefaultGroup):  # type: ignore[misc]
@@ -100,7 +104,11 @@ def cli() -> None:
 
 for command in (
     merge, run_recipe, recipe, again, verify, convert, bake, lora, inspect, check, similarity, explain,
+<<<<<<< HEAD
     presets, methods, demo, completion,
+=======
+    presets, methods, demo, show_help,
+>>>>>>> w-mend2
 ):  # fmt: skip
     cli.add_command(command)
 add_completers(cli)
@@ -133,6 +141,11 @@ def run(arguments: list[str]) -> int:
         _say(f"Error: {error}")
         return 1
     except click.ClickException as error:
+        if isinstance(error, click.NoSuchOption) and error.ctx is not None:
+            name = error.option_name
+            meant = f"--{_OTHERS_OPTIONS.get(name.removeprefix('--'))}"
+            if any(meant in one.opts for one in error.ctx.command.params):
+                error = click.UsageError(f"No such option '{name}'. Did you mean '{meant}'?", error.ctx)
         error.show()
         return error.exit_code
     except click.exceptions.Exit as stop:

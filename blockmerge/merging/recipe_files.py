@@ -139,6 +139,9 @@ def _why(error: ValueError | RecursionError, path: str | os.PathLike[str], data:
     said = "too deep" if isinstance(error, RecursionError) else str(error)
     if b"\\" in data and ("\\" in said or "escape" in said or "hex" in said):
         return f"{said}; paths with \\ stand in single quotes: 'C:\\models\\a.safetensors'"
+    if at := re.search(r"\(at line (\d+)", said):
+        line = data.decode("utf-8-sig").split("\n")[int(at[1]) - 1]
+        return f"{said}: {shown(line.strip())} (TOML)"
     return f"{said} (TOML)"
 
 

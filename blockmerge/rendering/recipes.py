@@ -11,8 +11,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from blockmerge.errors import RecipeError, counted, listing, shown
-from blockmerge.merging.planning.run_faults import fault_of_run, strict_json
-from blockmerge.merging.planning.written import is_as_run
+from blockmerge.merging.planning.run_faults import fault_of_run
 from blockmerge.merging.recipe_recorded import for_reading, preset_of, written_down
 
 if TYPE_CHECKING:
@@ -101,21 +100,6 @@ def _lora(written: Any) -> str:
         blocks = ",".join(f"{block}={weight!r}" for block, weight in blocks.items())
     said = f"{written['file']}:{written.get('strength', 1.0)!r}"
     return said if blocks is None else f"{said}:{blocks}"
-
-
-def recipe_in_short(text: str) -> str | None:
-    """The recipe in a file's metadata in a few words; None for what is not a recipe."""
-    run = strict_json(text)
-    if not isinstance(run, dict) or not is_as_run(run) or fault_of_run(run) is not None:
-        return None
-    models = run["models"]
-    said = f"{_how(run)} of {' and '.join(map(shown, models)) if len(models) < 3 else listing(models, 5)}"
-    if loras := run.get("loras"):
-        given = [f"{lora['name']}:{lora.get('strength', 1)}" for lora in loras]
-        said += f", with {listing(given, 5)}"
-    if stages := run.get("stages"):
-        said += f", in {counted(len(stages) + 1, 'merge')}"
-    return f"{said} (blockmerge recipe FILE shows it)" if run.get("files") else said
 
 
 def print_tree(console: Console, name: str, run: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from blockmerge.anatomy import FAMILIES
 from blockmerge.errors import bytes_text, counted, listing, shown
 from blockmerge.methods import purpose_of
 from blockmerge.rendering.block_rows import drawn_blocks
+from blockmerge.rendering.recipe_in_short import recipe_in_short
 from blockmerge.rendering.tables import print_table
 from blockmerge.rendering.u_net import Curve, SharesU, WeightsU
 
@@ -97,11 +98,8 @@ def print_inspection(console: Console, found: Inspection) -> None:
 
 def _metadata_text(key: str, value: str) -> str:
     """A recipe in a few words, and the beginning of everything else."""
-    if key == "blockmerge.recipe":
-        from blockmerge.rendering.recipes import recipe_in_short
-
-        if (said := recipe_in_short(value)) is not None:
-            return said
+    if key == "blockmerge.recipe" and (said := recipe_in_short(value)) is not None:
+        return said
     beginning = value if len(value) <= _LONGEST_VALUE else f"{value[:_LONGEST_VALUE]}…"
     return shown(beginning, 10 * _LONGEST_VALUE + 1)  # an escaped character is of ten at most
 

@@ -12,6 +12,11 @@ HEAD = 4096
 
 _ITSELF = "download the model itself"
 _WITH_TOKEN = f"{_ITSELF}, with a token where its site asks for one"
+_LOCKED = (
+    r"access|authori|authenti|credential|denied|forbidden|gated|log ?in|password|restricted|sign ?in|token"
+)
+"""What of an answer tells that its site asks for one."""
+_TOML = r"(#[^\n]*\n\s*)*(\[[\w-]+\][ \t]*(#[^\n]*)?[\r\n]|[\w-]+ *= *[\[\"'{\d])"
 _FETCH = "fetch that with git lfs pull"
 _FOLDER = "give the folder it lies in"
 _UNPACK = "unpack it, and give the model that is in it"
@@ -105,9 +110,10 @@ _TEXTS = (
     (r"\{.*\"weight_map\"", "the list of a model's shards, not a model", False, _FOLDER),
     (r"\{.*\"_diffusers_version\"", "a config of diffusers, not a model", False, _FOLDER),
     (r"\{.*\"(architectures|model_type|transformers_version)\"", "a config, not a model", False, _FOLDER),
-    (r"[{\[]", "a JSON text, not a model", True, _WITH_TOKEN),
-    (r"<\?xml|<\w+>", "an XML text, not a model", True, _WITH_TOKEN),
-    (r"", "a text, not a model", True, _WITH_TOKEN),
+    (_TOML, "a TOML text, not a model", False, "a recipe is for blockmerge run"),
+    (r"[{\[]", "a JSON text, not a model", True, _ITSELF),
+    (r"<\?xml|<\w+>", "an XML text, not a model", True, _ITSELF),
+    (r"", "a text, not a model", True, _ITSELF),
 )  # fmt: skip
 """The same of texts, without blanks before them, and whether the text is quoted."""
 
@@ -141,6 +147,8 @@ def other_file(head: bytes) -> str | None:
     found = (re.search(said, text, flags) for said in _SAID)
     quoted = next((match[1] for match in found if match), text if is_quoted else None)
     says = "" if quoted is None else f', and says "{shown(" ".join(quoted.split()), _QUOTED)}"'
+    if is_quoted and re.search(_LOCKED, text, flags):
+        todo = _WITH_TOKEN
     return f"is {what}{says}: {todo}"
 
 
