@@ -104,11 +104,7 @@ def cli() -> None:
 
 for command in (
     merge, run_recipe, recipe, again, verify, convert, bake, lora, inspect, check, similarity, explain,
-<<<<<<< HEAD
-    presets, methods, demo, completion,
-=======
-    presets, methods, demo, show_help,
->>>>>>> w-mend2
+    presets, methods, demo, completion, show_help,
 ):  # fmt: skip
     cli.add_command(command)
 add_completers(cli)

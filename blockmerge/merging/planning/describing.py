@@ -193,11 +193,7 @@ def _clip_and_adjust(models: Sequence[Model], request: MergeRequest, found: Find
         between = f"between {shown(models[0].name)} and {shown(models[1].name)}"
         yield f"clip keeps {counted(len(found.clipped), 'tensor')} {between}"
     elif request.clip:
-<<<<<<< HEAD
-        yield "clip (--clip) has no effect, since every value is A's or B's"
-=======
-        yield "clip without effect, since every value is A's or B's"
->>>>>>> w-mend2
+        yield "clip has no effect, since every value is A's or B's"
     if found.adjusted:
         yield f"adjust {request.adjust} changes {counted(len(found.adjusted), 'tensor')}"
 
