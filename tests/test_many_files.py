@@ -124,6 +124,16 @@ def test_a_missing_file_is_a_line_among_several(models, capsys):
     assert out.splitlines()[1] == "gone.ckpt         cannot open gone.ckpt: no such file or directory"
 
 
+def test_an_empty_name_among_several(models, capsys):
+    assert run(["check", "", str(models / "good.safetensors")]) == 1
+    out, _ = capsys.readouterr()
+    assert "  an empty path is not a model: give" in out.splitlines()[0]
+
+
+def test_a_wrong_option_is_not_a_fault_of_the_files(models, here, capsys):
+    assert_refused(capsys, here, "check", "models", "--threads", "0", says="number of threads")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [(("check", "--fix", "x.safetensors"), "--fix"), (("inspect", "--tensors"), "--tensors")],
