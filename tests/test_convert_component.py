@@ -214,6 +214,7 @@ def test_what_is_not_there_is_refused(here, capsys, whole):
         (("a.safetensors", "x.safetensors", "--only", "text_encoder_2"), "has no text_encoder_2"),
         (("a.safetensors", "x.safetensors", "--only", "vea"), "did you mean 'vae'?"),
         (("a.safetensors", "x.safetensors", "--only", "vae", "--vae", "vae.safetensors"), "leave out vae"),
+        (("a.safetensors", "x.safetensors", "--only", "unet", "--ema", "keep"), "no EMA copies"),
         (("vae.safetensors", "x.safetensors", "--only", "unet"), "has no unet"),
     ]:
         assert_refused(capsys, here, "convert", *arguments, says=says)
