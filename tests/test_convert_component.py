@@ -191,6 +191,17 @@ def test_a_config_that_fits_several_families_is_said_and_can_be_given(here, caps
     assert factors == [0.18215, 0.13025, 0.13025]
 
 
+def test_a_config_of_another_family_is_warned_of(here, capsys, whole):
+    one = write(whole("sd1"), here / "one", "safetensors", "sd1")
+    save_file(whole("sdxl"), "xl.safetensors")
+    ok(capsys, "convert", one, "folder", "--to", "diffusers")
+    arguments = ("--to", "diffusers", "--only", "vae", "--configs", "folder")
+    said = ok(capsys, "convert", "xl.safetensors", "vae", *arguments)
+    assert "warning" in said
+    assert "scaling_factor 0.18215, not 0.13025" in " ".join(said.split())
+    assert "warning" not in ok(capsys, "convert", one, "own", *arguments)
+
+
 @pytest.mark.parametrize("name", ["schnell", "sd3"])
 def test_a_transformer_is_taken_out(here, capsys, name):
     one = THIN[name]

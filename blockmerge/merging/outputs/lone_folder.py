@@ -26,6 +26,8 @@ _STRUCTURE = (
 )  # fmt: skip
 """By which keys a config is known to be that of other tensors."""
 
+_SCALE = ("scaling_factor", "shift_factor")
+
 
 class LoneFolder(ComponentFolder):
     """A folder like ``vae/`` of a diffusers folder, with nothing else."""
@@ -76,8 +78,11 @@ class LoneFolder(ComponentFolder):
                     f"{shown(self.configs)} has no {folder}/{_CONFIG}: "
                     "give another as configs (--configs, of convert)"
                 )
-            _check_kind(carried[_CONFIG], _made(tensors, a, anatomy, folder), a.name, str(self.configs))
-            return carried, ()
+            made = _made(tensors, a, anatomy, folder)
+            config = _check_kind(carried[_CONFIG], made, a.name, str(self.configs))
+            return carried, _other_scale(
+                config, made, anatomy.family, str(self.configs)
+            ) if a.alone.is_part else ()
         if is_pipeline(a.source):
             return _of_folder(ConfigsFolder.of(a.source), folder), ()
         made = _made(tensors, a, anatomy, folder)
@@ -105,7 +110,7 @@ def _made(tensors: Sequence[Tensor], a: Model, anatomy: Anatomy, folder: str) ->
         raise IncompatibleModelsError(f"{shown(a.name)} cannot become a component's folder: {why}") from None
 
 
-def _check_kind(data: bytes, made: Mapping[str, Any], name: str, configs: str) -> None:
+def _check_kind(data: bytes, made: Mapping[str, Any], name: str, configs: str) -> Mapping[str, Any]:
     try:
         config = json.loads(data)
     except ValueError:
@@ -121,6 +126,21 @@ def _check_kind(data: bytes, made: Mapping[str, Any], name: str, configs: str) -
         raise IncompatibleModelsError(
             f"the config of {shown(configs)} is not that of {shown(name)}: {listing(differing)}"
         )
+    return config
+
+
+def _other_scale(
+    config: Mapping[str, Any], made: Mapping[str, Any], family: Family, configs: str
+) -> Sequence[str]:
+    """Say where a VAE gets latent images of another scale than its family's: no shape shows it."""
+    differing = [
+        f"{key} {json.dumps(config[key])}, not {json.dumps(made[key])}"
+        for key in _SCALE
+        if config.get(key) is not None and made.get(key) is not None and config[key] != made[key]
+    ]
+    if not differing:
+        return ()
+    return (f"warning: {_CONFIG}, of {shown(configs)}, is not as in {family.title}: {listing(differing)}",)
 
 
 def _ambiguous(
