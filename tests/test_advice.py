@@ -108,6 +108,12 @@ def home_of(command):
     return folder / f"{rest[0] if rest else 'group'}.py" if folder.is_dir() else folder.with_suffix(".py")
 
 
+SAYS_NOTHING = {
+    ("rendering/terminal.py", "rendering/recipes.py"): "a recipe in metadata is shown, or is not one"
+}
+"""Imports whose messages are never seen, and why."""
+
+
 @cache
 def reached_by(command):
     """The files that a command runs, by its imports."""
@@ -116,7 +122,7 @@ def reached_by(command):
         path = new.pop()
         if path not in found:
             found.add(path)
-            new += run_time_imports(path)
+            new += (one for one in run_time_imports(path) if (short(path), short(one)) not in SAYS_NOTHING)
     return {short(path) for path in found}
 
 
@@ -141,6 +147,10 @@ RECORDED = {
 NEVER_SAID = {
     ("check", "merging/planning/policies.py", "--vae"): "a repair asks for no VAE",
     ("check", "merging/planning/request.py", "--vae"): "likewise",
+    **{
+        (command, "merging/planning/describing.py", "--clip"): "nothing is limited in it"
+        for command in ("check", "convert", "bake")
+    },
     ("check", "merging/planning/request.py", "--configs"): "a repair takes none",
     ("check", "merging/planning/request.py", "--seed"): "a repair leaves nothing to chance",
     ("check", "merging/planning/request.py", "--sdxl-map"): "a repair has no weights",

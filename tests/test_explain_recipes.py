@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+from safetensors.torch import load_file, save_file
+
 import blockmerge
 from blockmerge.cli.main import run
 from tests.thin_loras import make_lora
@@ -43,3 +45,33 @@ def test_a_lora_that_the_recipe_does_not_name_is_left_out(pairs, here):
     found = blockmerge.explain("m.safetensors", [a, b, style])
     assert found.added == {}
     assert "is a LoRA" in found.left_out[STYLE]
+
+
+def test_a_copy_says_what_it_is_a_copy_of_and_how_that_was_made(pairs, here, capsys):
+    a, b = pairs()
+    blockmerge.merge(a, b, preset="high_res", output="merged.safetensors")
+    tensors = load_file("merged.safetensors")
+    save_file(tensors, "mystery.safetensors")  # without its recipe
+    assert run(["explain", "mystery.safetensors", "merged.safetensors", str(a)]) == 0
+    assert capsys.readouterr().out.split("\n") == [
+        "mystery.safetensors is a copy of merged.safetensors (text encoder and VAE, too). Merged again, it is the "
+        "same within two steps of its dtype everywhere. By its own recipe, merged.safetensors is made by "
+        f"weighted_sum of {A} and {B} with the preset high_res.",
+        "",
+        "",
+    ]
+    said = {"version": "1", "method": "x", "models": []}
+    save_file(tensors, "merged.safetensors", {"blockmerge.recipe": json.dumps(said)})
+    assert "own recipe" not in blockmerge.explain("mystery.safetensors", ["merged.safetensors", a]).verdict
+
+
+def test_what_a_recipe_names_that_is_not_there_is_said_first(pairs, here, capsys):
+    a, b = pairs()
+    blockmerge.merge(a, b, weights=0.5, output="half.safetensors")
+    blockmerge.merge("half.safetensors", b, weights=0.5, output="m.safetensors")
+    assert run(["explain", "m.safetensors", str(a), str(b)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith(
+        "- its own recipe could not be verified: m.safetensors: it names half.safetensors"
+    )
+    assert lines[1].endswith("blockmerge recipe --tree draws it")

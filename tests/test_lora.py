@@ -263,6 +263,17 @@ def test_presets_of_12_blocks(preset):
     assert weights(preset, "sdxl") == the_others_are_0(dict(zip(PLAIN[12], numbers, strict=True)), "sdxl")
 
 
+def test_the_docs_say_what_the_presets_hold():
+    page = (Path(__file__).parent.parent / "docs/lora.md").read_text()
+    table = page.partition("| LoRA preset |")[2].partition("\n\n")[0].splitlines()[2:]
+    for row in table:
+        preset, *texts = [cell.strip(" `") for cell in row.strip("|").split("|")]
+        for family, text in zip((("sd1", "sd2"), ("sdxl",)), texts, strict=True):
+            for name in family if text != "–" and not text.startswith("as ") else ():
+                assert weights(text, name) == weights(preset, name), (preset, name)
+    assert {row.split("`")[1] for row in table} == {*PRESETS, *PRESETS_OF_12}
+
+
 def test_there_are_no_other_presets():
     from blockmerge.adapters.block_texts import lora_presets
 

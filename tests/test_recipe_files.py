@@ -143,6 +143,20 @@ def test_set_changes_a_stage_or_the_result(mix, changes, same_as):
     assert all(torch.equal(one[name], two[name]) and one[name].dtype == two[name].dtype for name in two)
 
 
+def test_a_variant_of_a_bake_has_another_strength(pairs, tmp_path):
+    a, _ = pairs()
+    style = make_lora(tmp_path / "style.safetensors", "sd1")
+    baked, variant = tmp_path / "baked.safetensors", tmp_path / "variant.safetensors"
+    blockmerge.bake(a, [(style, 0.8)], output=baked)
+    blockmerge.bake(a, [(style, 0.6)], output=tmp_path / "expected.safetensors")
+    for change in ("loras=style.safetensors:0.6", 'loras=["style.safetensors:0.6"]'):
+        blockmerge.again(baked, models=[a.parent], changes=[change], output=variant, overwrite=True)
+        assert sha256(variant) == sha256(tmp_path / "expected.safetensors")
+    for change in ("OUT05=0.5", "weights=0.5", "preset=high_res"):
+        with pytest.raises(RecipeError, match=r"bake has no weights; .* --set 'loras=\[\"style.safetensors:"):
+            blockmerge.again(baked, models=[a.parent], changes=[change], output=tmp_path / "x.safetensors")
+
+
 @pytest.mark.parametrize(
     ("text", "match"),
     [

@@ -319,3 +319,29 @@ def test_what_is_made_of_a_stage_is_not_called_as_its_a(leaves, tmp_path):
     recipe = Merge(Merge(tmp_path / "famous.safetensors", b, weights=0.5), method="convert", dtype="bf16")
     recipe.run(tmp_path / "out.safetensors")
     assert "modelspec.title" not in blockmerge.open_checkpoint(tmp_path / "out.safetensors").metadata
+
+
+def test_the_vae_is_said_once_with_the_file_that_it_is_from(leaves, tmp_path):
+    a, b, *_ = leaves["sd1"]
+    output = tmp_path / "out.safetensors"
+
+    def said(**options):
+        inner = Merge(a, b, weights=0.9, **options)
+        outer = Merge(Merge(inner, a, weights=0.2), a, weights=0.3)
+        notes = [note for note in outer.plan(output).summary().notes if "the VAE is " in note]
+        outer.run(output, overwrite=True)
+        found = load_file(output)
+        [vae] = {
+            path.name
+            for path in (a, b)
+            if all(
+                torch.equal(tensor.to(found[name].dtype), found[name])
+                for name, tensor in load_file(path).items()
+                if name.startswith("first_stage_model.")
+            )
+        } or {"stage2"}
+        return notes, f"the VAE is taken whole from {vae} (merge --vae blend would blend it)"
+
+    for options in ({}, {"vae": "a"}, {"vae": "blend"}):
+        notes, whole = said(**options)
+        assert notes == [whole], options

@@ -142,6 +142,11 @@ class Model:
         return True
 
     @property
+    def vae_name(self) -> str:
+        """What that is called which its VAE is from."""
+        return self.name
+
+    @property
     def sources(self) -> tuple[Checkpoint, ...]:
         """All that it is read from."""
         return (self.source,)

@@ -17,7 +17,7 @@ from blockmerge.explaining.compared import ComparedTensors
 from blockmerge.explaining.explanation import BlockOrigin, Explanation
 from blockmerge.explaining.fits import GroupFit, MergeFit, fit_parents
 from blockmerge.explaining.groups import MergeSums
-from blockmerge.explaining.own_recipe import added_by, explained, own_recipe
+from blockmerge.explaining.own_recipe import added_by, explained, own_recipe, said_by_recipe
 from blockmerge.explaining.parents import find_parents, nearest_pair
 from blockmerge.explaining.verdict import write_verdict
 from blockmerge.streaming import Progress
@@ -76,6 +76,11 @@ def explain(
     named = screened(merged, opened, threads, progress)
     evidence = _gather(merged, named, threads, progress)
     found = _explanation(merged, evidence, _find_origin(evidence, merged.anatomy.family), tensors)
+    if found.method == "copy" and found.exact:
+        base = evidence.candidates.models[evidence.candidates.names.index(found.base)]
+        if (said := said_by_recipe(base)) is not None:
+            verdict = f"{found.verdict} By its own recipe, {shown(found.base)} is {said}."
+            found = replace(found, verdict=verdict)
     note = own.note if by_recipe is None else by_recipe.verdict
     return replace(found, notes=found.notes if note is None else (note, *found.notes), added=added)
 

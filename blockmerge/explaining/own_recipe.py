@@ -14,6 +14,9 @@ from blockmerge.explaining.explanation import BlockOrigin, Explanation
 from blockmerge.merging import Recorded, Searched, Verification, preset_of, verified
 from blockmerge.streaming import Progress
 
+_TREE = "blockmerge recipe --tree draws it"
+_MOST_NAMED = 12
+
 
 @dataclass(frozen=True)
 class OwnRecipe:
@@ -45,7 +48,7 @@ def own_recipe(
     try:
         found = verified(merged.source, recorded, among, threads=threads, progress=progress)
     except BlockmergeError as error:
-        return OwnRecipe(note=f"its own recipe could not be verified: {error}")
+        return OwnRecipe(note=f"its own recipe could not be verified: {error}; {_TREE}")
     if found.same:
         return OwnRecipe(found, others=others)
     return OwnRecipe(found, f"warning: its own recipe does not give this file: {found.said}")
@@ -108,36 +111,55 @@ def _added(run: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str]]:
 def explained(merged: Model, candidates: Candidates, own: OwnRecipe) -> Explanation:
     """The explanation that a true recipe gives."""
     assert own.verification is not None
-    run = own.verification.recipe
+    run, is_flat = own.verification.recipe, not own.verification.recipe.get("stages")
     names = dict(zip((_place(model.source) for model in candidates.models), candidates.names, strict=True))
     parents = [names[_place(one)] for one in own.verification.sources if _place(one) in names]
-    method, preset, is_flat = str(run.get("method")), preset_of(run), not run.get("stages")
-    made = f"made by {shown(method)}" if is_flat else f"made in {len(run['stages']) + 1} merges"
-    parts = [f"the preset {shown(preset)}"] if preset and is_flat else []
-    parts += [f"{shown(str(file['name']))} ({what})" for file, what in _added(run)]
-    by = f" with {' and '.join(dict.fromkeys(parts))}" if parts else ""
     tree = "" if is_flat else "; blockmerge recipe --tree draws them"
-    *first, last = map(shown, parents)
-    of = f"{', '.join(first)} and {last}" if first else last
     return Explanation(
         merge=merged.name,
         family=merged.anatomy.family.name,
         candidates=candidates.names,
         base=parents[0],
-        method=method,
+        method=str(run.get("method")),
         exact=True,
-        preset=preset,
+        preset=preset_of(run),
         parents=tuple(parents),
         blocks=_blocks(run, parents) if is_flat and _is_plain(run, parents) else {},
         components={},
         verdict=(
-            f"{shown(merged.name)} was {made} of {of}{by}. Its own recipe says so, and merging again gives "
+            f"{shown(merged.name)} is {_made(run, parents)}. Its own recipe says so, and merging again gives "
             f"the same file, to the last bit{tree}."
         ),
         notes=tuple(note for model in (merged, *candidates.models) for note in model.notes),
         left_out=candidates.left_out,
         added=added_by(own),
     )
+
+
+def said_by_recipe(model: Model) -> str | None:
+    """What a model's own recipe says that it is, unverified; None where it has none."""
+    try:
+        run = Recorded.of(model.source).run
+    except BlockmergeError:
+        return None
+    stages = run.get("stages") or {}
+    parents = dict.fromkeys(
+        name for one in (run, *stages.values()) for name in one["models"] if name not in stages
+    )
+    return _made(run, list(parents)) if parents else None
+
+
+def _made(run: Mapping[str, Any], parents: Sequence[str]) -> str:
+    """How something was made, by a recipe, of `parents`."""
+    preset, stages = preset_of(run), run.get("stages") or {}
+    made = f"made in {len(stages) + 1} merges" if stages else f"made by {shown(str(run.get('method')))}"
+    parts = [f"the preset {shown(preset)}"] if preset and not stages else []
+    parts += [f"{shown(str(file['name']))} ({what})" for file, what in _added(run)]
+    by = f" with {' and '.join(dict.fromkeys(parts))}" if parts else ""
+    *first, last = map(shown, parents)
+    many = listing(parents, _MOST_NAMED)
+    of = many if len(first) >= _MOST_NAMED else f"{', '.join(first)} and {last}" if first else last
+    return f"{made} of {of}{by}"
 
 
 def _place(checkpoint: Checkpoint) -> str:

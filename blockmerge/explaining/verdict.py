@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from blockmerge.anatomy import FAMILIES
+from blockmerge.anatomy import FAMILIES, TITLES
 from blockmerge.errors import shown
 from blockmerge.explaining.explanation import Explanation
 
@@ -39,7 +39,11 @@ def write_verdict(found: Explanation, *, agrees: bool, by_tensor: bool) -> str:
 def _what_it_is(found: Explanation) -> str:
     merge, (base, *others) = shown(found.merge), [shown(name) for name in found.parents]
     if found.method == "copy":
-        return f"The {_core(found)} of {merge} is that of {base}"
+        return (
+            f"{merge} is a copy of {base}{_other_parts(found)}"
+            if found.exact
+            else f"The {_core(found)} of {merge} is that of {base}"
+        )
     if found.method == "add_difference":
         added, taken = others
         return f"{merge} is {base} plus the difference of {added} from {taken} (add difference)"
@@ -47,6 +51,13 @@ def _what_it_is(found: Explanation) -> str:
     method = found.method or "linear"
     what = "a weighted average" if method == "linear" and _is_average(found) else _TITLES[method]
     return f"{merge} is {what} of {', '.join(first)} and {last}"
+
+
+def _other_parts(found: Explanation) -> str:
+    """What is copied beside the U-Net: ``" (text encoder and VAE, too)"``."""
+    parts = [TITLES.get(name, name) for name in found.components if name != "unet"]
+    *first, last = parts or [""]
+    return f" ({', '.join(first)} and {last}, too)" if first else f" ({last}, too)" if last else ""
 
 
 def _core(found: Explanation) -> str:

@@ -232,6 +232,10 @@ class _Found(Places):
             raise RecipeError(f"{shown(text)} is not recorded by what is in it, and so cannot be found again")
         return str(self.files[text].path)
 
+    def found(self, path: str) -> str:
+        """The path of what was recorded by that name; of what was not, as it is given with a change."""
+        return str(self.files[path].path) if path in self.files else path
+
     def preset(self, text: str) -> str:
         """Its weights were recorded."""
         return text

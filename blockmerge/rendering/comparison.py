@@ -77,7 +77,19 @@ def print_matrix(console: Console, result: SimilarityMatrix) -> None:
 def print_explanation(console: Console, found: Explanation) -> None:
     """Print the verdict, the weights along the U, and what could not be told."""
     _line(console, Text(found.verdict, "bold"))
+    for note in found.notes:
+        _line(console, Text(f"- {note}"))
     console.print()
+    if found.method != "copy" or not found.exact:
+        _print_origins(console, found)
+    if found.tensors:
+        print_table(console, _origins(found, found.tensors, "tensor"))
+    for name, why in found.left_out.items():
+        _line(console, Text.assemble((shown(name), "bold"), f"  left out: {why}"))
+
+
+def _print_origins(console: Console, found: Explanation) -> None:
+    """Print the weights along the U, and those of blocks and components."""
     single = [name for name in found.parents if name != found.base]
     if found.method in ("weighted_sum", "add_difference") and found.parents and found.blocks:
         weights = {block: origin.weights.get(single[0]) for block, origin in found.blocks.items()}
@@ -93,13 +105,8 @@ def print_explanation(console: Console, found: Explanation) -> None:
         console.print()
         components = {_TITLES.get(name, name): origin for name, origin in found.components.items()}
         print_table(console, _origins(found, components, "component"))
-    if found.tensors:
+    if (found.blocks or found.components) and found.tensors:
         console.print()
-        print_table(console, _origins(found, found.tensors, "tensor"))
-    for note in found.notes:
-        _line(console, Text(f"- {note}"))
-    for name, why in found.left_out.items():
-        _line(console, Text.assemble((shown(name), "bold"), f"  left out: {why}"))
 
 
 def weight_text(value: float | None) -> str:

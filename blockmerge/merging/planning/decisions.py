@@ -22,6 +22,11 @@ class VaeFile:
     tensors: Mapping[str, Expression]
 
     @property
+    def vae_name(self) -> str:
+        """What the file or folder is called."""
+        return self.source.name
+
+    @property
     def sources(self) -> tuple[Checkpoint, ...]:
         """What it is read from."""
         return (self.source,)

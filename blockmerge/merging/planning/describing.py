@@ -26,13 +26,15 @@ def describe(
     decisions: Sequence[Decision],
     found: Findings,
     naming: str,
-    written: Sequence[OutputTensor],
+    written: Sequence[OutputTensor] | None = None,
 ) -> list[str]:
-    """Return notes, a sentence each, on models, components, tensors, weights and dtypes, in this order."""
+    """Return notes, a sentence each, on models, components, tensors, weights and dtypes, in this order; of a
+    stage, from which nothing is `written`, without those that only a result needs.
+    """
     notes = [
         *_same_files(models),
         *(note for model in models for note in model.notes),
-        *_vae(models, request, found.vae),
+        *_vae(models, request, found.vae, is_stage=written is None),
         *_standings(models),
         *_input_channels(models, decisions),
         *_components(models, request, found.vae),
@@ -43,7 +45,7 @@ def describe(
         *_clip_and_adjust(models, request, found),
         *differing_predictions(models),
         *_weights(resolved.weights, resolved.beta),
-        *_casts(decisions, written),
+        *_casts(decisions, written or ()),
     ]
     return list(dict.fromkeys(notes))
 
@@ -59,7 +61,9 @@ def _same_files(models: Sequence[Model]) -> Iterator[str]:
             yield f"{', '.join(letters[:-1])} and {letters[-1]} are the same file"
 
 
-def _vae(models: Sequence[Model], request: MergeRequest, vae: Model | VaeFile | None) -> Iterator[str]:
+def _vae(
+    models: Sequence[Model], request: MergeRequest, vae: Model | VaeFile | None, *, is_stage: bool
+) -> Iterator[str]:
     if isinstance(vae, VaeFile):
         source, name = vae.source, vae.source.name
         # The folder of a VAE alone is called "vae".
@@ -69,9 +73,9 @@ def _vae(models: Sequence[Model], request: MergeRequest, vae: Model | VaeFile | 
         yield from (f"{shown(name)} {note}" for note in source.notes)
         return
     holders = sum("vae" in model.components for model in models)
-    if vae is not None and request.vae == "auto" and holders > 1:
+    if vae is not None and request.vae == "auto" and holders > 1 and not is_stage:
         blend = " (merge --vae blend would blend it)" if holders == len(models) else ""
-        yield f"the VAE is taken whole from {shown(vae.name)}{blend}"
+        yield f"the VAE is taken whole from {shown(vae.vae_name)}{blend}"
 
 
 def _standings(models: Sequence[Model]) -> Iterator[str]:

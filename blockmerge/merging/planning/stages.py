@@ -26,16 +26,22 @@ from blockmerge.merging.planning.written import as_run
 class Stage(Model):
     """What a merge within a recipe makes. Its `source` is that of its A, whose form and metadata it has;
     `beneath` is all that it is read from, and `described` how it and the stages within it are made, by their
-    names.
+    names. `vae_from` is what its VAE is taken from whole, where that is so.
     """
 
     beneath: tuple[Checkpoint, ...] = ()
     described: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    vae_from: str | None = None
 
     @property
     def sources(self) -> tuple[Checkpoint, ...]:
         """All that it is read from."""
         return self.beneath
+
+    @property
+    def vae_name(self) -> str:
+        """Its own name, where it makes its VAE itself."""
+        return self.vae_from or self.name
 
     @property
     def is_file(self) -> bool:
@@ -67,7 +73,7 @@ class Stage(Model):
         decisions = policies.decide()
         tensors = {one.ldm: _simple(one.expression) for one in decisions}
         first = tensors.get(a.anatomy.family.input_layer)
-        notes = describe(models, request, resolved, decisions, policies.found, a.anatomy.naming, ())
+        notes = describe(models, request, resolved, decisions, policies.found, a.anatomy.naming)
         names, blocks = names_of_models(models), [one["blocks"] for one in adapted.said]
         run = as_run(request, names, resolved, blocks)
         run["files"] = files_of(models, names, policies.vae_file, adapted)
@@ -82,6 +88,7 @@ class Stage(Model):
             name=name,
             beneath=(*policies.sources, *adapted.sources),
             described={**stages_of(models), name: run},
+            vae_from=None if policies.vae is None else policies.vae.vae_name,
         )
 
 
