@@ -262,3 +262,6 @@ def test_a_recipe_remembers_what_was_taken(here, whole):
     assert blockmerge.verify("vae.safetensors").same
     recipe = blockmerge.Recipe.from_dict({"models": ["a.safetensors"], "method": "convert", "only": "vae"})
     assert recipe.to_dict()["only"] == "vae"
+    run = {"version": "0.1.0", "method": "convert", "models": ["a.safetensors"], "only": ["vae"]}
+    with pytest.raises(blockmerge.errors.RecipeError, match="only is"):
+        blockmerge.Recipe.from_dict(run, models=["a.safetensors"])
