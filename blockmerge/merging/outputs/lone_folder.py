@@ -80,9 +80,8 @@ class LoneFolder(ComponentFolder):
                 )
             made = _made(tensors, a, anatomy, folder)
             config = _check_kind(carried[_CONFIG], made, a.name, str(self.configs))
-            return carried, _other_scale(
-                config, made, anatomy.family, str(self.configs)
-            ) if a.alone.is_part else ()
+            is_known = a.alone.is_part  # of a VAE that was a file, the family is a guess
+            return carried, _other_scale(config, made, anatomy, str(self.configs)) if is_known else ()
         if is_pipeline(a.source):
             return _of_folder(ConfigsFolder.of(a.source), folder), ()
         made = _made(tensors, a, anatomy, folder)
@@ -130,7 +129,7 @@ def _check_kind(data: bytes, made: Mapping[str, Any], name: str, configs: str) -
 
 
 def _other_scale(
-    config: Mapping[str, Any], made: Mapping[str, Any], family: Family, configs: str
+    config: Mapping[str, Any], made: Mapping[str, Any], anatomy: Anatomy, configs: str
 ) -> Sequence[str]:
     """Say where a VAE gets latent images of another scale than its family's: no shape shows it."""
     differing = [
@@ -140,7 +139,8 @@ def _other_scale(
     ]
     if not differing:
         return ()
-    return (f"warning: {_CONFIG}, of {shown(configs)}, is not as in {family.title}: {listing(differing)}",)
+    title = anatomy.family.title
+    return (f"warning: {_CONFIG}, of {shown(configs)}, is not as in {title}: {listing(differing)}",)
 
 
 def _ambiguous(
