@@ -147,10 +147,6 @@ RECORDED = {
 NEVER_SAID = {
     ("check", "merging/planning/policies.py", "--vae"): "a repair asks for no VAE",
     ("check", "merging/planning/request.py", "--vae"): "likewise",
-    **{
-        (command, "merging/planning/describing.py", "--clip"): "nothing is limited in it"
-        for command in ("check", "convert", "bake")
-    },
     ("check", "merging/planning/request.py", "--configs"): "a repair takes none",
     ("check", "merging/planning/request.py", "--seed"): "a repair leaves nothing to chance",
     ("check", "merging/planning/request.py", "--sdxl-map"): "a repair has no weights",

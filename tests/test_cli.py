@@ -94,8 +94,8 @@ def test_rules_adjust_and_clip_are_said_with_the_number_of_tensors(pairs, here, 
     assert notes == [f"clip keeps {computed} tensors between a.safetensors and b.safetensors"]
     _, notes, _ = merged("--clip", "--rules", f"{rules},::1")
     assert notes[1:] == [
-        f"1 element rule without effect, since later rules take all these tensors: {rules}",
-        "clip without effect, since every value is A's or B's",
+        f"1 element rule has no effect, since later rules take all these tensors: {rules}",
+        "clip has no effect, since every value is A's or B's",
     ]
     (here / "mix.toml").write_text(
         f"[X]\nmodels = {json.dumps([*map(str, pairs())])}\nweights = 0.5\nrules = '{rules}'\n"

@@ -62,6 +62,11 @@ def test_files_of_other_kinds(folder):
     assert completed("merge", ".h") == [".hidden.pt"]
 
 
+def test_a_link_to_itself_is_no_folder(folder):
+    (folder / "models" / "loop").symlink_to("loop")
+    assert completed("merge", "models/") == ["models/inner.pt"]
+
+
 def test_the_first_word(folder):
     """It is a command, or already the first model of a merge."""
     found = completed("")
@@ -169,11 +174,16 @@ def test_unknown_shells(here, capsys, monkeypatch):
 BASH = shutil.which("bash")
 
 
-def typed(folder, line):
-    """What bash's own reading of a line completes, cut into words as readline cuts it."""
+def make_program(folder):
+    """The command as the tests' Python runs it."""
     program = folder / "blockmerge"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m blockmerge "$@"\n')
     program.chmod(0o755)
+
+
+def typed(folder, line):
+    """What bash's own reading of a line completes, cut into words as readline cuts it."""
+    make_program(folder)
     script = f"""
         eval "$(./blockmerge completion bash)"
         compopt() {{ [[ $1 == -o && $2 == nospace ]] && SPACE=no; }}
@@ -208,3 +218,24 @@ def typed(folder, line):
 )
 def test_bash(folder, line, found, space):
     assert typed(folder, line) == (found, space)
+
+
+# -- a real fish ---------------------------------------------------------------------------------------------
+
+FISH = shutil.which("fish")
+
+
+@pytest.mark.skipif(FISH is None, reason="needs fish")
+def test_fish(folder):
+    """Weights of several blocks are one text with commas."""
+    make_program(folder)
+    script = """
+        set -x PATH . $PATH
+        blockmerge completion fish | source
+        complete -C "blockmerge a.safetensors b.CKPT --set IN00=0.5,OUT1"
+    """
+    given = {**os.environ, "HOME": str(folder)}
+    done = subprocess.run(
+        [FISH, "-c", script], cwd=folder, env=given, capture_output=True, text=True, check=True
+    )
+    assert (done.stdout.split(), done.stderr) == (["IN00=0.5,OUT10=", "IN00=0.5,OUT11="], "")

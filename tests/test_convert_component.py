@@ -191,6 +191,17 @@ def test_a_config_that_fits_several_families_is_said_and_can_be_given(here, caps
     assert factors == [0.18215, 0.13025, 0.13025]
 
 
+def test_a_config_of_another_family_is_warned_of(here, capsys, whole):
+    one = write(whole("sd1"), here / "one", "safetensors", "sd1")
+    save_file(whole("sdxl"), "xl.safetensors")
+    ok(capsys, "convert", one, "folder", "--to", "diffusers")
+    arguments = ("--to", "diffusers", "--only", "vae", "--configs", "folder")
+    said = ok(capsys, "convert", "xl.safetensors", "vae", *arguments)
+    assert "warning" in said
+    assert "scaling_factor 0.18215, not 0.13025" in " ".join(said.split())
+    assert "warning" not in ok(capsys, "convert", one, "own", *arguments)
+
+
 @pytest.mark.parametrize("name", ["schnell", "sd3"])
 def test_a_transformer_is_taken_out(here, capsys, name):
     one = THIN[name]
@@ -214,6 +225,7 @@ def test_what_is_not_there_is_refused(here, capsys, whole):
         (("a.safetensors", "x.safetensors", "--only", "text_encoder_2"), "has no text_encoder_2"),
         (("a.safetensors", "x.safetensors", "--only", "vea"), "did you mean 'vae'?"),
         (("a.safetensors", "x.safetensors", "--only", "vae", "--vae", "vae.safetensors"), "leave out vae"),
+        (("a.safetensors", "x.safetensors", "--only", "unet", "--ema", "keep"), "no EMA copies"),
         (("vae.safetensors", "x.safetensors", "--only", "unet"), "has no unet"),
     ]:
         assert_refused(capsys, here, "convert", *arguments, says=says)
@@ -250,3 +262,6 @@ def test_a_recipe_remembers_what_was_taken(here, whole):
     assert blockmerge.verify("vae.safetensors").same
     recipe = blockmerge.Recipe.from_dict({"models": ["a.safetensors"], "method": "convert", "only": "vae"})
     assert recipe.to_dict()["only"] == "vae"
+    run = {"version": "0.1.0", "method": "convert", "models": ["a.safetensors"], "only": ["vae"]}
+    with pytest.raises(blockmerge.errors.RecipeError, match="only is"):
+        blockmerge.Recipe.from_dict(run, models=["a.safetensors"])

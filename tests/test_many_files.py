@@ -87,6 +87,17 @@ def test_check_of_several(models, here, capsys):
     ok(capsys, "check", *good)
 
 
+def test_check_says_what_a_file_is_that_is_no_model(models, capsys):
+    lora = {
+        f"lora_unet_mid_block_attentions_0_proj_in.lora_{way}.weight": torch.ones(2, 2)
+        for way in ("up", "down")
+    }
+    save_file(lora, models / "style.safetensors", {"format": "pt"})
+    assert run(["check", str(models)]) == 1
+    (line,) = (one for one in capsys.readouterr().out.splitlines() if one.startswith("style"))
+    assert "1 error: no_unet; is a LoRA" in line
+
+
 def test_one_file_prints_as_ever(models, here, capsys):
     """A folder of one file is a folder; a diffusers folder is one model."""
     shutil.copy(models / "good.safetensors", here)
@@ -122,6 +133,16 @@ def test_a_missing_file_is_a_line_among_several(models, capsys):
     assert run(["check", good, str(models / "gone.ckpt")]) == 1
     out, _ = capsys.readouterr()
     assert out.splitlines()[1] == "gone.ckpt         cannot open gone.ckpt: no such file or directory"
+
+
+def test_an_empty_name_among_several(models, capsys):
+    assert run(["check", "", str(models / "good.safetensors")]) == 1
+    out, _ = capsys.readouterr()
+    assert "  an empty path is not a model: give" in out.splitlines()[0]
+
+
+def test_a_wrong_option_is_not_a_fault_of_the_files(models, here, capsys):
+    assert_refused(capsys, here, "check", "models", "--threads", "0", says="number of threads")
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,26 @@ def test_names_stay_within_the_folder(own, here, capsys):
     assert find_preset("../../a*b").weights["M00"] == 1
 
 
+@pytest.mark.parametrize("name", ["CON", "lpt1", "nul.x", "..", ".hidden", "console"])
+def test_files_have_names_that_every_system_allows(own, here, capsys, name):
+    ok(capsys, "presets", "add", name, "-w", "1", "-q")
+    (path,) = own.iterdir()
+    stem = path.name.split(".")[0]
+    assert stem
+    assert stem not in {"con", "lpt1", "nul"}
+    assert find_preset(name).weights["M00"] == 1
+
+
+def test_no_other_preset_is_lost_with_a_file(own, here, capsys):
+    """Names that are told apart may have the same file, and a file may have several."""
+    ok(capsys, "presets", "add", "x#y", "-w", "0.5")
+    for overwrite in ((), ("--overwrite",)):
+        assert_refused(
+            capsys, here, "presets", "add", "x_y", "-w", "1", *overwrite, says="x#y, which would be"
+        )
+    assert find_preset("x#y").weights["IN00"] == 0.5
+
+
 def test_weights_as_text_are_read_back():
     weights = parse_weights(oracle.HIGH_RES)
     assert parse_weights(weights_text(dict(weights.items()))) == weights

@@ -31,8 +31,9 @@ class Unreadable:
     @classmethod
     def of(cls, model: str | os.PathLike[str], error: BlockmergeError) -> Unreadable:
         """What an error says of a model, without the folders it lies in."""
-        name = name_of(model)
-        said = str(error).replace(str(Path(model)), name).replace(shown(model), shown(name))
+        name, said = name_of(model), str(error)
+        if os.path.dirname(os.fspath(model)):
+            said = said.replace(str(Path(model)), name).replace(shown(model), shown(name))
         return cls(name, said)
 
 

@@ -51,7 +51,7 @@ def _entries(incomplete: str, endings: tuple[str, ...]) -> Iterator[CompletionIt
     for entry in entries:
         if not entry.name.startswith(start) or entry.name.startswith(".") != is_hidden:
             continue
-        if entry.is_dir():
+        if os.path.isdir(entry):  # which raises nothing for a link to itself
             yield CompletionItem(f"{begin}{entry.name}/")
         elif entry.name.lower().endswith(endings):
             yield CompletionItem(begin + entry.name)

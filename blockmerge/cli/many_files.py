@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import click
 
 from blockmerge.cli.console import progress_bar, stdout_console
-from blockmerge.errors import BlockmergeError, shown
+from blockmerge.errors import BlockmergeError, RecipeError, shown
 
 if TYPE_CHECKING:
     from blockmerge.checkpoints import Checkpoint, Unreadable
@@ -106,5 +106,7 @@ class ManyFiles:
             return opened
         try:
             return look(opened)
+        except RecipeError:  # what was asked for makes no sense, whatever the file
+            raise
         except BlockmergeError as error:
             return Unreadable(opened.name, str(error))

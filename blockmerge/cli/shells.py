@@ -1,4 +1,6 @@
-"""bash as click completes it, but for what bash does to texts with `=` and `:` in them, and to spaces."""
+"""Shells as click completes them, but for what bash does to texts with `=` and `:` in them, and to spaces,
+and for what click's script for fish does to commas.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,13 @@ import os
 import re
 from typing import Any
 
-from click.shell_completion import BashComplete, CompletionItem, add_completion_class, split_arg_string
+from click.shell_completion import (
+    BashComplete,
+    CompletionItem,
+    FishComplete,
+    add_completion_class,
+    split_arg_string,
+)
 
 _SOURCE = """\
 %(complete_func)s() {
@@ -54,6 +62,13 @@ class Bash(BashComplete):
 _BREAKS = re.compile(r"[=:]+")
 
 
+class Fish(FishComplete):
+    """Cuts what it is told after the first comma only, since weights of blocks have more."""
+
+    source_template = FishComplete.source_template.replace('string split ","', 'string split -m 1 ","')
+
+
 def register() -> None:
-    """Let click use it."""
+    """Let click use them."""
     add_completion_class(Bash)
+    add_completion_class(Fish)

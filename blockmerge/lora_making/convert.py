@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from blockmerge.adapters import Adapter, Lora, LoraLike
 from blockmerge.checkpoints import Readers, TensorInfo, check_output
@@ -19,9 +18,6 @@ from blockmerge.lora_making.tasks import Made
 from blockmerge.lora_making.writing import LoraFile, compute_all
 from blockmerge.streaming import Progress
 from blockmerge.types import DtypeLike, PathLike
-
-if TYPE_CHECKING:
-    pass
 
 
 def convert_lora(

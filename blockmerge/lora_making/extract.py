@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from blockmerge.adapters import Whereabouts, written_names
 from blockmerge.anatomy import (
@@ -28,9 +27,6 @@ from blockmerge.lora_making.size import Size, check_rank
 from blockmerge.lora_making.tasks import Difference, Layer, Made
 from blockmerge.streaming import Progress
 from blockmerge.types import DtypeLike, PathLike
-
-if TYPE_CHECKING:
-    pass
 
 _USUAL = "F16"
 _VAE, _UNET = "vae", "unet"

@@ -6,7 +6,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from blockmerge.adapters import (
     Applied,
@@ -38,9 +38,6 @@ from blockmerge.lora_making.size import Size
 from blockmerge.lora_making.tasks import Layer, Made, Sum, Term
 from blockmerge.streaming import Progress
 from blockmerge.types import DtypeLike, PathLike
-
-if TYPE_CHECKING:
-    pass
 
 AppliedModule = tuple[Applied, float, Module]
 """A LoRA with its strength, one of its modules, and how much of that is added."""

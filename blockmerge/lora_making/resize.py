@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from blockmerge.adapters import Applied, Lora, LoraLike
 from blockmerge.errors import shown
@@ -14,9 +13,6 @@ from blockmerge.lora_making.result import LoraResult
 from blockmerge.lora_making.size import Size
 from blockmerge.streaming import Progress
 from blockmerge.types import DtypeLike, PathLike
-
-if TYPE_CHECKING:
-    pass
 
 
 def resize_lora(

@@ -6,7 +6,6 @@ It is a merge of one model, with the method that does nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from blockmerge.adapters import LoraLike
 from blockmerge.checkpoints import CheckpointLike
@@ -18,9 +17,6 @@ from blockmerge.methods import BAKE
 from blockmerge.streaming import Progress
 from blockmerge.types import DtypeLike, PathLike
 from blockmerge.weights import WeightsRequest
-
-if TYPE_CHECKING:
-    pass
 
 
 def bake(

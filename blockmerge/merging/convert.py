@@ -5,8 +5,6 @@ It is a merge of one model, with the method that does nothing.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from blockmerge.checkpoints import CheckpointLike
 from blockmerge.merging.planning.request import MergeRequest
 from blockmerge.merging.recipe import Recipe
@@ -15,9 +13,6 @@ from blockmerge.methods import IDENTITY
 from blockmerge.streaming import Progress
 from blockmerge.types import DtypeLike, PathLike
 from blockmerge.weights import WeightsRequest
-
-if TYPE_CHECKING:
-    pass
 
 
 def convert(

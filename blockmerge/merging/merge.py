@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from blockmerge.adapters import LoraLike
 from blockmerge.checkpoints import CheckpointLike
@@ -14,9 +14,6 @@ from blockmerge.methods import MethodLike
 from blockmerge.streaming import Progress
 from blockmerge.types import DtypeLike, PathLike
 from blockmerge.weights import AdjustLike, RulesLike, WeightsLike, WeightsRequest
-
-if TYPE_CHECKING:
-    pass
 
 
 def merge(

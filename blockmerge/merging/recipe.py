@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, Union
+from typing import Any, Self, Union
 
 from blockmerge.adapters import LoraLike
 from blockmerge.checkpoints import (
@@ -42,9 +42,6 @@ from blockmerge.methods import MethodLike
 from blockmerge.streaming import Progress
 from blockmerge.types import DtypeLike, PathLike
 from blockmerge.weights import AdjustLike, RulesLike, WeightsLike, WeightsRequest
-
-if TYPE_CHECKING:
-    pass
 
 Leaf = Union[CheckpointLike, "Recipe"]
 """What a recipe merges: a model, or what another recipe makes."""

@@ -49,12 +49,18 @@ def copied_preset(preset: Preset, name: str, description: str = "") -> bytes:
 
 def place_of(name: str) -> Path:
     """Where a preset of that name goes: a file of the user's folder."""
-    stem = fold(name).replace("/", "_div").replace("*", "_x")
-    return user_folder() / (re.sub(r"[^\w.+-]", "_", stem) + ".toml")
+    stem = re.sub(r"[^\w.+-]", "_", fold(name).replace("/", "_div").replace("*", "_x"))
+    return user_folder() / ("_" * bool(_NO_FILE.match(stem)) + stem + ".toml")
+
+
+_NO_FILE = re.compile(r"\.|(con|prn|aux|nul|com\d|lpt\d)(\.|$)")
+"""How names begin that are hidden, or that Windows has for devices."""
 
 
 def check_new(names: Sequence[str], target: Path) -> None:
-    """Raise PresetError where another file of the user's folder has a preset of one of these names."""
+    """Raise PresetError where another file of the user's folder has a preset of one of these names, or the
+    target one of another name.
+    """
     wanted = set(map(fold, names))
     for path, presets in own_files():
         taken = [preset.name for preset in presets if wanted & set(names_of(preset))]
@@ -62,6 +68,12 @@ def check_new(names: Sequence[str], target: Path) -> None:
             raise PresetError(
                 f"you have a preset of the name {listing(taken)} already, in {shown(path)}: "
                 "give another name, or take that one out"
+            )
+        others = [preset.name for preset in presets if fold(preset.name) not in wanted]
+        if others and path == target:
+            raise PresetError(
+                f"{shown(path)} has your preset {listing(others)}, which would be lost: "
+                "give another name, or move that file"
             )
 
 

@@ -26,6 +26,8 @@ _STRUCTURE = (
 )  # fmt: skip
 """By which keys a config is known to be that of other tensors."""
 
+_SCALE = ("scaling_factor", "shift_factor")
+
 
 class LoneFolder(ComponentFolder):
     """A folder like ``vae/`` of a diffusers folder, with nothing else."""
@@ -76,8 +78,10 @@ class LoneFolder(ComponentFolder):
                     f"{shown(self.configs)} has no {folder}/{_CONFIG}: "
                     "give another as configs (--configs, of convert)"
                 )
-            _check_kind(carried[_CONFIG], _made(tensors, a, anatomy, folder), a.name, str(self.configs))
-            return carried, ()
+            made = _made(tensors, a, anatomy, folder)
+            config = _check_kind(carried[_CONFIG], made, a.name, str(self.configs))
+            is_known = a.alone.is_part  # of a VAE that was a file, the family is a guess
+            return carried, _other_scale(config, made, anatomy, str(self.configs)) if is_known else ()
         if is_pipeline(a.source):
             return _of_folder(ConfigsFolder.of(a.source), folder), ()
         made = _made(tensors, a, anatomy, folder)
@@ -105,7 +109,7 @@ def _made(tensors: Sequence[Tensor], a: Model, anatomy: Anatomy, folder: str) ->
         raise IncompatibleModelsError(f"{shown(a.name)} cannot become a component's folder: {why}") from None
 
 
-def _check_kind(data: bytes, made: Mapping[str, Any], name: str, configs: str) -> None:
+def _check_kind(data: bytes, made: Mapping[str, Any], name: str, configs: str) -> Mapping[str, Any]:
     try:
         config = json.loads(data)
     except ValueError:
@@ -121,6 +125,22 @@ def _check_kind(data: bytes, made: Mapping[str, Any], name: str, configs: str) -
         raise IncompatibleModelsError(
             f"the config of {shown(configs)} is not that of {shown(name)}: {listing(differing)}"
         )
+    return config
+
+
+def _other_scale(
+    config: Mapping[str, Any], made: Mapping[str, Any], anatomy: Anatomy, configs: str
+) -> Sequence[str]:
+    """Say where a VAE gets latent images of another scale than its family's: no shape shows it."""
+    differing = [
+        f"{key} {json.dumps(config[key])}, not {json.dumps(made[key])}"
+        for key in _SCALE
+        if config.get(key) is not None and made.get(key) is not None and config[key] != made[key]
+    ]
+    if not differing:
+        return ()
+    title = anatomy.family.title
+    return (f"warning: {_CONFIG}, of {shown(configs)}, is not as in {title}: {listing(differing)}",)
 
 
 def _ambiguous(

@@ -189,6 +189,8 @@ class MergeRequest:
             raise RecipeError(
                 "only (--only, of convert) writes one component: leave out vae, which adds another"
             )
+        if self.ema == "keep":
+            raise RecipeError("only (--only, of convert) writes no EMA copies: ema is drop or use")
 
     def _fit_to(self, method: Method) -> None:
         """Take the method's defaults where nothing is said, and refuse what it does not take."""

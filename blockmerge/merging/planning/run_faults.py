@@ -11,7 +11,7 @@ from blockmerge.errors import shown
 
 _TEXTS = (
     "version", "method", "preset", "rules", "adjust", "vae", "vae_file", "dtype", "ema", "naming", "variant",
-    "configs", "round", "text_encoder", "result",
+    "configs", "round", "text_encoder", "result", "only",
 )  # fmt: skip
 _FLAGS = ("clip", "prune", "allow_nonfinite", "partial", "hash")
 
