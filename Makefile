@@ -12,9 +12,9 @@ demo: .venv/run
 	@echo
 	@echo "The command is $(BIN)/blockmerge. To type blockmerge alone: . $(BIN)/activate"
 
-# All checks and all tests.
+# All checks and all tests; a process for each processor, so none needs several threads of torch.
 test: check
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 
 # Style, types and format, without the tests.
 check: .venv/test
