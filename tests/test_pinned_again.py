@@ -15,7 +15,7 @@ from blockmerge.rendering.recipes import recipe_text
 from tests.pinned.cases import CASES, GROUPS
 from tests.pinned.inputs import Inputs, Source
 
-STRIDE = 1 if os.environ.get("BLOCKMERGE_EVERY_PINNED_CASE") else 8
+STRIDE = 1 if os.environ.get("BLOCKMERGE_EVERY_PINNED_CASE") else 16
 """All take minutes: by default one of so many."""
 
 
