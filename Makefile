@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check release bench peers docs pictures clean
+.PHONY: demo test test-all check release bench peers docs pictures clean
 
 # The main job, on files it makes itself: two thin checkpoints, merged with the preset high_res.
 demo: .venv/run
@@ -12,9 +12,14 @@ demo: .venv/run
 	@echo
 	@echo "The command is $(BIN)/blockmerge. To type blockmerge alone: . $(BIN)/activate"
 
-# All checks and all tests; a process for each processor, so none needs several threads of torch.
+# All checks and the tests, with a share of the very many alike cases (tests/effort.py); a process for each
+# processor, so none needs several threads of torch.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+# All checks and the tests with every case: some 15 minutes on two cores.
+test-all: export BLOCKMERGE_EVERY_CASE = 1
+test-all: test
 
 # Style, types and format, without the tests.
 check: .venv/test

@@ -21,6 +21,7 @@ from blockmerge.anatomy import component_of, is_position_ids
 from blockmerge.cli.main import run
 from blockmerge.demo import make_state_dicts
 from tests.conftest import unchanged
+from tests.effort import some
 from tests.forms import (
     FORMS,
     UNET,
@@ -360,8 +361,7 @@ def test_the_refiner_merges_only_with_refiners(states, tmp_path, capsys):
 # -- dtypes --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given", DTYPES)
-@pytest.mark.parametrize("wanted", DTYPES)
+@pytest.mark.parametrize(("given", "wanted"), some(itertools.product(DTYPES, DTYPES), of=2))
 def test_converting_is_torchs_own_cast(small, tmp_path, given, wanted):
     state = as_dtype(small(), DTYPES[given])
     form = FORMS[list(DTYPES).index(wanted) % 3]

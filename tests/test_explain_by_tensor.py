@@ -11,6 +11,7 @@ import blockmerge
 from blockmerge.anatomy import component_of
 from blockmerge.weights import ElementRules
 from tests import oracle
+from tests.effort import in_turn
 from tests.test_explain import relatives, tuned
 
 B = "b.safetensors"
@@ -100,8 +101,7 @@ def test_rules_for_the_smallest_tensors(merged, weights):
             assert weight_of(origin) == pytest.approx(0.9, abs=max(ANY, origin.uncertainty)), name
 
 
-@pytest.mark.parametrize("count", [3, 4])
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize(("count", "family"), in_turn([3, 4], ["sdxl", "sd1"]))
 def test_model_stock(merged, count, family):
     found = merged(count, family, method="model_stock", weights=0.8, vae="blend")
     assert found.exact, (found.verdict, found.notes)

@@ -1,4 +1,4 @@
-"""Ten thousand mutated headers: always our error or a correct merge; never a crash, a hang or a large
+"""Thousands of mutated headers: always our error or a correct merge; never a crash, a hang or a large
 allocation.
 """
 
@@ -19,9 +19,10 @@ import torch
 from safetensors.torch import load as load_bytes
 
 import blockmerge
+from tests.effort import many
 from tests.oracle import step_at
 
-CASES = 10_000
+CASES = many(10_000)
 PREFIX = "model.diffusion_model."
 SHAPES = {
     PREFIX + "input_blocks.0.0.weight": ("F16", [4, 4, 3, 3]),
@@ -177,6 +178,6 @@ def test_mutated_headers(part):
                 "out.safetensors",
             }
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
-    assert merged > 100
-    assert refused > 1000
+    assert merged > CASES // 100
+    assert refused > CASES // 10
     assert grown < 200_000, f"{grown} kB"

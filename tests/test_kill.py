@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.effort import many
+
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("rounds", "kind"), [(9, "native"), (6, "bare")])
+@pytest.mark.parametrize(("rounds", "kind"), [(many(18), "native"), (many(12), "bare")])
 def test_killed_merges_leave_no_bad_file(big_pair, tmp_path, rounds, kind):
     script = Path(__file__).parent / "kill_merges.py"
     arguments = [sys.executable, str(script), *map(str, big_pair), str(tmp_path), str(rounds), kind]

@@ -26,6 +26,7 @@ from blockmerge.methods import METHODS
 from blockmerge.weights import WeightsRequest
 from tests import method_oracle, oracle
 from tests.conftest import FAMILIES
+from tests.effort import in_turn
 from tests.thin_unet import config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -495,8 +496,7 @@ def widened(model, channels):
     return {**model, CONV_IN: torch.cat([weight, extra], 1)}
 
 
-@pytest.mark.parametrize("method", ["weighted_sum", "triple_sum", "dare", "slerp"])
-@pytest.mark.parametrize("wide", [0, 1])
+@pytest.mark.parametrize(("method", "wide"), in_turn(["weighted_sum", "triple_sum", "dare", "slerp"], [1, 0]))
 def test_channels_that_only_one_model_has_are_kept(dicts, method, wide):
     models = [
         widened(model, 9) if number == wide else model for number, model in enumerate((*dicts, dicts[0]))

@@ -25,11 +25,13 @@ from blockmerge.checkpoints.writing import disk
 from blockmerge.cli.main import run
 from tests.commands import ok
 from tests.conftest import unchanged
+from tests.effort import in_turn
 from tests.lora_oracle import Factors
 from tests.refusals import assert_refused
 from tests.thin_loras import changes, make_lora, metadata_of, own_shapes, parts_in
 
 FAMILIES = ("sd1", "sd2", "sdxl")
+MADE = in_turn(["merge", "resize", "extract"], FAMILIES)
 LINEAR = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0"
 
 
@@ -61,8 +63,7 @@ def made(tmp_path_factory):
 # -- hashes and readers --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("how", ["merge", "resize", "extract"])
+@pytest.mark.parametrize(("how", "family"), MADE)
 def test_hashes_are_those_that_sd_scripts_would_write(how, family, made):
     """By its own way: the file is saved again, in memory, with its training metadata alone."""
     path = made(how, family)
@@ -92,8 +93,7 @@ def test_the_old_hash_of_files_of_any_size(size, tmp_path):
     assert metadata["sshs_legacy_hash"] == hashlib.sha256(again[0x100000:0x110000]).hexdigest()[:8]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("how", ["merge", "resize", "extract"])
+@pytest.mark.parametrize(("how", "family"), MADE)
 def test_names_are_those_of_sd_scripts(how, family, made):
     found, known = parts_in(made(how, family)), own_shapes(family)
     if how != "extract":
@@ -109,8 +109,7 @@ def test_names_are_those_of_sd_scripts(how, family, made):
             assert parts["lora_up.weight"].shape == (rows, rank, *[1] * (len(inner) - 1))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("how", ["merge", "resize", "extract"])
+@pytest.mark.parametrize(("how", "family"), MADE)
 def test_diffusers_knows_every_module(how, family, made):
     from diffusers.loaders.lora_conversion_utils import (
         _convert_non_diffusers_lora_to_diffusers,

@@ -26,6 +26,7 @@ from blockmerge.merging.planning.request import MergeRequest
 from blockmerge.methods import METHODS, key_of
 from blockmerge.weights import WeightsRequest
 from tests import method_oracle, oracle
+from tests.effort import in_turn, many
 from tests.small_models import in_diffusers, small_model, write_folder
 from tests.test_methods import tolerance
 
@@ -81,14 +82,12 @@ def count_of(method):
 
 
 MIXED = (torch.float16, torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {"fp16": (torch.float16,) * 4, "mixed": MIXED, "fp32": (torch.float32,) * 4}
 
 
-@pytest.mark.parametrize(
-    "dtypes", [(torch.float16,) * 4, MIXED, (torch.float32,) * 4], ids=["fp16", "mixed", "fp32"]
-)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "dtypes"), in_turn(METHODS, tuple(DTYPES)))
 def test_files_are_the_definition_and_state_dicts_the_same_bits(tmp_path, name, dtypes):
-    method = METHODS[name]
+    method, dtypes = METHODS[name], DTYPES[dtypes]
     models = [
         small_model("sd1", dtype, seed) for seed, dtype in zip(range(count_of(method)), dtypes, strict=False)
     ]
@@ -151,7 +150,7 @@ def at_once(name, dtypes, folder):
     return bytes_with(planned(name, dtypes), Pace(1, 64 << 20, 64 << 20, direct=False), folder)
 
 
-@settings(max_examples=40)
+@settings(max_examples=many(40))
 @given(
     name=st.sampled_from(sorted(METHODS)),
     threads=st.integers(1, 9),
@@ -203,8 +202,7 @@ def in_memory_plan(models, method):
 
 
 # Which have all that is joined, transposed or of fewer axes.
-@pytest.mark.parametrize("family", ["sd2", "sdxl"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "family"), in_turn(METHODS, ["sd2", "sdxl"]))
 def test_the_naming_does_not_matter(tmp_path, name, family):
     """Whatever the models' and the output's naming, the values are those of the LDM tensors, joined and as
     LDM has them.
@@ -304,11 +302,9 @@ def test_tensor_sum_reads_only_the_rows_it_takes(tmp_path):
 @pytest.mark.parametrize(
     ("name", "channels", "wide"),
     [
-        (name, channels, wide)
-        for name, method in METHODS.items()
-        if method.models != 1
-        for channels, wide in [(9, 0), (8, 1), (9, 2)]
-        if wide < (method.models or 4)
+        (name, *more)
+        for name, more in in_turn(METHODS, [(9, 0), (8, 1), (9, 2)])
+        if METHODS[name].models != 1 and more[1] < (METHODS[name].models or 4)
     ],
 )
 def test_more_input_channels_are_kept(tmp_path, name, channels, wide):
@@ -356,8 +352,7 @@ def test_the_recipe_for_inpainting_models(tmp_path, dtype):
 # -- what is not finite --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("name", "value"), in_turn(METHODS, [float("nan"), float("inf")]))
 def test_what_is_not_finite_is_found_and_stays_where_it_is(tmp_path, name, value):
     method = METHODS[name]
     models = [small_model(seed=seed) for seed in range(count_of(method))]
@@ -384,8 +379,7 @@ def test_what_is_not_finite_is_found_and_stays_where_it_is(tmp_path, name, value
         assert not (tmp_path / "no.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("weights", [0.5, -0.5])
+@pytest.mark.parametrize(("name", "weights"), in_turn(METHODS, [0.5, -0.5]))
 def test_finite_in_finite_out(name, weights):
     """Models that are equal, zero, or nearly opposite."""
     method = METHODS[name]

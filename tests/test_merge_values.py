@@ -22,6 +22,7 @@ from blockmerge.merging.planning.request import MergeRequest
 from blockmerge.weights import WeightsRequest
 from tests import oracle
 from tests.conftest import FAMILIES, unchanged
+from tests.effort import many
 from tests.every_pair import every_pair
 
 PRESETS = {
@@ -120,7 +121,7 @@ def test_the_complement_merges_the_other_way_round(pairs, tmp_path):
         ].is_floating_point()
 
 
-@settings(max_examples=25)
+@settings(max_examples=many(25))
 @given(
     threads=st.integers(1, 9),
     piece=st.integers(1, 200),

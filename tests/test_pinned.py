@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from tests.effort import some
 from tests.pinned.cases import CASES, GROUPS
 from tests.pinned.inputs import Inputs
 from tests.pinned.running import TABLE, changes, machine, run
@@ -22,11 +23,10 @@ def inputs(tmp_path_factory):
 @pytest.mark.parametrize("group", GROUPS)
 def test_outputs_are_those_that_were_pinned(inputs, tmp_path, group):
     differing = []
-    for case in CASES:
-        if case.group == group:
-            found = run(case, inputs, tmp_path / "case")
-            differences = changes(found, PINNED["outputs"].get(case.id, {}), same_machine=SAME_MACHINE)
-            differing += [f"{case.id}: {difference}" for difference in differences]
+    for case in some((case for case in CASES if case.group == group), of=3):
+        found = run(case, inputs, tmp_path / "case")
+        differences = changes(found, PINNED["outputs"].get(case.id, {}), same_machine=SAME_MACHINE)
+        differing += [f"{case.id}: {difference}" for difference in differences]
     assert not differing, "\n" + "\n".join(differing)
 
 

@@ -17,6 +17,7 @@ from blockmerge.inspecting import repair
 from blockmerge.methods import METHODS
 from blockmerge.streaming import PAGE
 from tests import oracle
+from tests.effort import in_turn
 from tests.quantising import E4M3, E5M2, SPELLINGS, codes_of, is_quantised, meant, quantised, saved
 from tests.small_models import small_model, write_folder
 from tests.test_live import module_of, unet_of
@@ -184,8 +185,7 @@ def test_a_torch_file_too(tmp_path, pair):
     same_bits(out, {name: t.bfloat16() if is_quantised(name, t) else t for name, t in plain.items()})
 
 
-@pytest.mark.parametrize("by_row", [False, True])
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize(("family", "by_row"), in_turn(["sd1", "sd2", "sdxl"], [False, True]))
 def test_under_other_names(tmp_path, family, by_row):
     """Convolutions that become matrices, joined and transposed ones, both ways, as of dequantised weights."""
 

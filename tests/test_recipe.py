@@ -24,6 +24,7 @@ from blockmerge import Merge, OutputError, Recipe, RecipeError
 from blockmerge.merging.planning.request import vae_choice
 from blockmerge.methods import METHODS
 from tests import oracle
+from tests.effort import many
 from tests.forms import ema_of
 from tests.refusals import snapshot
 from tests.small_models import small_model
@@ -306,7 +307,7 @@ def hold_both_inverses(recipe, home, folder, name="out.safetensors", **given):
     return results[0]
 
 
-@settings(max_examples=12)
+@settings(max_examples=many(12))
 @given(options(sound=True))
 def test_a_recipe_read_back_makes_the_same_file(folders, homes, given_options):
     folder = next(homes)

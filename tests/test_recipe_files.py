@@ -24,6 +24,7 @@ from blockmerge.errors import RecipeError
 from blockmerge.merging.again import Recorded, Searched
 from blockmerge.rendering.recipes import recipe_text
 from tests.commands import ok
+from tests.effort import some
 from tests.small_models import small_model, write_folder
 from tests.thin_loras import make_lora
 
@@ -333,7 +334,7 @@ def test_any_kind_of_thing_in_a_recipe_is_taken_or_refused_in_one_line(mix, key,
     places = [written, written["stages"]["X"], written["files"]["models"][1]]
     for place in places:
         before = dict(place)
-        for value in WRONG:
+        for value in some(WRONG, of=3, chosen_by=f"{key} {places.index(place)}"):
             place[key] = value
             if place is places[2]:
                 place |= {"size": value, "name": value} if key == "models" else {"recipe": {key: value}}

@@ -17,6 +17,7 @@ from blockmerge.cli.main import run
 from blockmerge.demo import make_state_dicts
 from blockmerge.inspecting import KINDS, repair
 from tests.conftest import unchanged
+from tests.effort import in_turn
 from tests.forms import FORMS, as_dtype, assert_same, ema_of, in_diffusers, is_unet, read, write
 from tests.refusals import assert_refused
 
@@ -73,8 +74,7 @@ def repaired(path, code):
     return output, load_file(output)
 
 
-@pytest.mark.parametrize("form", ["safetensors", "legacy"])
-@pytest.mark.parametrize("code", DAMAGES)
+@pytest.mark.parametrize(("code", "form"), in_turn(DAMAGES, ["safetensors", "legacy"]))
 def test_every_repairable_code(healthy, tmp_path, code, form):
     _, fixed = repaired(write(DAMAGES[code](healthy), tmp_path / "m", form), code)
     if code == "ema_only":

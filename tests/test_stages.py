@@ -14,6 +14,7 @@ from blockmerge import Merge
 from blockmerge.errors import BlockmergeError, RecipeError
 from blockmerge.methods import METHODS
 from tests import method_oracle, oracle
+from tests.effort import many
 from tests.small_models import small_model, write_folder
 from tests.thin_loras import make_lora
 
@@ -99,7 +100,7 @@ def by_commands(tree, files, folder, output=None):
     return output
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=many(25), suppress_health_check=list(HealthCheck))
 @given(tree=trees(6), family=st.sampled_from(["sd1", "sdxl"]))
 def test_rounded_each_is_the_separate_commands_bit_for_bit(leaves, tmp_path_factory, tree, family):
     folder = tmp_path_factory.mktemp("each")

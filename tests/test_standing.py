@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import product
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from blockmerge.anatomy.configs import folder_configs
 from blockmerge.anatomy.structure import names_in_config
 from blockmerge.demo import make_state_dicts
 from tests.commands import ok
+from tests.effort import some
 
 UNET = "model.diffusion_model."
 SSD_1B = (
@@ -210,8 +212,10 @@ def test_configs_of_another_build_are_refused(states, tmp_path):
         blockmerge.convert(model, tmp_path / "out", naming="diffusers", configs=tmp_path / "full")
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "sdxl_refiner"])
-@pytest.mark.parametrize("pattern", [None, SSD_1B, VEGA, r"middle_block\."])
+@pytest.mark.parametrize(
+    ("family", "pattern"),
+    some(product(["sd1", "sd2", "sdxl", "sdxl_refiner"], [None, SSD_1B, VEGA, r"middle_block\."]), of=2),
+)
 def test_a_config_names_what_diffusers_makes_of_it(states, tmp_path, family, pattern):
     """Our list of names against diffusers' and transformers' own classes, for every component."""
     import diffusers

@@ -14,6 +14,7 @@ from blockmerge.anatomy.renaming import lacking_by_rule, names_by_rule
 from blockmerge.demo import demo_layout
 from blockmerge.methods import METHODS
 from tests import method_oracle, oracle
+from tests.effort import in_turn
 from tests.test_merge_methods import count_of, exact
 from tests.test_methods import tolerance
 
@@ -66,8 +67,7 @@ def weights_of(family):
     return alphas, betas
 
 
-@pytest.mark.parametrize("family", ["flux1", "z_image"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "family"), in_turn(METHODS, ["flux1", "z_image"]))
 def test_every_method_is_its_definition(tmp_path, family, name):
     method, known = METHODS[name], family_of(family)
     models = [tiny(family, seed) for seed in range(count_of(method))]

@@ -13,6 +13,7 @@ from blockmerge import IncompatibleModelsError
 from blockmerge.anatomy import FAMILIES, canonical_name, component_of
 from blockmerge.demo import make_state_dicts
 from blockmerge.inspecting import repair
+from tests.effort import many
 
 UNET = "model.diffusion_model."
 PLAYGROUND = {"edm_mean": torch.arange(4.0), "edm_std": torch.ones(4) * 2}
@@ -204,7 +205,7 @@ def same_bits(one, other):
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*raw)
 
 
-@settings(max_examples=20, phases=(Phase.explicit, Phase.generate))
+@settings(max_examples=many(20), phases=(Phase.explicit, Phase.generate))
 @given(
     family=st.sampled_from(("sd1", "sd2", "sdxl_refiner")),
     extras=EXTRAS,

@@ -322,9 +322,7 @@ finally:
 @pytest.mark.parametrize(
     ("presets", "shipped"),
     [
-        (["high_res"], ["high_res.toml"]),
-        (["HIGH-RES@0.6"], ["high_res.toml"]),
-        (["high-res_replace"], ["high_res.toml"]),
+        (["HIGH-RES_replace@0.6"], ["high_res.toml"]),
         (["SMOOTHSTEP/2@0.5", "grad-v"], ["grad_v.toml", "smoothstep_div2.toml"]),
         (["mine@0.5"], []),
     ],

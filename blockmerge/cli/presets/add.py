@@ -93,6 +93,7 @@ def _one_preset(
     from blockmerge.errors import RecipeError, shown
     from blockmerge.weights import find_preset
     from blockmerge.weights.own_presets import copied_preset, place_of, weights_text, written_preset
+    from blockmerge.weights.presets import is_shipped
 
     if weights is None and family is not None:
         raise RecipeError("--family says whose blocks --weights are for: give --weights, too")
@@ -100,6 +101,11 @@ def _one_preset(
     if weights is not None:
         if name is not None and name != preset:
             raise RecipeError(f"two names are given, {shown(preset)} and {shown(name)}: leave out --name")
+        if _is_preset_file(preset):
+            raise RecipeError(
+                f"with --weights, PRESET is the name of a new preset, and {shown(preset)} is that of a file: "
+                "leave out --weights, or the ending of the name"
+            )
         data = written_preset(called, weights, family, description=description)
     elif preset.lower().endswith(".safetensors"):
         if name is None:
@@ -109,6 +115,11 @@ def _one_preset(
         data = written_preset(name, weights_text(found), own, description=description, source=source)
     else:
         found_preset = find_preset(preset)
+        if name is None and is_shipped(preset):
+            raise RecipeError(
+                f"{shown(preset)} comes with blockmerge: to have a copy of your own, give it another name "
+                "with --name"
+            )
         called = found_preset.name if name is None else name
         data = copied_preset(found_preset, called, description)
     return [called.strip()], place_of(called), data
