@@ -131,10 +131,41 @@ def test_as_many_digits_as_anyone_writes(word):
     assert dict(parse_assignments(f"{word}-L119=0.5", MANY)) == expected
 
 
-@pytest.mark.parametrize("word", ["L120", "L00007", "L1000", "L", "7", "h.120"])
+@pytest.mark.parametrize("word", ["L120", "L00007", "L1000", "LL", "7", "h.120"])
 def test_what_is_no_block_of_them(word):
     with pytest.raises(WeightsError, match=r"unknown block '\S+'.* Counted has BASE, L000-L119"):
         parse_assignments(f"{word}=0.5", MANY)
+
+
+# -- letters alone -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "family", "blocks"),
+    [
+        ("IN", "sd1", oracle.SD[1:13]),
+        ("in", "sdxl", oracle.SDXL[1:10]),
+        ("m", "sdxl", ["M00"]),
+        ("OUT", "sdxl", oracle.SDXL[11:]),
+        ("IN-M", "sd1", oracle.SD[1:14]),
+        ("OUT-M", "sd1", [*oracle.SD[:13:-1], "M00"]),
+        ("IN06-OUT", "sd1", oracle.SD[7:]),
+        ("D", FLUX, [block for block in FLUX.blocks if re.fullmatch("D[0-9]+", block)]),
+        ("IN", LAYERS, ["IN"]),  # a block of its own
+        ("L", MANY, numbered("L", 120, 3)),
+    ],
+)
+def test_letters_alone_are_all_blocks_that_have_them(words, family, blocks):
+    assert dict(parse_assignments(f"{words}=0.5", family)) == dict.fromkeys(blocks, 0.5)
+    if len(blocks) > 1:
+        assert_evenly(parse_weights(f"{words}=0.2..0.8", family), blocks, 0.2, 0.8)
+
+
+def test_letters_alone_in_rules_and_blocks_of_loras():
+    assert read_blocks("OUT=0.5", FAMILIES["sdxl"]) == parse_weights("OUT00-OUT08=0.5", "sdxl")
+    rules = ElementRules.parse("out:attn:0.5").resolve("sdxl")
+    found = {block: rules.weight(block, "x.attn1.to_q.weight", 0.2) for block in oracle.SDXL}
+    assert found == {block: 0.5 if block.startswith("OUT") else 0.2 for block in oracle.SDXL}
 
 
 def test_names_of_a_path():

@@ -165,9 +165,21 @@ def test_no_unet(states, tmp_path):
     vae = {name: tensor for name, tensor in states().items() if component_of(name) == "vae"}
     vae[VAE] = torch.full_like(vae[VAE], math.nan)
     result = checked(vae, tmp_path)
-    assert found(result) == {"no_unet": set(), "nan_or_infinity": {VAE}}
+    assert found(result) == {"component_alone": set(), "nan_or_infinity": {VAE}}
     assert (result.family, result.variant, result.naming) == (None, None, None)
+    vae.popitem()
+    assert found(checked(vae, tmp_path)) == {"no_unet": set(), "nan_or_infinity": {VAE}}
     assert found(checked({}, tmp_path)) == {"no_unet": set()}
+
+
+@pytest.mark.parametrize("component", ["vae", "text_encoder", "text_encoder_2"])
+def test_a_component_alone_is_not_wrong(pairs, tmp_path, component):
+    for naming, name in (("ldm", "one.safetensors"), ("diffusers", "one")):
+        one = blockmerge.convert(pairs("sdxl")[0], tmp_path / name, only=component, naming=naming).output
+        result = blockmerge.check(one)
+        # A text encoder is a model of an unknown kind, which merges by the numbered list in its names.
+        expected = ["component_alone"] if component == "vae" else []
+        assert [problem.code for problem in result.problems] == expected, result.problems
 
 
 @pytest.mark.parametrize(

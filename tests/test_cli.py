@@ -195,7 +195,7 @@ def test_sdxl_weights(pairs, here, capsys):
 def test_dry_run_writes_nothing(pairs, here, capsys):
     out = ok(capsys, *pairs(), "-p", "high_res", "--dry-run")
     assert "dry run: would write" in out
-    assert re.search(r"2\.2 MB in \d+ runs", out)
+    assert "2.2 MB" in out
     assert list(here.iterdir()) == []
     (here / "a+b-high_res.safetensors").write_text("precious")
     (here / "mix.toml").write_text(f"[result]\nmodels = {json.dumps([*map(str, pairs())])}\nweights = 0.5\n")

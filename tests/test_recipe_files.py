@@ -25,6 +25,7 @@ from blockmerge.merging.again import Recorded, Searched
 from blockmerge.rendering.recipes import recipe_text
 from tests.commands import ok
 from tests.effort import some
+from tests.refusals import assert_refused
 from tests.small_models import small_model, write_folder
 from tests.thin_loras import make_lora
 
@@ -418,6 +419,26 @@ def test_the_recipe_that_is_shown_makes_the_same_file(mix, number, cli):
     (mix / "shown.toml").write_text(cli("recipe", mix / "made.safetensors"))
     Recipe.load(mix / "shown.toml").run(mix / "again.safetensors")
     assert sha256(mix / "again.safetensors") == sha256(mix / "made.safetensors"), name
+
+
+@pytest.mark.parametrize("form", [(), ("--json",), ("--pin",)])
+def test_a_recipe_is_written_to_a_file_whole_and_over_nothing(mix, cli, capsys, form):
+    made = Recipe.load(mix / "mix.toml").run().output
+    shown = cli("recipe", made, *form)
+    out = mix / "shown.json"
+    for more in ((), ("--overwrite",)):
+        assert run(["recipe", str(made), *form, "-o", str(out), *more]) == 0
+        assert capsys.readouterr() == ("", f"wrote {out}\n")
+    assert out.read_text() == shown
+    refusals = ((out, "exists"), (made, "is the input"), (mix / "x.safetensors", "the ending of a model"))
+    for output, says in refusals:
+        assert_refused(capsys, mix, "recipe", made, *form, "-o", output, says=says)
+    assert_refused(capsys, mix, "recipe", made, "--tree", "-o", mix / "tree.txt", says="leave out -o")
+
+
+def test_a_recipe_that_names_no_output_asks_for_one(mix, cli, capsys):
+    (mix / "mix.toml").write_text(MIX.replace('output = "final.safetensors"', ""))
+    assert_refused(capsys, mix, "run", mix / "mix.toml", says="the recipe names no output: give one (-o)")
 
 
 def test_the_result_keeps_its_name(mix, cli):

@@ -155,7 +155,7 @@ def test_a_healthy_model_is_written_and_said_to_be_so(healthy, tmp_path, capsys)
     assert run(["check", str(output), "--fix", str(tmp_path / "again.safetensors")]) == 0
     assert (
         capsys.readouterr().out.splitlines()[-1]
-        == f"wrote {tmp_path / 'again.safetensors'}: nothing was to be repaired"
+        == f"wrote {tmp_path / 'again.safetensors'}: nothing needed repair"
     )
     assert_same(load_file(tmp_path / "again.safetensors"), healthy)
 

@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 
 import blockmerge
 from blockmerge import BlockWeights, PresetError, WeightsError
+from blockmerge.adapters.block_texts import read_blocks
+from blockmerge.anatomy import FAMILIES
 from blockmerge.weights import WeightsRequest, find_preset, parse_weights, presets, unreadable_presets
+from blockmerge.weights.grammar import notes_on
 from blockmerge.weights.presets import shipped_folder, user_folder
 from tests import oracle
 
@@ -39,6 +42,29 @@ def test_lists_of_numbers(numbers):
     assert values(numbers) == numbers
     assert values(tuple(numbers[1:])) == [0.0, *numbers[1:]]
     assert values(",".join(map(repr, numbers[1:]))) == [0.0, *numbers[1:]]
+
+
+@pytest.mark.parametrize("separator", [",,", ", ,", ";;", ",\n ,"])
+@pytest.mark.parametrize("count", [25, 26, 20])
+def test_a_number_left_blank_shifts_no_others(separator, count):
+    numbers = ["0.5"] * count
+    text = ",".join(numbers[:9]) + separator + ",".join(numbers[9:])
+    with pytest.raises(WeightsError, match="number 10 of the list is empty"):
+        parse_weights(text)
+    with pytest.raises(WeightsError, match="number 10 of the list is empty"):
+        read_blocks(text, FAMILIES["sd1"])
+    with pytest.raises(WeightsError, match="number 1 of the list is empty"):
+        parse_weights("," + ",".join(numbers))
+    if count == 26:
+        assert values(",".join(numbers) + ",") == [0.5] * 26
+
+
+def test_numbers_without_base_are_noted():
+    for numbers, family, last in (([0.5] * 25, "sd1", 11), ("0.5," * 25, "sdxl", 11), ("1 " * 19, "sdxl", 8)):
+        (note,) = notes_on(numbers, family)
+        assert note.endswith(f"numbers are for IN00 to OUT{last:02}: BASE is 0")
+    for others in ([0.5] * 26, "0.5", 0.5, "IN00=1", "0.5," * 26):
+        assert notes_on(others) == []
 
 
 def test_lists_for_sdxl():

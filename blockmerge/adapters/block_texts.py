@@ -11,7 +11,7 @@ from blockmerge.errors import WeightsError, counted, did_you_mean, shown
 from blockmerge.weights import BlockWeights, WeightsLike, parse_weights
 from blockmerge.weights.block_lists import example, spans
 from blockmerge.weights.gradients import is_gradient
-from blockmerge.weights.grammar import lone_gradient
+from blockmerge.weights.grammar import check_complete, lone_gradient
 from blockmerge.weights.plain_numbers import finite_number
 from blockmerge.weights.random_weights import is_random
 from blockmerge.weights.words import names_blocks
@@ -67,6 +67,7 @@ def _of_text(text: str, family: Family, seed: int) -> BlockWeights:
         raise WeightsError("there is a third ':', and a LoRA is given as FILE[:STRENGTH[:BLOCKS]]")
     words = _WORD.findall(text)
     if len(words) > 1:
+        check_complete(text)
         return _of_list(words, family, seed)
     if is_gradient(text):
         raise lone_gradient(text.strip(), family)

@@ -71,6 +71,8 @@ def explain(
             "html": lambda: explanation_html(found),
         },
     )
+    if output is not None:
+        click.echo(found.verdict, err=True)
     if found.left_out:
         raise CheckpointError(
             f"{len(found.left_out)} of the candidates could not be used: {listing(found.left_out)}"

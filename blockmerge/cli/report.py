@@ -20,7 +20,6 @@ FORMATS = ("table", "json", "csv", "html")
 _SUFFIXES = {
     "": "table", ".txt": "table", ".json": "json", ".csv": "csv", ".html": "html", ".htm": "html",
 }  # fmt: skip
-_MODELS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _FILE_WIDTH = 120
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -66,11 +65,11 @@ class ReportTarget:
         """Raises RecipeError for an unknown format, OutputError for an ending that tells none and for a place
         that cannot be written.
         """
-        from blockmerge.checkpoints import check_output
+        from blockmerge.checkpoints import SUFFIXES, check_output
         from blockmerge.errors import OutputError, RecipeError, did_you_mean, shown
 
         ending = Path(output or "").suffix.lower()
-        if output is not None and ending in _MODELS:
+        if output is not None and ending in SUFFIXES:
             raise OutputError(f"{shown(output)} has the ending of a model: give the report another")
         if form is None:
             form = "json" if as_json else _SUFFIXES.get(ending)

@@ -21,7 +21,7 @@ from blockmerge.anatomy import (
     plain_names_of_ema,
     unwrapped_name,
 )
-from blockmerge.checkpoints import Checkpoint, Model, Quantised, TensorInfo, quantised
+from blockmerge.checkpoints import Checkpoint, Model, Quantised, TensorInfo, lone_model, quantised
 from blockmerge.dtypes import FLOAT_DTYPES
 from blockmerge.errors import CheckpointError, UnknownFamilyError, counted, listing, shown
 from blockmerge.expressions import Expression
@@ -103,13 +103,26 @@ def check_structure(subject: Subject) -> Iterator[Problem]:
     if subject.quantised.signs:
         return  # what else there is to see of packed weights follows from that
     if subject.model is None:
-        yield Problem.of("no_unet", subject.why_unknown or "")
+        yield _instead_of_a_model(subject)
     else:
         yield from _derivatives(subject.model.anatomy)
         yield from _against_layout(subject, subject.model.anatomy)
         yield from _dtypes(subject)
         yield from _superfluous(subject)
     yield from _names(subject)
+
+
+def _instead_of_a_model(subject: Subject) -> Problem:
+    try:
+        lone = lone_model(subject.checkpoint, subject.checkpoint.name)
+    except CheckpointError:  # of integers, which have a problem of their own
+        lone = None
+    if lone is None:
+        return Problem.of("no_unet", subject.why_unknown or "")
+    title = lone.anatomy.family.titles[next(iter(lone.components))]
+    return Problem.of(
+        "component_alone", f"it is a {title} alone: a loader of whole models has to get the rest elsewhere"
+    )
 
 
 def _derivatives(anatomy: Anatomy) -> Iterator[Problem]:

@@ -35,6 +35,9 @@ _LEAST = 0.0005  # of a weight, that is shown
 _SEVERITY_STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
 
+_LARGE = 100_000_000
+
+
 def print_merge(console: Console, result: MergeResult) -> None:
     """Print the weights along the U, what was computed, copied and left out, the notes, and the file."""
     what = f"{result.method} {result.preset}" if result.preset else result.method
@@ -53,20 +56,13 @@ def print_merge(console: Console, result: MergeResult) -> None:
     if result.dry_run:
         _line(
             console,
-            Text(
-                f"dry run: would write {shown(result.output)}, "
-                f"{bytes_text(result.bytes)} in {result.runs} runs"
-            ),
+            Text(f"dry run: would write {shown(result.output)}, {bytes_text(result.bytes)}"),
         )
     else:
-        rate = f"{bytes_text(round(result.bytes / max(result.seconds, 1e-9)))}/s"
-        _line(
-            console,
-            Text.assemble(
-                (shown(result.output), "bold"),
-                f"  {bytes_text(result.bytes)} in {result.seconds:.2f} s ({rate})",
-            ),
-        )
+        took = f"  {bytes_text(result.bytes)} in {result.seconds:.2f} s"
+        if result.bytes > _LARGE:  # of small ones it would be the speed of planning
+            took += f" ({bytes_text(round(result.bytes / max(result.seconds, 1e-9)))}/s)"
+        _line(console, Text.assemble((shown(result.output), "bold"), took))
 
 
 def print_inspection(console: Console, found: Inspection) -> None:
@@ -159,7 +155,7 @@ def _repaired(found: CheckResult) -> str:
     wrong = ", ".join(dict.fromkeys(problem.code for problem in found.faults))
     if found.fixed:
         return f"fixed {', '.join(found.fixed)}" + (f"; still wrong: {wrong}" if wrong else "")
-    return f"none of what is wrong can be repaired: {wrong}" if wrong else "nothing was to be repaired"
+    return f"none of what is wrong can be repaired: {wrong}" if wrong else "nothing needed repair"
 
 
 def print_presets(console: Console, presets: Sequence[Preset]) -> None:

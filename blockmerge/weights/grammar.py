@@ -3,7 +3,8 @@
 - one number for all blocks: ``0.5``
 - as many numbers as the family has blocks: ``0,0,1,1,0.67,…`` (one fewer leaves BASE 0), or as other programs
   list them (`number_lists`)
-- names and ranges: ``BASE=0,IN00-IN05=0.3,M00=1`` (blocks left out are 0; later entries win)
+- names and ranges: ``BASE=0,IN00-IN05=0.3,OUT=1`` (``OUT`` stands for OUT00 to the last; blocks left out are
+  0; later entries win)
 - gradients over a range: ``IN00-IN11=0..1``, from the first number at the first block to the second at the
   last, in the direction in which the range is written
 - words of other programs, by the family's `aliases`: ``double_blocks.3.=0.4`` (words that mean one block must
@@ -72,15 +73,23 @@ def read_weights(
 
 
 def notes_on(value: WeightsLike, family: Family | str = DEFAULT_FAMILY, seed: int | str = 0) -> list[str]:
-    """Say which numbers of a list count for nothing, since others are for the same block.
+    """Say which numbers of a list count for nothing, since others are for the same block, and that BASE is 0
+    where it has none.
 
     Raises WeightsError as `parse_weights` does.
     """
     wanted = family_named(family)
     numbers, read = _list_of(value, wanted, seed)
-    if numbers is None or not (places := listed_numbers(len(numbers), wanted)):
+    if numbers is None:
         return []
-    return _of_list(numbers, places, wanted, read)[1]
+    if places := listed_numbers(len(numbers), wanted):
+        return _of_list(numbers, places, wanted, read)[1]
+    if len(numbers) == 1 and isinstance(value, str):
+        return []
+    blocks = blocks_of_count(len(numbers), wanted, other_lists(wanted))
+    if len(numbers) == len(blocks):
+        return []
+    return [f"{len(numbers)} numbers are for {blocks[1]} to {blocks[-1]}: BASE is 0"]
 
 
 def parse_assignments(
@@ -153,6 +162,16 @@ def lone_gradient(text: str, family: Family) -> WeightsError:
     )
 
 
+def check_complete(text: str) -> None:
+    """Raise WeightsError where a number of a list is empty, without which the others would be for other
+    blocks.
+    """
+    if blank := re.search(r"(?:^|[,;])\s*(?=[,;])", text):
+        raise WeightsError(
+            f"number {len(_entries(text[: blank.start()])) + 1} of the list is empty: write a number there"
+        )
+
+
 def is_one_number(value: WeightsLike) -> bool:
     """Whether weights that can be read are one number (or word) for all blocks, whatever the family."""
     if isinstance(value, str):
@@ -193,6 +212,8 @@ def _list_of(value: WeightsLike, family: Family, seed: int | str) -> tuple[Seque
 
     if isinstance(value, str):
         words = [] if "=" in value else _entries(value)
+        if words:
+            check_complete(value)
         if not words and "=" not in value:
             raise WeightsError(
                 "the weights are empty: give a number, "

@@ -2,6 +2,7 @@
 
 - ``IN04``, ``in4``, ``IN004``: a block, in whatever case and with as many zeros
 - ``OUT02-M00``: a range, in the direction in which it is written
+- ``IN``, ``out``: letters alone stand for all blocks that have them and a number
 - ``double_blocks.3.``, ``DOUBLE03``: a word of another program, by the family's `aliases`
 """
 
@@ -54,6 +55,8 @@ def named_blocks(text: str, family: Family) -> Named:
     ends = _named(first, family), _named(last, family)
     start, stop = family.blocks.index(ends[0].blocks[0]), family.blocks.index(ends[1].blocks[-1])
     step = 1 if start <= stop else -1
+    if step < 0:
+        start, stop = family.blocks.index(ends[0].blocks[-1]), family.blocks.index(ends[1].blocks[0])
     blocks = tuple(family.blocks[place] for place in range(start, stop + step, step))
     return Named(blocks, "-".join(dict.fromkeys(end.how for end in ends)))
 
@@ -101,6 +104,8 @@ def may_name_blocks(text: str, family: Family) -> bool:
 def _named(word: str, family: Family) -> Named:
     if (block := _spelling(word, family.blocks)) is not None:
         return Named((block,), "")
+    if lettered := tuple(block for block in family.blocks if _is_of(block, word)):
+        return Named(lettered, "")
     if (found := _matching(word, family)) is None:
         known = (_spelling(word, blocks) for blocks in block_lists())
         raise unknown_block(next(filter(None, known), word), family)
@@ -109,6 +114,12 @@ def _named(word: str, family: Family) -> Named:
     if None in blocks:
         raise WeightsError(f"'{shown(word)}': {unknown_block(targets[blocks.index(None)], family)}")
     return Named(tuple(filter(None, blocks)), alias.word)
+
+
+def _is_of(block: str, letters: str) -> bool:
+    """Whether a block has these letters and a number."""
+    own, number = _key(block)
+    return number is not None and own == letters.casefold()
 
 
 def _matching(word: str, family: Family) -> tuple[_Alias, list[str]] | None:

@@ -183,9 +183,20 @@ def _files_instead(folder: Path) -> str:
         which = f"the path of one of these ({listing(Path(*file.parts[-3:]) for file in files)})"
     elif files := model_files(folder):
         which = f"one of these, such as {shown(files[0])}"
+    elif inner := _folders_of_models(folder):
+        return f" of its own: there are models in its folders {listing(inner)}, so give one of those"
     else:
         return ": give a .safetensors file"
     return f" of its own, but with {counted(len(files), 'model file')} in it: give {which}"
+
+
+def _folders_of_models(folder: Path) -> list[str]:
+    """The folders in a folder that have model files, or are a model's."""
+    try:
+        inner = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+        return [path.name for path in inner if model_files(path) or _component_folders(path)]
+    except (OSError, CheckpointError):
+        return []
 
 
 def carried_without_weights(folder: Path) -> tuple[str, ...]:

@@ -69,13 +69,13 @@ def _check_met(adapter: Adapter, unmet: Sequence[str], models: Sequence[Model], 
     count = len(adapter.modules)
     if len(unmet) == count:
         raise IncompatibleModelsError(
-            f"none of the {counted(count, 'module')} of {shown(adapter.name)} meets a tensor of "
+            f"none of the {counted(count, 'module')} of {shown(adapter.name)} matches a tensor of "
             f"{names_of(models)} ({listing(unmet)})"
         )
     if unmet and not partial:
         raise IncompatibleModelsError(
-            f"no tensor of {names_of(models)} is met by {counted(len(unmet), 'module')} of {count} of "
-            f"{shown(adapter.name)} ({listing(unmet)}): "
+            f"{len(unmet)} of the {counted(count, 'module')} of {shown(adapter.name)} matched no tensor of "
+            f"{names_of(models)} ({listing(unmet)}): "
             "partial (--partial, of merge and bake) leaves those out"
         )
 
@@ -95,7 +95,7 @@ def _said(lora: Lora, adapter: Adapter, unmet: Sequence[str], weights: Mapping[s
 
 def _notes(one: Applied, unmet: Sequence[str]) -> Iterator[str]:
     name, met = shown(one.adapter.name), len(one.adapter.modules) - len(unmet)
-    yield f"{name}: {counted(met, 'module')} met a tensor"
+    yield f"{name}: {counted(met, 'module')} matched"
     if unmet:
         yield f"{name}: {counted(len(unmet), 'module')} without a tensor left out ({listing(unmet)})"
     if not any(True for _ in one.scaled()):
