@@ -122,9 +122,16 @@ def test_places_where_nothing_can_be_written(pairs, tmp_path, capsys):
         assert_refused(capsys, tmp_path, a, b, "-w", "0.5", "-o", output, says=says)
 
 
-@pytest.mark.parametrize(("output", "kind"), [(None, "NoneType"), (b"out.safetensors", "bytes"), (3, "int")])
-def test_an_output_that_is_no_path(pairs, output, kind):
-    with pytest.raises(OutputError, match=f"the output is a path; {kind} given"):
+@pytest.mark.parametrize(
+    ("output", "says"),
+    [
+        (None, r"no output is named: give a path \(-o\)"),
+        (b"out.safetensors", "the output is a path; bytes given"),
+        (3, "the output is a path; int given"),
+    ],
+)
+def test_an_output_that_is_no_path(pairs, output, says):
+    with pytest.raises(OutputError, match=says):
         blockmerge.merge(*pairs(), weights=0.5, output=output)
 
 

@@ -438,7 +438,7 @@ def test_a_recipe_is_written_to_a_file_whole_and_over_nothing(mix, cli, capsys, 
 
 def test_a_recipe_that_names_no_output_asks_for_one(mix, cli, capsys):
     (mix / "mix.toml").write_text(MIX.replace('output = "final.safetensors"', ""))
-    assert_refused(capsys, mix, "run", mix / "mix.toml", says="the recipe names no output: give one (-o)")
+    assert_refused(capsys, mix, "run", mix / "mix.toml", says="no output is named: give a path (-o)")
 
 
 def test_the_result_keeps_its_name(mix, cli):

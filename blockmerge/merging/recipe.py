@@ -350,7 +350,7 @@ class Recipe(Node):
         check_flag("overwrite", overwrite)
         output = self.output if output is None else output
         if output is None:
-            raise OutputError("the recipe names no output: give one (-o)")
+            raise OutputError("no output is named: give a path (-o)")
         planned, pace, device = self.computed(output, device=device, threads=threads, metadata=metadata)
         target = planned.output.check(_inputs(planned, self.request), overwrite=True)
         seconds = time.perf_counter() - started

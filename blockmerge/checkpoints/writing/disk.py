@@ -56,15 +56,21 @@ def status(path: Path) -> os.stat_result | None:
         return None
 
 
-def create_locked(folder: Path, suffix: str) -> tuple[Path, int]:
-    """Create a file with a new temp name in `folder`, locked for as long as it is open. Raises OSError."""
+def temp_path(folder: Path, suffix: str) -> Path:
+    """Return a new temp name in `folder`: known before there is a file, so that it can be removed whenever
+    its making is interrupted.
+    """
+    return folder / f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}{suffix}"
+
+
+def create_locked(path: Path) -> int:
+    """Create a file, locked for as long as it is open. Raises OSError."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     for _ in range(100):
-        path = folder / f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}{suffix}"
         file = os.open(path, flags, 0o666)
         try:
             if _lock(file) and path.exists():
-                return path, file
+                return file
         except BaseException:
             unlock_and_remove(path, file)
             raise

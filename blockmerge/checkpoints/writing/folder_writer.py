@@ -99,7 +99,8 @@ class AtomicFolder:
         self.files = files
         self.swept: tuple[str, ...] = ()
         self._overwrite = overwrite
-        self._lock: tuple[Path, int] | None = None
+        self._lock: Path | None = None
+        self._locked: int | None = None
         self._open: dict[str, int] = {}
 
     def __enter__(self) -> Self:
@@ -108,9 +109,10 @@ class AtomicFolder:
             if not self._overwrite and os.path.lexists(self.target):  # just put back
                 raise FileExistsError
             disk.check_space(self.target, sum(map(_size, self.files.values())))
-            path, file = self._lock = disk.create_locked(self.target.parent, disk.LOCK)
-            os.write(file, os.fsencode(self.target.name))
-            path.with_suffix(disk.TEMP).mkdir()
+            self._lock = disk.temp_path(self.target.parent, disk.LOCK)
+            self._locked = disk.create_locked(self._lock)
+            os.write(self._locked, os.fsencode(self.target.name))
+            self._at(disk.TEMP).mkdir()
             for name, content in self.files.items():
                 self._create(name, content)
         except OSError as error:
@@ -160,16 +162,19 @@ class AtomicFolder:
             if aside.exists() and not os.path.lexists(self.target):
                 os.rename(aside, self.target)
         shutil.rmtree(self._at(disk.TEMP), ignore_errors=True)
-        path, file = self._lock
-        self._lock = None
-        if aside.exists():
+        lock, file = self._lock, self._locked
+        self._lock = self._locked = None
+        if file is None:
+            with contextlib.suppress(OSError):
+                lock.unlink(missing_ok=True)
+        elif aside.exists():
             os.close(file)  # the lock stays, with the name of what was moved aside
         else:
-            disk.unlock_and_remove(path, file)
+            disk.unlock_and_remove(lock, file)
 
     def _at(self, suffix: str) -> Path:
         assert self._lock is not None
-        return self._lock[0].with_suffix(suffix)
+        return self._lock.with_suffix(suffix)
 
     def _create(self, name: str, content: int | bytes) -> None:
         inside = PurePosixPath(name)
@@ -203,8 +208,8 @@ class AtomicFolder:
         _check_replaceable(self.target)  # much may have happened since it was asked for
         if not disk.exchange(temp, self.target):
             aside = self._at(disk.ASIDE)
-            assert self._lock is not None
-            disk.flush(self._lock[1])  # says whose folder that is, after a power cut too
+            assert self._locked is not None
+            disk.flush(self._locked)  # says whose folder that is, after a power cut too
             os.rename(self.target, aside)
             os.rename(temp, self.target)
             os.rename(aside, temp)  # from here on it may be removed

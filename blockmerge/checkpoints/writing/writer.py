@@ -72,7 +72,8 @@ class AtomicFile:
         try:
             self.swept = tuple(disk.sweep(self.target.parent))
             disk.check_space(self.target, self.size)
-            self.path, self._file = disk.create_locked(self.target.parent, disk.TEMP)
+            self.path = disk.temp_path(self.target.parent, disk.TEMP)
+            self._file = disk.create_locked(self.path)
             disk.reserve(self._file, self.size)
         except OSError as error:
             self.discard()
