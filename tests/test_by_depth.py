@@ -52,7 +52,8 @@ def test_lists_of_u_nets(count):
     for given_as in (numbers, ",".join(map(str, numbers)), np.array(numbers)):
         assert list(parse_weights(given_as, FLUX)) == flux_blocks()
         assert list(parse_weights(given_as, FLUX).values()) == pytest.approx(expected)
-        (note,) = WeightsRequest(weights=given_as).lost(FLUX)
+        *without_base, note = WeightsRequest(weights=given_as).lost(FLUX)
+        assert [said.endswith("BASE is 0") for said in without_base] == [True] * (count in (25, 19))
         assert note == (
             f"weights (--weights): {len(inner)} weights are carried over to Toy Counted's 59 blocks by depth"
         )

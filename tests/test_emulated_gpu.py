@@ -24,6 +24,7 @@ from blockmerge.demo import demo_layout
 from blockmerge.merging import flat_unet
 from blockmerge.methods import METHODS, randomness
 from tests import oracle
+from tests.effort import some
 from tests.emulated_gpu import EmulatedGpu
 from tests.quantising import SPELLINGS, quantised
 from tests.small_models import small_model
@@ -222,7 +223,7 @@ def merged_on(files, tmp_path):
     return merge
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", some(METHODS, of=2, chosen_by="files"))
 def test_files(merged_on, name):
     """Three workers, each with a stream and page-locked memory of its own, and late copies: the same bytes. No
     memory is kept but the table of chance.
@@ -404,7 +405,7 @@ def test_ties_keeps_the_same_values_for_every_density_and_nan(density):
 # -- live ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", some(METHODS, of=2, chosen_by="live"))
 def test_live(name):
     method = METHODS[name]
     models = [unet_of(model) for model in models_for(method, LIVE_DTYPES[name])]

@@ -142,8 +142,7 @@ def _layout(family):
     return blockmerge.anatomy.FAMILIES[family].layout
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("how", ["merge", "resize", "extract"])
+@pytest.mark.parametrize(("how", "family"), MADE)
 def test_they_are_loras_for_blockmerge_too(how, family, made):
     adapter = blockmerge.adapters.Adapter.of(open_checkpoint(made(how, family)))
     assert adapter.family.name == family
