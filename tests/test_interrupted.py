@@ -17,7 +17,6 @@ INSIDE = (
     AtomicFile.__enter__,
     AtomicFolder.__enter__,
     AtomicFolder._create,
-    disk.temp_path,
     disk.create_locked,
 )
 PLACES = {

@@ -19,7 +19,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from blockmerge.errors import OutputError, bytes_text, shown
@@ -56,17 +56,15 @@ def status(path: Path) -> os.stat_result | None:
         return None
 
 
-def temp_path(folder: Path, suffix: str) -> Path:
-    """Return a new temp name in `folder`: known before there is a file, so that it can be removed whenever
-    its making is interrupted.
+def create_locked(folder: Path, suffix: str, announce: Callable[[Path], None]) -> int:
+    """Create a file with a new temp name in `folder`, locked for as long as it is open. Raises OSError.
+
+    The name is announced before there is a file, which can so be removed whenever this is interrupted.
     """
-    return folder / f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}{suffix}"
-
-
-def create_locked(path: Path) -> int:
-    """Create a file, locked for as long as it is open. Raises OSError."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     for _ in range(100):
+        path = folder / f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}{suffix}"
+        announce(path)
         file = os.open(path, flags, 0o666)
         try:
             if _lock(file) and path.exists():
@@ -74,7 +72,8 @@ def create_locked(path: Path) -> int:
         except BaseException:
             unlock_and_remove(path, file)
             raise
-        # Between creating and locking it, another writer took it for a leftover and removed it.
+        # Between creating and locking it, another writer took it for a leftover and removed it, or will: the
+        # next one has another name.
         unlock_and_remove(path, file)
     raise OSError(errno.EAGAIN, "temp files vanish as soon as they are made")
 

@@ -109,8 +109,7 @@ class AtomicFolder:
             if not self._overwrite and os.path.lexists(self.target):  # just put back
                 raise FileExistsError
             disk.check_space(self.target, sum(map(_size, self.files.values())))
-            self._lock = disk.temp_path(self.target.parent, disk.LOCK)
-            self._locked = disk.create_locked(self._lock)
+            self._locked = disk.create_locked(self.target.parent, disk.LOCK, self._locked_by)
             os.write(self._locked, os.fsencode(self.target.name))
             self._at(disk.TEMP).mkdir()
             for name, content in self.files.items():
@@ -125,6 +124,9 @@ class AtomicFolder:
 
     def __exit__(self, *_: object) -> None:
         self.discard()
+
+    def _locked_by(self, lock: Path) -> None:
+        self._lock = lock
 
     def path_of(self, name: str) -> Path:
         """Return the path at which one of `files` is to be written."""

@@ -72,8 +72,7 @@ class AtomicFile:
         try:
             self.swept = tuple(disk.sweep(self.target.parent))
             disk.check_space(self.target, self.size)
-            self.path = disk.temp_path(self.target.parent, disk.TEMP)
-            self._file = disk.create_locked(self.path)
+            self._file = disk.create_locked(self.target.parent, disk.TEMP, self._lies_at)
             disk.reserve(self._file, self.size)
         except OSError as error:
             self.discard()
@@ -85,6 +84,9 @@ class AtomicFile:
 
     def __exit__(self, *_: object) -> None:
         self.discard()
+
+    def _lies_at(self, path: Path) -> None:
+        self.path = path
 
     def path_of(self, name: str) -> Path:
         """Where the data goes; the name tells nothing here, there is one file (`AtomicFolder` has
