@@ -47,6 +47,9 @@ DTYPES = {
     "fp8_e5m2": torch.float8_e5m2,
 }  # fmt: skip
 
+_USUAL = itertools.product(("fp16", "bf16", "fp32"), ("fp16", "bf16", "fp8_e4m3fn"))
+CASTS = dict.fromkeys((*_USUAL, *some(itertools.product(DTYPES, DTYPES), of=5)))
+
 
 @pytest.fixture(scope="module")
 def states():
@@ -361,7 +364,7 @@ def test_the_refiner_merges_only_with_refiners(states, tmp_path, capsys):
 # -- dtypes --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("given", "wanted"), some(itertools.product(DTYPES, DTYPES), of=2))
+@pytest.mark.parametrize(("given", "wanted"), CASTS)
 def test_converting_is_torchs_own_cast(small, tmp_path, given, wanted):
     state = as_dtype(small(), DTYPES[given])
     form = FORMS[list(DTYPES).index(wanted) % 3]

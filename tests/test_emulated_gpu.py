@@ -24,7 +24,7 @@ from blockmerge.demo import demo_layout
 from blockmerge.merging import flat_unet
 from blockmerge.methods import METHODS, randomness
 from tests import oracle
-from tests.effort import some
+from tests.effort import EVERY_CASE, some
 from tests.emulated_gpu import EmulatedGpu
 from tests.quantising import SPELLINGS, quantised
 from tests.small_models import small_model
@@ -37,6 +37,8 @@ LIVE_DTYPES = dict(zip(METHODS, cycle(DTYPES[:3])))
 OF_ELEMENTS = [
     method.name for method in METHODS.values() if method.locality == "element" and not method.random
 ]
+IN_FILES = some(METHODS, of=2)
+LIVE = METHODS if EVERY_CASE else [name for name in METHODS if name not in IN_FILES]
 MOVES = {"cat", "_foreach_copy_", "index_select", "stack", "index", "fill_"}
 """What GPUs have for no 8-bit floats in torch 2.4: these can be copied and converted, but not joined or picked."""
 POSITIONS = {
@@ -223,7 +225,7 @@ def merged_on(files, tmp_path):
     return merge
 
 
-@pytest.mark.parametrize("name", some(METHODS, of=2, chosen_by="files"))
+@pytest.mark.parametrize("name", IN_FILES)
 def test_files(merged_on, name):
     """Three workers, each with a stream and page-locked memory of its own, and late copies: the same bytes. No
     memory is kept but the table of chance.
@@ -405,7 +407,7 @@ def test_ties_keeps_the_same_values_for_every_density_and_nan(density):
 # -- live ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", some(METHODS, of=2, chosen_by="live"))
+@pytest.mark.parametrize("name", LIVE)
 def test_live(name):
     method = METHODS[name]
     models = [unet_of(model) for model in models_for(method, LIVE_DTYPES[name])]

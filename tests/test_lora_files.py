@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import product
 
 import pytest
 import safetensors.torch
@@ -25,13 +26,13 @@ from blockmerge.checkpoints.writing import disk
 from blockmerge.cli.main import run
 from tests.commands import ok
 from tests.conftest import unchanged
-from tests.effort import in_turn
+from tests.effort import some
 from tests.lora_oracle import Factors
 from tests.refusals import assert_refused
 from tests.thin_loras import changes, make_lora, metadata_of, own_shapes, parts_in
 
 FAMILIES = ("sd1", "sd2", "sdxl")
-MADE = in_turn(["merge", "resize", "extract"], FAMILIES)
+MADE = some(product(["merge", "resize", "extract"], FAMILIES), of=2)
 LINEAR = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0"
 
 

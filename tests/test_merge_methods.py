@@ -26,7 +26,7 @@ from blockmerge.merging.planning.request import MergeRequest
 from blockmerge.methods import METHODS, key_of
 from blockmerge.weights import WeightsRequest
 from tests import method_oracle, oracle
-from tests.effort import in_turn, many
+from tests.effort import in_turn, many, some
 from tests.small_models import in_diffusers, small_model, write_folder
 from tests.test_methods import tolerance
 
@@ -301,11 +301,16 @@ def test_tensor_sum_reads_only_the_rows_it_takes(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "channels", "wide"),
-    [
-        (name, *more)
-        for name, more in in_turn(METHODS, [(9, 0), (8, 1), (9, 2)])
-        if METHODS[name].models != 1 and more[1] < (METHODS[name].models or 4)
-    ],
+    some(
+        (
+            (name, channels, wide)
+            for name, method in METHODS.items()
+            if method.models != 1
+            for channels, wide in [(9, 0), (8, 1), (9, 2)]
+            if wide < (method.models or 4)
+        ),
+        of=3,
+    ),
 )
 def test_more_input_channels_are_kept(tmp_path, name, channels, wide):
     method = METHODS[name]

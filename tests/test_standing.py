@@ -214,7 +214,10 @@ def test_configs_of_another_build_are_refused(states, tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "pattern"),
-    some(product(["sd1", "sd2", "sdxl", "sdxl_refiner"], [None, SSD_1B, VEGA, r"middle_block\."]), of=2),
+    [
+        *product(["sd1", "sd2", "sdxl", "sdxl_refiner"], [None]),
+        *some(product(["sd1", "sd2", "sdxl", "sdxl_refiner"], [SSD_1B, VEGA, r"middle_block\."]), of=3),
+    ],
 )
 def test_a_config_names_what_diffusers_makes_of_it(states, tmp_path, family, pattern):
     """Our list of names against diffusers' and transformers' own classes, for every component."""
