@@ -23,7 +23,6 @@ import blockmerge
 from blockmerge.cli.main import run
 from tests import oracle
 from tests.commands import ok
-from tests.effort import some
 from tests.refusals import assert_refused, snapshot
 
 
@@ -525,7 +524,7 @@ def test_no_color_is_honoured_and_pipes_get_none(pairs, here):
 # What is copied loads no torch, which takes seconds.
 @pytest.mark.parametrize(
     ("closed", "weight"),
-    some([("<&- >&- 2>&-", 0.5), ("2>&-", 1), (">&- 2>&-", 1), (">&-", 1)], of=2),
+    [("<&- >&- 2>&-", 0.5), ("2>&-", 1), (">&- 2>&-", 1), (">&-", 1)],
 )
 def test_closed_streams_do_not_keep_a_merge_from_being_done(pairs, here, capsys, closed, weight):
     a, b = pairs()

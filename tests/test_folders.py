@@ -469,7 +469,7 @@ def test_folders_that_are_no_model(tmp_path, pipeline):
     for folder in (empty, checkpoints, configs):
         refused(folder, f"{folder} is a folder without a model", "unet/")
         assert not is_diffusers_folder(folder)
-    refused(tmp_path, "there are models in its folders checkpoints, model, so give one of those")
+    refused(tmp_path, "there are models in checkpoints, model, so give such a folder")
     write(configs / "model_index.json", {})
     refused(configs, "is a folder without a model")
     assert is_diffusers_folder(configs)

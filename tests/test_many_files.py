@@ -15,6 +15,7 @@ from blockmerge.cli.main import run
 from tests.commands import ok
 from tests.forms import write
 from tests.refusals import assert_refused
+from tests.thin_loras import make_lora
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_check_of_several(models, here, capsys):
     assert list(lines) == ["good.safetensors", "nan.safetensors", "page.safetensors", "xl.safetensors"]
     assert "nan_or_infinity" in lines["nan.safetensors"]
     assert "error" not in lines["good.safetensors"]
-    assert err.startswith("Error: 2 of 4 files have faults or cannot be read: nan.safetensors, page")
+    assert err.startswith("Error: faults in 2 of 4 files, or they cannot be read: nan.safetensors, page")
     assert run(["check", "models", "--json"]) == 1
     files = json.loads(capsys.readouterr().out)["files"]
     assert [one["name"] for one in files if "problems" in one] == [
@@ -88,14 +89,25 @@ def test_check_of_several(models, here, capsys):
 
 
 def test_check_says_what_a_file_is_that_is_no_model(models, capsys):
-    lora = {
-        f"lora_unet_mid_block_attentions_0_proj_in.lora_{way}.weight": torch.ones(2, 2)
-        for way in ("up", "down")
-    }
-    save_file(lora, models / "style.safetensors", {"format": "pt"})
+    half = {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.ones(2, 2)}
+    save_file(half, models / "style.safetensors", {"format": "pt"})
     assert run(["check", str(models)]) == 1
     (line,) = (one for one in capsys.readouterr().out.splitlines() if one.startswith("style"))
     assert "1 error: no_unet; is a LoRA" in line
+    make_lora(models / "style.safetensors", "sd1")  # one that can be read
+    assert run(["check", str(models), "--json"]) == 1  # of others
+    (found,) = (
+        one for one in json.loads(capsys.readouterr().out)["files"] if one["name"].startswith("style")
+    )
+    assert [one["code"] for one in found["problems"]] == ["lora", "no_format"]
+    assert {one["severity"] for one in found["problems"]} == {"note"}
+    (line,) = (
+        one
+        for one in ok(capsys, "check", models / "style.safetensors", models / "good.safetensors").splitlines()
+        if one.startswith("style")
+    )
+    assert "2 notes: lora, no_format; is a LoRA" in line
+    assert blockmerge.check(models / "style.safetensors").faults == ()
 
 
 def test_one_file_prints_as_ever(models, here, capsys):

@@ -135,7 +135,7 @@ def test_nothing_is_replaced_unasked(own, here, capsys):
         (("high_res", "--family", "sdxl"), "--weights"),
         (("HIGH-RES",), "--name"),
         (("high_res_replace", "--description", "mine"), "--name"),
-        (("soft.toml", "-w", "1"), "leave out --weights"),
+        *(((f"soft{end}", "-w", "1"), "leave out --weights") for end in (".toml", ".JSON", ".safetensors")),
         (("", "-w", "1"), "'name'"),
         (("nothing",), "unknown preset 'nothing'"),
         (("gone.toml",), "cannot read preset file"),

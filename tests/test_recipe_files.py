@@ -425,20 +425,67 @@ def test_the_recipe_that_is_shown_makes_the_same_file(mix, number, cli):
 def test_a_recipe_is_written_to_a_file_whole_and_over_nothing(mix, cli, capsys, form):
     made = Recipe.load(mix / "mix.toml").run().output
     shown = cli("recipe", made, *form)
-    out = mix / "shown.json"
+    ending, other = (".json", ".toml") if form else (".toml", ".json")
+    out = mix / f"shown{ending}"
     for more in ((), ("--overwrite",)):
         assert run(["recipe", str(made), *form, "-o", str(out), *more]) == 0
         assert capsys.readouterr() == ("", f"wrote {out}\n")
     assert out.read_text() == shown
-    refusals = ((out, "exists"), (made, "is the input"), (mix / "x.safetensors", "the ending of a model"))
-    for output, says in refusals:
+    for output, says in (
+        (out, "exists"),
+        (made, f"end its name with {ending}"),
+        (mix / f"x{other}", f"end its name with {ending}"),
+        (mix / "x", f"end its name with {ending}"),
+        (mix / "no" / f"x{ending}", "does not exist"),
+    ):
         assert_refused(capsys, mix, "recipe", made, *form, "-o", output, says=says)
-    assert_refused(capsys, mix, "recipe", made, "--tree", "-o", mix / "tree.txt", says="leave out -o")
+    assert_refused(capsys, mix, "recipe", made, "--tree", "-o", mix / "tree.toml", says="leave out -o")
 
 
-def test_a_recipe_that_names_no_output_asks_for_one(mix, cli, capsys):
-    (mix / "mix.toml").write_text(MIX.replace('output = "final.safetensors"', ""))
-    assert_refused(capsys, mix, "run", mix / "mix.toml", says="no output is named: give a path (-o)")
+def test_every_stage_has_a_line(mix, cli):
+    first, second, *_ = cli("run", mix / "mix.toml").splitlines()
+    assert first == "X: weighted_sum high_res of a.safetensors and b.safetensors"
+    assert second.startswith("Y: add_difference 1 of X")
+
+
+def test_a_recipe_without_an_output_makes_a_file_of_its_name_beside_it(mix, cli, capsys, monkeypatch):
+    made = Recipe.load(mix / "mix.toml").run().output
+    monkeypatch.chdir(os.sep)
+    assert run(["recipe", str(made), "-o", str(mix / "again.toml")]) == 0
+    capsys.readouterr()
+    cli("run", mix / "again.toml", "-q")
+    assert sha256(mix / "again.safetensors") == sha256(made)
+    assert_refused(capsys, mix, "run", mix / "again.toml", says=["again.safetensors exists", "--overwrite"])
+    (mix / "a.toml").write_text('models = ["a.safetensors", "b.safetensors"]\nweights = 0.5\n')
+    assert_refused(capsys, mix, "run", mix / "a.toml", "--overwrite", says="is the input")
+    save_file(small_model(for_a_folder=True), mix / "whole.safetensors")
+    (mix / "folder.toml").write_text(
+        'models = ["whole.safetensors", "whole.safetensors"]\nweights = 0.5\nto = "diffusers"'
+    )
+    cli("run", mix / "folder.toml", "-q")
+    assert (mix / "folder" / "model_index.json").is_file()
+
+
+def test_models_are_found_in_the_current_folder_too(mix, cli, capsys, monkeypatch):
+    """As when the output goes to a folder of its own."""
+    monkeypatch.chdir(mix)
+    (mix / "made").mkdir()
+    blockmerge.merge("a.safetensors", "b.safetensors", weights=0.5, output="made/x.safetensors")
+    assert blockmerge.verify("made/x.safetensors").same
+    cli("again", "made/x.safetensors", "-o", "made/y.safetensors", "-q")
+    assert run(["recipe", "made/x.safetensors", "-o", "made/z.toml"]) == 0
+    capsys.readouterr()
+    cli("run", "made/z.toml", "-q")
+    assert sha256(mix / "made/z.safetensors") == sha256(mix / "made/y.safetensors")
+    assert sha256(mix / "made/z.safetensors") == sha256(mix / "made/x.safetensors")
+    # What lies beside the recipe goes before.
+    shutil.copy(mix / "c.safetensors", mix / "made/b.safetensors")
+    cli("run", "made/z.toml", "-q", "-o", "other.safetensors")
+    blockmerge.merge("a.safetensors", "c.safetensors", weights=0.5, output="wanted.safetensors")
+    wanted = load_file(mix / "wanted.safetensors")
+    assert all(torch.equal(one, wanted[name]) for name, one in load_file(mix / "other.safetensors").items())
+    (mix / "else").mkdir()
+    assert_refused(capsys, mix / "else", "verify", mix / "made/x.safetensors", says="--models FOLDER")
 
 
 def test_the_result_keeps_its_name(mix, cli):

@@ -44,7 +44,7 @@ def test_lists_of_numbers(numbers):
     assert values(",".join(map(repr, numbers[1:]))) == [0.0, *numbers[1:]]
 
 
-@pytest.mark.parametrize("separator", [",,", ", ,", ";;", ",\n ,"])
+@pytest.mark.parametrize("separator", [",,", ", ,", ";;", ",\n ,", ",\t\t"])
 @pytest.mark.parametrize("count", [25, 26, 20])
 def test_a_number_left_blank_shifts_no_others(separator, count):
     numbers = ["0.5"] * count
@@ -55,12 +55,24 @@ def test_a_number_left_blank_shifts_no_others(separator, count):
         read_blocks(text, FAMILIES["sd1"])
     with pytest.raises(WeightsError, match="number 1 of the list is empty"):
         parse_weights("," + ",".join(numbers))
-    if count == 26:
-        assert values(",".join(numbers) + ",") == [0.5] * 26
+
+
+@pytest.mark.parametrize(("family", "full"), [("sd1", 26), ("sdxl", 20), ("sdxl", 26)])
+def test_a_last_number_left_blank_is_not_that_of_base(family, full):
+    assert values("0.5," * full, family) == values("0.5", family)
+    with pytest.raises(WeightsError, match=f"number {full} of the list is empty"):
+        parse_weights("0.5," * (full - 1), family)
+
+
+def test_a_blank_after_brackets_is_counted_and_one_within_is_told_otherwise():
+    with pytest.raises(WeightsError, match="number 3 of the list is empty"):
+        parse_weights("0.5,random(0.2,0.8,2),,0.5")
+    with pytest.raises(WeightsError, match=r"random\(0\.2,,0\.8\)"):
+        parse_weights("random(0.2,,0.8)")
 
 
 def test_numbers_without_base_are_noted():
-    for numbers, family, last in (([0.5] * 25, "sd1", 11), ("0.5," * 25, "sdxl", 11), ("1 " * 19, "sdxl", 8)):
+    for numbers, family, last in (([0.5] * 25, "sd1", 11), ("0.5 " * 25, "sdxl", 11), ("1 " * 19, "sdxl", 8)):
         (note,) = notes_on(numbers, family)
         assert note.endswith(f"numbers are for IN00 to OUT{last:02}: BASE is 0")
     for others in ([0.5] * 26, "0.5", 0.5, "IN00=1", "0.5," * 26):

@@ -96,9 +96,11 @@ def _as_number(value: Any) -> Any:
 def _unknown_preset(text: str, family: Family) -> WeightsError:
     presets = lora_presets(family)
     have = f"has {', '.join(presets)}" if presets else "has none"
-    blocks = text.strip() if names_blocks(text.strip(), family) else example(family.blocks)
+    are_blocks = names_blocks(text.strip(), family)
+    blocks = text.strip() if are_blocks else example(family.blocks)
+    near = "" if are_blocks else did_you_mean(text.strip(), presets)
     return WeightsError(
-        f"unknown LoRA preset '{shown(text.strip())}'{did_you_mean(text.strip(), presets)}: "
+        f"unknown LoRA preset '{shown(text.strip())}'{near}: "
         f"{family.title} {have}; or write weights, as in {blocks}=0.5"
     )
 

@@ -31,8 +31,9 @@ def again(
       blockmerge again merged.safetensors -o same.safetensors
       blockmerge again merged.safetensors --models ~/models --set OUT05=0.7 -o variant.safetensors
 
-    The models are found by their contents, whatever they are called now: beside FILE, and in the folders
-    given. --set changes the recipe; a weight goes on top of those that the merge was made with.
+    The models are found by their contents, whatever they are called now: beside FILE, in the current folder,
+    and in the folders given. --set changes the recipe. A weight goes on top of those that the merge was made
+    with.
 
     FILE may also be a pinned recipe, as blockmerge recipe FILE --pin prints it. Then the output gets its name
     only if it is that file, bit for bit.

@@ -97,5 +97,5 @@ def _check_many(
     failed = [name for name, one in found if isinstance(one, Unreadable) or one.faults]
     if failed:
         raise CheckpointError(
-            f"{len(failed)} of {len(found)} files have faults or cannot be read: {listing(failed)}"
+            f"faults in {len(failed)} of {len(found)} files, or they cannot be read: {listing(failed)}"
         )

@@ -33,7 +33,7 @@ def recipe(file: str, tree: bool, pin: bool, output: str | None, overwrite: bool
       blockmerge recipe merged.safetensors --tree
       blockmerge recipe merged.safetensors --pin -o release.json
     """
-    from blockmerge.checkpoints import SUFFIXES, check_output
+    from blockmerge.checkpoints import check_output
     from blockmerge.errors import OutputError, RecipeError, shown
     from blockmerge.merging.again import Recorded
     from blockmerge.rendering import recipes
@@ -44,15 +44,17 @@ def recipe(file: str, tree: bool, pin: bool, output: str | None, overwrite: bool
         recorded = Recorded.of(file)
         recipes.print_tree(stdout_console(), recorded.name, recorded.run)
         return
+    target = None
+    if output is not None:
+        ending, form = (".json", "JSON") if pin or as_json else (".toml", "TOML")
+        if not output.lower().endswith(ending):
+            raise OutputError(f"{shown(output)}: the recipe is written as {form}: end its name with {ending}")
+        target = check_output(output, [Path(file)] if os.path.exists(file) else [], overwrite=overwrite)
     text = _text_of(file, pin=pin, as_json=as_json)
-    if output is None:
+    if target is None:
         click.echo(text)
     else:
-        given = [Path(file)] if os.path.exists(file) else []
-        path = check_output(output, given, overwrite=overwrite)
-        if path.suffix.lower() in SUFFIXES:
-            raise OutputError(f"{shown(output)} has the ending of a model: give the recipe .toml or .json")
-        write_file(path, f"{text}\n".encode(), overwrite=overwrite)
+        write_file(target, f"{text}\n".encode(), overwrite=overwrite)
         click.echo(f"wrote {shown(output)}", err=True)
 
 

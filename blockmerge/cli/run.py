@@ -12,7 +12,11 @@ from blockmerge.cli.recipe_options import recipe_options
 @click.command(short_help="Merge by a recipe of one or many stages.")
 @click.argument("recipe", metavar="RECIPE")
 @click.option(
-    "-o", "--output", metavar="PATH", callback=not_empty, help="Where it goes. [default: the recipe's output]"
+    "-o",
+    "--output",
+    metavar="PATH",
+    callback=not_empty,
+    help="Where it goes. [default: the recipe's output, or a file of the recipe's name beside it]",
 )
 @recipe_options
 def run(
@@ -40,6 +44,7 @@ def run(
     """
     from blockmerge.errors import BlockmergeError, shown
     from blockmerge.merging.again import Recorded, Searched, is_pinned
+    from blockmerge.merging.default_name import output_beside
     from blockmerge.merging.recipe import Recipe
 
     pinned: dict[str, object] = {}
@@ -53,7 +58,7 @@ def run(
     try:
         carry_out(
             found,
-            output,
+            output or found.output or output_beside(recipe, found),
             "merging",
             device=device,
             threads=threads,

@@ -75,7 +75,7 @@ class _Among:
         if lost := [str(one["name"]) for one in missing if one["identity"] in self.models]:
             raise RecipeError(f"it names {listing(lost)}, not among the candidates")
         if missing:
-            there |= Searched(beside=self.folder).find(missing)
+            there |= Searched(beside=[self.folder]).find(missing)
         return {one["identity"]: there[one["identity"]] for one in wanted}
 
 

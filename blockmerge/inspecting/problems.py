@@ -41,6 +41,7 @@ KINDS: Mapping[str, Kind] = {
     "metadata_json": Kind("warning", fixable=True),
     "metadata_paths": Kind("warning", fixable=True),
     # notes: good to know
+    "lora": Kind("note"),
     "component_alone": Kind("note"),
     "ema": Kind("note", fixable=True),
     "ema_only": Kind("note", fixable=True),

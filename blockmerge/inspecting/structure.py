@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from blockmerge.adapters import Adapter
 from blockmerge.anatomy import (
     TITLES,
     UNET_PREFIX,
@@ -23,7 +24,7 @@ from blockmerge.anatomy import (
 )
 from blockmerge.checkpoints import Checkpoint, Model, Quantised, TensorInfo, lone_model, quantised
 from blockmerge.dtypes import FLOAT_DTYPES
-from blockmerge.errors import CheckpointError, UnknownFamilyError, counted, listing, shown
+from blockmerge.errors import BlockmergeError, CheckpointError, UnknownFamilyError, counted, listing, shown
 from blockmerge.expressions import Expression
 from blockmerge.inspecting.problems import Problem
 
@@ -113,16 +114,27 @@ def check_structure(subject: Subject) -> Iterator[Problem]:
 
 
 def _instead_of_a_model(subject: Subject) -> Problem:
+    why = subject.why_unknown or ""
+    if _is_lora(subject.checkpoint):
+        return Problem.of("lora", why)
     try:
         lone = lone_model(subject.checkpoint, subject.checkpoint.name)
     except CheckpointError:  # of integers, which have a problem of their own
         lone = None
     if lone is None:
-        return Problem.of("no_unet", subject.why_unknown or "")
+        return Problem.of("no_unet", why)
     title = lone.anatomy.family.titles[next(iter(lone.components))]
     return Problem.of(
         "component_alone", f"it is a {title} alone: a loader of whole models has to get the rest elsewhere"
     )
+
+
+def _is_lora(checkpoint: Checkpoint) -> bool:
+    """Whether it is a LoRA that can be read."""
+    try:
+        return bool(Adapter.of(checkpoint).modules)
+    except BlockmergeError:
+        return False
 
 
 def _derivatives(anatomy: Anatomy) -> Iterator[Problem]:

@@ -243,21 +243,22 @@ class _Found(Places):
 
 @dataclass(frozen=True)
 class Searched:
-    """Where models are looked for: in `beside`, and in `folders` with their subfolders.
+    """Where models are looked for: in the folders that are `beside`, and in `folders` with their subfolders.
 
     They are found by what is in them. A name in somebody's metadata is never used as a path.
     """
 
     folders: Sequence[PathLike] = ()
-    beside: PathLike | None = None
+    beside: Sequence[PathLike] = ()
     _known: dict[Path, list[Checkpoint]] = field(default_factory=dict, repr=False, compare=False)
     _seen: list[Path] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def beside_file(cls, recorded: Recorded, folders: Sequence[PathLike]) -> Searched:
-        """Beside a file first, then in folders."""
+        """Beside a file, in the current folder, and in folders."""
         given = [folders] if isinstance(folders, (str, os.PathLike)) else folders
-        return cls([os.path.expanduser(folder) for folder in given], recorded.folder or None)
+        beside = dict.fromkeys([*filter(None, [recorded.folder]), os.getcwd()])
+        return cls([os.path.expanduser(folder) for folder in given], list(beside))
 
     def find(self, wanted: Sequence[Mapping[str, Any]]) -> dict[str, Checkpoint]:
         """Return {identity: the checkpoint that has it}. Raises RecipeError for those that are not there."""
@@ -280,9 +281,9 @@ class Searched:
         return {one["identity"]: _the_one(found[one["identity"]], one) for one in wanted}
 
     def _candidates(self) -> Iterator[Path]:
-        if self.beside is not None:
+        for folder in self.beside:
             with suppress(OSError):  # a folder that may not be listed has nothing to be found
-                yield from sorted(Path(self.beside).iterdir())
+                yield from sorted(Path(folder).iterdir())
         for folder in self.folders:
             if not os.path.isdir(folder):
                 raise CheckpointError(f"{shown(folder)} is not a folder of models (--models)")
@@ -316,8 +317,7 @@ class Searched:
         others = sorted(str(path) for path in self._seen if path.name in names)
         are = "are" if len(others) > 1 else "is"
         but = f"; {listing(others)} {are} called so, but not the same" if others else ""
-        where = [] if self.beside is None else [str(self.beside)]
-        looked = listing([*where, *map(str, self.folders)]) or "no folder"
+        looked = listing(list(map(str, (*self.beside, *self.folders)))) or "no folder"
         return (
             f"its models are not all there: {', '.join(said)}, looked for in {looked}{but}: "
             "give the folder that has them (--models FOLDER)"

@@ -38,6 +38,14 @@ def default_output(recipe: Recipe) -> Path:
     return Path(f"{name}{ending}".rstrip("."))
 
 
+def output_beside(file: str | os.PathLike[str], recipe: Recipe) -> Path:
+    """Return where the result of a recipe's file goes that names no output: beside it, under its name."""
+    first = recipe
+    while isinstance(first.models[0], Recipe):
+        first = first.models[0]
+    return Path(file).with_suffix(default_ending(recipe.request.naming, path_of(first.models[0], "a model")))
+
+
 def _words(request: MergeRequest, models: int) -> Iterator[str]:
     """The method unless it is the usual one, the weights, and all else that was asked for."""
     if request.method_name != "weighted_sum":

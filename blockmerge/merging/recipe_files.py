@@ -38,7 +38,7 @@ _LARGEST = 1 << 20  # bytes; a recipe is a page of text
 @dataclass(frozen=True)
 class Places:
     """Where a recipe's files are: relative to `folder`, or else by their names in `searched` folders and
-    their subfolders.
+    their subfolders, or else relative to the current folder.
     """
 
     folder: str = ""
@@ -47,7 +47,7 @@ class Places:
 
     def of(self, text: str) -> str:
         """The path that a recipe means."""
-        return self.found(self.beside(text))
+        return _or_here(self.found(self.beside(text)), text)
 
     def beside(self, text: str) -> str:
         """The path that it means if it is in the recipe's own folder."""
@@ -64,12 +64,13 @@ class Places:
 
     def has(self, text: str) -> bool:
         """Whether there is such a file in the recipe's own folder."""
-        return os.path.lexists(replace(self, searched=()).of(text))
+        return os.path.lexists(self.beside(text))
 
     def preset(self, text: str) -> str:
         """The preset that a recipe means: a file's, where there is one."""
         file = re.split(r"[@#]", text)[0]
-        return self.of(file) + text[len(file) :] if os.path.isfile(self.of(file)) else text
+        found = self.found(self.beside(file))
+        return found + text[len(file) :] if os.path.isfile(found) else text
 
     def within(self, folder: str) -> Places:
         """The same for a folder that is named in the recipe."""
@@ -85,6 +86,11 @@ class Places:
                     names.setdefault(name, os.path.join(parent, name))
             self._seen[folder] = names
         return self._seen[folder]
+
+
+def _or_here(found: str, text: str) -> str:
+    """What was found, or where nothing is there, what a text means from the current folder."""
+    return text if not os.path.lexists(found) and os.path.lexists(text) else found
 
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -295,7 +301,8 @@ class _Building(Generic[R]):
     def _lora(self, written: Any) -> Any:
         if isinstance(written, str):
             lora = Lora.parse(self._places.beside(written))
-            return {"file": self._places.found(str(lora.file)), **_said_of(lora)}
+            found = self._places.found(str(lora.file))
+            return {"file": _or_here(found, str(Lora.parse(written).file)), **_said_of(lora)}
         if isinstance(written, Mapping) and isinstance(written.get("file"), str):
             return {**written, "file": self._places.of(written["file"])}
         return written

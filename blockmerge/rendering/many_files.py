@@ -53,7 +53,7 @@ class FileLines:
         said = ", ".join(counted(count, severity) for severity, count in counts.items())
         codes = ", ".join(dict.fromkeys(problem.code for problem in found.problems))
         result = f"{said}: {codes}" if said else "nothing is wrong"
-        if what_it_is := [problem.message for problem in found.problems if problem.code == "no_unet"]:
+        if what_it_is := [one.message for one in found.problems if one.code in ("no_unet", "lora")]:
             result += f"; {what_it_is[0].removeprefix(f'{shown(found.name)} ')}"
         style = _WORST.get(next(iter(counts), ""), "")
         self._line(name, [f"{_family(found):<{_FAMILY}}"], (result, style))

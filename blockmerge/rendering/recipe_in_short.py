@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from blockmerge.errors import counted, listing, shown
@@ -14,7 +15,17 @@ def recipe_in_short(text: str) -> str | None:
         run = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    models = _of_kind(run, dict).get("models")
+    said = merge_in_short(_of_kind(run, dict))
+    if said is None:
+        return None
+    if stages := _of_kind(run.get("stages"), dict):
+        said += f", in {counted(len(stages) + 1, 'merge')}"
+    return f"{said} (blockmerge recipe FILE shows it)" if run.get("files") else said
+
+
+def merge_in_short(run: Mapping[str, Any]) -> str | None:
+    """What one merge of a recipe is; None for what is not one."""
+    models = run.get("models")
     if not isinstance(models, list) or not models or not isinstance(run.get("method"), str):
         return None
     said = (
@@ -23,12 +34,10 @@ def recipe_in_short(text: str) -> str | None:
     loras = [_of_kind(one, dict) for one in _of_kind(run.get("loras"), list)]
     if given := [f"{one.get('name', '?')}:{one.get('strength', 1)}" for one in loras]:
         said += f", with {listing(given, 5)}"
-    if stages := _of_kind(run.get("stages"), dict):
-        said += f", in {counted(len(stages) + 1, 'merge')}"
-    return f"{said} (blockmerge recipe FILE shows it)" if run.get("files") else said
+    return said
 
 
-def _how(run: dict[str, Any]) -> str:
+def _how(run: Mapping[str, Any]) -> str:
     if isinstance(run.get("preset"), str):
         return f"{run['method']} {run['preset']}"
     [first, *others] = list(_of_kind(run.get("weights"), dict).values()) or [None]

@@ -16,7 +16,7 @@ from blockmerge.anatomy import FAMILIES
 from blockmerge.errors import bytes_text, counted, listing, shown
 from blockmerge.methods import purpose_of
 from blockmerge.rendering.block_rows import drawn_blocks
-from blockmerge.rendering.recipe_in_short import recipe_in_short
+from blockmerge.rendering.recipe_in_short import merge_in_short, recipe_in_short
 from blockmerge.rendering.tables import print_table
 from blockmerge.rendering.u_net import Curve, SharesU, WeightsU
 
@@ -30,16 +30,16 @@ _CURVE = 29  # columns of a curve of 26 blocks, and what stands before it
 _DESCRIPTION = 24  # columns that a description has at least
 _MOST_LORAS = 6  # of which each has a line
 _LONGEST_VALUE = 400  # characters of metadata
+_LARGE = 100_000_000  # bytes of a file whose writing has a speed worth telling
 _LEAST = 0.0005  # of a weight, that is shown
 
 _SEVERITY_STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
 
-_LARGE = 100_000_000
-
-
 def print_merge(console: Console, result: MergeResult) -> None:
     """Print the weights along the U, what was computed, copied and left out, the notes, and the file."""
+    for name, stage in result.stages.items():
+        _line(console, Text.assemble((shown(name), "bold"), f": {merge_in_short(stage)}"))
     what = f"{result.method} {result.preset}" if result.preset else result.method
     title, kind = FAMILIES[result.family].title_and_kind(result.variant)
     title += "" if kind in ("", "base") else f" {kind}"
@@ -60,7 +60,7 @@ def print_merge(console: Console, result: MergeResult) -> None:
         )
     else:
         took = f"  {bytes_text(result.bytes)} in {result.seconds:.2f} s"
-        if result.bytes > _LARGE:  # of small ones it would be the speed of planning
+        if result.bytes > _LARGE:
             took += f" ({bytes_text(round(result.bytes / max(result.seconds, 1e-9)))}/s)"
         _line(console, Text.assemble((shown(result.output), "bold"), took))
 

@@ -166,10 +166,13 @@ def check_complete(text: str) -> None:
     """Raise WeightsError where a number of a list is empty, without which the others would be for other
     blocks.
     """
-    if blank := re.search(r"(?:^|[,;])\s*(?=[,;])", text):
-        raise WeightsError(
-            f"number {len(_entries(text[: blank.start()])) + 1} of the list is empty: write a number there"
-        )
+    flat = re.sub(r"\([^()]*\)", lambda bracket: "_" * len(bracket[0]), text)
+    if blank := re.search(r"(?:^|[,;])\s*(?=[,;])|\t *(?=\t)", flat):
+        raise _empty(len(re.findall(r"[^,;\s]+", flat[: blank.start()])) + 1)
+
+
+def _empty(number: int) -> WeightsError:
+    return WeightsError(f"number {number} of the list is empty: write a number there")
 
 
 def is_one_number(value: WeightsLike) -> bool:
@@ -193,6 +196,8 @@ def _parse(value: WeightsLike, family: Family, seed: int | str) -> BlockWeights:
     if places := listed_numbers(len(numbers), family):
         return _of_list(numbers, places, family, read)[0]
     found = blocks_of_count(len(numbers), family, other_lists(family))
+    if len(numbers) < len(found) and isinstance(value, str) and re.search(r"[,;]\s*$", value):
+        raise _empty(len(found))  # and not that of BASE
     pairs = zip(numbers, found[-len(numbers) :], strict=True)
     return BlockWeights.from_numbers([read(number, block) for number, block in pairs], found)
 

@@ -184,7 +184,7 @@ def _files_instead(folder: Path) -> str:
     elif files := model_files(folder):
         which = f"one of these, such as {shown(files[0])}"
     elif inner := _folders_of_models(folder):
-        return f" of its own: there are models in its folders {listing(inner)}, so give one of those"
+        return f" of its own: there are models in {listing(inner)}, so give such a folder"
     else:
         return ": give a .safetensors file"
     return f" of its own, but with {counted(len(files), 'model file')} in it: give {which}"

@@ -90,6 +90,7 @@ def _one_preset(
     preset: str, weights: str | None, family: str | None, name: str | None, description: str
 ) -> tuple[list[str], Path, bytes]:
     """The name of a preset, where it goes, and what is in its file."""
+    from blockmerge.checkpoints import SUFFIXES
     from blockmerge.errors import RecipeError, shown
     from blockmerge.weights import find_preset
     from blockmerge.weights.own_presets import copied_preset, place_of, weights_text, written_preset
@@ -101,7 +102,7 @@ def _one_preset(
     if weights is not None:
         if name is not None and name != preset:
             raise RecipeError(f"two names are given, {shown(preset)} and {shown(name)}: leave out --name")
-        if _is_preset_file(preset):
+        if _is_preset_file(preset) or Path(preset).suffix.lower() in (*SUFFIXES, ".json"):
             raise RecipeError(
                 f"with --weights, PRESET is the name of a new preset, and {shown(preset)} is that of a file: "
                 "leave out --weights, or the ending of the name"

@@ -69,7 +69,7 @@ def _check_met(adapter: Adapter, unmet: Sequence[str], models: Sequence[Model], 
     count = len(adapter.modules)
     if len(unmet) == count:
         raise IncompatibleModelsError(
-            f"none of the {counted(count, 'module')} of {shown(adapter.name)} matches a tensor of "
+            f"none of the {counted(count, 'module')} of {shown(adapter.name)} matched a tensor of "
             f"{names_of(models)} ({listing(unmet)})"
         )
     if unmet and not partial:
