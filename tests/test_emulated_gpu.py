@@ -540,7 +540,7 @@ def test_what_fails_while_models_are_brought_there_is_told_in_a_line(files, from
 
 
 @pytest.mark.parametrize(
-    ("name", "family"), [("add_difference", "sdxl"), *((name, "sd1") for name in OF_ELEMENTS)]
+    ("name", "family"), [("add_difference", "sdxl"), *((name, "sd1") for name in some(OF_ELEMENTS, of=2))]
 )
 def test_small_tensors_are_computed_together(name, family):
     """No function is launched half as many times as a U-Net has tensors: thin ones, but as many as there are.

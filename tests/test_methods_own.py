@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -54,6 +55,7 @@ def module(tmp_path, monkeypatch):
     name = f"methods_of_{abs(hash(tmp_path))}"
     (tmp_path / f"{name}.py").write_text(SOURCE, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # beside it, where nothing is to change
     return name
 
 
