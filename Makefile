@@ -17,7 +17,7 @@ demo: .venv/run
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-# All checks and the tests with every case: some 15 minutes on two cores.
+# All checks and the tests with every case.
 test-all: export BLOCKMERGE_EVERY_CASE = 1
 test-all: test
 

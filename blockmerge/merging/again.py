@@ -186,8 +186,8 @@ def again(
     ... )  # doctest: +SKIP
 
     - `file`: the merged file, or a pinned recipe.
-    - `models`: folders that are searched with their subfolders, beside the file's own. Models are found by
-      their contents, whatever they are called.
+    - `models`: folders that are searched with their subfolders, besides the file's own folder and the current
+      one. Models are found by their contents, whatever they are called.
     - `changes`: what the option ``--set`` takes. Without any, the same file is made.
     - `methods`: {``"module:function"``: function} for methods of your own.
 

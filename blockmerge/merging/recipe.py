@@ -313,7 +313,8 @@ class Recipe(Node):
         >>> recipe = blockmerge.Recipe.load("mix.toml", changes=["X.preset=low_res", "OUT05=0.7"])
         ... # doctest: +SKIP
 
-        - `models`: folders in which files are looked for that are not beside the recipe.
+        - `models`: folders in which files are looked for that are not beside the recipe. The current folder
+          comes last.
         - `changes`: what the option ``--set`` takes, ``"STAGE.KEY=VALUE"`` or ``"BLOCK=WEIGHT"``.
         - `methods`: as for `from_dict`.
 
